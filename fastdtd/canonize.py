@@ -1,0 +1,55 @@
+"""Graph -> Graph: the same function with fewer kinds of layers, so that rules, plan and kernels need not know the others.
+
+Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the convolution or dense
+layer before it. The result is a fixed point: canonizing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from fastdtd.errors import ModelError
+from fastdtd.graph import BatchNorm, Conv2d, Dense, Dropout, Graph, Layer, Softmax
+
+
+def canonize(graph: Graph) -> Graph:
+    """The canonical form of `graph`; `graph` itself where it is canonical already.
+
+    Raises
+    ------
+    ModelError
+        A softmax in the middle of the network, or a batch norm with no convolution or dense layer of its own before it.
+    """
+    if not any(isinstance(layer, (Dropout, Softmax, BatchNorm)) for layer in graph):
+        return graph
+    kept: dict[str, Layer] = {}
+    instead: dict[str, str] = {}  # a removed layer's name -> the tensor that stands for it
+    for layer in graph:
+        inputs = tuple(instead.get(name, name) for name in layer.inputs)
+        if isinstance(layer, Dropout):
+            instead[layer.name] = inputs[0]
+        elif isinstance(layer, Softmax):
+            if layer.name != graph.output:
+                raise ModelError(f"softmax {layer.name!r} is not the last layer; the method explains networks whose only softmax comes last")
+            instead[layer.name] = inputs[0]
+        elif isinstance(layer, BatchNorm):
+            before = kept.get(inputs[0])
+            if not isinstance(before, (Conv2d, Dense)) or len(graph.consumers(layer.inputs[0])) != 1:
+                raise ModelError(f"batch norm {layer.name!r} cannot be folded: it reads {inputs[0]!r}, which is not a convolution or dense "
+                                 "layer that it alone reads")
+            kept[before.name] = _fold(before, layer)
+            instead[layer.name] = before.name
+        else:
+            kept[layer.name] = dataclasses.replace(layer, inputs=inputs)
+    if not kept:
+        raise ModelError("nothing is left of the network once dropout and softmax are dropped")
+    return Graph(tuple(kept.values()), graph.input_shape, graph.box)
+
+
+def _fold(layer: Conv2d | Dense, norm: BatchNorm) -> Conv2d | Dense:
+    scale, shift = norm.scale.astype(np.float64), norm.shift.astype(np.float64)
+    bias = shift if layer.bias is None else scale * layer.bias + shift
+    weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    return dataclasses.replace(layer, weight=weight, bias=bias)

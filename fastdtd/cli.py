@@ -1,0 +1,252 @@
+"""The command line: `fastdtd explain`, `convert` and `show`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastdtd.errors import FastDTDError, InputError
+
+_MAIN = """\
+Which pixels does a network's prediction come from?
+
+  fastdtd explain squeezenet1_1 cat.jpg            with the network that comes along
+  fastdtd convert net.onnx net.h5 --labels names.txt
+  fastdtd show net.h5                              its layers and the rule each will get
+  fastdtd explain net.h5 pictures/ -o out          a heatmap and an overlay for each picture
+
+`fastdtd COMMAND --help` says more and gives examples.
+"""
+_EXPLAIN = """\
+Explain what a network sees in pictures, by deep Taylor decomposition.
+
+Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and NAME.overlay.png (the same over the
+picture), and explanations.h5 with relevance, scores, targets, file names and sums for all. Prints a line for each picture: the class that is
+explained, its score, and the sum of the relevance, which is the same but for what a layer absorbed. Pictures that cannot be read are listed
+at the end, and the exit status is then 1. A run that was cut off goes on where it was when it is started again.
+"""
+_EXPLAIN_EXAMPLES = """\
+examples:
+  fastdtd explain squeezenet1_1                              two photographs that come along
+  fastdtd explain squeezenet1_1 cat.jpg dog.jpg -o out
+  fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
+  fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
+  fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
+"""
+_CONVERT = """\
+Convert a network to fastdtd's own format: from ONNX (one file) or from Caffe (.prototxt and .caffemodel).
+
+How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD, with pixels 0..255 and the
+channels in the order of COLOR. With a value box (the least and the largest value of each channel after that) the first layer gets the z^B
+rule, which explains pixels best; without one it gets w^2.
+"""
+_CONVERT_EXAMPLES = """\
+examples:
+  fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --labels names.txt
+  fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
+      --box=-104:151,-117:138,-123:132 --labels synset_words.txt
+"""
+_SHOW = "Print a network's layers: shape, parameters, the domain of what each reads, and the rule it will get."
+_SHOW_EXAMPLES = """\
+examples:
+  fastdtd show squeezenet1_1
+  fastdtd show net.h5 --rule 'conv1=w2'
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 where something failed, 2 for a call that cannot be understood."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except FastDTDError as error:
+        print(f"fastdtd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastdtd: interrupted; what was reported as done is on disk", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head`
+        sys.stderr.close()
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastdtd import __version__
+
+    def command(name: str, text: str, examples: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, description=text, epilog=examples, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    parser = argparse.ArgumentParser("fastdtd", description=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"fastdtd {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    explain = command("explain", _EXPLAIN, _EXPLAIN_EXAMPLES, "explain pictures")
+    explain.set_defaults(run=_explain)
+    explain.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
+    explain.add_argument("pictures", metavar="PICTURE", nargs="*", help="pictures, or folders that are searched for some (default: two that "
+                         "come along)")
+    explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
+    explain.add_argument("--target", metavar="CLASS", help="class to explain: a name or a number (default: each picture's winner)")
+    _add_rules(explain)
+    explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance", help="what to write (default: %(default)s)")
+    explain.add_argument("--batch", metavar="N", type=int, default=16, help="pictures at a time (default: %(default)s)")
+    explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
+
+    convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX or Caffe network")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SOURCE", help=".onnx or .prototxt file")
+    convert.add_argument("weights", metavar="WEIGHTS", nargs="?", help=".caffemodel file, with a .prototxt")
+    convert.add_argument("model", metavar="MODEL.h5", help="file to write")
+    convert.add_argument("--color", choices=("rgb", "bgr", "gray"), help="order of the input's channels (default: rgb, or gray for one)")
+    convert.add_argument("--size", metavar="H,W", type=_numbers, help="size of the input (default: the file's)")
+    convert.add_argument("--resize", choices=("stretch", "crop"), default="stretch",
+                         help="stretch pictures to the size, or scale them to cover it and cut out the centre (default: %(default)s)")
+    convert.add_argument("--mean", metavar="M,...", type=_numbers, default=[0.0], help="one number, or one for each channel (default: 0)")
+    convert.add_argument("--std", metavar="S,...", type=_numbers, default=[1.0], help="one number, or one for each channel (default: 1)")
+    convert.add_argument("--scale", metavar="F", type=float, default=1.0, help="multiplies pixels 0..255 first (default: 1)")
+    convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a channel; "
+                         "write --box=... since it begins with a minus")
+    convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
+    convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
+                         help="precision of the weights in MODEL.h5 (default: %(default)s)")
+
+    show = command("show", _SHOW, _SHOW_EXAMPLES, "print a network's layers and their rules")
+    show.set_defaults(run=_show)
+    show.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
+    _add_rules(show)
+    return parser
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
+                        help="another rule for a layer, or for all that a pattern matches: z+, zB, w2, flat; for max-pools winner, proportional "
+                        "(default: as the method derives it from what a layer reads)")
+
+
+def _rule(text: str) -> tuple[str, str]:
+    layer, equals, rule = text.rpartition("=")
+    if not equals or not layer:
+        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=RULE, as in 'conv1=w2'")
+    return layer, rule
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as in 104,117,123") from None
+
+
+def _box(text: str) -> list[tuple[float, float]] | tuple[float, float]:
+    try:
+        if ":" not in text:
+            low, high = _numbers(text)
+            return low, high
+        pairs = [part.split(":") for part in text.split(",")]
+        return [(float(low), float(high)) for low, high in pairs]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no box; required: LOW,HIGH as in -3,3 or LOW:HIGH,... as in -104:151,-117:138,-123:132"
+                                         ) from None
+
+
+# ---- Commands ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastdtd import model_file, runner
+    from fastdtd.explainer import Explainer
+
+    model = model_file.load(options.model)
+    pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
+    explainer = Explainer(model, dict(options.rule) or "dtd", threads=options.threads)
+    width = min(40, max(len(picture.name) for picture in pictures))
+    with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
+        def on_line(line: runner.Line) -> None:
+            name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
+            absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
+            nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
+            bar.write(f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance {line.relevance:.6g}{absorbed}{nothing}",
+                      file=sys.stdout)
+
+        summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","), options.batch, on_line,
+                             lambda count: bar.update(count) and None)
+    if summary.clipped:
+        print(f"fastdtd: {summary.clipped}", file=sys.stderr)
+    for path, reason in summary.failed:
+        print(f"fastdtd: not explained: {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
+    before = f", {summary.done_before} more were done before" if summary.done_before else ""
+    failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
+    print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
+    return 1 if summary.failed else 0
+
+
+def _target(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from fastdtd import model_file
+    from fastdtd.importers import convert
+
+    size = None
+    if options.size is not None:
+        if len(options.size) not in (1, 2) or any(number != int(number) for number in options.size):
+            raise InputError(f"size {options.size} given; required: H,W in whole pixels, as in 227,227")
+        size = (int(options.size[0]), int(options.size[-1]))
+
+    def numbers(values: list[float]) -> Any:
+        return values if len(values) > 1 else values[0]
+
+    model = convert(options.source, options.weights, color=options.color, size=size, resize=options.resize, mean=numbers(options.mean),
+                    std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
+    model_file.save(model, options.model, options.dtype)
+    print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; `fastdtd show {options.model}` lists them")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from fastdtd import model_file
+    from fastdtd.rules import assign, input_domain
+
+    model = model_file.load(options.model)
+    graph, p = model.graph, model.preprocessing
+    rules = assign(graph, dict(options.rule) or "dtd")
+
+    def size(name: str) -> str:
+        return "x".join(map(str, graph.shapes[name][:1 if graph.shapes[name][1:] == (1, 1) else 3]))
+
+    rows = [("layer", "type", "reads", "output", "parameters", "domain", "rule"), ("input", "", "", size("input"), "", "", "")]
+    for layer in graph:
+        count = sum(getattr(layer, field).size for field in layer.arrays if getattr(layer, field) is not None)
+        rule = rules.get(layer.name)
+        rows.append((layer.name, type(layer).__name__, ", ".join(layer.inputs), size(layer.name), f"{count:,}" if count else "",
+                     str(input_domain(graph, layer)) if rule else "", rule.name if rule else ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+    print()
+    print(f"input     {size('input')}, " + (f"{p.color}, {p.resize}, (pixel * {p.scale:g} - {_text(p.mean)}) / {_text(p.std)}" if p.color
+                                            else "no picture"))
+    print("box       " + ("none" if graph.box is None else f"{_text(graph.box[0])} to {_text(graph.box[1])}"))
+    print(f"classes   {len(model.classes) or 'unnamed'}")
+    print(f"weights   {_parameters(graph):,} parameters")
+    for key, value in model.provenance.items():
+        print(f"{key:<9} {value}")
+    return 0
+
+
+def _text(values: Any) -> str:
+    flat = sorted(set(values.ravel().tolist())) if values.size > 4 else values.ravel().tolist()
+    if len(flat) > 4:
+        return f"[{flat[0]:g}..{flat[-1]:g}]"
+    return f"{flat[0]:g}" if len(set(flat)) == 1 else "[" + ", ".join(f"{v:g}" for v in flat) + "]"
+
+
+def _parameters(graph: Any) -> int:
+    return sum(getattr(layer, field).size for layer in graph for field in layer.arrays if getattr(layer, field) is not None)

@@ -1,0 +1,29 @@
+"""What can go wrong, by whose turn it is to act. Every message says what was found, what is required, and what to do."""
+
+
+class FastDTDError(Exception):
+    """Base of every error that fastdtd raises on purpose."""
+
+
+class ModelError(FastDTDError):
+    """A network that cannot be used as it stands: its file, its layers, their connections or their weights."""
+
+
+class ConversionError(FastDTDError):
+    """A foreign model file that cannot be converted: unreadable, or with an operator that is not supported."""
+
+
+class RuleError(FastDTDError):
+    """A rule that does not exist, or does not apply to the layer it was asked for."""
+
+
+class InputError(FastDTDError):
+    """An array, a target or an option that the network or the machine cannot take."""
+
+
+class PictureError(FastDTDError):
+    """A picture file that cannot be read as a picture."""
+
+
+class OutputError(FastDTDError):
+    """A place where results cannot be written."""

@@ -1,0 +1,469 @@
+"""Networks as frozen values: layers, how they connect, and what follows from that (shapes, input domains).
+
+A tensor is named after the layer that makes it; the network's input is named ``"input"``. Shapes leave the batch out and always have three
+entries, (channels, height, width); a flat tensor of F features is (F, 1, 1). Values here are never changed after they are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd.errors import ModelError
+
+INPUT = "input"
+MAX_TENSOR_ELEMENTS = 2**28  # one tensor of one image: 1 GiB of float32; larger claims are taken for damage or attack
+MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
+MAX_LAYERS = 10_000
+
+Shape = tuple[int, int, int]
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What every layer has: a unique name and the names of the tensors it reads.
+
+    A subclass says how its output shape follows from its input shapes, which of its fields are weights (``arrays``), and how many inputs
+    it takes (``arity``, least and most).
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+
+    arity: ClassVar[tuple[int, int]] = (1, 1)
+    arrays: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        for field in self.arrays:
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, _weights(self.name, field, value))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "inputs" and isinstance(value, (list, tuple)):
+                object.__setattr__(self, field.name, tuple(int(v) for v in value))
+        least, most = self.arity
+        if not least <= len(self.inputs) <= most:
+            wanted = f"{least}" if least == most else f"{least} or more"
+            self._refuse(f"has {len(self.inputs)} inputs; {type(self).__name__} takes {wanted}")
+        self.validate()
+
+    def _refuse(self, what: str) -> None:
+        raise ModelError(f"layer {self.name!r} {what}")
+
+    def _require_ints(self, field: str, length: int, least: int) -> None:
+        value = getattr(self, field)
+        if len(value) != length or any(v < least or v >= 2**24 for v in value):
+            self._refuse(f"has {field} {value}; required: {length} integers from {least}")
+
+    def validate(self) -> None:
+        """Raise ModelError where the layer's own fields contradict each other."""
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        """Output shape (C, H, W) from the input shapes; raises ModelError where they do not fit."""
+        return shapes[0]
+
+
+def _weights(layer: str, field: str, value: Any) -> Array:
+    """A finite, read-only, C-ordered float32 copy of `value`."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise ModelError(f"layer {layer!r} has {field} of type {array.dtype}; required: real numbers")
+    if array.size > MAX_WEIGHT_ELEMENTS:
+        raise ModelError(f"layer {layer!r} has {field} of {array.size} numbers; at most {MAX_WEIGHT_ELEMENTS} are accepted")
+    with np.errstate(over="ignore"):
+        array = np.array(array, np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise ModelError(f"layer {layer!r} has NaN or infinity in its {field}; required: finite float32 numbers")
+    array.flags.writeable = False
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class Conv2d(Layer):
+    """y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k].
+
+    weight: (K, C / groups, kernel height, kernel width); bias: (K,) or None; padding: (top, left, bottom, right), with zeros.
+    """
+
+    weight: Array
+    bias: Array | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    arrays = ("weight", "bias")
+
+    def validate(self) -> None:
+        self._require_ints("stride", 2, 1)
+        self._require_ints("padding", 4, 0)
+        self._require_ints("dilation", 2, 1)
+        if self.weight.ndim != 4 or 0 in self.weight.shape:
+            self._refuse(f"has weight of shape {self.weight.shape}; required: (K, C / groups, kernel height, kernel width)")
+        if self.groups < 1 or self.weight.shape[0] % self.groups:
+            self._refuse(f"has {self.weight.shape[0]} output channels in {self.groups} groups; required: groups that divide them")
+        _check_bias(self, self.weight.shape[0])
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        channels, height, width = shapes[0]
+        outputs, per_group, *kernel = self.weight.shape
+        if channels != per_group * self.groups:
+            self._refuse(f"expects {per_group * self.groups} input channels ({per_group} in each of {self.groups} groups) but "
+                         f"{self.inputs[0]!r} has {channels}")
+        sizes = []
+        for axis, size in enumerate((height, width)):
+            padded = size + self.padding[axis] + self.padding[axis + 2]
+            span = self.dilation[axis] * (kernel[axis] - 1) + 1
+            if padded < span:
+                self._refuse(f"has a kernel that spans {span} pixels over an input of {padded} (padding included)")
+            sizes.append((padded - span) // self.stride[axis] + 1)
+        return outputs, sizes[0], sizes[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Layer):
+    """y = weight x + bias on a flat tensor. weight: (K, F); bias: (K,) or None."""
+
+    weight: Array
+    bias: Array | None = None
+
+    arrays = ("weight", "bias")
+
+    def validate(self) -> None:
+        if self.weight.ndim != 2 or 0 in self.weight.shape:
+            self._refuse(f"has weight of shape {self.weight.shape}; required: (outputs, features)")
+        _check_bias(self, self.weight.shape[0])
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        if shapes[0] != (self.weight.shape[1], 1, 1):
+            self._refuse(f"expects {self.weight.shape[1]} flat features but {self.inputs[0]!r} has shape {_text(shapes[0])}"
+                         + ("; put a Flatten before it" if shapes[0][1:] != (1, 1) else ""))
+        return self.weight.shape[0], 1, 1
+
+
+def _check_bias(layer: Conv2d | Dense, outputs: int) -> None:
+    if layer.bias is not None and layer.bias.shape != (outputs,):
+        raise ModelError(f"layer {layer.name!r} has bias of shape {layer.bias.shape}; required: ({outputs},)")
+
+
+@dataclass(frozen=True, eq=False)
+class ReLU(Layer):
+    """x = max(y, 0)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pool2d(Layer):
+    """What the pools share. kernel, stride: (height, width); padding: (top, left, bottom, right), each less than the kernel.
+
+    ceil_mode rounds the number of windows up; a window that would start beyond the input is dropped, as in PyTorch, Caffe and ONNX.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    ceil_mode: bool = False
+
+    def validate(self) -> None:
+        self._require_ints("kernel", 2, 1)
+        self._require_ints("stride", 2, 1)
+        self._require_ints("padding", 4, 0)
+        if any(self.padding[i] >= self.kernel[i % 2] for i in range(4)):
+            self._refuse(f"has padding {self.padding} (top, left, bottom, right); required: less than the kernel {self.kernel}")
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        channels, *image = shapes[0]
+        sizes = []
+        for axis, size in enumerate(image):
+            before, after = self.padding[axis], self.padding[axis + 2]
+            room = size + before + after - self.kernel[axis]
+            if room < 0:
+                self._refuse(f"has a kernel of {self.kernel[axis]} pixels over an input of {size + before + after} (padding included)")
+            count = (-(-room // self.stride[axis]) if self.ceil_mode else room // self.stride[axis]) + 1
+            if self.ceil_mode and (count - 1) * self.stride[axis] >= size + before:
+                count -= 1
+            sizes.append(count)
+        return channels, sizes[0], sizes[1]
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool2d(Pool2d):
+    """The largest value of each window; padding never wins."""
+
+
+@dataclass(frozen=True, eq=False)
+class AveragePool2d(Pool2d):
+    """The mean of each window. count_include_pad: padded zeros count in the divisor (never what ceil_mode adds beyond them)."""
+
+    count_include_pad: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalAveragePool(Layer):
+    """The mean of each channel: (C, H, W) -> (C, 1, 1)."""
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        return shapes[0][0], 1, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Layer):
+    """Inputs one behind the other along the channels."""
+
+    arity = (1, MAX_LAYERS)
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        if len({shape[1:] for shape in shapes}) > 1:
+            self._refuse(f"concatenates channels of different sizes: {', '.join(map(_text, shapes))}")
+        return sum(shape[0] for shape in shapes), shapes[0][1], shapes[0][2]
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Layer):
+    """The sum of two tensors of one shape."""
+
+    arity = (2, 2)
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        if shapes[0] != shapes[1]:
+            self._refuse(f"adds tensors of different shapes: {', '.join(map(_text, shapes))}")
+        return shapes[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten(Layer):
+    """(C, H, W) -> (C H W, 1, 1), in that order."""
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        channels, height, width = shapes[0]
+        return channels * height * width, 1, 1
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Layer):
+    """y[c] = scale[c] x[c] + shift[c]: batch normalisation at inference. canonize.py folds it into the layer before it."""
+
+    scale: Array
+    shift: Array
+
+    arrays = ("scale", "shift")
+
+    def validate(self) -> None:
+        if self.scale.ndim != 1 or self.scale.shape != self.shift.shape:
+            self._refuse(f"has scale {self.scale.shape} and shift {self.shift.shape}; required: one number each for every channel")
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        if shapes[0][0] != len(self.scale):
+            self._refuse(f"has {len(self.scale)} scales but {self.inputs[0]!r} has {shapes[0][0]} channels")
+        return shapes[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout(Layer):
+    """Does nothing at inference. canonize.py drops it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax(Layer):
+    """Probabilities from class scores. Only as the last layer, where canonize.py drops it: what is explained is the score."""
+
+
+LAYER_TYPES: dict[str, type[Layer]] = {
+    "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
+    "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
+    "dropout": Dropout, "softmax": Softmax,
+}  # the names that model files use
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """Which values a tensor can take, and so which rule the layer that reads it gets.
+
+    low, high : (C,) float32 or None
+        Bounds of each channel, where they are known.
+    hidden : bool
+        Whether a layer with weights or a nonlinearity lies between the network's input and this tensor.
+    """
+
+    hidden: bool
+    nonnegative: bool
+    low: Array | None = None
+    high: Array | None = None
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return "box"
+        return "non-negative" if self.nonnegative else "real"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A network without cycles, checked when it is made.
+
+    Parameters
+    ----------
+    layers : iterable of Layer
+        In any order; kept in an order in which every layer comes after its inputs.
+    input_shape : (C, H, W)
+        Of one picture.
+    box : (low, high) or None
+        Bounds of the input's values, after preprocessing: a number or one for each channel.
+
+    Attributes
+    ----------
+    shapes : dict of str to (C, H, W)
+        Of every tensor, the input included.
+    domains : dict of str to Domain
+        Of every tensor, the input included.
+    output : str
+        The one tensor that no layer reads: the class scores, of shape (K, 1, 1).
+
+    Raises
+    ------
+    ModelError
+        Names that repeat or are missing, a cycle, shapes that do not fit, more or less than one output, bounds that are no bounds.
+    """
+
+    layers: tuple[Layer, ...]
+    input_shape: Shape
+    box: tuple[Array, Array] | None = None
+    output: str = dataclasses.field(init=False)
+    shapes: dict[str, Shape] = dataclasses.field(init=False)
+    domains: dict[str, Domain] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        def keep(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("input_shape", _input_shape(self.input_shape))
+        keep("box", None if self.box is None else _box(self.box, self.input_shape[0]))
+        keep("layers", _sorted(tuple(self.layers)))
+        keep("shapes", self._infer_shapes())
+        read = {name for layer in self.layers for name in layer.inputs}
+        outputs = [layer.name for layer in self.layers if layer.name not in read]
+        if len(outputs) != 1:
+            raise ModelError(f"the network has {len(outputs)} outputs ({', '.join(map(repr, outputs))}); required: one. "
+                             "Remove the layers that lead to the others")
+        keep("output", outputs[0])
+        if self.shapes[self.output][1:] != (1, 1):
+            raise ModelError(f"the network's output {self.output!r} has shape {_text(self.shapes[self.output])}; required: one score for "
+                             "each class, (K, 1, 1). Add a global average pool or a flatten at the end")
+        keep("domains", self._infer_domains())
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def consumers(self, name: str) -> list[Layer]:
+        """The layers that read tensor `name`, in order."""
+        return [layer for layer in self.layers if name in layer.inputs]
+
+    def _infer_shapes(self) -> dict[str, Shape]:
+        shapes = {INPUT: self.input_shape}
+        for layer in self.layers:
+            shape = layer.output_shape([shapes[name] for name in layer.inputs])
+            if int(np.prod(shape, dtype=object)) > MAX_TENSOR_ELEMENTS:
+                raise ModelError(f"layer {layer.name!r} makes a tensor of shape {_text(shape)}; at most {MAX_TENSOR_ELEMENTS} numbers are "
+                                 "accepted")
+            shapes[layer.name] = shape
+        return shapes
+
+    def _infer_domains(self) -> dict[str, Domain]:
+        low, high = self.box if self.box is not None else (None, None)
+        domains = {INPUT: Domain(False, low is not None and bool((low >= 0).all()), low, high)}
+        for layer in self.layers:
+            domains[layer.name] = _output_domain(layer, [domains[name] for name in layer.inputs], self.shapes)
+        return domains
+
+
+def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape]) -> Domain:
+    match layer:
+        case Conv2d() | Dense() | BatchNorm():
+            return Domain(hidden=True, nonnegative=False)
+        case ReLU() | Softmax():
+            return Domain(hidden=True, nonnegative=True)
+        case MaxPool2d() | GlobalAveragePool() | Dropout():
+            return inputs[0]
+        case Concat() | Add():
+            hidden, nonnegative = any(d.hidden for d in inputs), all(d.nonnegative for d in inputs)
+            lows, highs = [d.low for d in inputs if d.low is not None], [d.high for d in inputs if d.high is not None]
+            if hidden or len(lows) < len(inputs):
+                return Domain(hidden, nonnegative)
+            join = np.concatenate if isinstance(layer, Concat) else sum
+            return Domain(False, nonnegative, join(lows), join(highs))
+    domain = inputs[0]
+    if domain.low is None or domain.high is None:
+        return domain
+    if isinstance(layer, AveragePool2d) and layer.count_include_pad and any(layer.padding):
+        return dataclasses.replace(domain, low=np.minimum(domain.low, 0), high=np.maximum(domain.high, 0))
+    if isinstance(layer, Flatten):
+        _, height, width = shapes[layer.inputs[0]]
+        return dataclasses.replace(domain, low=np.repeat(domain.low, height * width), high=np.repeat(domain.high, height * width))
+    return domain
+
+
+def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers in the given order as far as it goes, each after its inputs."""
+    if not layers:
+        raise ModelError("the network has no layers")
+    if len(layers) > MAX_LAYERS:
+        raise ModelError(f"the network has {len(layers)} layers; at most {MAX_LAYERS} are accepted")
+    by_name: dict[str, Layer] = {}
+    for layer in layers:
+        if layer.name in by_name or layer.name in (INPUT, ""):
+            raise ModelError(f"layer name {layer.name!r} is taken or empty; required: a name for each layer that no other has "
+                             f"({INPUT!r} is the network's input)")
+        by_name[layer.name] = layer
+    for layer in layers:
+        for name in layer.inputs:
+            if name not in by_name and name != INPUT:
+                raise ModelError(f"layer {layer.name!r} reads {name!r}, which no layer makes; the network's input is {INPUT!r}")
+    readers: dict[str, list[Layer]] = {}
+    waiting = {layer.name: len(set(layer.inputs) - {INPUT}) for layer in layers}
+    for layer in layers:
+        for name in set(layer.inputs):
+            readers.setdefault(name, []).append(layer)
+    position = {layer.name: i for i, layer in enumerate(layers)}
+    ready = [position[name] for name, count in waiting.items() if not count]
+    heapq.heapify(ready)
+    order: list[Layer] = []
+    while ready:
+        order.append(layers[heapq.heappop(ready)])
+        for reader in readers.get(order[-1].name, ()):
+            waiting[reader.name] -= 1
+            if not waiting[reader.name]:
+                heapq.heappush(ready, position[reader.name])
+    if len(order) < len(layers):
+        stuck = [layer.name for layer in layers if waiting[layer.name]]
+        raise ModelError(f"the network has a cycle through {', '.join(map(repr, stuck[:5]))}; required: layers that lead forward only")
+    return tuple(order)
+
+
+def _input_shape(shape: Iterable[int]) -> Shape:
+    values = tuple(int(v) for v in shape)
+    if len(values) != 3 or min(values) < 1 or int(np.prod(values, dtype=object)) > MAX_TENSOR_ELEMENTS:
+        raise ModelError(f"the input has shape {values}; required: (channels, height, width), each 1 or more, and at most "
+                         f"{MAX_TENSOR_ELEMENTS} numbers in all")
+    return values[0], values[1], values[2]
+
+
+def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
+    try:
+        low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels,))) for bound in box)
+    except (ValueError, TypeError):
+        raise ModelError(f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one a channel") from None
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+        raise ModelError(f"the value box has low {low.tolist()} and high {high.tolist()}; required: finite, and low below high")
+    low.flags.writeable = high.flags.writeable = False
+    return low, high
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,101 @@
+"""Pictures in: any file or array that people have -> 8-bit pixels of the network's size.
+
+Files are not trusted: only formats that Pillow decodes by itself are opened, and sizes are checked before pixels are decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from fastdtd.errors import PictureError
+
+MAX_PIXELS = 100_000_000  # of one picture, decoded: 300 MB
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def read(picture: Any, shape: tuple[int, int, int], color: str, resize: str) -> npt.NDArray[np.uint8]:
+    """Pixels (C, H, W) 0..255 of a picture (see `open_picture`) at the network's size and in its order of channels."""
+    fitted = fit(open_picture(picture), shape[1:], resize)
+    if color == "gray":
+        return np.asarray(fitted.convert("L"))[None]
+    pixels = np.asarray(fitted).transpose(2, 0, 1)
+    return pixels[::-1] if color == "bgr" else pixels
+
+
+def open_picture(picture: Any) -> Image.Image:
+    """An upright RGB image of 8 bits.
+
+    Parameters
+    ----------
+    picture : path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4)
+        Transparent parts are laid over white, 16-bit grey is reduced to 8 bits, of an animation the first frame is taken.
+
+    Raises
+    ------
+    PictureError
+        What cannot be read, is no picture, or is too large.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        path = Path(picture)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below speaks for itself
+                with Image.open(path, formats=FORMATS) as image:
+                    return _upright_rgb(image, str(path))
+        except FileNotFoundError:
+            raise PictureError(f"picture {str(path)!r} does not exist") from None
+        except IsADirectoryError:
+            raise PictureError(f"picture {str(path)!r} is a folder; required: a file") from None
+        except Image.DecompressionBombError:
+            raise PictureError(f"picture {str(path)!r} is too large; at most {MAX_PIXELS} pixels are accepted") from None
+        except Image.UnidentifiedImageError:
+            raise PictureError(f"file {str(path)!r} is no picture in a known format ({', '.join(FORMATS)})") from None
+        except PictureError:
+            raise
+        except Exception as error:  # decoders raise whatever their format's damage leads to
+            raise PictureError(f"picture {str(path)!r} cannot be read: {error}") from None
+    if isinstance(picture, Image.Image):
+        return _upright_rgb(picture, "the image")
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] not in (3, 4) or not picture.size:
+            raise PictureError(f"the array has type {picture.dtype} and shape {picture.shape}; required: uint8 pixels (H, W), (H, W, 3) or "
+                               "(H, W, 4), red first")
+        return _upright_rgb(Image.fromarray(picture), "the array")
+    raise PictureError(f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise PictureError(f"picture {name!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are accepted")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise PictureError(f"picture {name!r} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey
+        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
+    """`image` at (height, width): stretched to it, or scaled until it covers it and cut to its centre ("crop"). Bilinear, antialiased."""
+    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=visible_part(image, size, resize))
+
+
+def visible_part(image: Image.Image, size: tuple[int, int], resize: str) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what the network sees, in the picture's pixels."""
+    width, height = image.size
+    if resize == "stretch":
+        return 0, 0, width, height
+    scale = min(width / size[1], height / size[0])
+    left, top = (width - scale * size[1]) / 2, (height - scale * size[0]) / 2
+    return left, top, width - left, height - top

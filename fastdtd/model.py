@@ -1,0 +1,164 @@
+"""A Model: a network with what it takes to feed it a picture and to name what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd.canonize import canonize
+from fastdtd.errors import InputError, ModelError
+from fastdtd.graph import Array, Graph
+
+COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
+RESIZES = ("stretch", "crop")
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessing:
+    """How a picture becomes the network's input: resized, colours ordered, then ``(pixel * scale - mean) / std``.
+
+    Parameters
+    ----------
+    color : {"rgb", "bgr", "gray"} or None
+        Order of the input's channels. None: the input is no picture, and only arrays are accepted.
+    resize : {"stretch", "crop"}
+        Stretch to the input's size, or scale until the picture covers it and cut out the centre.
+    mean, std : float, (C,) or (C, H, W)
+        After `scale`, in the input's channel order.
+    scale : float
+        Multiplies the pixels 0..255.
+    """
+
+    color: str | None = "rgb"
+    resize: str = "stretch"
+    mean: Any = 0.0
+    std: Any = 1.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network, its preprocessing and its class names. `fastdtd.load` and `fastdtd.convert` make one.
+
+    Parameters
+    ----------
+    graph : Graph
+        Kept in canonical form (see canonize.py): without dropout, softmax and batch norm.
+    preprocessing : Preprocessing
+    classes : sequence of str
+        One name for each output, or empty.
+    provenance : dict of str to str
+        Where the weights come from: source, license, ....
+
+    Raises
+    ------
+    ModelError
+        Where preprocessing or class names do not fit the network.
+    """
+
+    graph: Graph
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    classes: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "graph", canonize(self.graph))
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        object.__setattr__(self, "preprocessing", _checked(self.preprocessing, self.graph.input_shape))
+        outputs = self.graph.shapes[self.graph.output][0]
+        if self.classes and len(self.classes) != outputs:
+            raise ModelError(f"the model names {len(self.classes)} classes but has {outputs} outputs; required: one name each, or none")
+
+    def preprocess(self, picture: Any) -> Array:
+        """The network's input from a picture.
+
+        Parameters
+        ----------
+        picture : path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4), RGB(A)
+
+        Returns
+        -------
+        (C, H, W) float32
+
+        Raises
+        ------
+        PictureError
+            What cannot be read as a picture.
+        """
+        from fastdtd import images
+
+        if self.preprocessing.color is None:
+            raise InputError("this model's input is no picture (its colour order is not given); pass arrays of shape "
+                             f"{self.graph.input_shape} to the explainer")
+        pixels = images.read(picture, self.graph.input_shape, self.preprocessing.color, self.preprocessing.resize)
+        p = self.preprocessing
+        return np.ascontiguousarray((pixels.astype(np.float32) * np.float32(p.scale) - p.mean) / p.std, np.float32)
+
+    def class_name(self, index: int) -> str:
+        """Name of output `index`, or its number where the model has no names."""
+        return self.classes[index] if self.classes else str(index)
+
+    def class_index(self, name: str) -> int:
+        """The output named `name`: the whole name, its WordNet id, or one of its comma-separated synonyms, whatever the case."""
+        if not self.classes:
+            raise InputError(f"target {name!r} is a class name, but this model has none; give the number of an output")
+        wanted = name.strip().lower()
+        for forms in (lambda c: [c], _synonyms):
+            matches = [i for i, c in enumerate(self.classes) if wanted in forms(c.lower())]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                raise InputError(f"class name {name!r} is ambiguous: it names outputs {', '.join(map(str, matches))}; give the number")
+        near = [c for c in self.classes if wanted and wanted in c.lower()][:5]
+        raise InputError(f"no class is named {name!r}" + (f"; near: {'; '.join(near)}" if near else ""))
+
+
+def _synonyms(name: str) -> list[str]:
+    """'n02123045 tabby, tabby cat' -> its id, 'tabby', 'tabby cat'."""
+    head, _, rest = name.partition(" ")
+    is_id = head[:1] == "n" and head[1:].isdigit()
+    return ([head] if is_id else []) + [part.strip() for part in (rest if is_id else name).split(",")]
+
+
+def _checked(p: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
+    if p.color is not None and p.color not in COLORS:
+        raise ModelError(f"colour order {p.color!r} is unknown; required: one of {', '.join(COLORS)}")
+    if p.color is not None and COLORS[p.color] != shape[0]:
+        raise ModelError(f"colour order {p.color!r} has {COLORS[p.color]} channels but the network's input has {shape[0]}")
+    if p.resize not in RESIZES:
+        raise ModelError(f"resize {p.resize!r} is unknown; required: one of {', '.join(RESIZES)}")
+    mean, std = (_per_channel(name, getattr(p, name), shape) for name in ("mean", "std"))
+    scale = _number("scale", p.scale)
+    if (std == 0).any() or scale == 0:
+        raise ModelError("std and scale must not be zero: they divide and multiply the pixels")
+    return dataclasses.replace(p, mean=mean, std=std, scale=scale)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not np.isfinite(number):
+        raise ModelError(f"preprocessing has {name} {value!r}; required: a finite number")
+    return number
+
+
+def _per_channel(name: str, value: Any, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    """`value` as (C, 1, 1) or (C, H, W) float32."""
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        array = np.full(1, np.nan, np.float32)
+    if array.ndim <= 1 and array.size in (1, shape[0]):
+        array = np.broadcast_to(array.reshape(-1, 1, 1), (shape[0], 1, 1))
+    if array.shape not in ((shape[0], 1, 1), shape) or not np.isfinite(array).all():
+        raise ModelError(f"preprocessing has {name} of shape {np.shape(value)}; required: finite, and one number, one for each of "
+                         f"{shape[0]} channels, or one for each of {shape}")
+    array = np.array(array, np.float32, order="C")
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,614 @@
+"""(graph, rules, kernels, batch) -> Plan: the only place that allocates, packs weights and picks kernels.
+
+A plan is two flat lists of bound calls, forward and back. Compiling it takes two looks: the first writes down each call with the buffers it
+touches, the second lays the buffers out in one arena, where those that are never alive together share memory, and binds the calls.
+
+What goes back. R = |a| c is the relevance of an activation a. Most tensors carry the factor c; a tensor that some layer reads under a rule
+whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does the network's input. docs/architecture.md says more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd import graph as g
+from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
+from fastdtd.kernels import codes
+from fastdtd.rules import Assigned
+
+_ALIGNMENT = 16  # floats: one cache line
+
+
+# ---- Weights, packed once and shared by all plans ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PackedConv2d:
+    """What conv2d_forward and conv2d_redistribute read of a layer besides tensors (see kernels/cpu/conv2d.py)."""
+
+    w: Array
+    v: Array
+    forward_depth: int
+    forward_taps: npt.NDArray[np.int64]
+    constant: Array
+    back: Array
+    back_taps: npt.NDArray[np.int64]
+    phases: npt.NDArray[np.int64]
+    back_depth: int
+
+
+def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
+    """For each convolution its PackedConv2d, for each dense layer the sum z of its weights V where that is all of z."""
+    packed: dict[str, Any] = {}
+    for layer in graph:
+        if isinstance(layer, g.Conv2d):
+            packed[layer.name] = _pack_conv2d(layer, graph, rules[layer.name], kernels)
+        elif isinstance(layer, g.Dense):
+            rule = rules[layer.name]
+            ones = rule.features == codes.ONES
+            packed[layer.name] = _read_only(rule.share_weights(layer.weight)[0].sum(1, dtype=np.float64).astype(np.float32) if ones
+                                            else np.zeros(len(layer.weight), np.float32))
+    return packed
+
+
+def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleType) -> PackedConv2d:
+    weight, shares = layer.weight, rule.share_weights(layer.weight)
+    outputs, per_group, *kernel = weight.shape
+    in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+    taps = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
+
+    def packed(*parts: Array) -> Array:
+        """Panels of the matrices (groups, rows, depth of all parts together)."""
+        matrices = np.concatenate([part.reshape(layer.groups, -1, part[0].size) for part in parts], 2)
+        panels = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
+        kernels.conv2d_pack(panels, matrices)
+        return _read_only(panels)
+
+    back, back_taps, phases, used, depth = [], [], [], 0, 1
+    for down in range(layer.stride[0]):
+        for right in range(layer.stride[1]):
+            phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
+            (top, grid_rows, tap_rows), (left, grid_columns, tap_columns) = phase
+            if not grid_rows * grid_columns:
+                continue
+            reached = [(i, j) for i in tap_rows for j in tap_columns]
+            begin = used
+            if reached:
+                index = [i * kernel[1] + j for i, j in reached]
+                for v in shares:
+                    per_output = v.reshape(layer.groups, outputs // layer.groups, per_group, -1)[..., index]
+                    back.append(packed(per_output.transpose(0, 2, 1, 3).reshape(layer.groups * per_group, -1)).ravel())
+                    used += back[-1].size
+            phases.append((top, left, grid_rows, grid_columns, len(back_taps), len(back_taps) + len(reached), begin, 0))
+            back_taps += [(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached]
+            depth = max(depth, outputs // layer.groups * len(reached))
+    table = np.array(phases, np.int64).reshape(-1, 8)
+    columns = kernels.conv2d_block_columns(depth, int((table[:, 2] * table[:, 3]).max()))
+    blocks = -(-(table[:, 2] * table[:, 3]) // columns)
+    table[:, 7] = np.cumsum(blocks) - blocks
+    return PackedConv2d(
+        w=packed(weight),
+        v=packed(*shares) if rule.features != codes.ONES else _read_only(np.zeros((1, 1, 1, 1), np.float32)),
+        forward_depth=weight[0].size * (3 if len(shares) == 2 else 1),
+        forward_taps=_table([(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]) for i, j in taps], 2),
+        constant=_read_only(_constant(layer, rule, shares, in_shape, out_shape)),
+        back=_read_only(np.concatenate(back) if back else np.zeros(1, np.float32)),
+        back_taps=_table(back_taps, 2),
+        phases=_read_only(table),
+        back_depth=depth,
+    )
+
+
+def _table(rows: list[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:
+    return _read_only(np.array(rows, np.int64).reshape(-1, columns))
+
+
+def _phase(remainder: int, axis: int, layer: g.Conv2d, size: int) -> tuple[int, int, list[int]]:
+    """Inputs i of one axis with (i + padding) mod stride = remainder: the first, how many, and the taps of the kernel that reach them."""
+    stride, padding, dilation = layer.stride[axis], layer.padding[axis], layer.dilation[axis]
+    first = (remainder - padding) % stride
+    count = max(0, -((first - size) // stride))
+    return first, count, [tap for tap in range(layer.weight.shape[2 + axis]) if tap * dilation % stride == remainder]
+
+
+def _offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
+    """Which output, relative to an input's number within its phase, reads that input through this tap."""
+    return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
+
+
+def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, out_shape: Shape) -> Array:
+    """(K, OH * OW): z under ONES, which depends on the place alone, through the taps that fall inside the input."""
+    if rule.features != codes.ONES:
+        return np.zeros((1, 1), np.float32)
+    each = shares[0].sum(1, dtype=np.float64)
+    inside = []
+    for axis in (0, 1):
+        tap, place = np.ogrid[:layer.weight.shape[2 + axis], :out_shape[1 + axis]]
+        at = place * layer.stride[axis] + tap * layer.dilation[axis] - layer.padding[axis]
+        inside.append(((at >= 0) & (at < in_shape[1 + axis])).astype(np.float64))
+    return np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), inside[0]).reshape(len(each), -1).astype(np.float32)
+
+
+# ---- Buffers -----------------------------------------------------------------------------------------------------------------------------
+
+
+class _Buffer:
+    """Memory of a known size for the steps first..last."""
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements  # for each image
+        self.first, self.last, self.offset = -1, -1, 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """A buffer as a step sees it: an array (batch, *shape)."""
+
+    buffer: _Buffer
+    shape: tuple[int, ...]
+    dtype: type[np.generic] = np.float32
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A tensor's place: channels `channel`.. of an array (batch, *shape)."""
+
+    use: _Use
+    channel: int
+
+
+def _lay_out(buffers: Iterable[_Buffer], batch: int) -> int:
+    """Give each buffer an offset, the large ones first, so that buffers alive at the same time do not overlap; returns the size of all."""
+    placed: list[_Buffer] = []
+    size = 0
+    for buffer in sorted(buffers, key=lambda b: -b.elements):
+        need = _room(buffer, batch)
+        start = 0
+        for other in sorted((b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset):
+            if start + need <= other.offset:
+                break
+            start = max(start, other.offset + _room(other, batch))
+        buffer.offset = start
+        placed.append(buffer)
+        size = max(size, start + need)
+    return size
+
+
+def _room(buffer: _Buffer, batch: int) -> int:
+    return -(-buffer.elements * batch // _ALIGNMENT) * _ALIGNMENT
+
+
+# ---- The plan ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """Bound calls for `batch` images at a time, shared out among `workers` threads. Not for two callers at once.
+
+    Attributes
+    ----------
+    input : (batch, C, H, W) float32
+        Write pictures here before `forward`.
+    output : (batch, K) float32
+        Class scores, valid between `forward` and `back`.
+    start : (batch, K) float32
+        Write here what the output carries back (1 for the class to explain; its relevance if `starts_with_relevance`) before `back`.
+    relevance : (batch, C, H, W) float32
+        Of the input, valid after `back`.
+    ledger : (batch, layers) float64
+        Relevance that each layer of `ledger_layers` absorbed, valid after `back`.
+    """
+
+    def __init__(self, graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, packed: dict[str, Any], batch: int, workers: int = 1):
+        self._graph, self._rules, self._kernels, self._packed, self._batch = graph, rules, kernels, packed, batch
+        self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
+        self._block_elements = 1
+        self._fused = _fusible_relus(graph)
+        self._relevance_carriers = _relevance_carriers(graph, rules)
+        self._roots = _roots(graph, self._fused)
+        self._activations: dict[str, _Buffer] = {}
+        self._factors: dict[str, _Buffer] = {}
+        self._written: dict[str, list[tuple[int, int]]] = {}
+        self._tapes: dict[str, tuple[_Use, npt.NDArray[np.uint8]]] = {}
+        self.ledger_layers = [layer.name for layer in graph if layer.name in rules and rules[layer.name].name != "winner"]
+        self.ledger = np.zeros((batch, len(self.ledger_layers)))
+        self.starts_with_relevance = graph.output in self._relevance_carriers
+
+        layers = [layer for layer in graph if layer.name not in self._fused]
+        source, output = self._activation(INPUT), self._activation(graph.output)
+        self._touch(source.use, 0)
+        for layer in layers:
+            self._emit_forward(layer)
+        middle = len(self._steps)
+        self._touch(output.use, middle)
+        start = self._factor(graph.output)
+        self._touch(start.use, middle)
+        self._mark_written(graph.output)
+        for layer in reversed(layers):
+            self._emit_back(layer)
+        relevance = self._factor(INPUT)
+        self._touch(relevance.use, len(self._steps))
+
+        buffers = {id(use.buffer): use.buffer for _, arguments, _ in self._steps for use in arguments if isinstance(use, _Use)}
+        buffers |= {id(t.use.buffer): t.use.buffer for t in (source, output, start, relevance)}
+        self.arena_elements = _lay_out(buffers.values(), batch)
+        self._arena = np.empty(self.arena_elements, np.float32)
+        self.input, self.output, self.start, self.relevance = map(self._bind_tensor, (
+            (source, graph.input_shape), (output, graph.shapes[graph.output]), (start, graph.shapes[graph.output]),
+            (relevance, graph.input_shape)))
+        self.output, self.start = self.output[:, :, 0, 0], self.start[:, :, 0, 0]
+        bound = [self._bind(worker, workers) for worker in range(workers)]
+        self._forward, self._back = [calls[:middle] for calls in bound], [calls[middle:] for calls in bound]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arena."""
+        return self._arena.nbytes
+
+    def forward(self, submit: Callable[..., Any] | None = None) -> None:
+        """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
+        _run(self._forward, submit)
+
+    def back(self, submit: Callable[..., Any] | None = None) -> None:
+        """start -> relevance and ledger."""
+        _run(self._back, submit)
+
+    # -- Where tensors live
+
+    def _activation(self, name: str) -> _Tensor:
+        return self._place(name, self._activations)
+
+    def _factor(self, name: str) -> _Tensor:
+        return self._place(name, self._factors)
+
+    def _place(self, name: str, buffers: dict[str, _Buffer]) -> _Tensor:
+        root, offset, elements = self._roots[name]
+        buffer = buffers.setdefault(root, _Buffer(elements))
+        _, height, width = self._graph.shapes[name]
+        return _Tensor(_Use(buffer, (elements // (height * width), height, width)), offset // (height * width))
+
+    def _accumulates(self, name: str) -> bool:
+        """Whether c of a tensor is added to; a part of it that is not written yet is cleared before."""
+        root, offset, elements = self._roots[name]
+        end = offset + int(np.prod(self._graph.shapes[name]))
+        written = self._written.setdefault(root, [])
+        covered = sorted((max(a, offset), min(b, end)) for a, b in written if a < end and b > offset)
+        self._mark_written(name)
+        if not covered:
+            return False
+        at = offset
+        for begin, stop in [*covered, (end, end)]:
+            if begin > at:
+                whole = _Use(self._factors.setdefault(root, _Buffer(elements)), (elements, 1, 1))
+                self._step(self._kernels.clear_redistribute, [whole, at, begin], self._batch)
+            at = max(at, stop)
+        return True
+
+    def _mark_written(self, name: str) -> None:
+        root, offset, _ = self._roots[name]
+        self._written.setdefault(root, []).append((offset, offset + int(np.prod(self._graph.shapes[name]))))
+
+    # -- Writing steps down
+
+    def _step(self, kernel: Callable[..., None], arguments: list[Any], units: int) -> None:
+        for use in arguments:
+            if isinstance(use, _Use):
+                self._touch(use, len(self._steps))
+        self._steps.append((kernel, arguments, units))
+
+    def _touch(self, use: _Use, step: int) -> None:
+        buffer = use.buffer
+        buffer.first = step if buffer.first < 0 else min(buffer.first, step)
+        buffer.last = max(buffer.last, step)
+
+    def _result(self, layer: Layer) -> tuple[str, bool]:
+        """The tensor that a layer makes, and whether that is behind a fused ReLU."""
+        for relu, before in self._fused.items():
+            if before == layer.name:
+                return relu, True
+        return layer.name, False
+
+    def _bounds(self, name: str) -> tuple[Array, Array]:
+        domain, channels = self._graph.domains[name], self._graph.shapes[name][0]
+        if domain.low is None or domain.high is None:
+            return (_read_only(np.zeros(channels, np.float32)),) * 2
+        return _read_only(domain.low), _read_only(domain.high)
+
+    def _tape(self, layer: Layer, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
+        shape = self._graph.shapes[layer.name]
+        tape = _Use(_Buffer(int(np.prod(shape))), shape, dtype), np.zeros(self._batch, np.uint8)
+        return self._tapes.setdefault(layer.name, tape)
+
+    def _emit_forward(self, layer: Layer) -> None:
+        kernels, batch = self._kernels, self._batch
+        result, relu = self._result(layer)
+        x, a = self._activation(result), self._activation(layer.inputs[0])
+        channels, height, width = self._graph.shapes[layer.name]
+        carries = result in self._relevance_carriers
+        low, high = self._bounds(layer.inputs[0])
+        rule = self._rules.get(layer.name)
+        match layer:
+            case g.Conv2d() if rule:
+                packed: PackedConv2d = self._packed[layer.name]
+                ratio, dead = self._tape(layer)
+                columns = kernels.conv2d_block_columns(packed.forward_depth, height * width)
+                self._step(kernels.conv2d_forward, [
+                    x.use, ratio, dead, a.use, packed.w, packed.v, _bias(layer), packed.constant, low, high, packed.forward_taps,
+                    self._block(packed.forward_depth, columns), _TILES, x.channel, a.channel, *layer.stride, rule.features, relu, carries,
+                ], batch * -(-height * width // columns))
+            case g.Dense() if rule:
+                ratio, dead = self._tape(layer)
+                self._step(kernels.dense_forward, [
+                    x.use, ratio, dead, a.use, layer.weight, _bias(layer), self._packed[layer.name], low, high, x.channel, a.channel,
+                    rule.features, relu, carries,
+                ], channels)
+            case g.Add() if rule:
+                ratio, dead = self._tape(layer)
+                b = self._activation(layer.inputs[1])
+                self._step(kernels.add_forward, [
+                    x.use, ratio, dead, a.use, b.use, low, high, *self._bounds(layer.inputs[1]), x.channel, a.channel, b.channel,
+                    rule.features, relu, carries,
+                ], batch * channels)
+            case g.MaxPool2d() if rule and rule.features is None:
+                winner, _ = self._tape(layer, np.int32)
+                self._step(kernels.max_pool2d_forward, [
+                    x.use, winner, a.use, x.channel, a.channel, *layer.kernel, *layer.stride, *layer.padding[:2],
+                ], batch * channels)
+            case g.Pool2d() | g.GlobalAveragePool() if rule:
+                ratio, dead = self._tape(layer)
+                kernel, stride, padding, count_padding = self._window(layer)
+                self._step(kernels.pool2d_forward, [
+                    x.use, ratio, dead, a.use, low, high, x.channel, a.channel, *kernel, *stride, *padding,
+                    isinstance(layer, g.MaxPool2d), count_padding, rule.features, carries,
+                ], batch * channels)
+            case g.ReLU():
+                self._step(kernels.relu_forward, [x.use, a.use, x.channel, a.channel, channels], batch * channels)
+            case g.Concat() | g.Flatten():
+                for source, place in self._copied_inputs(layer):
+                    self._copy(self._activations, layer.name, place, source, 0, source, False)
+            case _:
+                raise AssertionError(f"no kernel for {type(layer).__name__}: the graph is not canonical")
+
+    def _emit_back(self, layer: Layer) -> None:
+        kernels, batch = self._kernels, self._batch
+        result, _ = self._result(layer)
+        c, source = self._factor(result), layer.inputs[0]
+        carries = source in self._relevance_carriers
+        channels, height, width = self._graph.shapes[source]
+        low, high = self._bounds(source)
+        rule = self._rules.get(layer.name)
+        if layer.name in self.ledger_layers:
+            ratio, dead = self._tape(layer)
+            self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, self.ledger_layers.index(layer.name), c.channel], batch)
+        match layer:
+            case g.Conv2d() if rule:
+                packed: PackedConv2d = self._packed[layer.name]
+                grids = packed.phases[:, 2] * packed.phases[:, 3]
+                columns = kernels.conv2d_block_columns(packed.back_depth, int(grids.max()))
+                accumulate = self._accumulates(source)
+                c_in, a = self._factor(source), self._activation_for(rule, source)
+                self._step(kernels.conv2d_redistribute, [
+                    c_in.use, c.use, ratio, a.use, packed.back, low, high, packed.phases, packed.back_taps,
+                    self._block(packed.back_depth, columns), _TILES, c_in.channel, c.channel, a.channel, layer.groups, *layer.stride,
+                    rule.features, carries, accumulate,
+                ], batch * int((-(-grids // columns)).sum()))
+            case g.Dense() if rule:
+                accumulate = self._accumulates(source)
+                c_in, a = self._factor(source), self._activation_for(rule, source)
+                weights = {"w2": codes.SQUARED, "flat": codes.FLAT}.get(rule.name, codes.POSITIVE)
+                self._step(kernels.dense_redistribute, [
+                    c_in.use, c.use, ratio, a.use, layer.weight, low, high, c_in.channel, c.channel, a.channel, rule.features, weights,
+                    carries, accumulate,
+                ], -(-channels // kernels.DENSE_FEATURES))
+            case g.Add() if rule:
+                for name in layer.inputs:
+                    carries = name in self._relevance_carriers
+                    accumulate = self._accumulates(name)
+                    c_in, a = self._factor(name), self._activation_for(rule, name)
+                    self._step(kernels.add_redistribute, [
+                        c_in.use, c.use, ratio, a.use, *self._bounds(name), c_in.channel, c.channel, a.channel, rule.features, carries,
+                        accumulate,
+                    ], batch * channels)
+            case g.MaxPool2d() if rule and rule.features is None:
+                winner, _ = self._tape(layer)
+                accumulate = self._accumulates(source)
+                c_in = self._factor(source)
+                self._step(kernels.max_pool2d_redistribute, [c_in.use, c.use, winner, c_in.channel, c.channel, accumulate], batch * channels)
+            case g.Pool2d() | g.GlobalAveragePool() if rule:
+                kernel, stride, padding, _ = self._window(layer)
+                accumulate = self._accumulates(source)
+                c_in, a = self._factor(source), self._activation_for(rule, source)
+                self._step(kernels.pool2d_redistribute, [
+                    c_in.use, c.use, ratio, a.use, low, high, c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2],
+                    rule.features, carries, accumulate,
+                ], batch * channels)
+            case g.ReLU():
+                accumulate = self._accumulates(source)
+                c_in, a = self._factor(source), self._activation(source)
+                self._step(kernels.relu_redistribute, [
+                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, carries, accumulate,
+                ], batch * channels)
+            case g.Concat() | g.Flatten():
+                for name, place in self._copied_inputs(layer):
+                    self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
+                # Inputs that lie in the result's own memory have what was written there.
+
+    def _activation_for(self, rule: Assigned, name: str) -> _Tensor:
+        """What the way back reads as the activation `name`: where the rule does not look at it, c itself, so that its memory can go."""
+        unread = rule.features == codes.NONNEGATIVE and name not in self._relevance_carriers
+        return self._factor(name) if unread else self._activation(name)
+
+    def _window(self, layer: Layer) -> tuple[Any, Any, Any, bool]:
+        if isinstance(layer, g.GlobalAveragePool):
+            size = self._graph.shapes[layer.inputs[0]][1:]
+            return size, (1, 1), (0, 0, 0, 0), False
+        assert isinstance(layer, g.Pool2d)
+        return layer.kernel, layer.stride, layer.padding, isinstance(layer, g.AveragePool2d) and layer.count_include_pad
+
+    def _block(self, depth: int, columns: int) -> _Block:
+        self._block_elements = max(self._block_elements, depth * columns)
+        return _Block(depth, columns)
+
+    def _copied_inputs(self, layer: Layer) -> list[tuple[str, int]]:
+        """Inputs of a concatenation or flatten that do not lie in its memory already, with where in it they belong."""
+        copied, place = [], 0
+        root, offset, _ = self._roots[layer.name]
+        for name in layer.inputs:
+            if self._roots[name][:2] != (root, offset + place):
+                copied.append((name, place))
+            place += int(np.prod(self._graph.shapes[name]))
+        return copied
+
+    def _copy(self, buffers: dict[str, _Buffer], to: str, to_place: int, source: str, source_place: int, what: str, add: bool) -> None:
+        """As many numbers as tensor `what` has, between places within two tensors."""
+        ends = []
+        for name, place in ((to, to_place), (source, source_place)):
+            root, offset, elements = self._roots[name]
+            ends.append((_Use(buffers.setdefault(root, _Buffer(elements)), (elements, 1, 1)), offset + place))
+        (x, x_begin), (a, a_begin) = ends
+        self._step(self._kernels.copy_forward, [x, a, x_begin, a_begin, int(np.prod(self._graph.shapes[what])), add], self._batch)
+
+    # -- Binding them
+
+    def _bind_use(self, use: _Use) -> npt.NDArray[Any]:
+        flat = self._arena[use.buffer.offset:use.buffer.offset + use.buffer.elements * self._batch]
+        return flat.view(use.dtype).reshape(self._batch, *use.shape)
+
+    def _bind_tensor(self, item: tuple[_Tensor, Shape]) -> Array:
+        tensor, shape = item
+        return self._bind_use(tensor.use)[:, tensor.channel:tensor.channel + shape[0]]
+
+    def _bind(self, worker: int, workers: int) -> list[Callable[[], None]]:
+        scratch = np.empty(self._block_elements, np.float32)
+        tiles = np.empty(self._kernels.conv2d_tiles_shape(), np.float32)
+        calls = []
+        for kernel, arguments, units in self._steps:
+            bound: list[Any] = []
+            for argument in arguments:
+                match argument:
+                    case _Use():
+                        bound.append(self._bind_use(argument))
+                    case _Block(depth, columns):
+                        bound.append(scratch[:depth * columns].reshape(depth, columns))
+                    case _ if argument is _TILES:
+                        bound.append(tiles)
+                    case _:
+                        bound.append(argument)
+            first, last = units * worker // workers, units * (worker + 1) // workers
+            calls.append(partial(kernel, *bound, first, last))
+        return calls
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A worker's own scratch for gathered columns, (depth, columns)."""
+
+    depth: int
+    columns: int
+
+
+_TILES = object()  # a worker's own scratch for tiles
+
+
+def _run(calls: list[list[Callable[[], None]]], submit: Callable[..., Any] | None) -> None:
+    if len(calls) == 1:
+        for call in calls[0]:
+            call()
+        return
+    assert submit is not None
+    barrier = threading.Barrier(len(calls))
+
+    def work(own: list[Callable[[], None]]) -> None:
+        try:
+            for call in own:
+                call()
+                barrier.wait()
+        except BaseException:
+            barrier.abort()
+            raise
+
+    others = [submit(work, own) for own in calls[1:]]
+    work(calls[0])
+    for other in others:
+        other.result()
+
+
+def _bias(layer: g.Conv2d | g.Dense) -> Array:
+    return _read_only(np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias)
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def _fusible_relus(graph: Graph) -> dict[str, str]:
+    """ReLU's name -> the layer before it, for each ReLU that alone reads a layer which can apply it itself."""
+    by_name = {layer.name: layer for layer in graph}
+    return {layer.name: layer.inputs[0] for layer in graph if isinstance(layer, g.ReLU)
+            and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
+
+
+def _relevance_carriers(graph: Graph, rules: dict[str, Assigned]) -> set[str]:
+    """Tensors that carry relevance back instead of its factor c: the input, what a rule with its own features reads, and what is joined to
+    such a tensor by layers that only pass relevance on."""
+    joined: dict[str, set[str]] = {name: set() for name in graph.shapes}
+    carriers = {INPUT}
+    for layer in graph:
+        rule = rules.get(layer.name)
+        if rule is None or rule.name == "winner":
+            for name in layer.inputs:
+                joined[name].add(layer.name)
+                joined[layer.name].add(name)
+        elif rule.features in (codes.BOX, codes.ONES):
+            carriers.update(layer.inputs)
+    waiting = list(carriers)
+    while waiting:
+        for name in joined[waiting.pop()] - carriers:
+            carriers.add(name)
+            waiting.append(name)
+    return carriers
+
+
+def _roots(graph: Graph, fused: dict[str, str]) -> dict[str, tuple[str, int, int]]:
+    """Where each tensor lies: (the tensor that owns the memory, offset in it, its size), in numbers for each image.
+
+    A concatenation's inputs and a flatten's input lie in the result's memory, so that nothing is copied, unless they lie elsewhere already
+    or their channels would not start at a whole channel of it.
+    """
+    size = {name: int(np.prod(shape)) for name, shape in graph.shapes.items()}
+    inside: dict[str, tuple[str, int]] = {}
+
+    def root_of(name: str) -> tuple[str, int]:
+        offset = 0
+        while name in inside:
+            name, more = inside[name]
+            offset += more
+        return name, offset
+
+    for layer in reversed(graph.layers):
+        if not isinstance(layer, (g.Concat, g.Flatten)):
+            continue
+        offset = 0
+        for name in layer.inputs:
+            root, start = root_of(layer.name)
+            below = [inner for inner in graph.shapes if root_of(inner)[0] == name]
+            if name not in inside and root != name and all(
+                    _whole_channels(graph.shapes[inner], start + offset + root_of(inner)[1], size[root]) for inner in below):
+                inside[name] = (layer.name, offset)
+            offset += size[name]
+    return {name: (*root_of(name), size[root_of(name)[0]]) for name in graph.shapes}
+
+
+def _whole_channels(shape: Shape, offset: int, elements: int) -> bool:
+    places = shape[1] * shape[2]
+    return offset % places == 0 and elements % places == 0

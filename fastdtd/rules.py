@@ -1,0 +1,119 @@
+"""Which rule each layer gets, and what a rule is: how features u and weights V are made from activations and weights.
+
+The table is docs/method.md's, after Montavon et al., Pattern Recognition 65 (2017), sections 4.1 to 4.3 (z+, w2, zB) and Lapuschkin et al.,
+arXiv:1902.10178 (flat).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdtd.errors import RuleError
+from fastdtd.graph import Add, Array, AveragePool2d, Conv2d, Dense, Domain, GlobalAveragePool, Graph, Layer, MaxPool2d
+from fastdtd.kernels import codes
+
+LINEAR_RULES = {
+    "z+": "shares by a * max(W, 0); for hidden layers",
+    "zB": "shares by (a - low) * max(W, 0) + (high - a) * max(-W, 0); for an input with known bounds",
+    "w2": "shares by W^2, whatever the input; for an input without bounds",
+    "flat": "shares evenly, whatever the input and the weights",
+}
+POOL_RULES = {
+    "winner": "gives all to the largest number of a window",
+    "proportional": "shares in proportion to the numbers of a window",
+}
+PRESETS = ("dtd",)
+Rules = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The rule of one layer: its name and the code of its features (fastdtd.kernels.codes; None under "winner")."""
+
+    name: str
+    features: int | None
+
+    def share_weights(self, weight: Array) -> list[Array]:
+        """V >= 0, one array of the shape of `weight` for each feature of an input."""
+        positive, negative = np.maximum(weight, 0), np.maximum(-weight, 0)
+        match self.name, self.features:
+            case "z+", codes.NONNEGATIVE:
+                return [positive]
+            case "w2", _:
+                return [weight * weight]
+            case "flat", _:
+                return [np.ones_like(weight)]
+        return [positive, negative]
+
+
+def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
+    """The rule of each layer that redistributes.
+
+    Parameters
+    ----------
+    graph : Graph
+        In canonical form.
+    rules : "dtd" or mapping of str to str
+        "dtd" chooses by each layer's input domain: z+ in hidden layers, zB at an input with bounds, w2 at one without, and gives max-pools'
+        relevance to the winner. A mapping from layer names, or patterns such as "conv*", to rules changes some of these; where several
+        match, the last one counts.
+
+    Returns
+    -------
+    dict of str to Assigned
+        By layer name. Layers that only pass relevance on (ReLU, concatenation, flatten) are left out.
+
+    Raises
+    ------
+    RuleError
+        An unknown rule, a pattern that matches no layer with rules, or a rule that does not apply to a layer's kind or domain.
+    """
+    if isinstance(rules, str):
+        if rules not in PRESETS:
+            raise RuleError(f"rules {rules!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layer names to rules "
+                            f"({', '.join([*LINEAR_RULES, *POOL_RULES])})")
+        rules = {}
+    ruled = [layer for layer in graph if isinstance(layer, (Conv2d, Dense, Add, AveragePool2d, GlobalAveragePool, MaxPool2d))]
+    names = {layer.name: _default(layer, input_domain(graph, layer)) for layer in ruled}
+    for pattern, rule in rules.items():
+        if rule not in LINEAR_RULES and rule not in POOL_RULES:
+            raise RuleError(f"rule {rule!r} for {pattern!r} is unknown; required: one of {', '.join([*LINEAR_RULES, *POOL_RULES])}")
+        fitting = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
+        if not fitting:
+            raise RuleError(f"no layer with a rule is named {pattern!r} or matches it; they are {', '.join(names)}")
+        names.update(dict.fromkeys(fitting, rule))
+    return {layer.name: _assigned(layer, names[layer.name], input_domain(graph, layer)) for layer in ruled}
+
+
+def input_domain(graph: Graph, layer: Layer) -> Domain:
+    """The domain of what `layer` reads; of both inputs together for an addition."""
+    return graph.domains[layer.name if isinstance(layer, Add) else layer.inputs[0]]
+
+
+def _default(layer: Layer, domain: Domain) -> str:
+    if isinstance(layer, MaxPool2d):
+        return "winner"
+    if domain.hidden:
+        return "z+"
+    return "w2" if domain.low is None else "zB"
+
+
+def _assigned(layer: Layer, rule: str, domain: Domain) -> Assigned:
+    allowed = POOL_RULES if isinstance(layer, MaxPool2d) else LINEAR_RULES
+    if rule not in allowed:
+        raise RuleError(f"rule {rule!r} does not apply to {type(layer).__name__} {layer.name!r}; required: one of {', '.join(allowed)}")
+    if rule == "winner":
+        return Assigned(rule, None)
+    if rule in ("w2", "flat"):
+        return Assigned(rule, codes.ONES)
+    bounded = domain.low is not None
+    if rule == "zB" and not bounded:
+        raise RuleError(f"rule 'zB' needs bounds of what layer {layer.name!r} reads, which are known only for the network's input, and only "
+                        "if the model gives its value box; use 'z+' in hidden layers, or 'w2' at the input")
+    if rule == "zB" or rule == "proportional" and bounded:
+        return Assigned(rule, codes.BOX)
+    return Assigned(rule, codes.NONNEGATIVE if domain.nonnegative else codes.SIGNED)

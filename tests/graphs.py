@@ -1,0 +1,129 @@
+"""Random networks for property tests: every layer, every connection, awkward shapes."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from fastdtd import graph as g
+
+LINEAR = ["z+", "w2", "flat"]
+
+
+def _pads(draw, kernel):
+    return tuple(draw(st.integers(0, min(2, k - 1))) for k in (*kernel, *kernel))
+
+
+def _weights(rng, *shape, dead=0.1):
+    """Some zero, some rows without a positive or without any weight."""
+    w = rng.standard_normal(shape) * np.sqrt(2 / max(1, np.prod(shape[1:])))
+    w[rng.random(shape) < 0.1] = 0
+    for row in w:
+        if rng.random() < dead:
+            row[...] = -np.abs(row)
+        elif rng.random() < dead / 2:
+            row[...] = 0
+    return w
+
+
+@st.composite
+def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
+    """A Graph of up to `layers` layers and a head. hidden_signs=False keeps pools and additions behind ReLUs, where peers agree."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shape = tuple(draw(st.integers(1, n)) for n in (4, maximum_size, maximum_size))
+    box = draw(st.sampled_from([None, (-1.0, 2.0), (0.0, 1.0), "channels"]))
+    if box == "channels":
+        low = -rng.random(shape[0])
+        box = (low, low + 0.5 + rng.random(shape[0]))
+    made, shapes, behind_relu, read = [], {g.INPUT: shape}, {g.INPUT: False}, set()
+
+    def add(layer, relu):
+        shapes[layer.name] = layer.output_shape([shapes[name] for name in layer.inputs])
+        made.append(layer)
+        behind_relu[layer.name] = relu
+        read.update(layer.inputs)
+        return layer.name
+
+    def pick(images=True, quiet=False):
+        names = [n for n, s in shapes.items() if (not images or s[1:] != (1, 1) or n == g.INPUT) and (not quiet or behind_relu[n])]
+        return draw(st.sampled_from(names[-4:])) if names else None
+
+    for number in range(draw(st.integers(1, layers))):
+        kind = draw(st.sampled_from(["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "dense"]))
+        name = f"{kind}{number}"
+        quiet = not hidden_signs and kind in ("average", "global", "add")
+        source = pick(images=kind not in ("dense", "relu", "concat"), quiet=quiet)
+        if source is None:
+            continue
+        channels, *size = shapes[source]
+        if kind.startswith("conv"):
+            kernel = tuple(draw(st.integers(1, min(4, n + 1))) for n in size)
+            stride, dilation = (tuple(draw(st.integers(1, most)) for _ in size) for most in (5, 2))
+            groups = draw(st.sampled_from([n for n in (1, 2, 3, 4) if channels % n == 0]))
+            outputs = groups * draw(st.integers(1, 9 if groups == 1 else 3))
+            try:
+                add(g.Conv2d(name, (source,), _weights(rng, outputs, channels // groups, *kernel),
+                             0.2 * rng.standard_normal(outputs) if draw(st.booleans()) else None, stride,
+                             tuple(draw(st.integers(0, 2)) for _ in range(4)), dilation, groups), False)
+            except g.ModelError:  # a kernel that reaches beyond its input
+                continue
+            if kind == "conv+relu":
+                add(g.ReLU(name + "/relu", (name,)), True)
+        elif kind in ("max", "average"):
+            kernel = tuple(draw(st.integers(1, min(3, n))) for n in size)
+            arguments = (name, (source,), kernel, tuple(draw(st.integers(1, 3)) for _ in size), _pads(draw, kernel), draw(st.booleans()))
+            add(g.MaxPool2d(*arguments) if kind == "max" else g.AveragePool2d(*arguments, draw(st.booleans())), behind_relu[source])
+        elif kind == "global":
+            add(g.GlobalAveragePool(name, (source,)), behind_relu[source])
+        elif kind == "concat":
+            others = [n for n, s in shapes.items() if s[1:] == shapes[source][1:]]
+            inputs = (source, *(draw(st.sampled_from(others)) for _ in range(draw(st.integers(0, 2)))))
+            add(g.Concat(name, inputs), all(behind_relu[n] for n in inputs))
+        elif kind == "add":
+            others = [n for n, s in shapes.items() if s == shapes[source] and (behind_relu[n] or not quiet)]
+            inputs = (source, draw(st.sampled_from(others)))
+            add(g.Add(name, inputs), all(behind_relu[n] for n in inputs))
+            if draw(st.booleans()):
+                add(g.ReLU(name + "/relu", (name,)), True)
+        elif kind == "relu":
+            add(g.ReLU(name, (source,)), True)
+        else:
+            flat = source
+            if shapes[source][1:] != (1, 1):
+                flat = add(g.Flatten(name + "/flatten", (source,)), behind_relu[source])
+            outputs = draw(st.integers(1, 12))
+            add(g.Dense(name, (flat,), _weights(rng, outputs, shapes[flat][0]), 0.2 * rng.standard_normal(outputs)), False)
+            if draw(st.booleans()):
+                add(g.ReLU(name + "/relu", (name,)), True)
+
+    flat = [add(g.Flatten(f"{name}/flat", (name,)), behind_relu[name]) for name in list(shapes) if name not in read] or [g.INPUT]
+    if flat == [g.INPUT]:
+        flat = [add(g.Flatten("flat", (g.INPUT,)), False)]
+    joined = add(g.Concat("join", tuple(flat)), all(behind_relu[n] for n in flat)) if len(flat) > 1 else flat[0]
+    add(g.Dense("scores", (joined,), _weights(rng, draw(st.integers(1, 4)), shapes[joined][0], dead=0)), False)
+    return g.Graph(tuple(made), shape, box)
+
+
+@st.composite
+def graphs_and_rules(draw, **options):
+    """A Graph, and rules for some of its layers."""
+    graph = draw(graphs(**options))
+    rules = {}
+    for layer in graph:
+        if draw(st.integers(0, 4)):
+            continue
+        if isinstance(layer, g.MaxPool2d):
+            rules[layer.name] = draw(st.sampled_from(["winner", "proportional"]))
+        elif isinstance(layer, (g.Conv2d, g.Dense, g.Add, g.Pool2d, g.GlobalAveragePool)):
+            rules[layer.name] = draw(st.sampled_from(LINEAR))
+    return graph, rules
+
+
+def pictures(graph, count, seed=0):
+    """(count, C, H, W) float32 inside the graph's box; the second is all zero (or the lower bound), the third holds the bounds only."""
+    rng = np.random.default_rng(seed)
+    low, high = (b[:, None, None] for b in graph.box) if graph.box is not None else (-2.0, 2.0)
+    batch = low + (high - low) * rng.random((count, *graph.input_shape))
+    if count > 1:
+        batch[1] = 0 if graph.box is None else low
+    if count > 2:
+        batch[2] = np.where(rng.random(graph.input_shape) < 0.5, low, high)
+    return batch.astype(np.float32)

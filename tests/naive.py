@@ -1,0 +1,154 @@
+"""The oracle: deep Taylor decomposition in plain NumPy, float64, written from the formulas and for reading, not for speed.
+
+Every layer that sums is one dense matrix W from all its inputs to all its outputs, so each rule is written once, as in the papers:
+
+    R_i = sum over j of  u_i V_ij / (sum over i' of u_i' V_i'j)  R_j
+
+with the features u and weights V of docs/method.md. It works on relevance R itself, never on factors c = R / x, and on one picture at a time.
+Nothing here is shared with the package but the layers' fields.
+"""
+
+import numpy as np
+
+from fastdtd import graph as g
+
+
+TIE = 1e-9  # equal numbers whose sums were rounded in another order are still equal: the first of them wins
+
+
+def matrix(layer, shapes):
+    """(weights, connected), each (outputs, inputs): the layer as one matrix, and which entries exist (a weight may be zero)."""
+    match layer:
+        case g.Dense():
+            return layer.weight.astype(float), np.ones(layer.weight.shape)
+        case g.Conv2d():
+            return convolution_matrix(layer, shapes[0])
+        case g.Add():
+            eye = np.eye(int(np.prod(shapes[0])))
+            return np.hstack([eye, eye]), np.hstack([eye, eye])
+        case g.GlobalAveragePool():
+            channels, height, width = shapes[0]
+            connected = np.kron(np.eye(channels), np.ones((1, height * width)))
+            return connected / (height * width), connected
+        case g.Pool2d():
+            return window_matrix(layer, shapes[0])
+    raise TypeError(type(layer).__name__)
+
+
+def convolution_matrix(layer, shape):
+    channels, height, width = shape
+    outputs, per_group, rows, columns = layer.weight.shape
+    _, out_height, out_width = layer.output_shape([shape])
+    weights = np.zeros((outputs, out_height, out_width, channels, height, width))
+    connected = np.zeros(weights.shape)
+    for k in range(outputs):
+        group = k // (outputs // layer.groups)
+        for y, x, c, i, j in np.ndindex(out_height, out_width, per_group, rows, columns):
+            down = y * layer.stride[0] + i * layer.dilation[0] - layer.padding[0]
+            right = x * layer.stride[1] + j * layer.dilation[1] - layer.padding[1]
+            if 0 <= down < height and 0 <= right < width:
+                weights[k, y, x, group * per_group + c, down, right] = layer.weight[k, c, i, j]
+                connected[k, y, x, group * per_group + c, down, right] = 1
+    size = outputs * out_height * out_width
+    return weights.reshape(size, -1), connected.reshape(size, -1)
+
+
+def window_matrix(layer, shape):
+    """Of an average; of a max-pool `connected` alone is of use."""
+    channels, height, width = shape
+    top, left, bottom, right = layer.padding
+    _, out_height, out_width = layer.output_shape([shape])
+    weights = np.zeros((channels, out_height, out_width, channels, height, width))
+    connected = np.zeros(weights.shape)
+    for c, y, x in np.ndindex(channels, out_height, out_width):
+        rows = [y * layer.stride[0] - top + i for i in range(layer.kernel[0])]
+        columns = [x * layer.stride[1] - left + j for j in range(layer.kernel[1])]
+        inside = [(i, j) for i in rows for j in columns if 0 <= i < height and 0 <= j < width]
+        padded = [(i, j) for i in rows for j in columns if i < height + bottom and j < width + right]
+        for i, j in inside:
+            weights[c, y, x, c, i, j] = 1 / len(padded if getattr(layer, "count_include_pad", False) else inside)
+            connected[c, y, x, c, i, j] = 1
+    size = channels * out_height * out_width
+    return weights.reshape(size, -1), connected.reshape(size, -1)
+
+
+def shares(rule, a, weights, connected, low, high):
+    """(outputs, inputs): u V of each connection."""
+    positive, negative = np.maximum(weights, 0), np.maximum(-weights, 0)
+    match rule:
+        case "z+":
+            return positive * np.maximum(a, 0) + negative * np.maximum(-a, 0)
+        case "zB":
+            return positive * (a - low) + negative * (high - a)
+        case "w2":
+            return weights**2
+        case "flat":
+            return connected
+    raise ValueError(rule)
+
+
+def redistribute(share, relevance):
+    """Relevance of the inputs, and what was absorbed because no connection has a share."""
+    total = share.sum(1)
+    ratio = np.divide(relevance, total, out=np.zeros_like(total), where=total > 0)
+    return share.T @ ratio, relevance[total <= 0].sum()
+
+
+def forward(graph, picture):
+    """Every tensor, flat, by name."""
+    tensors = {g.INPUT: np.asarray(picture, float).ravel()}
+    for layer in graph:
+        inputs = [tensors[name] for name in layer.inputs]
+        match layer:
+            case g.ReLU():
+                value = np.maximum(inputs[0], 0)
+            case g.Concat():
+                value = np.concatenate(inputs)
+            case g.Flatten():
+                value = inputs[0]
+            case g.MaxPool2d():
+                _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+                value = np.where(connected > 0, inputs[0], -np.inf).max(1)
+            case _:
+                weights, _ = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+                value = weights @ np.concatenate(inputs)
+                if getattr(layer, "bias", None) is not None:
+                    value = value + np.repeat(layer.bias.astype(float), len(value) // len(layer.bias))
+        tensors[layer.name] = value
+    return tensors
+
+
+def explain(graph, picture, target, rules):
+    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture; rules: names by layer, as Explainer.rules has them."""
+    tensors = forward(graph, picture)
+    relevance = {name: np.zeros_like(value) for name, value in tensors.items()}
+    relevance[graph.output][target] = max(tensors[graph.output][target], 0)
+    absorbed = {}
+    for layer in reversed(graph.layers):
+        r, a = relevance[layer.name], np.concatenate([tensors[name] for name in layer.inputs])
+        rule = rules.get(layer.name)
+        if rule is None:  # ReLU, concatenation, flatten
+            back = r
+        elif rule == "winner":
+            _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+            candidates = np.where(connected > 0, a, -np.inf)
+            winners = (candidates >= candidates.max(1, keepdims=True) - TIE).argmax(1)
+            back = np.zeros_like(a)
+            np.add.at(back, winners, r)
+        else:
+            weights, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+            domains = [graph.domains[name] for name in layer.inputs]
+            bounded = all(d.low is not None for d in domains)
+            if rule == "proportional":
+                rule, weights = "zB" if bounded else "z+", connected
+            low = high = None
+            if bounded:
+                low, high = (np.concatenate([np.repeat(getattr(graph.domains[name], side).astype(float), int(np.prod(graph.shapes[name][1:])))
+                                             for name in layer.inputs]) for side in ("low", "high"))
+            back, absorbed[layer.name] = redistribute(shares(rule, a, weights, connected, low, high), r)
+        at = 0
+        for name in layer.inputs:
+            size = len(tensors[name])
+            relevance[name] += back[at:at + size]
+            at += size
+    return relevance[g.INPUT].reshape(graph.input_shape), tensors[graph.output], absorbed
