@@ -1,0 +1,19 @@
+"""fastdtd: which pixels a network's prediction comes from, by deep Taylor decomposition with compiled kernels.
+
+>>> model = fastdtd.load("squeezenet1_1")
+>>> explainer = fastdtd.Explainer(model)
+>>> e = explainer(model.preprocess("cat.jpg"))
+>>> e.relevance, e.output, e.target, e.explained, e.ledger
+"""
+
+from fastdtd.errors import ConversionError, FastDTDError, InputError, ModelError, OutputError, PictureError, RuleError
+from fastdtd.explainer import Explainer, Explanation, ExplanationWarning
+from fastdtd.graph import Graph
+from fastdtd.model import Model, Preprocessing
+from fastdtd.model_file import load, save
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConversionError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model", "ModelError",
+    "OutputError", "PictureError", "Preprocessing", "RuleError", "load", "save",
+]

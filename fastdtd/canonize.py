@@ -32,7 +32,7 @@ def canonize(graph: Graph) -> Graph:
             instead[layer.name] = inputs[0]
         elif isinstance(layer, Softmax):
             if layer.name != graph.output:
-                raise ModelError(f"softmax {layer.name!r} is not the last layer; the method explains networks whose only softmax comes last")
+                raise ModelError(f"softmax {layer.name!r} is not the last layer; required: a softmax only at the end")
             instead[layer.name] = inputs[0]
         elif isinstance(layer, BatchNorm):
             before = kept.get(inputs[0])
@@ -52,4 +52,4 @@ def _fold(layer: Conv2d | Dense, norm: BatchNorm) -> Conv2d | Dense:
     scale, shift = norm.scale.astype(np.float64), norm.shift.astype(np.float64)
     bias = shift if layer.bias is None else scale * layer.bias + shift
     weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
-    return dataclasses.replace(layer, weight=weight, bias=bias)
+    return dataclasses.replace(layer, weight=weight.astype(np.float32), bias=bias.astype(np.float32))

@@ -22,10 +22,10 @@ Which pixels does a network's prediction come from?
 _EXPLAIN = """\
 Explain what a network sees in pictures, by deep Taylor decomposition.
 
-Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and NAME.overlay.png (the same over the
-picture), and explanations.h5 with relevance, scores, targets, file names and sums for all. Prints a line for each picture: the class that is
-explained, its score, and the sum of the relevance, which is the same but for what a layer absorbed. Pictures that cannot be read are listed
-at the end, and the exit status is then 1. A run that was cut off goes on where it was when it is started again.
+Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and NAME.overlay.png (the same over
+the picture), and explanations.h5 with relevance, scores, targets, file names and sums for all. Prints a line for each picture: the class
+that is explained, its score, and the sum of the relevance, which is the same but for what a layer absorbed. Pictures that cannot be read
+are listed at the end, and the exit status is then 1. A run that was cut off goes on where it was when it is started again.
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     from fastdtd import __version__
 
     def command(name: str, text: str, examples: str, summary: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, description=text, epilog=examples, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return commands.add_parser(name, description=text, epilog=examples, help=summary,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
     parser = argparse.ArgumentParser("fastdtd", description=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"fastdtd {__version__}")
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", _EXPLAIN, _EXPLAIN_EXAMPLES, "explain pictures")
     explain.set_defaults(run=_explain)
     explain.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
-    explain.add_argument("pictures", metavar="PICTURE", nargs="*", help="pictures, or folders that are searched for some (default: two that "
-                         "come along)")
+    explain.add_argument("pictures", metavar="PICTURE", nargs="*",
+                         help="pictures, or folders that are searched for some (default: two that come along)")
     explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     explain.add_argument("--target", metavar="CLASS", help="class to explain: a name or a number (default: each picture's winner)")
     _add_rules(explain)
@@ -108,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--mean", metavar="M,...", type=_numbers, default=[0.0], help="one number, or one for each channel (default: 0)")
     convert.add_argument("--std", metavar="S,...", type=_numbers, default=[1.0], help="one number, or one for each channel (default: 1)")
     convert.add_argument("--scale", metavar="F", type=float, default=1.0, help="multiplies pixels 0..255 first (default: 1)")
-    convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a channel; "
-                         "write --box=... since it begins with a minus")
+    convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
+                         "channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
@@ -123,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
-                        help="another rule for a layer, or for all that a pattern matches: z+, zB, w2, flat; for max-pools winner, proportional "
-                        "(default: as the method derives it from what a layer reads)")
+                        help="another rule for a layer, or for all that a pattern matches: z+, zB, w2, flat; for max-pools winner, "
+                        "proportional (default: as the method derives it from what a layer reads)")
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -149,7 +150,7 @@ def _box(text: str) -> list[tuple[float, float]] | tuple[float, float]:
         pairs = [part.split(":") for part in text.split(",")]
         return [(float(low), float(high)) for low, high in pairs]
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no box; required: LOW,HIGH as in -3,3 or LOW:HIGH,... as in -104:151,-117:138,-123:132"
+        raise argparse.ArgumentTypeError(f"{text!r} is no box; required: LOW,HIGH as in -3,3 or LOW:HIGH,... as in -104:151,-117:138"
                                          ) from None
 
 
@@ -206,7 +207,8 @@ def _convert(options: argparse.Namespace) -> int:
     model = convert(options.source, options.weights, color=options.color, size=size, resize=options.resize, mean=numbers(options.mean),
                     std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
     model_file.save(model, options.model, options.dtype)
-    print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; `fastdtd show {options.model}` lists them")
+    print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
+          f"`fastdtd show {options.model}` lists them")
     return 0
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
 _ARENA_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
 _MOST_IMAGES = 32
+_KEPT_SIZES = 3
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 
 
@@ -171,12 +173,12 @@ class Explainer:
         return e
 
     def _share_out(self, explain: Callable[..., None], count: int) -> None:
-        """Whole images to each thread; where there are fewer images than threads, all threads to one batch."""
+        """Whole images to each thread; all threads to one batch that has fewer images than threads."""
         if self.threads == 1 or count >= self.threads:
             parts = -(-count // self.batch)
             parts = -(-parts // self.threads) * self.threads if count > 1 else parts  # as many for each thread
             edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
-            ranges = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+            ranges = [(a, b) for a, b in pairwise(edges) if b > a]
             if self.threads == 1:
                 for first, last in ranges:
                     explain(first, last)
@@ -195,7 +197,8 @@ class Explainer:
             idle = self._idle.get((batch, workers))
             if idle:
                 return idle.pop()
-            self._idle = {key: plans for key, plans in self._idle.items() if key[0] == batch}  # memory of sizes that are over
+            while len(self._idle) > _KEPT_SIZES:  # memory of sizes that are over
+                del self._idle[next(iter(self._idle))]
         return self._new_plan(batch, workers)
 
     def _checked(self, batch: npt.ArrayLike) -> Array:
@@ -238,7 +241,7 @@ class Explainer:
             if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer, np.ndarray)) or not 0 <= int(index) < outputs:
                 raise InputError(f"target {one!r} is not an output; required: a whole number from 0 to {outputs - 1}, or a class name")
             indices.append(int(index))
-        if len(indices) not in (1, count) or len(indices) == 1 and count != 1 and np.ndim(target) and not isinstance(target, str):
+        if len(indices) not in (1, count) or (len(indices) == 1 and count != 1 and np.ndim(target) and not isinstance(target, str)):
             raise InputError(f"{len(indices)} targets were given for {count} pictures; required: one for all, or one for each")
         return np.resize(np.array(indices, np.int64), count)
 

@@ -42,10 +42,9 @@ class Layer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
-        for field in self.arrays:
-            value = getattr(self, field)
-            if value is not None:
-                object.__setattr__(self, field, _weights(self.name, field, value))
+        for name in self.arrays:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _weights(self.name, name, getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "inputs" and isinstance(value, (list, tuple)):
@@ -396,8 +395,9 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
             lows, highs = [d.low for d in inputs if d.low is not None], [d.high for d in inputs if d.high is not None]
             if hidden or len(lows) < len(inputs):
                 return Domain(hidden, nonnegative)
-            join = np.concatenate if isinstance(layer, Concat) else sum
-            return Domain(False, nonnegative, join(lows), join(highs))
+            if isinstance(layer, Concat):
+                return Domain(False, nonnegative, np.concatenate(lows), np.concatenate(highs))
+            return Domain(False, nonnegative, lows[0] + lows[1], highs[0] + highs[1])
     domain = inputs[0]
     if domain.low is None or domain.high is None:
         return domain
@@ -458,7 +458,8 @@ def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
     try:
         low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels,))) for bound in box)
     except (ValueError, TypeError):
-        raise ModelError(f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one a channel") from None
+        raise ModelError(f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one for each channel"
+                         ) from None
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ModelError(f"the value box has low {low.tolist()} and high {high.tolist()}; required: finite, and low below high")
     low.flags.writeable = high.flags.writeable = False

@@ -22,7 +22,7 @@ Pixels = npt.NDArray[np.float64]
 
 def pixel_relevance(relevance: Array) -> Pixels:
     """(H, W): the relevance of each pixel, all channels together, from (C, H, W)."""
-    return relevance.sum(0, dtype=np.float64)
+    return np.asarray(relevance.sum(0, dtype=np.float64))
 
 
 def scale_of(pixels: Pixels) -> float:
@@ -36,7 +36,7 @@ def colors(pixels: Pixels, scale: float) -> Pixels:
     strength = np.clip(pixels / scale if scale > 0 else np.zeros_like(pixels), -1, 1)[..., None]
     size = np.abs(strength)
     half, full = np.where(strength >= 0, _ORANGE, _SKY), np.where(strength >= 0, _RED, _BLUE)
-    return np.where(size < 0.5, _WHITE + (half - _WHITE) * (2 * size), half + (full - half) * (2 * size - 1))
+    return np.asarray(np.where(size < 0.5, _WHITE + (half - _WHITE) * (2 * size), half + (full - half) * (2 * size - 1)))
 
 
 def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:

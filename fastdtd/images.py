@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastdtd.errors import PictureError
 
@@ -56,7 +56,7 @@ def open_picture(picture: Any) -> Image.Image:
             raise PictureError(f"picture {str(path)!r} is a folder; required: a file") from None
         except Image.DecompressionBombError:
             raise PictureError(f"picture {str(path)!r} is too large; at most {MAX_PIXELS} pixels are accepted") from None
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise PictureError(f"file {str(path)!r} is no picture in a known format ({', '.join(FORMATS)})") from None
         except PictureError:
             raise
@@ -65,7 +65,8 @@ def open_picture(picture: Any) -> Image.Image:
     if isinstance(picture, Image.Image):
         return _upright_rgb(picture, "the image")
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] not in (3, 4) or not picture.size:
+        pixels = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
+        if picture.dtype != np.uint8 or not pixels or not picture.size:
             raise PictureError(f"the array has type {picture.dtype} and shape {picture.shape}; required: uint8 pixels (H, W), (H, W, 3) or "
                                "(H, W, 4), red first")
         return _upright_rgb(Image.fromarray(picture), "the array")

@@ -10,7 +10,7 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -72,7 +72,10 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
         kernels.conv2d_pack(panels, matrices)
         return _read_only(panels)
 
-    back, back_taps, phases, used, depth = [], [], [], 0, 1
+    back: list[Array] = []
+    back_taps: list[tuple[int, int]] = []
+    phases: list[tuple[int, ...]] = []
+    used, depth = 0, 1
     for down in range(layer.stride[0]):
         for right in range(layer.stride[1]):
             phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
@@ -107,7 +110,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
     )
 
 
-def _table(rows: list[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:
     return _read_only(np.array(rows, np.int64).reshape(-1, columns))
 
 
@@ -134,7 +137,8 @@ def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Sh
         tap, place = np.ogrid[:layer.weight.shape[2 + axis], :out_shape[1 + axis]]
         at = place * layer.stride[axis] + tap * layer.dilation[axis] - layer.padding[axis]
         inside.append(((at >= 0) & (at < in_shape[1 + axis])).astype(np.float64))
-    return np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), inside[0]).reshape(len(each), -1).astype(np.float32)
+    sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), inside[0])
+    return np.asarray(sums.reshape(len(each), -1), np.float32)
 
 
 # ---- Buffers -----------------------------------------------------------------------------------------------------------------------------
@@ -381,12 +385,13 @@ class Plan:
         result, _ = self._result(layer)
         c, source = self._factor(result), layer.inputs[0]
         carries = source in self._relevance_carriers
-        channels, height, width = self._graph.shapes[source]
+        channels = self._graph.shapes[source][0]
         low, high = self._bounds(source)
         rule = self._rules.get(layer.name)
         if layer.name in self.ledger_layers:
             ratio, dead = self._tape(layer)
-            self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, self.ledger_layers.index(layer.name), c.channel], batch)
+            column = self.ledger_layers.index(layer.name)
+            self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, column, c.channel], batch)
         match layer:
             case g.Conv2d() if rule:
                 packed: PackedConv2d = self._packed[layer.name]
@@ -420,7 +425,8 @@ class Plan:
                 winner, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
-                self._step(kernels.max_pool2d_redistribute, [c_in.use, c.use, winner, c_in.channel, c.channel, accumulate], batch * channels)
+                self._step(kernels.max_pool2d_redistribute, [c_in.use, c.use, winner, c_in.channel, c.channel, accumulate],
+                           batch * channels)
             case g.Pool2d() | g.GlobalAveragePool() if rule:
                 kernel, stride, padding, _ = self._window(layer)
                 accumulate = self._accumulates(source)
@@ -488,7 +494,7 @@ class Plan:
     def _bind(self, worker: int, workers: int) -> list[Callable[[], None]]:
         scratch = np.empty(self._block_elements, np.float32)
         tiles = np.empty(self._kernels.conv2d_tiles_shape(), np.float32)
-        calls = []
+        calls: list[Callable[[], None]] = []
         for kernel, arguments, units in self._steps:
             bound: list[Any] = []
             for argument in arguments:

@@ -27,6 +27,7 @@ POOL_RULES = {
     "proportional": "shares in proportion to the numbers of a window",
 }
 PRESETS = ("dtd",)
+_LARGEST_SQUARED = 1e15
 Rules = str | Mapping[str, str]
 
 
@@ -44,6 +45,8 @@ class Assigned:
             case "z+", codes.NONNEGATIVE:
                 return [positive]
             case "w2", _:
+                if weight.size and np.abs(weight).max() > _LARGEST_SQUARED:
+                    raise RuleError(f"a weight of {np.abs(weight).max():g} is too large to be squared in float32; use 'flat' here")
                 return [weight * weight]
             case "flat", _:
                 return [np.ones_like(weight)]
@@ -74,7 +77,7 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
     """
     if isinstance(rules, str):
         if rules not in PRESETS:
-            raise RuleError(f"rules {rules!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layer names to rules "
+            raise RuleError(f"rules {rules!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to rules "
                             f"({', '.join([*LINEAR_RULES, *POOL_RULES])})")
         rules = {}
     ruled = [layer for layer in graph if isinstance(layer, (Conv2d, Dense, Add, AveragePool2d, GlobalAveragePool, MaxPool2d))]
@@ -112,8 +115,8 @@ def _assigned(layer: Layer, rule: str, domain: Domain) -> Assigned:
         return Assigned(rule, codes.ONES)
     bounded = domain.low is not None
     if rule == "zB" and not bounded:
-        raise RuleError(f"rule 'zB' needs bounds of what layer {layer.name!r} reads, which are known only for the network's input, and only "
-                        "if the model gives its value box; use 'z+' in hidden layers, or 'w2' at the input")
-    if rule == "zB" or rule == "proportional" and bounded:
+        raise RuleError(f"rule 'zB' needs bounds of what layer {layer.name!r} reads, which are known only for the network's input and only "
+                        "where the model gives its value box; use 'z+' in hidden layers, or 'w2' at the input")
+    if rule == "zB" or (rule == "proportional" and bounded):
         return Assigned(rule, codes.BOX)
     return Assigned(rule, codes.NONNEGATIVE if domain.nonnegative else codes.SIGNED)

@@ -90,13 +90,13 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
         for path, name in named:
             if path.resolve() in found:
                 continue
-            stem, number = name, 2
-            while name in taken:  # two files of one name from different folders
-                name, number = f"{stem}-{number}", number + 1
-            taken.add(name)
-            found[path.resolve()] = Picture(path, name)
+            free, number = name, 2
+            while free in taken:  # two files of one name from different folders
+                free, number = f"{name}-{number}", number + 1
+            taken.add(free)
+            found[path.resolve()] = Picture(path, free)
     if not found:
-        raise InputError(f"no picture was found in {', '.join(map(str, sources))}; files that end in {' '.join(images.SUFFIXES)} are looked for")
+        raise InputError(f"no picture was found in {', '.join(map(str, sources))}; files looked for end in {' '.join(images.SUFFIXES)}")
     return list(found.values())
 
 
@@ -191,8 +191,8 @@ def _load(explainer: Explainer, picture: Picture, show: bool) -> _Loaded:
     image = images.open_picture(picture.path)
     shown = None
     if show:
-        part = images.visible_part(image, explainer.model.graph.input_shape[1:], explainer.model.preprocessing.resize)
-        shown = image.crop(tuple(map(round, part))) if part != (0, 0, *image.size) else image
+        left, top, right, bottom = images.visible_part(image, explainer.model.graph.input_shape[1:], explainer.model.preprocessing.resize)
+        shown = image.crop((round(left), round(top), max(round(right), round(left) + 1), max(round(bottom), round(top) + 1)))
         shown.thumbnail((heatmap.MOST_SIDE, heatmap.MOST_SIDE))
     return _Loaded(picture, explainer.model.preprocess(image), shown)
 
@@ -249,7 +249,7 @@ def _write_part(path: Path, columns: dict[str, Any], run_id: str) -> None:
             _create(file, name, values, len(values))[...] = values
 
 
-def _create(file: h5py.File, name: str, like: Any, count: int) -> Any:
+def _create(file: Any, name: str, like: Any, count: int) -> Any:
     import h5py
 
     if name == "relevance":  # a chunk for each picture, compressed: zeros and equal exponents take a third of the space
@@ -270,7 +270,8 @@ def _done_before(parts: list[Path], run_id: str) -> set[str]:
         except (OSError, KeyError):
             same = False
         if not same:
-            raise OutputError(f"{str(part)!r} is left of another run, with another model, rules or target; remove it or choose another folder")
+            raise OutputError(f"{str(part)!r} is left of another run, with another model, rules or target; remove it, or choose another "
+                              "folder")
     return done
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from fastdtd import graph as g
 
 LINEAR = ["z+", "w2", "flat"]
+KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "dense"]
 
 
 def _pads(draw, kernel):
@@ -47,7 +48,7 @@ def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
         return draw(st.sampled_from(names[-4:])) if names else None
 
     for number in range(draw(st.integers(1, layers))):
-        kind = draw(st.sampled_from(["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "dense"]))
+        kind = draw(st.sampled_from(KINDS))
         name = f"{kind}{number}"
         quiet = not hidden_signs and kind in ("average", "global", "add")
         source = pick(images=kind not in ("dense", "relu", "concat"), quiet=quiet)

@@ -4,14 +4,13 @@ Every layer that sums is one dense matrix W from all its inputs to all its outpu
 
     R_i = sum over j of  u_i V_ij / (sum over i' of u_i' V_i'j)  R_j
 
-with the features u and weights V of docs/method.md. It works on relevance R itself, never on factors c = R / x, and on one picture at a time.
+with the features u and weights V of docs/method.md. It works on relevance R itself, never on factors c = R / x, on one picture at a time.
 Nothing here is shared with the package but the layers' fields.
 """
 
 import numpy as np
 
 from fastdtd import graph as g
-
 
 TIE = 1e-9  # equal numbers whose sums were rounded in another order are still equal: the first of them wins
 
@@ -143,7 +142,7 @@ def explain(graph, picture, target, rules):
                 rule, weights = "zB" if bounded else "z+", connected
             low = high = None
             if bounded:
-                low, high = (np.concatenate([np.repeat(getattr(graph.domains[name], side).astype(float), int(np.prod(graph.shapes[name][1:])))
+                low, high = (np.concatenate([np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
                                              for name in layer.inputs]) for side in ("low", "high"))
             back, absorbed[layer.name] = redistribute(shares(rule, a, weights, connected, low, high), r)
         at = 0

@@ -21,7 +21,8 @@ from fastdtd.kernels.cpu.elementwise import (
 from fastdtd.kernels.cpu.pool2d import max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
 
 __all__ = [
-    "DENSE_FEATURES", "absorb_redistribute", "add_forward", "add_redistribute", "clear_redistribute", "conv2d_block_columns", "conv2d_forward", "conv2d_pack",
-    "conv2d_packed_shape", "conv2d_redistribute", "conv2d_tiles_shape", "copy_forward", "dense_forward", "dense_redistribute",
-    "max_pool2d_forward", "max_pool2d_redistribute", "pool2d_forward", "pool2d_redistribute", "relu_forward", "relu_redistribute",
+    "DENSE_FEATURES", "absorb_redistribute", "add_forward", "add_redistribute", "clear_redistribute", "conv2d_block_columns",
+    "conv2d_forward", "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_tiles_shape", "copy_forward",
+    "dense_forward", "dense_redistribute", "max_pool2d_forward", "max_pool2d_redistribute", "pool2d_forward", "pool2d_redistribute",
+    "relu_forward", "relu_redistribute",
 ]

@@ -1,22 +1,21 @@
 """Convolution and its redistribution: im2col into cache-sized blocks, multiplied tile by tile.
 
-Both directions are one loop: gather a block of columns, one for each place (a row and a column of a regular grid of places) and one row for
-each number that is summed over; multiply it with packed weights by the micro-kernel; finish each tile while it is in cache.
+Both directions are one loop. Gather a block, with a column for each place of a regular grid and a row for each number that is summed over;
+multiply it with packed weights by the micro-kernel; finish each tile while it is in cache.
 
-    direction       places                            summed over                    one tap (i, j) of a place reads
-    forward         outputs                           input channels x taps          the input at place * stride + offset(i, j)
-    redistribute    inputs of one phase, see below    output channels x taps         ratio * c at place + offset(i, j)
+    direction       places                           summed over                 one tap of a place reads
+    forward         outputs                          input channels x taps       the input at place * stride + offset
+    redistribute    inputs of one phase, see below   output channels x taps      ratio * c at place + offset
 
-Under a stride (s, t), the inputs fall into s t phases by the remainder of their position. All inputs of a phase are reached by the same taps
-of the kernel, so each phase is a plain convolution of its own and nothing is multiplied by zero.
+Under a stride (s, t), the inputs fall into s t phases by the remainder of their position. All inputs of a phase are reached by the same
+taps of the kernel, so each phase is a plain convolution of its own and nothing is multiplied by zero.
 
-Shapes: x, c (N, *, OH, OW) and a, c_in (N, *, H, W) are read or written from a given channel on (a concatenation's inputs are ranges of its
-channels); ratio is (N, K, OH, OW). Packed weights are (groups, panels, depth, TILE_ROWS). `taps` holds a row (offset down, offset right) for
-each tap. The work is cut into units, numbered image by image; a call does the units first..last-1, so threads can share it.
+Shapes: x, c (N, *, OH, OW) and a, c_in (N, *, H, W) are used from a given channel on (a concatenation's inputs are ranges of its channels);
+ratio is (N, K, OH, OW). Packed weights are (groups, panels, depth, TILE_ROWS). `taps` holds a row (offset down, offset right) for each tap.
+The work is cut into units, numbered image by image; a call does the units first..last-1, so threads can share it.
 """
 
 import numpy as np
-
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.elementwise import finish, ratio_of
 from fastdtd.kernels.cpu.jit import kernel
@@ -154,10 +153,10 @@ def _gather_product(block, first_row, ratio, c, taps, grid_columns, first_place,
 @kernel
 def conv2d_forward(x, ratio, dead, a, packed_w, packed_v, bias, constant, low, high, taps, block, tiles,
                    x_channel, a_channel, step_down, step_right, features, relu, relevance, first, last):
-    """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z (see elementwise.ratio_of); dead[n] <- 1 where z = 0 absorbs something.
+    """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something (elementwise.ratio_of).
 
     One gathered block serves both y = W a + bias and z = V u: its first rows hold a, and, where u is not a itself (SIGNED, BOX), the rows
-    behind them u. bias is (K,); low, high are bounds of each channel of a, read under BOX; constant (K, OH * OW) is z under ONES, where it
+    behind them u. bias is (K,); low, high are bounds of each channel of a, read under BOX; constant (K, OH * OW) is z under ONES, which
     depends on the place alone.
     """
     outputs, places, grid_columns = ratio.shape[1], x.shape[2] * x.shape[3], x.shape[3]
@@ -213,8 +212,8 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, low, high, phases, taps, bloc
                         c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, features, relevance, accumulate, first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
 
-    packed is flat: the panels of one phase behind those of another, made of the transposed V; where an input has two features (SIGNED, BOX),
-    a phase's panels for the second follow those for the first. phases has a row for each phase: its first input row and column, the rows
+    packed is flat: the panels of one phase behind those of another, made of the transposed V; where an input has two features (SIGNED,
+    BOX), a phase's panels for the second follow those for the first. phases has a row for each phase: its first input row and column, rows
     and columns of its grid, first and last tap, where its panels begin in packed, and how many units the phases before it have. A phase
     without taps is reached by no output: it gets zero.
     """
@@ -261,7 +260,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, low, high, phases, taps, bloc
                             y, x = top + line * stride_down, left + column * stride_right
                             reach = x + (length - 1) * stride_right + 1
                             out = c_in[n, c_in_channel + channel, y, x:reach]
-                            if features == NONNEGATIVE and not relevance or features == ONES:  # the tile is the result
+                            if (features == NONNEGATIVE and not relevance) or features == ONES:  # the tile is the result
                                 if accumulate:
                                     for q in range(length):
                                         out[q * stride_right] += positive[done + q]

@@ -5,7 +5,6 @@ weight is (K, F).
 """
 
 import numpy as np
-
 from fastdtd.kernels.codes import BOX, FLAT, NONNEGATIVE, ONES, SQUARED
 from fastdtd.kernels.cpu.elementwise import finish, ratio_of
 from fastdtd.kernels.cpu.jit import kernel, kernel_reordering

@@ -4,7 +4,6 @@ Tensors are (N, *, H, W) and used from a given channel on; a call does the units
 """
 
 import numpy as np
-
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.jit import kernel
 

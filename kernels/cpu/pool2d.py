@@ -1,11 +1,10 @@
-"""Pools and their redistribution, one output row at a time and one tap of the window after the other, so that the inner loop runs along a row.
+"""Pools and their redistribution: one output row at a time, one tap of the window after the other, so that inner loops run along rows.
 
 Tensors are (N, *, H, W) and used from a given channel on; a call does the units first..last-1, one unit being one channel of one image.
 Every window holds at least one number that is not padding (graph.py sees to it).
 """
 
 import numpy as np
-
 from fastdtd.kernels.cpu.elementwise import feature_sum, give, ratio_of
 from fastdtd.kernels.cpu.jit import kernel
 
