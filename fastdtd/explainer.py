@@ -173,7 +173,7 @@ class Explainer:
         return e
 
     def _share_out(self, explain: Callable[..., None], count: int) -> None:
-        """Whole images to each thread; all threads to one batch that has fewer images than threads."""
+        """Whole images to each thread; all threads to a batch of fewer images than threads."""
         if self.threads == 1 or count >= self.threads:
             parts = -(-count // self.batch)
             parts = -(-parts // self.threads) * self.threads if count > 1 else parts  # as many for each thread

@@ -456,7 +456,8 @@ def _input_shape(shape: Iterable[int]) -> Shape:
 
 def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
     try:
-        low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels,))) for bound in box)
+        with np.errstate(over="ignore"):
+            low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels,))) for bound in box)
     except (ValueError, TypeError):
         raise ModelError(f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one for each channel"
                          ) from None

@@ -140,18 +140,20 @@ def _checked(p: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
 
 def _number(name: str, value: Any) -> float:
     try:
-        number = float(value)
+        with np.errstate(over="ignore"):
+            number = float(np.float32(value))
     except (TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number):
-        raise ModelError(f"preprocessing has {name} {value!r}; required: a finite number")
+        raise ModelError(f"preprocessing has {name} {value!r}; required: a finite float32 number")
     return number
 
 
 def _per_channel(name: str, value: Any, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     """`value` as (C, 1, 1) or (C, H, W) float32."""
     try:
-        array = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, np.float32)
     except (TypeError, ValueError):
         array = np.full(1, np.nan, np.float32)
     if array.ndim <= 1 and array.size in (1, shape[0]):

@@ -12,7 +12,6 @@ import io
 import math
 import mmap
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd.errors import InputError, ModelError, OutputError
+from fastdtd.files import replace
 from fastdtd.graph import LAYER_TYPES, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Array, Conv2d, Dense, Graph, Layer
 from fastdtd.model import Model, Preprocessing
 
@@ -40,7 +40,7 @@ MAX_CLASSES_BYTES = 2**26  # all class names together
 # Deflate, the strongest of the accepted compressions on real data, shrinks at most 1032 times. A dataset that claims more over its stored
 # bytes was never written. Small ones may do so: a bias left at the fill value, a chunk larger than what it holds.
 MAX_EXPANSION = 2000
-SMALL = 2**20
+SMALL_BYTES = 2**20
 
 MODELS = Path(__file__).parent / "models"
 _EMBEDDED_SUFFIX = ".h5"
@@ -75,7 +75,7 @@ def load(source: str | os.PathLike[str]) -> Model:
 
 
 def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", compression: str | None = "gzip") -> None:
-    """Write a model file. The same model makes the same bytes; a file already there is replaced only by a complete one.
+    """Write a model file. The same model makes the same bytes (with the same HDF5). A file already there is replaced only by a whole one.
 
     Parameters
     ----------
@@ -105,7 +105,10 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
         _read(image)  # the reader's limits hold for the writer too
     except ModelError as error:
         raise ModelError(f"the model cannot be saved: {error}") from error
-    _replace(Path(path), image.getbuffer())
+    try:
+        replace(Path(path), lambda beside: beside.write_bytes(image.getbuffer()))
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise OutputError(f"cannot write {str(path)!r}: {error}; required: a place with room where files may be written") from error
 
 
 def _locate(source: str) -> Path:
@@ -196,8 +199,8 @@ def _check_string_heaps(path: Path) -> None:
 def _read_input(group: h5py.Group) -> tuple[Any, tuple[Array, Array] | None, Preprocessing]:
     found = _attributes(group, "/input", ("shape", "color", "resize", "scale"))
     datasets = _children(group, "/input", 3, ("mean", "std", "box"))
-    shape = found.get("shape", [])
-    if len(shape) != 3 or not all(isinstance(v, int) for v in shape):
+    shape = found.get("shape")
+    if shape is None or len(shape) != 3 or not all(isinstance(v, int) for v in shape):
         raise ModelError(f"/input has shape {_shown(shape)}; required: 3 integers (channels, height, width)")
     fields: dict[str, Any] = {"color": None}
     for name, kind in (("color", str), ("resize", str), ("scale", (int, float))):
@@ -353,7 +356,7 @@ def _dataset(child: Any, where: str, ranks: tuple[int, ...], limit: int) -> h5py
                          "shuffle and fletcher32 (h5repack changes filters)")
     claimed = max(count, math.prod(child.chunks or ())) * child.id.get_type().get_size()
     stored = min(child.id.get_storage_size(), child.file.id.get_filesize())
-    if claimed > max(SMALL, stored * (MAX_EXPANSION if filters else 1)):
+    if claimed > max(SMALL_BYTES, stored * (MAX_EXPANSION if filters else 1)):
         raise ModelError(f"{where} claims {claimed} bytes but the file stores {stored} for it; required: data that were written")
     return child
 
@@ -453,7 +456,7 @@ def _write(model: Model, image: io.BytesIO, dtype: npt.DTypeLike, compression: s
             file.create_dataset("classes", data=_fixed(model.classes), track_times=False)
         if model.provenance:
             provenance = file.create_group("provenance")
-            for key, value in model.provenance.items():
+            for key, value in sorted(model.provenance.items()):
                 _put_text(provenance, key, value)
 
 
@@ -501,20 +504,3 @@ def _fixed(value: str | tuple[str, ...]) -> npt.NDArray[Any]:
 
     data = np.array(value.encode() if isinstance(value, str) else [v.encode() for v in value], np.bytes_)
     return data.astype(h5py.string_dtype("utf-8", data.itemsize))
-
-
-def _replace(path: Path, content: memoryview) -> None:
-    """Write beside `path` and rename, so that `path` is at every moment what it was or complete."""
-    temporary = path.parent / f".fastdtd-{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
-        if isinstance(error, (OSError, ValueError)):
-            raise OutputError(f"cannot write {str(path)!r}: {error}; required: a place with room where files may be written") from error
-        raise

@@ -9,7 +9,9 @@ LINEAR = ["z+", "w2", "flat"]
 KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "dense"]
 
 
-def _pads(draw, kernel):
+def _pads(draw, kernel, symmetric):
+    if symmetric:
+        return tuple(draw(st.integers(0, k // 2)) for k in kernel) * 2
     return tuple(draw(st.integers(0, min(2, k - 1))) for k in (*kernel, *kernel))
 
 
@@ -26,8 +28,11 @@ def _weights(rng, *shape, dead=0.1):
 
 
 @st.composite
-def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
-    """A Graph of up to `layers` layers and a head. hidden_signs=False keeps pools and additions behind ReLUs, where peers agree."""
+def graphs(draw, layers=6, like_peers=False, maximum_size=9):
+    """A Graph of up to `layers` layers and a head.
+
+    like_peers keeps averages and additions behind ReLUs, for zennit shares signed numbers by their sign, and paddings to PyTorch's.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = tuple(draw(st.integers(1, n)) for n in (4, maximum_size, maximum_size))
     box = draw(st.sampled_from([None, (-1.0, 2.0), (0.0, 1.0), "channels"]))
@@ -50,7 +55,7 @@ def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
     for number in range(draw(st.integers(1, layers))):
         kind = draw(st.sampled_from(KINDS))
         name = f"{kind}{number}"
-        quiet = not hidden_signs and kind in ("average", "global", "add")
+        quiet = like_peers and kind in ("average", "global", "add")
         source = pick(images=kind not in ("dense", "relu", "concat"), quiet=quiet)
         if source is None:
             continue
@@ -63,6 +68,7 @@ def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
             try:
                 add(g.Conv2d(name, (source,), _weights(rng, outputs, channels // groups, *kernel),
                              0.2 * rng.standard_normal(outputs) if draw(st.booleans()) else None, stride,
+                             tuple(draw(st.integers(0, 2)) for _ in range(2)) * 2 if like_peers else
                              tuple(draw(st.integers(0, 2)) for _ in range(4)), dilation, groups), False)
             except g.ModelError:  # a kernel that reaches beyond its input
                 continue
@@ -70,7 +76,8 @@ def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
                 add(g.ReLU(name + "/relu", (name,)), True)
         elif kind in ("max", "average"):
             kernel = tuple(draw(st.integers(1, min(3, n))) for n in size)
-            arguments = (name, (source,), kernel, tuple(draw(st.integers(1, 3)) for _ in size), _pads(draw, kernel), draw(st.booleans()))
+            stride, padding = tuple(draw(st.integers(1, 3)) for _ in size), _pads(draw, kernel, like_peers)
+            arguments = (name, (source,), kernel, stride, padding, draw(st.booleans()))
             add(g.MaxPool2d(*arguments) if kind == "max" else g.AveragePool2d(*arguments, draw(st.booleans())), behind_relu[source])
         elif kind == "global":
             add(g.GlobalAveragePool(name, (source,)), behind_relu[source])
@@ -104,12 +111,12 @@ def graphs(draw, layers=6, hidden_signs=True, maximum_size=9):
 
 
 @st.composite
-def graphs_and_rules(draw, **options):
-    """A Graph, and rules for some of its layers."""
-    graph = draw(graphs(**options))
+def graphs_and_rules(draw, like_peers=False):
+    """A Graph, and rules for some of its layers; like_peers: for none of its pools and additions."""
+    graph = draw(graphs(like_peers=like_peers))
     rules = {}
     for layer in graph:
-        if draw(st.integers(0, 4)):
+        if draw(st.integers(0, 4)) or (like_peers and not isinstance(layer, (g.Conv2d, g.Dense))):
             continue
         if isinstance(layer, g.MaxPool2d):
             rules[layer.name] = draw(st.sampled_from(["winner", "proportional"]))

@@ -48,9 +48,9 @@ def every_layer():
         Concat("both", ("p", "q", "p")),
         GlobalAveragePool("g", ("both",)),
         Flatten("f", ("g",)),
-        Dense("d", ("f",), numbers(150, 12, seed=3), numbers(150, seed=4)),
+        Dense("d", ("f",), numbers(200, 12, seed=3), numbers(200, seed=4)),
         ReLU("r2", ("d",)),
-        Dense(".", ("r2",), numbers(3, 150, seed=5)),
+        Dense(".", ("r2",), numbers(3, 200, seed=5)),
     )
     graph = Graph(layers, (4, 11, 9), (np.float32([-1, -2, -3, 0]), np.float32([1, 2, 3, 4])))
     preprocessing = Preprocessing(None, "crop", numbers(4, 11, 9, seed=6), [1, 2, 3, 4], 1 / 3)
@@ -113,7 +113,8 @@ def test_round_trip(model, path, dtype, compression):
     np.testing.assert_array_equal(again.graph.box, model.graph.box)
     assert again.classes == model.classes
     assert again.provenance == model.provenance
-    assert dataclasses.replace(again.preprocessing, mean=0, std=0) == dataclasses.replace(model.preprocessing, mean=0, std=0)
+    for field in ("color", "resize", "scale"):
+        assert getattr(again.preprocessing, field) == getattr(model.preprocessing, field)
     np.testing.assert_array_equal(again.preprocessing.mean, model.preprocessing.mean)
     np.testing.assert_array_equal(again.preprocessing.std, np.float32([1, 2, 3, 4]).reshape(4, 1, 1))
     with h5py.File(path) as file:
@@ -226,10 +227,10 @@ def test_file_by_hand(path):
 
 
 def test_large_zero_weights_compress_as_far_as_gzip_can(path):
-    with_zeros = Model(Graph((Dense("d", ("input",), np.zeros((2, 2**20))),), (2**20, 1, 1)), Preprocessing(None))
-    save(with_zeros, path)
-    assert path.stat().st_size < 2**23 / 300
-    assert not load(path).graph.layers[0].weight.any()
+    layers = Flatten("f", ("input",)), Dense("d", ("f",), np.zeros((2, 2**20)))
+    save(Model(Graph(layers, (1, 2**10, 2**10)), Preprocessing(None)), path)
+    assert path.stat().st_size < 2**23 / 200
+    assert not load(path).graph.layers[1].weight.any()
 
 
 def test_variable_length_names_over_several_blocks(path):
@@ -255,7 +256,10 @@ def test_no_model_file(tmp_path, path):
         load("zero\0byte")
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"PK\x03\x04" + b"x" * 5000, b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + b"\0" * 5000])
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"PK\x03\x04" + b"x" * 5000, SIGNATURE, SIGNATURE + b"\0" * 5000])
 def test_not_hdf5(path, content):
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.h5': (is not an HDF5 file|HDF5 cannot process it).*required: an undamaged"):
@@ -302,7 +306,8 @@ def test_flipped_bits_neither_crash_nor_hang(model, valid, tmp_path, which):
         source = tmp_path / "saved.h5"
         save(model, source)
     # In a process of its own: what is feared is that libhdf5 crashes.
-    result = subprocess.run([sys.executable, "-c", FUZZ, source, tmp_path / "spoiled.h5"], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-c", FUZZ, source, tmp_path / "spoiled.h5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout[-50:] + result.stderr
     assert result.stdout.count("seed") == 300
     assert result.stdout.count("refused") > 30
@@ -394,6 +399,15 @@ def second_layer(name, inputs):
     return spoil
 
 
+def group_for_weights(file):
+    del file["layers/a/bias"]
+    file.create_group("layers/a/bias")
+
+
+def attribute_name_not_utf8(file):
+    h5py.h5a.create(file["layers/a"].id, b"\xff", h5py.h5t.STD_I32LE, h5py.h5s.create(h5py.h5s.SCALAR))
+
+
 def named_type(file):
     file["layers/c"] = np.dtype("f4")
 
@@ -418,7 +432,7 @@ SPOILED = {
     "layer a dataset": (dataset("layers/a", [1]), "group 'a' of /layers is a dataset; required: a group"),
     "layer a type": (named_type, "group 'c' of /layers is a datatype; required: a group"),
 
-    "no shape": (without_attribute("input", "shape"), r"/input has shape of no elements; required: 3 integers"),
+    "no shape": (without_attribute("input", "shape"), r"/input has shape missing; required: 3 integers"),
     "flat shape": (attribute("input", "shape", [3, 4]), r"/input has shape 3, 4; required: 3 integers"),
     "float shape": (attribute("input", "shape", [3.0, 4, 4]), r"/input has shape 3.0, 4.0, 4.0; required: 3 integers"),
     "zero shape": (attribute("input", "shape", [3, 0, 4]), r"the input has shape \(3, 0, 4\); required"),
@@ -430,7 +444,7 @@ SPOILED = {
     "color channels": (attribute("input", "color", "gray"), "colour order 'gray' has 1 channels but"),
     "resize": (attribute("input", "resize", "pad"), "resize 'pad' is unknown"),
     "scale text": (attribute("input", "scale", "1"), "/input attribute 'scale' is '1'; required: one number"),
-    "scale NaN": (attribute("input", "scale", np.nan), "scale nan; required: a finite number"),
+    "scale NaN": (attribute("input", "scale", np.nan), "scale nan; required: a finite float32 number"),
     "mean shape": (dataset("input/mean", [1.0, 2.0]), r"mean of shape \(2,\); required"),
     "mean axes": (dataset("input/mean", [[1.0]]), r"/input/mean has shape \(1, 1\); required: 0 or 1 or 3 axes"),
     "mean too large": (dataset("input/mean", shape=(2**29,), dtype="f4"), "/input/mean has 536870912 elements; at most"),
@@ -443,7 +457,7 @@ SPOILED = {
     "no inputs": (without_attribute("layers/a", "inputs"), "'a' has 0 inputs; Conv2d takes 1"),
     "input numbers": (attribute("layers/a", "inputs", [1, 2]), r"layer 'a' \(conv2d\) has inputs 1, 2; required: names of layers"),
     "two inputs": (attribute("layers/a", "inputs", ["input", "input"]), "'a' has 2 inputs; Conv2d takes 1"),
-    "strides": (attribute("layers/a", "strides", 2), r"layer 'a' \(conv2d\) has the unknown attribute 'strides'; known: type, name, inputs, stride"),
+    "strides": (attribute("layers/a", "strides", 2), r"layer 'a' \(conv2d\) has the unknown attribute 'strides'; known: type, name, "),
     "kernel of a conv": (attribute("layers/a", "kernel", 1), "has the unknown attribute 'kernel'"),
     "layer member": (dataset("layers/a/biases", [1.0]), r"layer 'a' \(conv2d\) has the unknown member 'biases'; known: weight, bias"),
     "stride count": (attribute("layers/a", "stride", [1, 1, 1]), "has stride 1, 1, 1; required: 1 or 2 integers"),
@@ -463,7 +477,7 @@ SPOILED = {
     "weight shape": (dataset("layers/a/weight", numbers(2, 4, 1, 1)), "expects 4 input channels"),
     "weight empty": (dataset("layers/a/weight", np.zeros((0, 3, 1, 1))), "required: 4 axes, none of them empty"),
     "weight null": (dataset("layers/a/weight", h5py.Empty("f4")), "has shape None; required: 4 axes"),
-    "weight a group": (lambda f: (without("layers/a/weight")(f), f.create_group("layers/a/weight")), "weight is a group; required: a dataset"),
+    "weight a group": (group_for_weights, "bias is a group; required: a dataset"),
     "weight integers": (dataset("layers/a/weight", np.ones((2, 3, 1, 1), int)), "weight is of HDF5 type Integer .* required: IEEE"),
     "weight strings": (dataset("layers/a/bias", ["1", "2"]), "bias is of HDF5 type String .* required: IEEE"),
     "weight fixed strings": (dataset("layers/a/bias", np.array([b"1", b"2"])), "bias is of HDF5 type String .* required: IEEE"),
@@ -489,7 +503,8 @@ SPOILED = {
     "external link": (link("layers/a/bias", h5py.ExternalLink("/etc/passwd", "/x")), "layer 'a' .* holds 'bias' as a soft, external"),
     "external root": (link("classes", h5py.ExternalLink("other.h5", "/x")), "the file holds 'classes' as a soft, external"),
     "virtual": (virtual, "weight keeps its data in other files"),
-    "external storage": (dataset("layers/a/bias", shape=(2,), dtype="f4", external=[("/etc/passwd", 0, 8)]), "bias keeps its data in other files"),
+    "external storage": (dataset("layers/a/bias", shape=(2,), dtype="f4", external=[("/etc/passwd", 0, 8)]),
+                         "bias keeps its data in other files"),
     "hard-link cycle": (hard_link_cycle, "layer 'a' .* has the unknown member 'loop'"),
     "own parent": (layer_is_its_own_parent, "group 'loop' of /layers attribute 'type' is missing"),
     "scale-offset": (scale_offset, r"weight is stored with the HDF5 filters \[6\]; required: at most one of gzip"),
@@ -497,15 +512,14 @@ SPOILED = {
 
     "attribute reference": (lambda f: attribute("layers/a", "name", f["layers"].ref)(f), "'name' is neither text nor numbers"),
     "attribute compound": (attribute("layers/a", "stride", np.zeros(2, "i4,i4")), "'stride' is neither text nor numbers"),
-    "attribute array type": (lambda f: f["layers/a"].attrs.create("stride", np.ones((1, 2), "i4"), (1,), np.dtype("(2,)i4")),
+    "attribute array type": (lambda f: f["layers/a"].attrs.create("stride", np.ones((1, 2), "i4"), (1, 2), np.dtype("(2,)i4")),
                              "'stride' is neither text nor numbers"),
     "attribute null": (attribute("layers/a", "stride", h5py.Empty("i4")), "'stride' is empty; required: a value"),
     "attribute without elements": (attribute("layers/a", "stride", np.zeros(0, "i4")), "has stride of no elements; required"),
     "long string": (attribute("layers/a", "name", np.bytes_("x" * 5000)), "'name' has strings of 5000 bytes; at most 4096"),
     "long heap string": (attribute("layers/a", "name", "x" * 5000), "strings of more than 4096 bytes"),
     "not UTF-8": (attribute("layers/a", "name", np.bytes_(b"\xff\xfe")), "'name' has the string .* required: ASCII or UTF-8"),
-    "attribute name not UTF-8": (lambda f: h5py.h5a.create(f["layers/a"].id, b"\xff", h5py.h5t.NATIVE_INT, h5py.h5s.create(h5py.h5s.SCALAR)),
-                                 "required: ASCII or UTF-8"),
+    "attribute name not UTF-8": (attribute_name_not_utf8, "group 'a' of /layers has the string .* required: ASCII or UTF-8"),
     "link name not UTF-8": (lambda f: h5py.h5g.create(f["layers"].id, b"\xff"), "/layers has the string .* required: ASCII or UTF-8"),
 
     "classes count": (dataset("classes", ["x"]), "names 1 classes but has 2 outputs"),
@@ -536,7 +550,7 @@ def test_truth_values(valid, value):
     assert load(valid).graph.layers[1].count_include_pad is True
     with h5py.File(valid, "r+") as file:
         file["layers/b"].attrs["count_include_pad"] = value
-    with pytest.raises(ModelError, match="has count_include_pad .*; required: 0 or 1"):
+    with pytest.raises(ModelError, match=r"has count_include_pad .*; required: 0 or 1"):
         load(valid)
 
 
@@ -549,11 +563,15 @@ def test_huge_attribute(path):
         load(path)
 
 
-def test_many_references_to_one_heap_object_of_other_data(valid):
+def test_long_objects_in_a_heap(valid):
     with h5py.File(valid, "r+") as file:
-        data = file["layers/a/bias"].attrs
-        data.create("history", [np.zeros(5000, "u1")], dtype=h5py.vlen_dtype("u1"))
-    with pytest.raises(ModelError, match="heap at byte .*more than 4096 bytes"):
+        # Attributes of datasets are free, but their heap is one that strings could be referred to.
+        kind = h5py.h5t.vlen_create(h5py.h5t.STD_U8LE)
+        history = h5py.h5a.create(file["layers/a/bias"].id, b"history", kind, h5py.h5s.create_simple((1,)))
+        value = np.empty(1, h5py.vlen_dtype("u1"))
+        value[0] = np.zeros(5000, "u1")
+        history.write(value)
+    with pytest.raises(ModelError, match=r"heap at byte .*more than 4096 bytes"):
         load(valid)
 
 
@@ -633,13 +651,13 @@ def test_what_cannot_be_stored(model, path, key, value, message):
 def test_unwritable_places(model, tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "missing" / "m.h5", tmp_path / "file" / "m.h5", tmp_path / ("x" * 300), tmp_path / "zero\0byte"):
-        with pytest.raises(OutputError, match="cannot write .*required: a place"):
+        with pytest.raises(OutputError, match=r"cannot write .*required: a place"):
             save(model, place)
     assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize(("error", "seen"), [(OSError(28, "No space left on device"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)])
+@pytest.mark.parametrize(("error", "seen"), [(OSError(28, "No space left"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_failing_halfway_keeps_the_old_file(model, path, monkeypatch, step, error, seen):
     path.write_text("precious")
 

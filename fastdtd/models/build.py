@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def build(folder: Path) -> None:
         save(squeezenet(weights, classes), folder / "squeezenet1_1.h5", "float16")
         with zipfile.ZipFile(scikit_image) as wheel:
             for name in ("chelsea.png", "coffee.png"):
-                replace(folder / name, lambda path, pixels=wheel.read(f"skimage/data/{name}"): path.write_bytes(pixels))
+                replace(folder / name, partial(Path.write_bytes, data=wheel.read(f"skimage/data/{name}")))
 
 
 def squeezenet(weights: dict[str, Any], classes: list[str]) -> Model:

@@ -1,0 +1,57 @@
+"""Agreement with zennit, its biases left out, on random networks of every layer that both have."""
+
+import warnings
+
+import numpy as np
+from graphs import graphs_and_rules, pictures
+from hypothesis import HealthCheck, assume, given, note, settings
+from torch_nets import zennit_relevance
+
+from fastdtd import Explainer, ExplanationWarning, Model, Preprocessing, load
+from fastdtd import graph as g
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(graphs_and_rules(like_peers=True))
+def test_random_networks(case):
+    graph, rules = case
+    for layer in graph:
+        note(f"{layer.name} {type(layer).__name__} {layer.inputs} -> {graph.shapes[layer.name]}")
+    explainer = Explainer(Model(graph, Preprocessing(None)), rules, threads=1)
+    batch = pictures(graph, 1, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        e = explainer(batch)
+    assume(e.explained[0] > 0)
+    theirs, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, batch, e.target)
+    np.testing.assert_allclose(e.output, scores, atol=1e-5 * max(1, np.abs(scores).max()))
+    # Where everything is absorbed the norm is 0: then 1e-4 of the score is the measure.
+    assert np.linalg.norm(e.relevance - theirs) <= 1e-4 * max(np.linalg.norm(theirs), 1e-3 * e.explained[0])
+
+
+def without_max_pools(model):
+    """The same weights with average pools: no winner that turns on the last bit."""
+    layers = [g.AveragePool2d(one.name, one.inputs, one.kernel, one.stride, one.padding, one.ceil_mode) if isinstance(one, g.MaxPool2d) else one
+              for one in model.graph]
+    return Model(g.Graph(tuple(layers), model.graph.input_shape, model.graph.box), model.preprocessing, model.classes)
+
+
+def errors_on(model, photographs):
+    explainer = Explainer(model)
+    batch = np.stack([model.preprocess(path) for path in photographs])
+    e = explainer(batch)
+    theirs, _ = zennit_relevance(model.graph, {name: rule.name for name, rule in explainer.rules.items()}, batch, e.target)
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(e.relevance, theirs, strict=True)]
+    print("relative L2 against zennit in float64:", " ".join(f"{error:.1e}" for error in errors))
+    return errors
+
+
+def test_squeezenet_with_average_pools_on_photographs(photographs):
+    assert max(errors_on(without_max_pools(load("squeezenet1_1")), photographs)) < 1e-5
+
+
+def test_squeezenet_on_photographs(photographs):
+    """Evenly coloured areas give windows of equal numbers, where rounding decides which of them wins: there the two may differ."""
+    errors = errors_on(load("squeezenet1_1"), photographs)
+    assert np.median(errors) < 1e-5
+    assert max(errors) < 1e-2

@@ -1,0 +1,97 @@
+"""A Graph as a PyTorch module, and zennit's rules for its layers: what the peers compute of the same network.
+
+Paddings must be symmetric. They are the modules' own, for zennit takes what is padded outside of a module for input.
+"""
+
+import sys
+import types
+
+import numpy as np
+import torch
+from torch import nn
+
+for _name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):  # zennit wants two class names of it, and nothing else
+    sys.modules.setdefault(_name, types.ModuleType(_name))
+sys.modules["torchvision.models.resnet"].Bottleneck = type("Bottleneck", (), {})
+sys.modules["torchvision.models.resnet"].BasicBlock = type("BasicBlock", (), {})
+from zennit.attribution import Gradient  # noqa: E402  # after the placeholder that it imports
+from zennit.core import Composite  # noqa: E402
+from zennit.layer import Sum  # noqa: E402
+from zennit.rules import Flat, Norm, Pass, WSquare, ZBox, ZPlus  # noqa: E402
+
+from fastdtd import graph as g  # noqa: E402
+
+
+def module_of(layer, shape):
+    match layer:
+        case g.Conv2d():
+            module = nn.Conv2d(shape[0], layer.weight.shape[0], layer.weight.shape[2:], layer.stride, layer.padding[:2], layer.dilation, layer.groups)
+        case g.Dense():
+            module = nn.Linear(*layer.weight.shape[::-1])
+        case g.ReLU():
+            return nn.ReLU()
+        case g.MaxPool2d():
+            return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding[:2], ceil_mode=layer.ceil_mode)
+        case g.AveragePool2d():
+            return nn.AvgPool2d(layer.kernel, layer.stride, layer.padding[:2], layer.ceil_mode, layer.count_include_pad)
+        case g.GlobalAveragePool():
+            return nn.AvgPool2d(shape[1:])
+        case g.Add():
+            return Sum()
+        case _:
+            return nn.Identity()
+    module.weight.data = torch.tensor(layer.weight)
+    module.bias.data = torch.tensor(layer.bias) if layer.bias is not None else torch.zeros(len(layer.weight))
+    return module
+
+
+class Net(nn.Module):
+    """Runs a Graph's layers in order."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+        self.parts = nn.ModuleList(module_of(layer, graph.shapes[layer.inputs[0]]) for layer in graph)
+
+    def forward(self, x):
+        tensors = {g.INPUT: x}
+        for layer, part in zip(self.graph, self.parts, strict=True):
+            inputs = [tensors[name] for name in layer.inputs]
+            match layer:
+                case g.Dense():
+                    value = part(inputs[0].flatten(1))[:, :, None, None]
+                case g.Add():
+                    value = part(torch.stack(inputs, -1))
+                case g.Concat():
+                    value = torch.cat(inputs, 1)
+                case g.Flatten():
+                    value = inputs[0].flatten(1)[:, :, None, None]
+                case _:
+                    value = part(inputs[0])
+            tensors[layer.name] = value
+        return tensors[self.graph.output].flatten(1)
+
+
+def zennit_relevance(graph, rules, batch, targets, dtype=torch.float64):
+    """Relevance (N, C, H, W) by zennit, biases left out; rules: names by layer, as Explainer.rules has them."""
+    net = Net(graph).to(dtype).requires_grad_(False)
+    hooks = {}
+    for layer, part in zip(graph, net.parts, strict=True):
+        hooks[part] = {"z+": lambda: ZPlus(stabilizer=1e-12, zero_params="bias"), "w2": lambda: WSquare(1e-12, zero_params="bias"),
+                       "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype), "winner": lambda: None,
+                       None: Pass}[rules.get(layer.name)]()
+        if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
+            hooks[part] = Norm(stabilizer=1e-12)
+    composite = Composite(module_map=lambda ctx, name, module: hooks.get(module))
+    x = torch.tensor(np.asarray(batch), dtype=dtype)
+    with Gradient(net, composite) as attribute:
+        scores, relevance = attribute(x, lambda y: nn.functional.one_hot(torch.tensor(targets), y.shape[1]) * y.clamp(min=0))
+    return relevance.detach().numpy(), scores.detach().numpy()
+
+
+def box_rule(graph, layer, dtype):
+    bounds = []
+    for side in ("low", "high"):
+        bound = torch.tensor(getattr(graph.domains[layer.inputs[0]], side), dtype=dtype)
+        bounds.append(bound[None] if isinstance(layer, g.Dense) else bound[None, :, None, None].expand(1, *graph.shapes[layer.inputs[0]]))
+    return ZBox(*bounds, stabilizer=1e-12)
