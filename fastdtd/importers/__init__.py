@@ -1,0 +1,143 @@
+"""Foreign model files -> Model. One module for each format turns a file's bytes into layers; what they share is here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdtd.errors import ConversionError, ModelError
+from fastdtd.graph import Graph, Layer, Shape
+from fastdtd.model import Model, Preprocessing
+
+MAX_WEIGHT_BYTES = 2**31  # what protobuf can hold in one message
+MAX_TEXT_BYTES = 2**24
+
+FilePath = str | os.PathLike[str]
+
+
+def convert(source: FilePath, weights: FilePath | None = None, *, color: str | None = None, size: int | tuple[int, int] | None = None,
+            resize: str = "stretch", mean: Any = 0, std: Any = 1, scale: float = 1, box: Any = None,
+            labels: FilePath | Sequence[str] | None = None) -> Model:
+    """A network from an ONNX or Caffe file, with what the file does not say: how a picture becomes its input, and what its outputs mean.
+
+    Parameters
+    ----------
+    source : path
+        An .onnx file, or a Caffe network's .prototxt.
+    weights : path, optional
+        The .caffemodel that goes with a .prototxt.
+    color : {"rgb", "bgr", "gray"}, optional
+        Order of the input's channels. Default: "rgb" for three channels, "gray" for one, else the input is no picture.
+    size : (height, width) or int, optional
+        Size of the input. Required where the file leaves it open; elsewhere it replaces the file's.
+    resize : {"stretch", "crop"}
+    mean, std : float, (C,) or (C, H, W)
+    scale : float
+        The input is ``(pixel * scale - mean) / std``, see `fastdtd.Preprocessing`.
+    box : (low, high), or a (low, high) for each channel, optional
+        Bounds of the input's values, after preprocessing. low and high may also be sequences, a number for each channel.
+    labels : path or sequence of str, optional
+        Names of the outputs: a text file with a line for each, or the names themselves.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    ConversionError
+        A file that is missing, damaged or of another kind, an operator that is not supported, an option that does not fit the network, or
+        a package that is not installed.
+
+    Examples
+    --------
+    >>> model = convert("deploy.prototxt", "net.caffemodel", color="bgr", mean=(104, 117, 123),
+    ...                 box=[(-104, 151), (-117, 138), (-123, 132)], labels="names.txt")
+    >>> fastdtd.save(model, "net.h5")
+    """
+    files = [Path(source)] + ([] if weights is None else [Path(weights)])
+    try:
+        with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
+            layers, shape, file_format, contents = _parse(files, _checked_size(size))
+            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
+            if color is None and shape[1:] != (1, 1):
+                color = {1: "gray", 3: "rgb"}.get(shape[0])
+            provenance = {
+                "source": ", ".join(file.name for file in files),
+                "sha256": ", ".join(hashlib.sha256(content).hexdigest() for content in contents),
+                "format": file_format,
+            }
+            return Model(graph, Preprocessing(color, resize, mean, std, scale), _class_names(labels), provenance)
+    except (ConversionError, ModelError) as error:
+        raise ConversionError(f"{source}: {error}") from error
+
+
+def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer], Shape, str, list[bytes]]:
+    """Layers, input shape and format of the network in `files`, and the files' contents."""
+    kind = files[0].suffix.lower()
+    if kind == ".onnx":
+        if len(files) > 1:
+            raise ConversionError("an .onnx file holds its weights; required: no second file")
+        try:
+            from fastdtd.importers import onnx
+        except ModuleNotFoundError as error:
+            raise ConversionError(f"{error}; `pip install 'fastdtd[onnx]'` installs what reading .onnx takes") from None
+        contents = [_read(files[0], MAX_WEIGHT_BYTES)]
+        return *onnx.parse(contents[0], size), contents
+    if kind == ".prototxt":
+        if len(files) == 1:
+            raise ConversionError("a .prototxt holds no weights; required: the .caffemodel that goes with it, as second file")
+        try:
+            from fastdtd.importers import caffe
+        except ModuleNotFoundError as error:
+            raise ConversionError(f"{error}; `pip install 'fastdtd[caffe]'` installs what reading Caffe's files takes") from None
+        contents = [_read(files[0], MAX_TEXT_BYTES), _read(files[1], MAX_WEIGHT_BYTES)]
+        return *caffe.parse(contents[0], contents[1], size), contents
+    raise ConversionError("neither an .onnx nor a .prototxt file, by its name"
+                          + ("; give the .prototxt first, then the .caffemodel" if kind == ".caffemodel" else ""))
+
+
+def _read(file: Path, limit: int) -> bytes:
+    try:
+        if not file.is_file():
+            raise ConversionError(f"there is no file {str(file)!r}")
+        if file.stat().st_size > limit:
+            raise ConversionError(f"{str(file)!r} has {file.stat().st_size} bytes; at most {limit} are accepted")
+        return file.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{str(file)!r} cannot be read: {error.strerror}") from None
+
+
+def _checked_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = tuple(size) if np.iterable(size) else (size, size)
+    if len(pair) != 2 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in pair):
+        raise ConversionError(f"size {size!r} given; required: (height, width) or one whole number for both, from 1")
+    return int(pair[0]), int(pair[1])
+
+
+def _low_and_high(box: Any, channels: int) -> Any:
+    """`box` as Graph takes it, (low, high), also where it is a pair for each channel."""
+    try:
+        is_pair_each = np.shape(box) == (channels, 2)
+    except ValueError:  # ragged: a number and a sequence
+        is_pair_each = False
+    return tuple(zip(*box, strict=True)) if is_pair_each else box
+
+
+def _class_names(labels: FilePath | Sequence[str] | None) -> tuple[str, ...]:
+    if labels is None:
+        return ()
+    if not isinstance(labels, (str, os.PathLike)):
+        return tuple(labels)
+    try:
+        text = _read(Path(labels), MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConversionError(f"{str(labels)!r} is no text in UTF-8; required: a class name a line") from None
+    return tuple(line.strip() for line in text.rstrip().split("\n"))

@@ -1,0 +1,16 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of trained nets and pictures that tests may use; they are too large for the repository."""
+    folder = Path(os.environ.get("FASTDTD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        message = f"there is no test data in {folder}; FASTDTD_TEST_DATA says where else"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder

@@ -1,0 +1,721 @@
+"""Importers: real networks come in whole, every operator becomes the layer it should, and whatever else is refused with its name."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+from fastdtd import graph as g
+from fastdtd.errors import ConversionError, FastDTDError
+from fastdtd.importers import convert
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from fastdtd.importers import caffe  # noqa: E402
+from fastdtd.importers import onnx as onnx_importer  # noqa: E402
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def of_type(graph, layer_type):
+    return [layer for layer in graph if isinstance(layer, layer_type)]
+
+
+def same(actual, expected):
+    assert actual is expected is None or (actual.dtype == expected.dtype and np.array_equal(actual, expected))
+
+
+# ---- Trained networks --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def squeezenets(data):
+    folder = data / "models" / "squeezenet_v1.1"
+    options = {"color": "bgr", "mean": (104, 117, 123), "box": [(-104, 151), (-117, 138), (-123, 132)],
+               "labels": data / "labels" / "synset_words.txt"}
+    return (convert(folder / "squeezenet_v1.1.onnx", **options),
+            convert(folder / "deploy.prototxt", folder / "squeezenet_v1.1.caffemodel", **options))
+
+
+def test_squeezenet_is_the_same_from_onnx_and_caffe(squeezenets):
+    from_onnx, from_caffe = (model.graph for model in squeezenets)
+    assert from_onnx.shapes == from_caffe.shapes
+    for a, b in zip(from_onnx, from_caffe, strict=True):
+        assert type(a) is type(b)
+        for field in dataclasses.fields(a):
+            if field.name in a.arrays:
+                same(getattr(a, field.name), getattr(b, field.name))
+            else:
+                assert getattr(a, field.name) == getattr(b, field.name)
+
+
+def test_squeezenet_is_whole(squeezenets, data):
+    for model in squeezenets:
+        assert model.graph.input_shape == (3, 227, 227)
+        assert model.graph.shapes[model.graph.output] == (1000, 1, 1)
+        assert len(of_type(model.graph, g.Conv2d)) == 26
+        assert all(pool.ceil_mode for pool in of_type(model.graph, g.MaxPool2d))
+        np.testing.assert_array_equal(model.graph.box, [[-104, -117, -123], [151, 138, 132]])
+        assert model.class_name(340) == "n02391049 zebra"
+        assert model.preprocessing.color == "bgr"
+        assert model.preprocessing.mean.ravel().tolist() == [104, 117, 123]
+    folder = data / "models" / "squeezenet_v1.1"
+    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("deploy.prototxt", "squeezenet_v1.1.caffemodel")]
+    assert squeezenets[0].provenance["format"] == "onnx opset 13 from assets"
+    assert squeezenets[1].provenance == {"source": "deploy.prototxt, squeezenet_v1.1.caffemodel", "sha256": ", ".join(digests),
+                                         "format": "caffe"}
+
+
+def test_resnet_with_its_additions(data):
+    graph = convert(data / "models" / "resnet20_cifar10" / "resnet20.onnx").graph
+    assert graph.input_shape == (3, 32, 32)
+    assert graph.shapes[graph.output] == (10, 1, 1)
+    assert [len(of_type(graph, kind)) for kind in (g.Conv2d, g.Add, g.Dense)] == [21, 9, 1]
+    assert graph.shapes["add88"] == (64, 8, 8)
+
+
+def test_lenet_in_the_older_layout(data):
+    folder = data / "models" / "lenet_mnist"
+    model = convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256)
+    assert [type(layer) for layer in model.graph] == [g.Conv2d, g.MaxPool2d, g.Conv2d, g.MaxPool2d, g.Flatten, g.Dense, g.ReLU, g.Dense]
+    assert model.graph.shapes == {"input": (1, 28, 28), "conv1": (20, 24, 24), "pool1": (20, 12, 12), "conv2": (50, 8, 8),
+                                  "pool2": (50, 4, 4), "ip1/flatten": (800, 1, 1), "ip1": (500, 1, 1), "relu1": (500, 1, 1),
+                                  "ip2": (10, 1, 1)}
+    assert model.preprocessing.color == "gray"
+
+
+def test_what_is_not_supported_is_named(data):
+    folder = data / "models" / "cifar10_full"
+    with pytest.raises(ConversionError, match=r"cifar10_full\.prototxt: layer 'norm1' of type LRN \(number 4 of 13, reads 'pool1'\) is not "
+                                              r"supported; supported: .*Pooling"):
+        convert(folder / "cifar10_full.prototxt", folder / "cifar10_full_iter_70000.caffemodel")
+
+
+# ---- ONNX --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def convert_nodes(tmp_path):
+    """convert() of an ONNX file with the nodes and constants given; 'x' is the input and 'y', or what `outputs` says, the output."""
+    def convert_nodes(nodes, constants=(), shape=("N", 3, 9, 8), opset=13, outputs=("y",), change=lambda model: None, **options):
+        path = tmp_path / "net.onnx"
+        path.write_bytes(onnx_file(nodes, constants, shape, opset, outputs, change))
+        return convert(path, **options)
+
+    return convert_nodes
+
+
+def onnx_file(nodes, constants=(), shape=("N", 3, 9, 8), opset=13, outputs=("y",), change=lambda model: None):
+    graph = helper.make_graph(
+        nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(constants).items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    change(model)
+    return model.SerializeToString()
+
+
+node = helper.make_node
+POOL = node("GlobalAveragePool", ["t"], ["y"], name="pool")  # makes any image 't' an output
+FLAT = [node("GlobalAveragePool", ["x"], ["p"], name="pool"), node("Flatten", ["p"], ["f"])]  # 'f': three features
+
+
+@pytest.mark.parametrize(("auto_pad", "padding"), [
+    ("NOTSET", (1, 0, 2, 1)), ("VALID", (0, 0, 0, 0)), ("SAME_UPPER", (0, 1, 1, 2)), ("SAME_LOWER", (1, 2, 0, 1)),
+])
+def test_conv(convert_nodes, auto_pad, padding):
+    pads = {"pads": [1, 0, 2, 1]} if auto_pad == "NOTSET" else {}
+    weight, bias = numbers(6, 1, 2, 4), numbers(6)
+    graph = convert_nodes([node("Conv", ["x", "w", "b"], ["t"], name="c", group=3, strides=[2, 3] if pads else [1, 1], auto_pad=auto_pad,
+                                dilations=[2, 1] if pads else [1, 1], **pads), POOL], {"w": weight, "b": bias}).graph
+    conv = graph.layers[0]
+    assert (conv.name, conv.inputs, conv.groups, conv.padding) == ("c", ("input",), 3, padding)
+    assert (conv.stride, conv.dilation) == (((2, 3), (2, 1)) if pads else ((1, 1), (1, 1)))
+    same(conv.weight, weight)
+    same(conv.bias, bias)
+    if auto_pad.startswith("SAME"):
+        assert graph.shapes["c"] == (6, 9, 8)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("raw", [True, False])
+def test_constants_of_every_precision(convert_nodes, dtype, raw):
+    weight = numbers(4, 3, 1, 1).astype(dtype)
+    tensor = numpy_helper.from_array(weight, "w") if raw else helper.make_tensor(
+        "w", helper.np_dtype_to_tensor_dtype(weight.dtype), weight.shape, weight.ravel())
+    conv, _ = convert_nodes([node("Constant", [], ["w"], value=tensor), node("Identity", ["w"], ["v"]),
+                             node("Conv", ["x", "v"], ["t"], name="c"), POOL]).graph
+    same(conv.weight, weight.astype(np.float32))
+    assert conv.bias is None
+
+
+@pytest.mark.parametrize(("operator", "attributes", "expected"), [
+    ("MaxPool", {"kernel_shape": [3, 2]}, ((3, 2), (1, 1), (0, 0, 0, 0), False)),
+    ("MaxPool", {"kernel_shape": [3, 2], "strides": [2, 3], "pads": [1, 0, 2, 1], "ceil_mode": 1}, ((3, 2), (2, 3), (1, 0, 2, 1), True)),
+    ("MaxPool", {"kernel_shape": [2, 3], "strides": [2, 2], "auto_pad": "SAME_LOWER", "ceil_mode": 1},
+     ((2, 3), (2, 2), (1, 1, 0, 0), False)),
+    ("AveragePool", {"kernel_shape": [2, 2], "pads": [1, 1, 1, 1]}, ((2, 2), (1, 1), (1, 1, 1, 1), False, False)),
+    ("AveragePool", {"kernel_shape": [2, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}, ((2, 2), (1, 1), (1, 1, 1, 1), False, True)),
+    ("AveragePool", {"kernel_shape": [2, 2], "auto_pad": "VALID", "ceil_mode": 1}, ((2, 2), (1, 1), (0, 0, 0, 0), True, False)),
+    ("GlobalMaxPool", {}, ((9, 8), (1, 1), (0, 0, 0, 0), False)),
+])
+def test_pools(convert_nodes, operator, attributes, expected):
+    pool, _ = convert_nodes([node(operator, ["x"], ["t"], **attributes), POOL]).graph
+    assert dataclasses.astuple(pool)[2:] == expected
+    assert isinstance(pool, g.AveragePool2d if operator == "AveragePool" else g.MaxPool2d)
+
+
+@pytest.mark.parametrize(("opset", "keepdims"), list(itertools.product([11, 18], [0, 1])))
+def test_mean_over_the_image(convert_nodes, opset, keepdims):
+    axes = {"axes": [2, -1]} if opset < 18 else {}
+    nodes = [node("ReduceMean", ["x"] + ["a"] * (not axes), ["t"], keepdims=keepdims, **axes)]
+    nodes += [node("Squeeze", ["t"], ["y"], axes=[2, 3]) if opset < 13 else node("Squeeze", ["t", "a"], ["y"])] if keepdims else []
+    pool, = convert_nodes(nodes, {} if axes else {"a": np.array([2, 3])}, opset=opset, outputs=["y" if keepdims else "t"]).graph
+    assert isinstance(pool, g.GlobalAveragePool)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_gemm_with_its_factors(convert_nodes, transposed):
+    weight, bias = numbers(5, 3), numbers(1, 5)
+    dense = convert_nodes([*FLAT, node("Gemm", ["f", "w", "b"], ["y"], name="d", alpha=0.5, beta=3.0, transB=transposed)],
+                          {"w": weight if transposed else weight.T, "b": bias}).graph.layers[-1]
+    same(dense.weight, np.float32(0.5) * weight)
+    same(dense.bias, np.float32(3) * bias[0])
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (), (1,)])
+def test_matmul_and_addition(convert_nodes, shape):
+    weight, bias = numbers(3, 5), numbers(*shape)
+    dense = convert_nodes([*FLAT, node("MatMul", ["f", "w"], ["m"], name="d"), node("Add", ["b", "m"], ["y"])],
+                          {"w": weight, "b": bias}).graph.layers[-1]
+    assert dense.name == "d"
+    same(dense.weight, weight.T)
+    same(dense.bias, np.broadcast_to(bias, (1, 5))[0])
+
+
+def test_addition_joins_the_bias_of_a_convolution(convert_nodes):
+    weight, bias, more = numbers(4, 3, 1, 1), numbers(4), numbers(4, 1, 1, seed=1)
+    conv, _ = convert_nodes([node("Conv", ["x", "w", "b"], ["c"]), node("Add", ["c", "m"], ["t"]), POOL],
+                            {"w": weight, "b": bias, "m": more}).graph
+    same(conv.weight, weight)
+    np.testing.assert_allclose(conv.bias, bias + more.ravel(), rtol=1e-6)
+
+
+def test_batch_norm_is_folded(convert_nodes):
+    weight, gamma, beta, mean, variance = numbers(4, 3, 1, 1), *(numbers(4, seed=i) for i in range(1, 4)), np.abs(numbers(4, seed=4))
+    conv, _ = convert_nodes([node("Conv", ["x", "w"], ["c"]),
+                             node("BatchNormalization", ["c", "g", "b", "m", "v"], ["t"], epsilon=0.125), POOL],
+                            {"w": weight, "g": gamma, "b": beta, "m": mean, "v": variance}).graph
+    scale = gamma / np.sqrt(variance + 0.125)
+    np.testing.assert_allclose(conv.weight, weight * scale[:, None, None, None], rtol=1e-6)
+    np.testing.assert_allclose(conv.bias, beta - mean * scale, rtol=1e-5, atol=1e-7)
+
+
+def test_joins(convert_nodes):
+    graph = convert_nodes([node("Relu", ["x"], ["r"], name="relu"), node("Add", ["x", "r"], ["a"], name="add"),
+                           node("Sum", ["x", "r", "a"], ["s"], name="sum"), node("Sum", ["s"], ["s1"]),
+                           node("Concat", ["s1", "x"], ["t"], name="both", axis=-3), POOL]).graph
+    assert [(type(layer), layer.name, layer.inputs) for layer in graph] == [
+        (g.ReLU, "relu", ("input",)), (g.Add, "add", ("input", "relu")), (g.Add, "sum/1", ("input", "relu")),
+        (g.Add, "sum", ("sum/1", "add")), (g.Concat, "both", ("sum", "input")), (g.GlobalAveragePool, "pool", ("both",))]
+
+
+@pytest.mark.parametrize("shape", [[0, -1], [-1, 216], ["N", 216], [1, -1]])
+def test_flattening_by_reshape(convert_nodes, shape):
+    batch = 5 if "N" in shape else "N"
+    shape = [5 if n == "N" else n for n in shape]
+    graph = convert_nodes([node("Reshape", ["x", "s"], ["f"], name="flat"), node("Gemm", ["f", "w"], ["y"], name="dense")],
+                          {"s": np.array(shape), "w": numbers(216, 2)}, (batch, 3, 9, 8)).graph
+    assert [type(layer) for layer in graph] == [g.Flatten, g.Dense]
+
+
+def test_weights_may_be_reshaped_and_transposed(convert_nodes):
+    weight = numbers(5, 3, 9, 8)
+    graph = convert_nodes([node("Flatten", ["x"], ["f"], axis=-3), node("Reshape", ["w", "s"], ["w2"]),
+                           node("Transpose", ["w2"], ["w3"], perm=[1, 0]), node("MatMul", ["f", "w3"], ["y"])],
+                          {"w": weight, "s": np.array([0, -1])}).graph
+    same(graph.layers[-1].weight, weight.reshape(5, -1))
+
+
+@pytest.mark.parametrize(("attributes", "bounds", "opset"), [
+    ({"min": 0.0}, [], 10), ({"min": 0.0, "max": 3.4028234663852886e38}, [], 10), ({}, [0.0], 13), ({}, [0.0, np.inf], 13)])
+def test_clip_from_zero_is_a_relu(convert_nodes, attributes, bounds, opset):
+    names = ["low", "high"][:len(bounds)]
+    relu, _ = convert_nodes([node("Clip", ["x", *names], ["t"], **attributes), POOL],
+                            {name: np.float32(value) for name, value in zip(names, bounds, strict=True)}, opset=opset).graph
+    assert isinstance(relu, g.ReLU)
+
+
+def test_pad_joins_the_layer_behind_it(convert_nodes):
+    pads = {"p": np.array([0, 0, 1, 2, 0, 0, 0, 1])}
+    conv, _ = convert_nodes([node("Pad", ["x", "p"], ["q"]), node("Conv", ["q", "w"], ["t"], pads=[1, 1, 1, 1]), POOL],
+                            {**pads, "w": numbers(2, 3, 4, 4)}).graph
+    assert conv.padding == (2, 3, 1, 2)
+    pool, _ = convert_nodes([node("Pad", ["x"], ["q"], pads=pads["p"]), node("AveragePool", ["q"], ["t"], kernel_shape=[3, 3]), POOL],
+                            opset=10).graph
+    assert (pool.padding, pool.count_include_pad) == ((1, 2, 0, 1), True)
+
+
+def test_dropout_identity_and_softmax_leave_no_layer(convert_nodes):
+    nodes = [node("Dropout", ["x"], ["d"]), node("Identity", ["d"], ["t"]), POOL, node("Flatten", ["y"], ["f"])]
+    for operator, axis in (("Softmax", 1), ("LogSoftmax", -1)):
+        graph = convert_nodes([*nodes, node(operator, ["f"], ["z"], axis=axis)], outputs=["z"]).graph
+        assert [layer.name for layer in graph] == ["pool"]
+
+
+@pytest.mark.parametrize("outputs", [["scores", "probabilities"], ["probabilities", "scores"]])
+def test_scores_beside_probabilities(convert_nodes, outputs):
+    graph = convert_nodes([*FLAT, node("Relu", ["f"], ["unused"]), node("Gemm", ["f", "w"], ["scores"], name="d"),
+                           node("Softmax", ["scores"], ["probabilities"])], {"w": numbers(3, 5)}, outputs=outputs).graph
+    assert (graph.output, len(graph.layers)) == ("d", 2)
+
+
+def test_names(convert_nodes):
+    graph = convert_nodes([node("Relu", ["x"], ["b"], name="twice"), node("Relu", ["b"], ["c"], name="twice"),
+                           node("Relu", ["c"], ["d"]), node("Relu", ["d"], ["one"], name="input"), node("Relu", ["one"], ["e"], name="one"),
+                           node("GlobalAveragePool", ["e"], ["y"])]).graph
+    assert [layer.name for layer in graph] == ["b", "c", "d", "Relu3", "one", "y"]
+
+
+def test_flat_input(convert_nodes):
+    model = convert_nodes([node("Gemm", ["x", "w"], ["y"])], {"w": numbers(3, 5)}, shape=["N", 3])
+    assert model.graph.input_shape == (3, 1, 1)
+    assert model.preprocessing.color is None
+
+
+@pytest.mark.parametrize(("size", "shape"), [(7, (3, 7, 7)), ((7, 6), (3, 7, 6)), ([np.int64(7), 6], (3, 7, 6))])
+def test_size_replaces_the_files(convert_nodes, size, shape):
+    for dims in (["N", 3, "H", "W"], ["N", 3, 9, 9]):
+        graph = convert_nodes([node("Relu", ["x"], ["t"]), POOL], shape=dims, size=size).graph
+        assert graph.input_shape == shape
+
+
+@pytest.mark.parametrize(("channels", "box", "low", "high"), [
+    (3, (-3, 2), [-3] * 3, [2] * 3),
+    (3, [(-1, 1), (-2, 2), (-3, 3)], [-1, -2, -3], [1, 2, 3]),
+    (3, ((-1, -2, -3), (1, 2, 3)), [-1, -2, -3], [1, 2, 3]),
+    (3, (0, (1, 2, 3)), [0, 0, 0], [1, 2, 3]),
+    (2, [(-1, 1), (-2, 2)], [-1, -2], [1, 2]),
+])
+def test_box(convert_nodes, channels, box, low, high):
+    model = convert_nodes([node("Relu", ["x"], ["t"]), POOL], shape=["N", channels, 4, 4], box=box)
+    np.testing.assert_array_equal(model.graph.box, [low, high])
+    assert model.preprocessing.color == {2: None, 3: "rgb"}[channels]
+
+
+def test_labels(convert_nodes, tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffeins\r\nzwei, deux\r\n三\r\n\r\n".encode())
+    for labels in (tmp_path / "names.txt", str(tmp_path / "names.txt"), ["eins", "zwei, deux", "三"]):
+        assert convert_nodes([node("Relu", ["x"], ["t"]), POOL], labels=labels).classes == ("eins", "zwei, deux", "三")
+
+
+RELU = [node("Relu", ["x"], ["t"]), POOL]
+
+
+@pytest.mark.parametrize(("nodes", "constants", "message"), [
+    ([node("Relu", ["x"], ["r"]), node("LRN", ["r"], ["t"], name="norm", size=3), POOL], {},
+     r"net\.onnx: LRN 'norm' \(node 2 of 3, reads 'r'\) is an operator that is not supported; supported: Add, AveragePool, .*, Transpose$"),
+    ([node("Relu", ["x"], ["t"], domain="com.example"), POOL], {}, "an operator of domain 'com.example' that is not supported"),
+    ([node("Conv", ["x", "x"], ["t"]), POOL], {}, "computes its input 'x'; required: a constant"),
+    ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 3)}, r"weights of shape \(4, 3, 3\)"),
+    ([node("Conv", ["x", "w"], ["t"], kernel_shape=[2, 2]), POOL], {"w": numbers(4, 3, 3, 3)}, "weights of shape"),
+    ([node("Conv", ["x", "w"], ["t"], strides=[2]), POOL], {"w": numbers(4, 3, 3, 3)}, "two numbers from 1"),
+    ([node("Conv", ["x", "w"], ["t"], strides=[0, 1]), POOL], {"w": numbers(4, 3, 3, 3)}, "two numbers from 1"),
+    ([node("Conv", ["x", "w"], ["t"], strides=2), POOL], {"w": numbers(4, 3, 3, 3)}, "attribute strides of a type"),
+    ([node("Conv", ["x", "w"], ["t"], pads=[1, 1]), POOL], {"w": numbers(4, 3, 3, 3)}, "required: four"),
+    ([node("Conv", ["x", "w"], ["t"], auto_pad="MIRROR"), POOL], {"w": numbers(4, 3, 3, 3)}, "auto_pad 'MIRROR'"),
+    ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 5, 3, 3)}, "expects 5 input channels"),
+    ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": np.full((4, 3, 1, 1), np.nan, np.float32)}, "NaN or infinity"),
+    ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": np.zeros((4, 3, 1, 1), np.complex64)}, "element type 14"),
+    ([node("Conv", ["x"], ["t"]), POOL], {}, "lacks its input 2"),
+    ([node("MaxPool", ["x"], ["t"]), POOL], {}, "kernel_shape None"),
+    ([node("MaxPool", ["x"], ["t"], kernel_shape=[2, 2], dilations=[2, 2]), POOL], {}, "has dilations"),
+    ([node("MaxPool", ["x"], ["m", "t"], kernel_shape=[2, 2]), POOL], {}, "reads 't', which no node before it makes"),
+    ([node("ReduceMean", ["x"], ["y"], axes=[1])], {}, "does not average over height and width"),
+    ([node("Gemm", ["x", "w"], ["y"])], {"w": numbers(3, 5)}, r"with 4 axes; required: \(N, F\)"),
+    ([*FLAT, node("Gemm", ["f", "w"], ["y"], transA=1)], {"w": numbers(3, 5)}, "transA 0"),
+    ([*FLAT, node("Gemm", ["f", "w", "b"], ["y"])], {"w": numbers(3, 5), "b": numbers(4)}, r"shape \(4,\) to 5 channels"),
+    ([*FLAT, node("MatMul", ["w", "f"], ["y"])], {"w": numbers(5, 3)}, "has the constant 'w' as input"),
+    ([node("Add", ["x", "w"], ["t"]), POOL], {"w": numbers(3, 1, 1)}, "whose bias it becomes"),
+    ([node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "b"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1), "b": numbers(4, 9, 8)},
+     r"shape \(4, 9, 8\) to 4 channels"),
+    ([node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "b"], ["d"]), node("Add", ["c", "d"], ["t"]), POOL],
+     {"w": numbers(4, 3, 1, 1), "b": numbers(4, 1, 1)}, "that it alone reads"),
+    ([*FLAT, node("Add", ["p", "f"], ["y"])], {}, "tensors of one shape"),
+    ([node("Concat", ["x", "x"], ["t"], axis=2), POOL], {}, "has axis 2 over 4 axes"),
+    ([node("Flatten", ["x"], ["y"], axis=2)], {}, "has axis 2"),
+    ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([0, 3, -1])}, r"makes \(0, 3, -1\) of \(N, 3, 9, 8\)"),
+    ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([2, 108])}, r"required: \(N, 216\)"),
+    ([node("Squeeze", ["x", "a"], ["y"])], {"a": np.array([2, 3])}, "more than one pixel"),
+    ([node("Softmax", ["x"], ["t"], axis=-1), POOL], {}, "has axis -1 over 4 axes"),
+    ([*FLAT, node("Softmax", ["f"], ["s"]), node("Gemm", ["s", "w"], ["y"])], {"w": numbers(3, 5)}, "softmax only at the end"),
+    ([node("BatchNormalization", ["x", "w", "w", "w", "w"], ["t"]), POOL], {"w": numbers(4)}, r"required: \(3,\)"),
+    ([node("Clip", ["x", "a", "b"], ["t"]), POOL], {"a": np.float32(0), "b": np.float32(6)}, r"clips to \[0, 6\]"),
+    ([node("Dropout", ["x", "r", "m"], ["t"]), POOL], {"r": np.float32(0.5), "m": np.array(True)}, "drops at inference"),
+    ([node("Pad", ["x", "p"], ["q"]), node("MaxPool", ["q"], ["t"], kernel_shape=[2, 2]), POOL], {"p": np.array([0, 0, 1, 1] * 2)},
+     "before Conv and AveragePool only"),
+    ([node("Pad", ["x", "p"], ["t"], mode="reflect"), POOL], {"p": np.array([0, 0, 1, 1] * 2)}, "constant zeros"),
+    ([node("Pad", ["x", "p"], ["t"]), POOL], {"p": np.array([0, 1, 1, 1] * 2)}, "none for batch and channels"),
+    ([node("Relu", ["y"], ["t"]), POOL], {}, "which no node before it makes"),
+    ([node("Relu", ["x"], ["t"]), node("Relu", ["x"], ["t"]), POOL], {}, "two nodes make the tensor 't'"),
+    ([node("Relu", ["x"], ["z"])], {}, "output 'y' is not computed"),
+    ([node("Relu", ["x"], ["y"])], {}, "output 'y' has shape"),
+    ([], {}, "holds no network"),
+])
+def test_refused_operators(convert_nodes, nodes, constants, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes(nodes, constants)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"shape": ["N", 3, "H", "W"]}, r"leaves its height and width open; give size=\(height, width\)"),
+    ({"shape": ["N", "C", 4, 4]}, "leaves its number of channels open"),
+    ({"shape": ["N", 3, 4]}, "has 3 axes"),
+    ({"shape": ["N", 3], "size": 4}, "required: no size"),
+    ({"size": (4, 4, 4)}, "size"), ({"size": 0}, "size 0 given"), ({"size": (3.5, 4)}, "size"), ({"size": "large"}, "size"),
+    ({"opset": 6}, "opset 6; required: 7"),
+    ({"box": (1, -1)}, "low below high"), ({"box": [(0, 1)] * 4}, "value box"), ({"box": 5}, "value box"), ({"box": "wide"}, "value box"),
+    ({"box": (0, (1, 2))}, "value box"),
+    ({"color": "gray"}, "has 1 channels"), ({"mean": [1, 2]}, "mean of shape"), ({"resize": "fold"}, "resize 'fold' is unknown"),
+    ({"labels": ["one"]}, "names 1 classes but has 3 outputs"), ({"labels": "nowhere.txt"}, "no file 'nowhere.txt'"),
+    ({"change": lambda model: model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1]))}, "has 2 inputs"),
+])
+def test_refused_files_and_options(convert_nodes, arguments, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes(RELU, **arguments)
+
+
+def test_labels_that_are_no_text(convert_nodes, tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConversionError, match="no text"):
+        convert_nodes(RELU, labels=tmp_path / "names.txt")
+
+
+def test_weights_in_another_file_are_not_followed(convert_nodes, tmp_path):
+    (tmp_path / "secret").write_bytes(numbers(4, 3, 1, 1).tobytes())
+
+    def outside(model):
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="secret")
+
+    with pytest.raises(ConversionError, match="has its constant 'w' in another file; required: weights inside"):
+        convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1)}, change=outside)
+
+
+@pytest.mark.parametrize("dims", [[2**40, 2**40, 2, 2], [4, 3, 1, 2], [-1, 3, 1, 1], [2**62] * 4])
+def test_a_shape_beyond_the_content_allocates_nothing(convert_nodes, dims):
+    def grow(model):
+        del model.graph.initializer[0].dims[:]
+        model.graph.initializer[0].dims.extend(dims)
+
+    with pytest.raises(ConversionError, match="damaged constant 'w'"):
+        convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1)}, change=grow)
+
+
+def test_shared_weights_do_not_grow_without_bound(convert_nodes, monkeypatch):
+    monkeypatch.setattr(onnx_importer, "MAX_WEIGHT_ELEMENTS", 20)
+    with pytest.raises(ConversionError, match="beyond 20 weights"):
+        convert_nodes([node("Conv", ["x", "w"], ["a"]), node("Conv", ["a", "w"], ["b"]), node("Conv", ["b", "w"], ["t"]), POOL],
+                      {"w": numbers(3, 3, 1, 1)})
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage, not a model", bytes(1000), b"\x08\x08:\x7f"])
+def test_garbage(tmp_path, content):
+    (tmp_path / "net.onnx").write_bytes(content)
+    with pytest.raises(ConversionError, match="no ONNX file"):
+        convert(tmp_path / "net.onnx")
+
+
+def test_kinds_of_files(tmp_path):
+    for name in ("net.onnx", "net.prototxt", "net.caffemodel", "net.h5"):
+        (tmp_path / name).write_bytes(b"")
+    for arguments, message in [
+        (["missing.onnx"], "no file"), (["net.h5"], "neither an .onnx nor a .prototxt"), (["net.caffemodel"], "the .prototxt first"),
+        (["net.onnx", "net.caffemodel"], "no second file"), (["net.prototxt"], "required: the .caffemodel"),
+        (["net.prototxt", "missing.caffemodel"], "no file"), ([""], "neither"),
+    ]:
+        with pytest.raises(ConversionError, match=message):
+            convert(*(tmp_path / name for name in arguments))
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "net.onnx", "wb") as file:
+        file.truncate(2**31 + 1)
+    with pytest.raises(ConversionError, match="at most 2147483648 are accepted"):
+        convert(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(("package", "name", "extra"), [("onnx", "net.onnx", "onnx"), ("google.protobuf", "net.prototxt", "caffe")])
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, package, name, extra):
+    for module in (f"fastdtd.importers.{extra}", package):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr(f"fastdtd.importers.{extra}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConversionError, match=rf"pip install 'fastdtd\[{extra}\]'"):
+        convert(tmp_path / name, *[tmp_path / "net.caffemodel"] * (extra == "caffe"))
+
+
+def damaged(content, count):
+    """`content` with some bytes changed, lost or repeated, `count` times."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        data = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            place, what = int(rng.integers(len(data))), rng.integers(4)
+            if what == 0:
+                data[place] = int(rng.integers(256))
+            elif what == 1:
+                del data[place:place + int(rng.integers(1, 9))]
+            elif what == 2:
+                data[place:place] = data[place:place + int(rng.integers(1, 30))]
+            else:
+                del data[-place // 8 - 1:]
+        yield bytes(data)
+
+
+def test_damaged_onnx_files_are_read_or_refused():
+    content = onnx_file([
+        node("Pad", ["x", "p"], ["q"]), node("Conv", ["q", "w", "b"], ["c"], strides=[2, 2], auto_pad="SAME_UPPER"),
+        node("BatchNormalization", ["c", "b", "b", "b", "b"], ["n"]), node("Clip", ["n"], ["r"], min=0.0),
+        node("MaxPool", ["r"], ["m"], kernel_shape=[2, 2], ceil_mode=1), node("Sum", ["m", "m"], ["s"]),
+        node("Concat", ["s", "m"], ["k"], axis=1), node("ReduceMean", ["k"], ["g"], axes=[2, 3]), node("Reshape", ["g", "f"], ["h"]),
+        node("Gemm", ["h", "d"], ["e"], alpha=0.5), node("Softmax", ["e"], ["y"]),
+    ], {"p": np.array([0, 0, 1, 1] * 2), "w": numbers(4, 3, 3, 3), "b": np.abs(numbers(4)), "f": np.array([-1, 8]), "d": numbers(8, 2)})
+    assert isinstance(onnx_importer.parse(content)[0][-1], g.Softmax)
+    for data in damaged(content, 1000):
+        with contextlib.suppress(FastDTDError):
+            onnx_importer.parse(data)
+
+
+# ---- Caffe -------------------------------------------------------------------------------------------------------------------------------
+
+
+INPUT = 'input: "x" input_shape { dim: 10 dim: 3 dim: 9 dim: 8 } '
+
+
+def caffemodel(weights, old=False):
+    """A .caffemodel from {layer name: arrays}; old: in the layout of 2014, every shape with four axes."""
+    net = caffe.NetParameter()
+    for name, arrays in weights.items():
+        layer = (net.layers if old else net.layer).add(name=name)
+        for array in arrays:
+            blob = layer.blobs.add(data=[array.astype("<f4").tobytes()])
+            if old:
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+            else:
+                blob.shape.dim.extend(array.shape)
+    return net.SerializeToString()
+
+
+@pytest.fixture
+def convert_text(tmp_path):
+    """convert() of a .prototxt with the text given, and a .caffemodel with the weights given."""
+    def convert_text(text, weights=None, old=False, head=INPUT, **options):
+        (tmp_path / "net.prototxt").write_text(head + text)
+        (tmp_path / "net.caffemodel").write_bytes(caffemodel(weights or {"unused": [numbers(1)]}, old))
+        return convert(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", **options)
+
+    return convert_text
+
+
+def layer(name, kind, bottom="x", top=None, more=""):
+    bottoms = " ".join(f'bottom: "{name}"' for name in bottom.split())
+    return f'layer {{ name: "{name}" type: "{kind}" {bottoms} top: "{top or name}" {more} }}\n'
+
+
+GLOBAL = layer("pool", "Pooling", "t", "pool", "pooling_param { pool: AVE global_pooling: true }")
+
+
+@pytest.mark.parametrize(("parameters", "kernel", "expected"), [
+    ("kernel_size: 3", (3, 3), ((1, 1), (0, 0, 0, 0), (1, 1))),
+    ("kernel_h: 2 kernel_w: 3 pad_h: 1 pad_w: 2 stride_h: 2 stride_w: 3", (2, 3), ((2, 3), (1, 2, 1, 2), (1, 1))),
+    ("kernel_size: 2 kernel_size: 3 pad: 1 pad: 2 stride: 2 stride: 3 dilation: 1 dilation: 2", (2, 3), ((2, 3), (1, 2, 1, 2), (1, 2))),
+    ("kernel_size: 3 pad: 1 stride: 2 dilation: 2", (3, 3), ((2, 2), (1, 1, 1, 1), (2, 2))),
+])
+@pytest.mark.parametrize("bias", [True, False])
+def test_caffe_convolution(convert_text, parameters, kernel, expected, bias):
+    weights = [numbers(6, 1, *kernel)] + [numbers(6, seed=1)] * bias
+    conv, _ = convert_text(layer("c", "Convolution", "x", "t", f"convolution_param {{ num_output: 6 group: 3 {parameters} "
+                                                               f"bias_term: {str(bias).lower()} }}") + GLOBAL, {"c": weights}).graph
+    assert ((conv.stride, conv.padding, conv.dilation), conv.groups) == (expected, 3)
+    same(conv.weight, weights[0])
+    same(conv.bias, weights[1] if bias else None)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_caffe_inner_product_is_flattened_for(convert_text, transpose):
+    weight = numbers(2, 216)
+    text = layer("d", "InnerProduct", more=f"inner_product_param {{ num_output: 2 bias_term: false transpose: {str(transpose).lower()} }}")
+    flatten, dense = convert_text(text, {"d": [weight.T if transpose else weight]}).graph
+    assert (flatten.name, dense.name) == ("d/flatten", "d")
+    same(dense.weight, weight)
+
+
+@pytest.mark.parametrize(("parameters", "expected"), [
+    ("kernel_size: 3 stride: 2", g.MaxPool2d("p", ("input",), (3, 3), (2, 2), ceil_mode=True)),
+    ("pool: MAX kernel_size: 3 stride: 2 round_mode: FLOOR", g.MaxPool2d("p", ("input",), (3, 3), (2, 2))),
+    ("pool: AVE kernel_h: 3 kernel_w: 2 pad_h: 1 pad_w: 0",
+     g.AveragePool2d("p", ("input",), (3, 2), (1, 1), (1, 0, 1, 0), ceil_mode=True, count_include_pad=True)),
+    ("pool: AVE kernel_size: 3 pad: 1 stride_h: 2 stride_w: 3",
+     g.AveragePool2d("p", ("input",), (3, 3), (2, 3), (1, 1, 1, 1), ceil_mode=True, count_include_pad=True)),
+    ("pool: AVE global_pooling: true", g.GlobalAveragePool("p", ("input",))),
+    ("pool: MAX global_pooling: true", g.MaxPool2d("p", ("input",), (9, 8))),
+])
+def test_caffe_pools(convert_text, parameters, expected):
+    pool, *_ = convert_text(layer("p", "Pooling", "x", "t", f"pooling_param {{ {parameters} }}") + GLOBAL).graph
+    assert type(pool) is type(expected)
+    assert dataclasses.astuple(pool) == dataclasses.astuple(expected)
+
+
+def test_caffe_joins_and_layers_in_place(convert_text):
+    text = (layer("r", "ReLU", "x", "x") + layer("s", "Split", "x", 'a" top: "b') + layer("e", "Eltwise", "x a b")
+            + layer("d", "Dropout", "e", "e") + layer("r2", "ReLU", "e", "e")
+            + layer("k", "Concat", "e a", "t", "concat_param { concat_dim: 1 }") + GLOBAL
+            + layer("f", "Flatten", "pool") + layer("prob", "Softmax", "f") + layer("accuracy", "Accuracy", "f label"))
+    graph = convert_text(text).graph
+    assert [(type(layer), layer.name, layer.inputs) for layer in graph] == [
+        (g.ReLU, "r", ("input",)), (g.Add, "e/1", ("r", "r")), (g.Add, "e", ("e/1", "r")), (g.ReLU, "r2", ("e",)),
+        (g.Concat, "k", ("r2", "r")), (g.GlobalAveragePool, "pool", ("k",))]
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("weight_of_sums", [0.0, 4.0])
+def test_caffe_batch_norm_and_scale_are_folded(convert_text, old, weight_of_sums):
+    weight, bias, mean, gamma, beta = numbers(4, 3, 1, 1), *(numbers(4, seed=i) for i in range(1, 5))
+    variance = np.abs(numbers(4, seed=5))
+    text = (layer("c", "Convolution", "x", "c", "convolution_param { num_output: 4 kernel_size: 1 }")
+            + layer("n", "BatchNorm", "c", "c", "batch_norm_param { eps: 0.125 }")
+            + layer("s", "Scale", "c", "t", "scale_param { bias_term: true }") + GLOBAL)
+    conv, _ = convert_text(text, {"c": [weight, bias], "n": [mean, variance, np.float32([weight_of_sums])], "s": [gamma, beta]}, old).graph
+    factor = 1 / weight_of_sums if weight_of_sums else 0
+    scale = gamma / np.sqrt(variance * factor + 0.125)
+    np.testing.assert_allclose(conv.weight, weight * scale[:, None, None, None], rtol=1e-5)
+    np.testing.assert_allclose(conv.bias, (bias - mean * factor) * scale + beta, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [
+    'input: "x" input_dim: 1 input_dim: 3 input_dim: 9 input_dim: 8 ', INPUT,
+    layer("in", "Input", "", "x", "input_param { shape { dim: 1 dim: 3 dim: 9 dim: 8 } }"),
+])
+def test_caffe_inputs(convert_text, head):
+    text = layer("r", "ReLU", "x", "t") + GLOBAL
+    assert convert_text(text, head=head).graph.input_shape == (3, 9, 8)
+    assert convert_text(text, head=head, size=(4, 5)).graph.input_shape == (3, 4, 5)
+
+
+def test_caffe_flat_input(convert_text):
+    model = convert_text(layer("d", "InnerProduct", more="inner_product_param { num_output: 2 bias_term: false }"), {"d": [numbers(2, 3)]},
+                         head='input: "x" input_shape { dim: 1 dim: 3 } ')
+    assert [type(layer) for layer in model.graph] == [g.Dense]
+    assert model.preprocessing.color is None
+
+
+@pytest.mark.parametrize(("rule", "is_in"), [
+    ("include { phase: TRAIN }", False), ("include { phase: TEST }", True), ("exclude { phase: TEST }", False),
+    ("exclude { phase: TRAIN }", True), ('include { stage: "a" }', False), ("include { min_level: 1 }", False),
+    ("include { max_level: 0 }", True), ("include { phase: TRAIN } include { phase: TEST }", True),
+])
+def test_caffe_layers_for_the_test_phase(convert_text, rule, is_in):
+    graph = convert_text(layer("r", "ReLU", "x", "x", rule) + GLOBAL.replace('"t"', '"x"')).graph
+    assert len(graph.layers) == 1 + is_in
+
+
+def test_caffe_weights_in_double_precision_and_pieces(tmp_path):
+    weight = numbers(2, 3)
+    net = caffe.NetParameter()
+    for name, field, data in (("d", "double_data", weight.astype("<f8")), ("e", "data", weight[:, :2].astype("<f4"))):
+        blob = net.layer.add(name=name).blobs.add()
+        blob.shape.dim.extend(data.shape)
+        content = data.tobytes()
+        getattr(blob, field).extend([content[:8], content[8:]])
+    parameters = "inner_product_param { num_output: 2 bias_term: false }"
+    text = ('input: "x" input_shape { dim: 1 dim: 3 } ' + layer("d", "InnerProduct", more=parameters)
+            + layer("e", "InnerProduct", "d", more=parameters))
+    (first, second), shape, file_format = caffe.parse(text.encode(), net.SerializeToString())
+    same(first.weight, weight)
+    same(second.weight, weight[:, :2])
+    assert (shape, file_format) == ((3, 1, 1), "caffe")
+
+
+CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
+
+
+@pytest.mark.parametrize(("text", "weights", "message"), [
+    (layer("l", "LRN"), {},
+     r"net\.prototxt: layer 'l' of type LRN \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, .*Split$"),
+    ('layers { name: "s" type: SIGMOID bottom: "x" top: "s" }', {}, "layer 's' of type SIGMOID .* is not supported"),
+    ('layers { layer { name: "r" type: "relu" } bottom: "x" top: "s" }', {}, "Caffe's first version"),
+    (layer("d", "Data", "x"), {}, "source of training data"),
+    (layer("c", "Convolution", more=CONV), {}, "has 0 blobs of weights in the .caffemodel; required: 2"),
+    (layer("c", "Convolution", more=CONV), {"c": [numbers(4, 3, 2, 3), numbers(4)]}, r"weights of shape \(4, 3, 2, 3\)"),
+    (layer("c", "Convolution", more=CONV), {"c": [numbers(4, 3, 2, 2), numbers(5)]}, r"weights of shape \(5,\)"),
+    (layer("c", "Convolution", more="convolution_param { num_output: 4 kernel_size: 2 axis: 2 }"), {}, "axis 2"),
+    (layer("c", "Convolution", more="convolution_param { num_output: 4 kernel_size: [2, 2, 2] }"), {}, "two dimensions"),
+    (layer("c", "Convolution", more="convolution_param { num_output: 4294967295 kernel_size: 4294967295 }"),
+     {"c": [numbers(1), numbers(1)]}, "required: .4294967295, 3"),
+    (layer("c", "Convolution", more="convolution_param { num_output: 4 kernel_size: 1 group: 0 }"),
+     {"c": [numbers(4, 3), numbers(4)]}, "groups"),
+    (layer("d", "InnerProduct", more="inner_product_param { num_output: 4 axis: 2 }"), {}, "axis 2"),
+    (layer("p", "Pooling", more="pooling_param { pool: STOCHASTIC kernel_size: 2 }"), {}, "pools at random"),
+    (layer("p", "Pooling"), {}, "kernel"),
+    (layer("r", "ReLU", more="relu_param { negative_slope: 0.1 }"), {}, "negative_slope 0.1"),
+    (layer("k", "Concat", "x x", more="concat_param { axis: 2 }"), {}, "axis 2"),
+    (layer("e", "Eltwise", "x x", more="eltwise_param { operation: MAX }"), {}, "is a MAX"),
+    (layer("e", "Eltwise", "x x", more="eltwise_param { coeff: 1 coeff: -1 }"), {}, r"coefficients \[1.0, -1.0\]"),
+    (layer("n", "BatchNorm", more="batch_norm_param { use_global_stats: false }"), {}, "normalises by the batch"),
+    (layer("n", "BatchNorm", "x", "t") + GLOBAL, {"n": [numbers(3), np.ones(3), np.ones(1)]}, "cannot be folded"),
+    (layer("s", "Scale", "x x"), {}, "has 2 bottoms"),
+    (layer("s", "Scale", more="scale_param { axis: 0 }"), {}, "axis 0"),
+    (layer("f", "Flatten", more="flatten_param { axis: 2 }"), {}, "axis 2"),
+    (layer("s", "Softmax", more="softmax_param { axis: 2 }"), {}, "axis 2"),
+    (layer("r", "ReLU", "nothing"), {}, "reads 'nothing', which no layer before it makes"),
+    (layer("r", "ReLU") + layer("r", "ReLU", "r"), {}, "name that is taken"),
+    (layer("r", "ReLU") + layer("q", "ReLU"), {}, "2 outputs"),
+    ('layer { name: "r" type: "ReLU" bottom: "x" }', {}, "has no top"),
+    ("layer {", {}, "the .prototxt is damaged"),
+    ("a { " * 50_000, {}, "the .prototxt is damaged"),
+    ('input: "z"', {}, "has 2 inputs"),
+])
+def test_refused_caffe_layers(convert_text, text, weights, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_text(text, weights)
+
+
+def test_refused_caffe_inputs(convert_text):
+    for head, options, message in [("", {}, "has 0 inputs"), ('input: "x" ', {}, "of 0 shapes"),
+                                   ('input: "x" input_shape { dim: 1 dim: 3 dim: 0 dim: 4 } ', {}, r"shape \[1, 3, 0, 4\]"),
+                                   ('input: "x" input_shape { dim: 1 dim: 3 } ', {"size": 4}, "no size")]:
+        with pytest.raises(ConversionError, match=message):
+            convert_text(layer("r", "ReLU"), head=head, **options)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage, not weights", bytes(1000)])
+def test_caffemodel_that_is_none(tmp_path, content):
+    (tmp_path / "net.prototxt").write_text(INPUT + layer("r", "ReLU"))
+    (tmp_path / "net.caffemodel").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"the \.caffemodel"):
+        convert(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
+
+
+def test_damaged_caffe_files_are_read_or_refused():
+    text = (INPUT + layer("c", "Convolution", "x", "c", CONV) + layer("n", "BatchNorm", "c", "c") + layer("e", "Eltwise", "c c")
+            + layer("p", "Pooling", "e", "p", "pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 1 }")
+            + layer("d", "InnerProduct", "p", "d", "inner_product_param { num_output: 2 }")).encode()
+    weights = caffemodel({"c": [numbers(4, 3, 2, 2), numbers(4)], "n": [numbers(4), np.ones(4), np.ones(1)],
+                          "d": [numbers(2, 80), numbers(2)]})
+    assert len(caffe.parse(text, weights)[0]) == 6
+    for data in damaged(weights, 500):
+        with contextlib.suppress(FastDTDError):
+            caffe.parse(text, data)
+    for data in damaged(text, 500):
+        with contextlib.suppress(FastDTDError):
+            caffe.parse(data, weights)

@@ -1,0 +1,189 @@
+"""Single layers at awkward shapes and at sizes that take several blocks, tiles and units, against the oracle; and the micro-kernel itself."""
+
+import itertools
+
+import naive
+import numpy as np
+import pytest
+
+from fastdtd import graph as g
+from fastdtd.explainer import Explainer
+from fastdtd.kernels import cpu
+from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.microkernel import TILE_COLUMNS, TILE_ROWS, multiply_tile
+from fastdtd.model import Model, Preprocessing
+
+BOX = ("channels", -1.0, 2.0)
+
+
+def weights(seed, *shape):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+
+def check(layer, shape, rule, hidden, count=2, threads=1):
+    """`layer` alone, as the first one under `rule`, or behind a convolution (and a ReLU where hidden == "relu")."""
+    layers, source = [], g.INPUT
+    if hidden:
+        layers = [g.Conv2d("before", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1)]
+        source = "before"
+        if hidden == "relu":
+            layers.append(g.ReLU("behind", ("before",)))
+            source = "behind"
+    layers.append(layer(source))
+    tested = layers[-1].name
+    layers += [g.ReLU("x", (tested,)), g.Flatten("flat", ("x",))]
+    features = int(np.prod(layers[len(layers) - 3].output_shape([shape] * len(layers[-3].inputs))))
+    layers.append(g.Dense("scores", ("flat",), np.abs(weights(5, 3, features)), None))
+    graph = g.Graph(tuple(layers), shape, (-1.0, 2.0))
+    explainer = Explainer(Model(graph, Preprocessing(None)), {tested: rule}, threads=threads)
+    batch = np.random.default_rng(1).uniform(-1, 2, (count, *shape)).astype(np.float32)
+    batch[:, :, :1] = 0  # dead units
+    e = explainer(batch, 1)
+    for i in range(count):
+        relevance, scores, absorbed = naive.explain(graph, batch[i], 1, {name: r.name for name, r in explainer.rules.items()})
+        np.testing.assert_allclose(e.output[i], scores, rtol=1e-5, atol=1e-5)
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-5 * np.linalg.norm(relevance) + 1e-12
+        assert e.ledger[tested][i] == pytest.approx(absorbed[tested], rel=1e-4, abs=1e-5 * scores[1])
+    assert e.relevance.min() >= 0
+
+
+CONVOLUTIONS = {  # (shape of the input), outputs, kernel, stride, padding, dilation, groups
+    "several blocks of places": ((2, 31, 29), 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "several panels of outputs and inputs": ((19, 5, 6), 27, (3, 2), (1, 1), (1, 0, 0, 1), (1, 1), 1),
+    "deep: one tile a block": ((180, 5, 11), 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "pointwise": ((33, 7, 9), 17, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "one pixel": ((3, 1, 1), 4, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "one channel, one output": ((1, 12, 12), 1, (5, 5), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "as large as its input": ((3, 6, 5), 4, (6, 5), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "padding beyond the kernel": ((2, 3, 3), 3, (2, 2), (1, 1), (4, 3, 2, 5), (1, 1), 1),
+    "stride over kernel": ((2, 11, 13), 5, (2, 2), (3, 4), (0, 0, 0, 0), (1, 1), 1),
+    "stride over kernel, padded": ((2, 11, 13), 5, (1, 2), (2, 5), (1, 2, 0, 1), (1, 1), 1),
+    "large stride": ((3, 23, 27), 6, (11, 11), (4, 4), (2, 2, 2, 2), (1, 1), 1),
+    "stride and dilation": ((2, 17, 16), 4, (3, 3), (2, 3), (2, 1, 3, 2), (2, 2), 1),
+    "dilation over stride": ((2, 19, 16), 4, (3, 2), (2, 2), (1, 1, 1, 1), (3, 5), 1),
+    "groups": ((6, 9, 8), 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 3),
+    "groups of many": ((20, 6, 6), 22, (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 2),
+    "depthwise": ((7, 9, 9), 7, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 7),
+    "depthwise with a multiplier": ((4, 7, 7), 12, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 4),
+    "one row": ((2, 1, 40), 3, (1, 5), (1, 2), (0, 2, 0, 2), (1, 1), 1),
+    "one column": ((2, 40, 1), 3, (5, 1), (2, 1), (2, 0, 2, 0), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"),
+                                              ("flat", "real")])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution(case, rule, hidden):
+    shape, outputs, kernel, stride, padding, dilation, groups = CONVOLUTIONS[case]
+    w, bias = weights(0, outputs, shape[0] // groups, *kernel), 0.1 * weights(1, outputs, 1)[:, 0]
+    w[0] = -np.abs(w[0])  # a neuron that only its bias can make active
+    bias[0] = 3.0
+    check(lambda source: g.Conv2d("tested", (source,), w, bias, stride, padding, dilation, groups), shape, rule, hidden)
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"),
+                                              ("flat", "real")])
+@pytest.mark.parametrize(("features", "outputs"), [(1, 1), (3, 5), (cpu.DENSE_FEATURES + 3, 4), (17, 40)])
+def test_dense(features, outputs, rule, hidden):
+    w, bias = weights(0, outputs, features), 0.1 * weights(1, outputs, 1)[:, 0]
+    w[0] = -np.abs(w[0])
+    bias[0] = 3.0
+    check(lambda source: g.Dense("tested", (source,), w, bias), (features, 1, 1), rule, hidden, threads=2)
+
+
+POOLS = {  # (shape), kernel, stride, padding, ceil mode
+    "halves": ((3, 8, 6), (2, 2), (2, 2), (0, 0, 0, 0), False),
+    "overlapping, ceil": ((2, 9, 12), (3, 3), (2, 2), (0, 0, 0, 0), True),
+    "padded": ((2, 7, 5), (3, 2), (1, 2), (1, 0, 2, 1), False),
+    "padded, ceil": ((2, 8, 9), (3, 3), (2, 3), (1, 2, 1, 0), True),
+    "stride over kernel": ((2, 11, 10), (2, 1), (3, 4), (0, 0, 0, 0), False),
+    "stride over kernel, ceil": ((2, 11, 10), (2, 1), (3, 4), (1, 0, 0, 0), True),
+    "whole input": ((3, 4, 5), (4, 5), (1, 1), (0, 0, 0, 0), False),
+    "one pixel": ((1, 1, 1), (1, 1), (1, 1), (0, 0, 0, 0), False),
+}
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real"), ("flat", "relu")])
+@pytest.mark.parametrize("count_include_pad", [False, True])
+@pytest.mark.parametrize("case", POOLS)
+def test_average_pool(case, rule, hidden, count_include_pad):
+    shape, *fields = POOLS[case]
+    check(lambda source: g.AveragePool2d("tested", (source,), *fields, count_include_pad), shape, rule, hidden)
+
+
+@pytest.mark.parametrize(("rule", "hidden"), list(itertools.product(["winner", "proportional"], ["", "relu", "real"])))
+@pytest.mark.parametrize("case", POOLS)
+def test_max_pool(case, rule, hidden):
+    shape, *fields = POOLS[case]
+    if rule == "winner":
+        check_winner(lambda source: g.MaxPool2d("tested", (source,), *fields), shape, hidden)
+    else:
+        check(lambda source: g.MaxPool2d("tested", (source,), *fields), shape, rule, hidden)
+
+
+def check_winner(layer, shape, hidden):
+    """As check; the ledger of a layer that absorbs nothing has no line."""
+    tested = layer(g.INPUT)
+    graph = g.Graph((g.Conv2d("first", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1), *([g.ReLU("r", ("first",))] if hidden else []),
+                     layer("r" if hidden else "first"), g.Flatten("flat", ("tested",)),
+                     g.Dense("scores", ("flat",), np.abs(weights(5, 3, int(np.prod(tested.output_shape([shape]))))), [9, 9, 9])), shape)
+    explainer = Explainer(Model(graph, Preprocessing(None)), threads=1)
+    batch = np.random.default_rng(1).uniform(-1, 2, (2, *shape)).astype(np.float32)
+    e = explainer(batch, 1)
+    for i in range(2):
+        relevance, scores, _ = naive.explain(graph, batch[i], 1, {name: r.name for name, r in explainer.rules.items()})
+        np.testing.assert_allclose(e.output[i], scores, rtol=1e-5, atol=1e-5)
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-5 * np.linalg.norm(relevance) + 1e-12
+    assert "tested" not in e.ledger
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real")])
+def test_add(rule, hidden):
+    check(lambda source: g.Add("tested", (source, source)), (3, 5, 4), rule, hidden)
+
+
+@kernel
+def _multiply(tile, a, b):
+    multiply_tile(tile.ctypes.data, a.ctypes.data, b.ctypes.data, a.shape[0], b.shape[1])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 7, 8, 100])
+@pytest.mark.parametrize("beyond", [0, 5])
+def test_micro_kernel(depth, beyond):
+    rng = np.random.default_rng(depth)
+    a, b = rng.standard_normal((depth, TILE_ROWS)).astype("f4"), rng.standard_normal((depth, TILE_COLUMNS + beyond)).astype("f4")
+    tile = np.full((TILE_ROWS, TILE_COLUMNS), np.nan, "f4")
+    _multiply(tile, a, b)
+    np.testing.assert_allclose(tile, a.T.astype(float) @ b[:, :TILE_COLUMNS], atol=1e-5 * depth)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_every_vector_width_gives_the_same(lanes, tmp_path):
+    """The tiles of other processors, run on this one where LLVM can: in a process of its own, for the tile is fixed when it is imported."""
+    import subprocess
+    import sys
+
+    sizes = {4: (4, 2), 8: (6, 2), 16: (8, 3)}[lanes]
+    script = f"""
+import llvmlite.binding as llvm
+real = llvm.get_host_cpu_features()
+class Features(dict):
+    pass
+import fastdtd.kernels.cpu.microkernel as m
+assert m.TILE_COLUMNS % 4 == 0
+m._LANES, m.TILE_ROWS, m._VECTORS = {lanes}, {sizes[0]}, {sizes[1]}
+m.TILE_COLUMNS = m._LANES * m._VECTORS
+import numpy as np
+from fastdtd import Explainer, Model, load
+model = load("squeezenet1_1")
+e = Explainer(model, threads=2)(model.preprocess({str(naive.__file__)!r}.replace("tests/naive.py", "fastdtd/models/coffee.png")))
+np.save({str(tmp_path / "r.npy")!r}, e.relevance)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={"NUMBA_CACHE_DIR": str(tmp_path), "PATH": ""})
+    from fastdtd.model_file import load
+
+    model = load("squeezenet1_1")
+    ours = Explainer(model)(model.preprocess(str(naive.__file__).replace("tests/naive.py", "fastdtd/models/coffee.png"))).relevance
+    theirs = np.load(tmp_path / "r.npy")
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(ours)
