@@ -52,4 +52,5 @@ def _fold(layer: Conv2d | Dense, norm: BatchNorm) -> Conv2d | Dense:
     scale, shift = norm.scale.astype(np.float64), norm.shift.astype(np.float64)
     bias = shift if layer.bias is None else scale * layer.bias + shift
     weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
-    return dataclasses.replace(layer, weight=weight.astype(np.float32), bias=bias.astype(np.float32))
+    with np.errstate(over="ignore"):  # the layer refuses infinity in its own words
+        return dataclasses.replace(layer, weight=weight.astype(np.float32), bias=bias.astype(np.float32))

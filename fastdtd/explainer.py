@@ -167,9 +167,10 @@ class Explainer:
             raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too large")
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing):
+            picture, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to decompose and "
-                          f"the relevance is zero; the first is picture {nothing[0]}, {self.model.class_name(int(e.target[nothing[0]]))!r}, "
-                          f"score {e.output[nothing[0], e.target[nothing[0]]]:.4g}", ExplanationWarning, stacklevel=2)
+                          f"the relevance is zero; the first is picture {picture}, {self.model.class_name(which)!r}, score "
+                          f"{e.output[picture, which]:.4g}", ExplanationWarning, stacklevel=2)
         return e
 
     def _share_out(self, explain: Callable[..., None], count: int) -> None:

@@ -14,3 +14,8 @@ def data():
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(data):
+    return sorted((data / "images").iterdir())

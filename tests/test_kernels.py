@@ -1,19 +1,26 @@
-"""Single layers at awkward shapes and at sizes that take several blocks, tiles and units, against the oracle; and the micro-kernel itself."""
+"""Single layers against the oracle: awkward shapes, and sizes that take several blocks, tiles and units; and the micro-kernel itself."""
 
 import itertools
+import os
+import platform
+import subprocess
+import sys
 
+import llvmlite.binding as llvm
 import naive
 import numpy as np
 import pytest
-
-from fastdtd import graph as g
-from fastdtd.explainer import Explainer
 from fastdtd.kernels import cpu
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import TILE_COLUMNS, TILE_ROWS, multiply_tile
-from fastdtd.model import Model, Preprocessing
 
-BOX = ("channels", -1.0, 2.0)
+from fastdtd import graph as g
+from fastdtd.explainer import Explainer
+from fastdtd.model import Model, Preprocessing
+from fastdtd.model_file import MODELS, load
+
+COFFEE = MODELS / "coffee.png"
+RULES = [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"), ("flat", "real")]
 
 
 def weights(seed, *shape):
@@ -25,7 +32,7 @@ def check(layer, shape, rule, hidden, count=2, threads=1):
     """`layer` alone, as the first one under `rule`, or behind a convolution (and a ReLU where hidden == "relu")."""
     layers, source = [], g.INPUT
     if hidden:
-        layers = [g.Conv2d("before", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1)]
+        layers = [g.Conv2d("before", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1 / shape[0])]
         source = "before"
         if hidden == "relu":
             layers.append(g.ReLU("behind", ("before",)))
@@ -38,8 +45,10 @@ def check(layer, shape, rule, hidden, count=2, threads=1):
     graph = g.Graph(tuple(layers), shape, (-1.0, 2.0))
     explainer = Explainer(Model(graph, Preprocessing(None)), {tested: rule}, threads=threads)
     batch = np.random.default_rng(1).uniform(-1, 2, (count, *shape)).astype(np.float32)
-    batch[:, :, :1] = 0  # dead units
+    if shape[1] > 1:
+        batch[:, :, :1] = 0  # dead units
     e = explainer(batch, 1)
+    assert (e.explained > 0).all()
     for i in range(count):
         relevance, scores, absorbed = naive.explain(graph, batch[i], 1, {name: r.name for name, r in explainer.rules.items()})
         np.testing.assert_allclose(e.output[i], scores, rtol=1e-5, atol=1e-5)
@@ -51,7 +60,7 @@ def check(layer, shape, rule, hidden, count=2, threads=1):
 CONVOLUTIONS = {  # (shape of the input), outputs, kernel, stride, padding, dilation, groups
     "several blocks of places": ((2, 31, 29), 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
     "several panels of outputs and inputs": ((19, 5, 6), 27, (3, 2), (1, 1), (1, 0, 0, 1), (1, 1), 1),
-    "deep: one tile a block": ((180, 5, 11), 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "deep: one tile a block": ((80, 4, 13), 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
     "pointwise": ((33, 7, 9), 17, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
     "one pixel": ((3, 1, 1), 4, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
     "one channel, one output": ((1, 12, 12), 1, (5, 5), (1, 1), (0, 0, 0, 0), (1, 1), 1),
@@ -71,22 +80,23 @@ CONVOLUTIONS = {  # (shape of the input), outputs, kernel, stride, padding, dila
 }
 
 
-@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"),
-                                              ("flat", "real")])
+@pytest.mark.parametrize(("rule", "hidden"), RULES)
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolution(case, rule, hidden):
     shape, outputs, kernel, stride, padding, dilation, groups = CONVOLUTIONS[case]
-    w, bias = weights(0, outputs, shape[0] // groups, *kernel), 0.1 * weights(1, outputs, 1)[:, 0]
+    w, bias = weights(0, outputs, shape[0] // groups, *kernel), 1 + 0.1 * weights(1, outputs, 1)[:, 0]
     w[0] = -np.abs(w[0])  # a neuron that only its bias can make active
     bias[0] = 3.0
     check(lambda source: g.Conv2d("tested", (source,), w, bias, stride, padding, dilation, groups), shape, rule, hidden)
 
 
-@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"),
-                                              ("flat", "real")])
-@pytest.mark.parametrize(("features", "outputs"), [(1, 1), (3, 5), (cpu.DENSE_FEATURES + 3, 4), (17, 40)])
+DENSE = [(features, outputs, *rule) for features, outputs in [(1, 1), (3, 5), (17, 40)] for rule in RULES]
+DENSE += [(cpu.DENSE_FEATURES + 3, 4, rule, "") for rule in ("zB", "w2", "flat", "z+")]  # several units
+
+
+@pytest.mark.parametrize(("features", "outputs", "rule", "hidden"), DENSE)
 def test_dense(features, outputs, rule, hidden):
-    w, bias = weights(0, outputs, features), 0.1 * weights(1, outputs, 1)[:, 0]
+    w, bias = weights(0, outputs, features), 1 + 0.1 * weights(1, outputs, 1)[:, 0]
     w[0] = -np.abs(w[0])
     bias[0] = 3.0
     check(lambda source: g.Dense("tested", (source,), w, bias), (features, 1, 1), rule, hidden, threads=2)
@@ -125,7 +135,8 @@ def test_max_pool(case, rule, hidden):
 def check_winner(layer, shape, hidden):
     """As check; the ledger of a layer that absorbs nothing has no line."""
     tested = layer(g.INPUT)
-    graph = g.Graph((g.Conv2d("first", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1), *([g.ReLU("r", ("first",))] if hidden else []),
+    relu = [g.ReLU("r", ("first",))] if hidden else []
+    graph = g.Graph((g.Conv2d("first", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1 / shape[0]), *relu,
                      layer("r" if hidden else "first"), g.Flatten("flat", ("tested",)),
                      g.Dense("scores", ("flat",), np.abs(weights(5, 3, int(np.prod(tested.output_shape([shape]))))), [9, 9, 9])), shape)
     explainer = Explainer(Model(graph, Preprocessing(None)), threads=1)
@@ -158,32 +169,22 @@ def test_micro_kernel(depth, beyond):
     np.testing.assert_allclose(tile, a.T.astype(float) @ b[:, :TILE_COLUMNS], atol=1e-5 * depth)
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_every_vector_width_gives_the_same(lanes, tmp_path):
-    """The tiles of other processors, run on this one where LLVM can: in a process of its own, for the tile is fixed when it is imported."""
-    import subprocess
-    import sys
-
-    sizes = {4: (4, 2), 8: (6, 2), 16: (8, 3)}[lanes]
+@pytest.mark.parametrize(("features", "tile"), [("", (4, 8)), ("+avx,+avx2,+fma", (6, 16))])
+def test_other_processors_give_the_same(features, tile, tmp_path):
+    """The tile of a processor without AVX-512, or without AVX: in a process of its own, for the tile is fixed at import."""
+    if platform.machine() not in ("x86_64", "AMD64") or (features and "avx2" not in llvm.get_host_cpu_features()):
+        pytest.skip("needs an x86 processor with AVX2")
     script = f"""
-import llvmlite.binding as llvm
-real = llvm.get_host_cpu_features()
-class Features(dict):
-    pass
-import fastdtd.kernels.cpu.microkernel as m
-assert m.TILE_COLUMNS % 4 == 0
-m._LANES, m.TILE_ROWS, m._VECTORS = {lanes}, {sizes[0]}, {sizes[1]}
-m.TILE_COLUMNS = m._LANES * m._VECTORS
 import numpy as np
-from fastdtd import Explainer, Model, load
+from fastdtd import Explainer, load
+from fastdtd.kernels.cpu import conv2d_tiles_shape
+assert conv2d_tiles_shape()[1:] == {tile}, conv2d_tiles_shape()
 model = load("squeezenet1_1")
-e = Explainer(model, threads=2)(model.preprocess({str(naive.__file__)!r}.replace("tests/naive.py", "fastdtd/models/coffee.png")))
-np.save({str(tmp_path / "r.npy")!r}, e.relevance)
+np.save({str(tmp_path / "relevance.npy")!r}, Explainer(model)(model.preprocess({str(COFFEE)!r})).relevance)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, env={"NUMBA_CACHE_DIR": str(tmp_path), "PATH": ""})
-    from fastdtd.model_file import load
-
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
     model = load("squeezenet1_1")
-    ours = Explainer(model)(model.preprocess(str(naive.__file__).replace("tests/naive.py", "fastdtd/models/coffee.png"))).relevance
-    theirs = np.load(tmp_path / "r.npy")
-    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(ours)
+    ours, theirs = Explainer(model)(model.preprocess(COFFEE)).relevance, np.load(tmp_path / "relevance.npy")
+    # Sums of another order move a winner of a max-pool here and there; a wrong tile moves everything.
+    assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(ours)

@@ -209,7 +209,8 @@ def conv2d_forward(x, ratio, dead, a, packed_w, packed_v, bias, constant, low, h
 
 @kernel
 def conv2d_redistribute(c_in, c, ratio, a, packed, low, high, phases, taps, block, tiles,
-                        c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, features, relevance, accumulate, first, last):
+                        c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, features, relevance, accumulate,
+                        first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
 
     packed is flat: the panels of one phase behind those of another, made of the transposed V; where an input has two features (SIGNED,

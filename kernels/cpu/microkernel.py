@@ -7,15 +7,23 @@ size follows the processor's vector width, so everything that packs operands rea
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
+from numba.core import config
 from numba.extending import intrinsic
+
+
+def _cpu_features():
+    """What Numba compiles for, as LLVM writes it: the environment's word (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES), else this processor."""
+    if config.CPU_FEATURES is not None:
+        return config.CPU_FEATURES
+    return "" if config.CPU_NAME == "generic" else llvm.get_host_cpu_features().flatten()
 
 
 def _tile():
     """Floats in a vector, rows of the tile, vectors across it: as many accumulators as the registers hold beside the operands."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    features = _cpu_features().split(",")
+    if "+avx512f" in features:
         return 16, 8, 3  # 24 accumulators of 32 registers
-    if features.get("avx2"):
+    if "+avx2" in features:
         return 8, 6, 2  # 12 of 16
     return 4, 4, 2  # 8 of 16: SSE2, NEON and whatever else LLVM maps four lanes to
 

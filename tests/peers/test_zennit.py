@@ -31,8 +31,12 @@ def test_random_networks(case):
 
 def without_max_pools(model):
     """The same weights with average pools: no winner that turns on the last bit."""
-    layers = [g.AveragePool2d(one.name, one.inputs, one.kernel, one.stride, one.padding, one.ceil_mode) if isinstance(one, g.MaxPool2d) else one
-              for one in model.graph]
+    def averaged(layer):
+        if not isinstance(layer, g.MaxPool2d):
+            return layer
+        return g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
+
+    layers = map(averaged, model.graph)
     return Model(g.Graph(tuple(layers), model.graph.input_shape, model.graph.box), model.preprocessing, model.classes)
 
 

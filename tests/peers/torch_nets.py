@@ -25,7 +25,8 @@ from fastdtd import graph as g  # noqa: E402
 def module_of(layer, shape):
     match layer:
         case g.Conv2d():
-            module = nn.Conv2d(shape[0], layer.weight.shape[0], layer.weight.shape[2:], layer.stride, layer.padding[:2], layer.dilation, layer.groups)
+            outputs, _, *kernel = layer.weight.shape
+            module = nn.Conv2d(shape[0], outputs, kernel, layer.stride, layer.padding[:2], layer.dilation, layer.groups)
         case g.Dense():
             module = nn.Linear(*layer.weight.shape[::-1])
         case g.ReLU():

@@ -1,0 +1,55 @@
+# What a newcomer needs is `make demo` and `make test`; both set up their own virtual environment first. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+PEERS := .venv-peers
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-peers check models clean
+
+help:
+	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
+	@echo "make test        the tests, without any deep-learning framework"
+	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
+	@echo "make check       ruff and mypy"
+	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
+	@echo "make clean       remove the environments and what was built"
+
+demo: $(VENV)/ready
+	$(VENV)/bin/fastdtd explain squeezenet1_1 -o out/demo
+	@echo "The pictures are in $(CURDIR)/out/demo: open chelsea.png.overlay.png and coffee.png.overlay.png."
+
+test: $(VENV)/ready-dev
+	$(VENV)/bin/pytest
+
+test-peers: $(PEERS)/ready
+	$(PEERS)/bin/pytest tests/peers
+
+check: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+models: $(VENV)/ready
+	$(VENV)/bin/python -m fastdtd.models.build
+
+clean:
+	rm -rf $(VENV) $(PEERS) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || { echo "Python's venv is missing; on Debian: apt install python3-venv"; exit 1; }
+
+$(VENV)/ready: pyproject.toml $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) --editable .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	$(VENV)/bin/python $(PIP) --editable '.[dev]'
+	touch $@
+
+# zennit asks for torchvision, of which it needs two class names only; tests/peers/torch_nets.py gives it those.
+$(PEERS)/ready: pyproject.toml tests/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) --editable '.[test]' --requirement tests/peers/requirements.txt
+	$(PEERS)/bin/python $(PIP) --no-deps zennit==0.5.1 click
+	touch $@

@@ -1,0 +1,236 @@
+"""Pictures of every kind people have: an upright 8-bit RGB image, or a PictureError; never a warning, never another exception."""
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdtd import images
+from fastdtd.errors import PictureError
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def corners(size=(60, 40)):
+    """Red but for its left upper quarter, which is blue: no two of its eight orientations are alike."""
+    image = Image.new("RGB", size, RED)
+    image.paste(BLUE, (0, 0, size[0] // 2, size[1] // 2))
+    return image
+
+
+def png(width, height, depth, color_type, rows, *chunks):
+    """A PNG made by hand, for what Pillow does not write."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)), *chunks,
+                     chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
+
+
+def encoded(image, kind="PNG", **options):
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    def read(content, name="picture.png"):
+        (tmp_path / name).write_bytes(content)
+        image = images.open_picture(tmp_path / name)
+        assert image.mode == "RGB"
+        return np.asarray(image)
+
+    return read
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_formats_without_loss(pixels, kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(pixels(encoded(corners(), kind, **options)), corners())
+
+
+def test_grey_of_16_bits(pixels):
+    grey = np.array([[0, 255, 256, 65535]], np.uint16)
+    assert pixels(encoded(Image.fromarray(grey)))[0, :, 0].tolist() == [0, 0, 1, 255]
+    assert pixels(encoded(Image.fromarray(grey), "TIFF"), "p.tif")[0, :, 1].tolist() == [0, 0, 1, 255]
+    assert pixels(b"P5 4 1 65535\n" + grey.astype(">u2").tobytes(), "p.pgm")[0, :, 2].tolist() == [0, 0, 1, 255]
+
+
+def test_rgb_of_16_bits(pixels):
+    row = b"\0" + struct.pack(">6H", 0x1234, 0xFFFF, 0, 0x8000, 0x00FF, 0x0100)
+    assert pixels(png(2, 1, 16, 2, row)).tolist() == [[[0x12, 255, 0], [0x80, 0, 1]]]
+
+
+def test_transparent_parts_are_white(pixels):
+    clear, half = Image.new("RGBA", (2, 2), (0, 0, 0, 0)), Image.new("RGBA", (2, 2), (255, 0, 0, 51))
+    assert (pixels(encoded(clear)) == 255).all()
+    assert pixels(encoded(half))[0, 0].tolist() == [255, 204, 204]
+    assert pixels(encoded(Image.new("LA", (2, 2), (0, 51))))[0, 0].tolist() == [204, 204, 204]
+    palette = corners().quantize(2)
+    blue = palette.getpixel((0, 0))
+    shown = pixels(encoded(palette, transparency=blue))
+    assert shown[0, 0].tolist() == [255, 255, 255]
+    assert shown[-1, -1].tolist() == list(RED)
+    shown = pixels(encoded(palette, transparency=bytes([0, 51] if blue else [51, 0])))  # an opacity for each colour of the palette
+    assert shown[0, 0].tolist() == [204, 204, 255]
+    keyed = encoded(corners(), transparency=BLUE)  # one colour of an RGB picture is transparent
+    assert pixels(keyed)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_other_modes(pixels):
+    np.testing.assert_array_equal(pixels(encoded(corners().quantize(2))), corners())
+    grey = corners().convert("L")
+    np.testing.assert_array_equal(pixels(encoded(grey)), grey.convert("RGB"))
+    black = Image.new("1", (9, 3), 0)
+    black.putpixel((8, 2), 1)
+    assert pixels(encoded(black)).sum() == 3 * 255
+    assert np.abs(pixels(encoded(corners().convert("CMYK"), "JPEG", quality=100), "p.jpg") - np.asarray(corners(), int)).mean() < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(pixels, orientation):
+    back = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5:
+            Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    turned = corners().transpose(back[orientation]) if orientation > 1 else corners()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = pixels(encoded(turned, "JPEG", quality=100, subsampling=0, exif=exif), "p.jpg")
+    assert shown.shape == (40, 60, 3)
+    assert np.abs(shown - np.asarray(corners(), int)).mean() < 5
+    shown = pixels(encoded(turned, exif=exif))
+    np.testing.assert_array_equal(shown, corners())
+    once = images.open_picture(Image.open(io.BytesIO(encoded(turned, exif=exif))))
+    np.testing.assert_array_equal(images.open_picture(once), corners())  # what is upright already is not turned again
+
+
+def test_damaged_exif_is_no_matter(pixels):
+    np.testing.assert_array_equal(pixels(encoded(corners(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12")), corners())
+
+
+def test_smallest_picture(pixels):
+    assert pixels(encoded(Image.new("RGB", (1, 1), RED))).tolist() == [[list(RED)]]
+
+
+def test_first_frame_of_an_animation(pixels):
+    frames = [corners(), Image.new("RGB", (60, 40), "black")]
+    for kind in ("GIF", "PNG", "TIFF"):
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        np.testing.assert_array_equal(pixels(content), corners())
+    stereo = pixels(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]), "p.jpg")
+    assert np.abs(stereo - np.asarray(corners(), int)).mean() < 5
+
+
+def damaged():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    yield "a text", b"this is no picture", "damaged, or not in a known format"
+    yield "nothing", b"", "damaged, or not in a known format"
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
+        content = encoded(noise, kind)
+        yield f"half a {kind}", content[:len(content) // 2], "."
+        yield f"the start of a {kind}", content[:30], "."
+    broken = bytearray(encoded(noise))
+    broken[5000:5100] = bytes(100)
+    yield "a PNG with zeros", bytes(broken), "cannot be read"
+    yield "EPS, which would run another program", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not in a known"
+    yield "a bomb", png(60000, 60000, 8, 2, b""), "too large; at most 100000000"
+    yield "a bit too large", png(10000, 10001, 8, 0, b""), "10000 x 10001 pixels; 1 to 100000000"
+    yield "no width", png(0, 5, 8, 0, b""), "."
+    yield "floating point", encoded(Image.new("F", (3, 3)), "TIFF"), "floating-point"
+
+
+@pytest.mark.parametrize(("content", "message"), [pytest.param(c, m, id=name) for name, c, m in damaged()])
+def test_refused(tmp_path, content, message):
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(content)
+    with pytest.raises(PictureError, match=message) as error:
+        images.open_picture(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_between_both_limits_no_warning_comes_out(pixels, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns from here, and refuses from twice as many
+    np.testing.assert_array_equal(pixels(encoded(corners())), corners())
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(PictureError, match="does not exist"):
+        images.open_picture(tmp_path / "none.png")
+    with pytest.raises(PictureError, match="is a folder"):
+        images.open_picture(str(tmp_path))
+    for path in ("a\0b", "x" * 5000):
+        with pytest.raises(PictureError, match="cannot be read"):
+            images.open_picture(path)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (4, 6, 4)])
+def test_arrays(shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    array[..., 3:] = 255  # opaque
+    expected = array[..., :3] if array.ndim == 3 else array[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(images.open_picture(array), expected)
+    np.testing.assert_array_equal(images.open_picture(array[::-1, ::2]), expected[::-1, ::2])
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 6), np.float32), np.zeros((4, 6, 3), bool), np.zeros((3, 4, 6), np.uint8), np.uint8(3),
+                                   np.zeros((4, 6, 3), np.int64), np.zeros((4, 6, 2), np.uint8), np.zeros((0, 6), np.uint8),
+                                   np.zeros((4, 0, 3), np.uint8), np.array(["a"]), np.zeros((1, 4, 6, 3), np.uint8)], ids=repr)
+def test_other_arrays(array):
+    with pytest.raises(PictureError, match=r"the array|of type uint8"):
+        images.open_picture(array)
+
+
+@pytest.mark.parametrize("thing", [None, 3, b"picture.png", [[1, 2], [3, 4]]])
+def test_other_things(thing):
+    with pytest.raises(PictureError, match=f"of type {type(thing).__name__}"):
+        images.open_picture(thing)
+
+
+def test_damaged_images_of_pillow():
+    content = encoded(corners((500, 500)), "JPEG")
+    closed = corners()
+    closed.close()
+    for image in (Image.open(io.BytesIO(content[:len(content) // 2])), Image.new("RGB", (0, 3)), Image.new("F", (3, 3)), closed):
+        with pytest.raises(PictureError, match="the image"):
+            images.open_picture(image)
+
+
+def test_filters_of_warnings_stay_as_they_are(tmp_path):
+    """Though they belong to the whole process, and several threads read."""
+    corners((300, 200)).save(tmp_path / "a.png")
+    before = list(warnings.filters)
+    threads = [threading.Thread(target=lambda: [images.open_picture(tmp_path / "a.png") for _ in range(30)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
+def test_order_of_channels():
+    pixel = np.array([[[10, 20, 30]]], np.uint8)
+    assert images.read(pixel, (3, 1, 1), "rgb", "stretch").ravel().tolist() == [10, 20, 30]
+    assert images.read(pixel, (3, 1, 1), "bgr", "stretch").ravel().tolist() == [30, 20, 10]
+    assert images.read(pixel, (1, 1, 1), "gray", "stretch").ravel().tolist() == [18]
+    every = np.arange(256, dtype=np.uint8)[None]
+    np.testing.assert_array_equal(images.read(every, (1, 1, 256), "gray", "crop")[0], every)
+
+
+def test_stretch_and_crop():
+    third = np.zeros((10, 30), np.uint8)
+    third[:, 10:20] = 255
+    assert (images.read(third, (1, 10, 10), "gray", "crop") == 255).all()
+    assert (images.read(third.T, (1, 10, 10), "gray", "crop") == 255).all()
+    stretched = images.read(third, (1, 10, 9), "gray", "stretch")[0, 5]
+    assert stretched[[0, 1, 7, 8]].tolist() == [0, 0, 0, 0]
+    assert stretched[4] == 255
+    image = images.open_picture(third)
+    assert images.visible_part(image, (20, 20), "crop") == (10, 0, 20, 10)
+    assert images.visible_part(image, (20, 20), "stretch") == (0, 0, 30, 10)
+    assert images.visible_part(image, (10, 60), "crop") == (0, 2.5, 30, 7.5)
