@@ -1,6 +1,6 @@
 """Which rule each layer gets, and what a rule is: how features u and weights V are made from activations and weights.
 
-The table is docs/method.md's, after Montavon et al., Pattern Recognition 65 (2017), sections 4.1 to 4.3 (z+, w2, zB) and Lapuschkin et al.,
+The table is that of docs/method.md, after Montavon et al., Pattern Recognition 65 (2017), 4.1 (w2) and 4.2 (z+, zB), and Lapuschkin et al.,
 arXiv:1902.10178 (flat).
 """
 
