@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError, InputError
+from fastdtd.errors import FastDTDError
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -58,19 +60,31 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 where something failed, 2 for a call that cannot be understood."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and "pictures" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes positional arguments from one place only
+        options.pictures = [*options.pictures, *rest]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a class is called, and no line of what is done held back
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
     except FastDTDError as error:
         print(f"fastdtd: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fastdtd: interrupted; what was reported as done is on disk", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head`
-        sys.stderr.close()
+    except MemoryError:
+        print("fastdtd: out of memory; fewer --threads or a smaller --batch take less", file=sys.stderr)
         return 1
+    except OSError as error:  # almost surely of standard output, for results have errors of their own
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            print(f"fastdtd: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at exit
+        return 1
+    except KeyboardInterrupt:
+        print("fastdtd: interrupted; what was reported as done is on disk", file=sys.stderr, flush=True)
+        os._exit(130)  # returning would wait for all that threads have yet to compute
     return status
 
 
@@ -88,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", _EXPLAIN, _EXPLAIN_EXAMPLES, "explain pictures")
     explain.set_defaults(run=_explain)
     explain.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
-    explain.add_argument("pictures", metavar="PICTURE", nargs="*",
+    explain.add_argument("pictures", metavar="PICTURE", nargs="*", default=[],
                          help="pictures, or folders that are searched for some (default: two that come along)")
     explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     explain.add_argument("--target", metavar="CLASS", help="class to explain: a name or a number (default: each picture's winner)")
@@ -103,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("weights", metavar="WEIGHTS", nargs="?", help=".caffemodel file, with a .prototxt")
     convert.add_argument("model", metavar="MODEL.h5", help="file to write")
     convert.add_argument("--color", choices=("rgb", "bgr", "gray"), help="order of the input's channels (default: rgb, or gray for one)")
-    convert.add_argument("--size", metavar="H,W", type=_numbers, help="size of the input (default: the file's)")
+    convert.add_argument("--size", metavar="H,W", type=_size, help="size of the input (default: the file's)")
     convert.add_argument("--resize", choices=("stretch", "crop"), default="stretch",
                          help="stretch pictures to the size, or scale them to cover it and cut out the centre (default: %(default)s)")
     convert.add_argument("--mean", metavar="M,...", type=_numbers, default=[0.0], help="one number, or one for each channel (default: 0)")
@@ -142,6 +156,14 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as in 104,117,123") from None
 
 
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (text if "," in text else f"{text},{text}").split(",")
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; required: H,W in whole pixels, as in 227,227") from None
+
+
 def _box(text: str) -> list[tuple[float, float]] | tuple[float, float]:
     try:
         if ":" not in text:
@@ -176,11 +198,11 @@ def _explain(options: argparse.Namespace) -> int:
                       file=sys.stdout)
 
         summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","), options.batch, on_line,
-                             lambda count: bar.update(count) and None)
+                             bar.update)
     if summary.clipped:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
-    for path, reason in summary.failed:
-        print(f"fastdtd: not explained: {reason if str(path) in reason else f'{path}: {reason}'}", file=sys.stderr)
+    for _, reason in summary.failed:
+        print(f"fastdtd: not explained: {reason}", file=sys.stderr)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
@@ -188,24 +210,21 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _target(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
 
 
 def _convert(options: argparse.Namespace) -> int:
     from fastdtd import model_file
     from fastdtd.importers import convert
 
-    size = None
-    if options.size is not None:
-        if len(options.size) not in (1, 2) or any(number != int(number) for number in options.size):
-            raise InputError(f"size {options.size} given; required: H,W in whole pixels, as in 227,227")
-        size = (int(options.size[0]), int(options.size[-1]))
-
     def numbers(values: list[float]) -> Any:
         return values if len(values) > 1 else values[0]
 
-    model = convert(options.source, options.weights, color=options.color, size=size, resize=options.resize, mean=numbers(options.mean),
-                    std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
+    model = convert(options.source, options.weights, color=options.color, size=options.size, resize=options.resize,
+                    mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
     model_file.save(model, options.model, options.dtype)
     print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
           f"`fastdtd show {options.model}` lists them")

@@ -18,10 +18,10 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     OSError
         And whatever `write` raises; what was written beside is removed then.
     """
-    beside = path.with_name(f".{path.name[-100:]}.{uuid.uuid4().hex}")
+    beside = path.with_name(f".{path.name[-50:]}.{uuid.uuid4().hex}")  # within a file system's 255 bytes
     try:
         write(beside)
-        with open(beside, "rb") as file:
+        with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:

@@ -12,7 +12,8 @@ from fastdtd.graph import Array
 
 PERCENTILE = 99.5  # what the strongest colour stands for: a few bright pixels must not darken all others
 _LEAST_SIDE, MOST_SIDE = 256, 1024  # of a drawn picture: small inputs are enlarged, large photographs reduced
-_BAR, _MARGIN, _TEXT = 14, 10, 13
+_BAR, _LEAST_BAR, _MARGIN, _TEXT = 14, 80, 10, 13
+_BLACK = 90  # of a picture under its overlay, paler than it is so that the colours stand out
 
 _WHITE, _RED, _BLUE = (np.array(color, np.float64) for color in ((255, 255, 255), (200, 0, 0), (0, 60, 200)))
 _ORANGE, _SKY = np.array((255, 150, 90), np.float64), np.array((120, 170, 255), np.float64)  # half-way: even steps to the eye
@@ -46,7 +47,7 @@ def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:
     ----------
     relevance : (C, H, W) float32
     picture : PIL image, optional
-        What the network saw (its visible part), at any size.
+        What the network saw, at any size.
     """
     pixels = pixel_relevance(relevance)
     scale = scale_of(pixels)
@@ -56,8 +57,9 @@ def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:
         image = colors(drawn, scale)
     else:
         gray = np.asarray(picture.convert("L").resize(size, Image.Resampling.BILINEAR), np.float64)[..., None]
-        opacity = np.clip(np.abs(drawn) / scale if scale > 0 else np.zeros_like(drawn), 0, 1)[..., None] ** 0.5
-        image = (0.35 * gray + 150) * (1 - opacity) + colors(drawn, scale) * opacity
+        opacity = np.clip(np.abs(drawn) / scale if scale > 0 else np.zeros_like(drawn), 0, 1)
+        shades = colors(np.copysign((1 + opacity) / 2, drawn), 1.0)  # from half-way on: the paler ones would veil the picture
+        image = (_BLACK + (255 - _BLACK) / 255 * gray) * (1 - opacity[..., None]) + shades * opacity[..., None]
     return _with_bar(Image.fromarray(np.round(image).astype(np.uint8)), scale, signed=bool((pixels < 0).any()))
 
 
@@ -85,12 +87,13 @@ def _with_bar(image: Image.Image, scale: float, signed: bool) -> Image.Image:
     """`image` with a colour bar on its right, its ends labelled in relevance a pixel."""
     font = ImageFont.load_default(_TEXT)
     ends = [f"{scale:.2g}", "0", f"{-scale:.2g}"] if signed else [f"{scale:.2g}", "0"]
-    text_width = int(max(font.getlength(end) for end in ends)) + 4
-    canvas = Image.new("RGB", (image.width + 2 * _MARGIN + _BAR + text_width, image.height), "white")
-    canvas.paste(image, (0, 0))
-    top, bottom, left = _TEXT // 2, max(image.height - 1 - _TEXT // 2, _TEXT // 2 + 1), image.width + _MARGIN
-    levels = np.linspace(1, -1 if signed else 0, bottom - top)[:, None].repeat(_BAR, 1)
-    canvas.paste(Image.fromarray(np.round(colors(levels, 1.0)).astype(np.uint8)), (left, top))
+    text_width = int(max(font.getlength(end) for end in ends)) + 8
+    height = max(image.height, _LEAST_BAR)
+    canvas = Image.new("RGB", (image.width + _MARGIN + _BAR + 5 + text_width, height), "white")
+    canvas.paste(image, (0, (height - image.height) // 2))
+    top, bottom, left = _TEXT // 2 + 1, height - 2 - _TEXT // 2, image.width + _MARGIN
+    levels = np.linspace(scale, -scale if signed else 0, bottom - top)[:, None].repeat(_BAR, 1)
+    canvas.paste(Image.fromarray(np.round(colors(levels, scale)).astype(np.uint8)), (left, top))
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((left - 1, top - 1, left + _BAR, bottom), outline="gray")
     for i, end in enumerate(ends):

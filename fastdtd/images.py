@@ -5,9 +5,11 @@ Files are not trusted: only formats that Pillow decodes by itself are opened, an
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastdtd.errors import PictureError
 
 MAX_PIXELS = 100_000_000  # of one picture, decoded: 300 MB
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+_filters = threading.Lock()
 
 
 def read(picture: Any, shape: tuple[int, int, int], color: str, resize: str) -> npt.NDArray[np.uint8]:
@@ -41,46 +45,64 @@ def open_picture(picture: Any) -> Image.Image:
     Raises
     ------
     PictureError
-        What cannot be read, is no picture, or is too large.
+        What cannot be read, is no picture, or is too large or empty.
     """
     if isinstance(picture, (str, os.PathLike)):
-        path = Path(picture)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below speaks for itself
-                with Image.open(path, formats=FORMATS) as image:
-                    return _upright_rgb(image, str(path))
-        except FileNotFoundError:
-            raise PictureError(f"picture {str(path)!r} does not exist") from None
-        except IsADirectoryError:
-            raise PictureError(f"picture {str(path)!r} is a folder; required: a file") from None
-        except Image.DecompressionBombError:
-            raise PictureError(f"picture {str(path)!r} is too large; at most {MAX_PIXELS} pixels are accepted") from None
-        except UnidentifiedImageError:
-            raise PictureError(f"file {str(path)!r} is no picture in a known format ({', '.join(FORMATS)})") from None
-        except PictureError:
-            raise
-        except Exception as error:  # decoders raise whatever their format's damage leads to
-            raise PictureError(f"picture {str(path)!r} cannot be read: {error}") from None
-    if isinstance(picture, Image.Image):
-        return _upright_rgb(picture, "the image")
-    if isinstance(picture, np.ndarray):
+        name = f"picture {os.fspath(picture)!r}"
+    elif isinstance(picture, Image.Image):
+        name = "the image"
+    elif isinstance(picture, np.ndarray):
+        name = "the array"
         pixels = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
-        if picture.dtype != np.uint8 or not pixels or not picture.size:
+        if picture.dtype != np.uint8 or not pixels:
             raise PictureError(f"the array has type {picture.dtype} and shape {picture.shape}; required: uint8 pixels (H, W), (H, W, 3) or "
                                "(H, W, 4), red first")
-        return _upright_rgb(Image.fromarray(picture), "the array")
-    raise PictureError(f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
+    else:
+        raise PictureError(f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
+    try:
+        if isinstance(picture, Image.Image):
+            return _upright_rgb(picture, name)
+        if isinstance(picture, np.ndarray):
+            return _upright_rgb(Image.fromarray(picture), name)
+        with _opened(picture) as image:
+            return _upright_rgb(image, name)
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError(f"{name} does not exist") from None
+    except IsADirectoryError:
+        raise PictureError(f"{name} is a folder; required: a file") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"{name} is too large; at most {MAX_PIXELS} pixels are accepted") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} is damaged, or not in a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # decoders raise whatever their format's damage leads to
+        raise PictureError(f"{name} cannot be read: {str(error) or type(error).__name__}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of Pillow's. Filters belong to the whole process: two threads that set them at once would mix them up."""
+    with _filters, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    with _quiet():
+        return Image.open(path, formats=FORMATS)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise PictureError(f"picture {name!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are accepted")
-    image = ImageOps.exif_transpose(image)
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise PictureError(f"{name} has {image.width} x {image.height} pixels; 1 to {MAX_PIXELS} are accepted")
+    image.load()
+    with _quiet():  # after load, so that threads decode at the same time
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise PictureError(f"picture {name!r} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
+        raise PictureError(f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
     if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.clip(np.asarray(image, np.int32), 0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

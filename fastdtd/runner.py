@@ -1,15 +1,19 @@
 """Many pictures: read, explain, write, with bounded memory and nothing lost when a run is cut off.
 
-What is done is on disk before it is said to be done: each picture's PNGs, and each batch's numbers as one part file, all written beside and
-renamed into place. At the end the parts become `explanations.h5`. A run that was cut off leaves its parts; the same call goes on from them.
+What is done is on disk before it is said to be done: each picture's PNGs, then each batch's numbers as one part file, all written beside
+and renamed into place. At the end the parts become `explanations.h5`. A run that was cut off leaves its parts; the same call goes on from
+them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +33,12 @@ from fastdtd.graph import Array
 OUTPUTS = ("heatmap", "overlay", "relevance")
 RESULT = "explanations.h5"
 _PART = "explanations.part-{:06d}.h5"
-_PARTS = "explanations.part-*.h5"
+_PARTS = f"explanations.part-{'[0-9]' * 6}.h5"
+_SOURCE = "source"
+_MORE_ROOM = 1 << 20
+_DRAWN = (".heatmap.png", ".overlay.png")
+_LEFT_BESIDE = re.compile(r"\..*(\.heatmap\.png|\.overlay\.png|explanations.*\.h5)\.[0-9a-f]{32}")  # see files.replace
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # the last ones stand for bytes that are no UTF-8
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,8 @@ class _Loaded:
 def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
     """The files named, and those in folders and below them whose names end like a picture's, in order and each once.
 
+    Of a folder, hidden files and what an earlier run drew are left out.
+
     Raises
     ------
     InputError
@@ -80,19 +91,22 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
     found: dict[Path, Picture] = {}
     taken: set[str] = set()
     for source in map(Path, sources):
-        if source.is_dir():
-            files = sorted(p for p in source.rglob("*") if p.suffix.lower() in images.SUFFIXES and p.is_file())
-            named = [(p, p.relative_to(source).as_posix()) for p in files]
-        elif source.exists():
+        if os.path.isdir(source):  # unlike Path.is_dir, False for a name that is too long
+            files = sorted(p for p in source.rglob("*") if p.suffix.lower() in images.SUFFIXES and not p.name.endswith(_DRAWN))
+            named = [(p, p.relative_to(source).as_posix()) for p in files if p.is_file()]
+            named = [(p, name) for p, name in named if not any(part.startswith(".") for part in name.split("/"))]
+        elif os.path.exists(source):
             named = [(source, source.name)]
         else:
             raise InputError(f"{str(source)!r} does not exist; required: a picture or a folder of pictures")
-        for path, name in named:
+        for path, given in named:
             if path.resolve() in found:
                 continue
-            free, number = name, 2
+            name = free = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], given)
+            number = 1
             while free in taken:  # two files of one name from different folders
-                free, number = f"{name}-{number}", number + 1
+                number += 1
+                free = f"{name}-{number}"
             taken.add(free)
             found[path.resolve()] = Picture(path, free)
     if not found:
@@ -101,7 +115,7 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
 
 
 def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None, outputs: Iterable[str] = OUTPUTS, batch: int = 16,
-        on_line: Callable[[Line], None] = lambda line: None, on_progress: Callable[[int], None] = lambda count: None) -> Summary:
+        on_line: Callable[[Line], Any] = lambda line: None, on_progress: Callable[[int], Any] = lambda count: None) -> Summary:
     """Explain every picture and write the results to `out`.
 
     Parameters
@@ -139,33 +153,42 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
         raise InputError(f"batch is {batch}; required: 1 or more")
     if isinstance(target, str):
         target = explainer.model.class_index(target)
-    run_id = json.dumps({"model": _fingerprint(explainer), "rules": {k: r.name for k, r in explainer.rules.items()}, "target": target})
+    run_id = _fingerprint(explainer, target, sorted(set(outputs)))
     summary = Summary()
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        replace(out / ".fastdtd-test", lambda path: path.write_bytes(b""))  # find out now, not after an hour
-        (out / ".fastdtd-test").unlink()
+        with tempfile.TemporaryFile(dir=out):  # can it be written to? Better to know now than after an hour
+            pass
+        for folder in {out, *((out / p.name).parent for p in pictures)}:  # a run that was killed while it wrote
+            for file in folder.glob(".*"):
+                if _LEFT_BESIDE.fullmatch(file.name):
+                    file.unlink()
         parts = sorted(out.glob(_PARTS))
-        done = _done_before(parts, run_id)
+        done = _done_before(parts, run_id, pictures)
     todo = [p for p in pictures if p.name not in done]
-    summary.done_before = len(pictures) - len(todo)
+    summary.done_before = len(done)
     on_progress(summary.done_before)
-    number = 1 + max((int(p.name.split("-")[1].split(".")[0]) for p in parts), default=-1)
-    with ThreadPoolExecutor(explainer.threads, "fastdtd-pictures") as executor:
-        for loaded, count in _loaded_batches(executor, explainer, todo, batch, "overlay" in outputs, summary):
-            if loaded:
-                lines = _settle(executor, explainer, loaded, target, outputs, out, out / _PART.format(number), run_id, summary)
-                number += "relevance" in outputs
-                for line in lines:
-                    on_line(line)
-                summary.explained += len(lines)
-            on_progress(count)
-    if "relevance" in outputs and (summary.explained or summary.done_before):
-        with _writing(out):
-            parts = sorted(out.glob(_PARTS))
+    # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the whole process.
+    with ThreadPoolExecutor(explainer.threads, "fastdtd-pictures") as executor, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ExplanationWarning)
+        try:
+            for loaded, count in _loaded_batches(executor, explainer, todo, batch, "overlay" in outputs, summary):
+                if loaded:
+                    part = out / _PART.format(int(parts[-1].stem[-6:]) + 1 if parts else 0)
+                    lines = _settle(executor, explainer, loaded, target, outputs, out, part, run_id)
+                    parts.append(part)
+                    for line in lines:
+                        on_line(line)
+                    summary.explained += len(lines)
+                on_progress(count)
+        finally:
+            executor.shutdown(cancel_futures=True)
+    summary.clipped = next((str(w.message) for w in told if "clipped" in str(w.message)), None)
+    with _writing(out):
+        if "relevance" in outputs and parts:
             replace(out / RESULT, lambda path: _join(path, parts, explainer))
-            for part in parts:
-                part.unlink()
+        for part in reversed(parts):  # if this is cut off, the pictures that are explained again come last again
+            part.unlink()
     return summary
 
 
@@ -191,19 +214,17 @@ def _load(explainer: Explainer, picture: Picture, show: bool) -> _Loaded:
     image = images.open_picture(picture.path)
     shown = None
     if show:
-        left, top, right, bottom = images.visible_part(image, explainer.model.graph.input_shape[1:], explainer.model.preprocessing.resize)
-        shown = image.crop((round(left), round(top), max(round(right), round(left) + 1), max(round(bottom), round(top) + 1)))
-        shown.thumbnail((heatmap.MOST_SIDE, heatmap.MOST_SIDE))
+        box = images.visible_part(image, explainer.model.graph.input_shape[1:], explainer.model.preprocessing.resize)
+        width, height = box[2] - box[0], box[3] - box[1]
+        scale = min(1, heatmap.MOST_SIDE / max(width, height))
+        shown = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR, box, reducing_gap=2)
     return _Loaded(picture, explainer.model.preprocess(image), shown)
 
 
 def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Loaded], target: Target, outputs: list[str], out: Path,
-            part: Path, run_id: str, summary: Summary) -> list[Line]:
-    """Explain one batch and write all of it."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", ExplanationWarning)
-        e = explainer(np.stack([one.values for one in loaded]), target)
-    summary.clipped = summary.clipped or next((str(w.message) for w in told if "clipped" in str(w.message)), None)
+            part: Path, run_id: str) -> list[Line]:
+    """Explain one batch and write all of it, the part last: what is in it is done."""
+    e = explainer(np.stack([one.values for one in loaded]), target)
 
     def draw(one: _Loaded, relevance: Array) -> None:
         with _writing(out):
@@ -219,11 +240,13 @@ def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Lo
     for future in [executor.submit(draw, one, relevance) for one, relevance in zip(loaded, e.relevance, strict=True)]:
         future.result()
     sums = e.relevance.sum((1, 2, 3), dtype=np.float64)
+    columns = {"scores": e.output, "target": e.target, "explained": e.explained, "sum": sums, "absorbed": e.absorbed,
+               "file": np.array([one.picture.name for one in loaded], object),
+               _SOURCE: np.array([_source(one.picture) for one in loaded], object)}
     if "relevance" in outputs:
-        columns = {"relevance": e.relevance, "scores": e.output, "target": e.target, "explained": e.explained, "sum": sums,
-                   "absorbed": e.absorbed, "file": np.array([one.picture.name for one in loaded], object)}
-        with _writing(out):
-            replace(part, lambda path: _write_part(path, columns, run_id))
+        columns["relevance"] = e.relevance
+    with _writing(out):
+        replace(part, lambda path: path.write_bytes(_part(columns, run_id)))
     return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(s), float(a))
             for one, t, scores, s, a in zip(loaded, e.target, e.output, sums, e.absorbed, strict=True)]
 
@@ -237,16 +260,19 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has room. "
-                          "What was reported as done is there") from None
+                          "Nothing that was reported as done is lost") from None
 
 
-def _write_part(path: Path, columns: dict[str, Any], run_id: str) -> None:
+def _part(columns: dict[str, Any], run_id: str) -> memoryview:
+    """The bytes of a part file. Not written by HDF5, which does not survive a full disk."""
     import h5py
 
-    with h5py.File(path, "w") as file:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         file.attrs["run"] = run_id
         for name, values in columns.items():
             _create(file, name, values, len(values))[...] = values
+    return content.getbuffer()
 
 
 def _create(file: Any, name: str, like: Any, count: int) -> Any:
@@ -255,52 +281,71 @@ def _create(file: Any, name: str, like: Any, count: int) -> Any:
     if name == "relevance":  # a chunk for each picture, compressed: zeros and equal exponents take a third of the space
         return file.create_dataset(name, (count, *like.shape[1:]), like.dtype, chunks=(1, *like.shape[1:]), compression="gzip",
                                    compression_opts=1, shuffle=True)
-    return file.create_dataset(name, (count, *like.shape[1:]), h5py.string_dtype() if name == "file" else like.dtype)
+    return file.create_dataset(name, (count, *like.shape[1:]), like.dtype if like.dtype.kind != "O" else h5py.string_dtype())
 
 
-def _done_before(parts: list[Path], run_id: str) -> set[str]:
+def _source(picture: Picture) -> str:
+    """Tells apart pictures of one name."""
+    return hashlib.sha256(os.fsencode(picture.path.resolve())).hexdigest()
+
+
+def _done_before(parts: list[Path], run_id: str, pictures: list[Picture]) -> set[str]:
+    """Names of the pictures in `parts`."""
     import h5py
 
+    wanted = {(p.name, _source(p)) for p in pictures}
     done: set[str] = set()
     for part in parts:
         try:
-            with h5py.File(part, "r") as file:
-                same = file.attrs["run"] == run_id
-                done |= set(file["file"].asstr()[...])
+            with h5py.File(part, "r", locking=False) as file:  # a lock is refused on some network file systems
+                names = list(file["file"].asstr()[...])
+                same = file.attrs["run"] == run_id and wanted.issuperset(zip(names, file[_SOURCE].asstr()[...], strict=True))
         except (OSError, KeyError):
-            same = False
+            names, same = [], False
         if not same:
-            raise OutputError(f"{str(part)!r} is left of another run, with another model, rules or target; remove it, or choose another "
-                              "folder")
+            raise OutputError(f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs or pictures; "
+                              "finish that one, remove its parts, or choose another folder")
+        done.update(names)
     return done
 
 
 def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
-    """All parts as one file, sorted as the parts are."""
+    """All parts as one file, in their order."""
     import h5py
 
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(h5py.File(part, "r")) for part in parts]
-        result = stack.enter_context(h5py.File(path, "w"))
-        result.attrs["format"] = "fastdtd-explanations"
-        result.attrs["rules"] = json.dumps({name: rule.name for name, rule in explainer.rules.items()})
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file.attrs["format"] = "fastdtd-explanations"
+        file["rules"] = json.dumps({name: rule.name for name, rule in explainer.rules.items()})
         if explainer.model.classes:
-            result["classes"] = np.array(explainer.model.classes, object)
-        for name in files[0]:
-            joined = _create(result, name, files[0][name], sum(len(file[name]) for file in files))
-            at = 0
-            for file in files:
-                count = len(file[name])
-                joined[at:at + count] = file[name][...]
-                at += count
+            file["classes"] = np.array(explainer.model.classes, object)
+    with open(path, "wb") as plain:
+        plain.write(content.getbuffer())
+        plain.flush()
+        if hasattr(os, "posix_fallocate"):  # HDF5 does not survive a full disk: all the room it will need is taken before it writes
+            os.posix_fallocate(plain.fileno(), 0, len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _MORE_ROOM)
+    with h5py.File(parts[-1], "r", locking=False) as last, h5py.File(path, "r+", locking=False) as file:
+        counts = []
+        for part in parts:
+            with h5py.File(part, "r", locking=False) as one:
+                counts.append(len(one["target"]))
+        columns = {name: _create(file, name, last[name], sum(counts)) for name in last if name != _SOURCE}
+        at = 0
+        for part, count in zip(parts, counts, strict=True):  # one by one: there may be more than can be open at once
+            with h5py.File(part, "r", locking=False) as one:
+                for name, values in columns.items():
+                    values[at:at + count] = one[name][...]
+            at += count
+        file.flush()
+        size = file.id.get_filesize()
+    os.truncate(path, size)
 
 
-def _fingerprint(explainer: Explainer) -> str:
-    digest = hashlib.sha256()
-    for layer in explainer.model.graph:
-        for name, value in sorted(vars(layer).items()):
-            digest.update(name.encode())
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    p = explainer.model.preprocessing
-    digest.update(repr((p.color, p.resize, p.scale, p.mean.tolist(), p.std.tolist(), explainer.model.graph.input_shape)).encode())
+def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> str:
+    """Of all that must be the same for two calls to be the same, but the pictures."""
+    graph, p = explainer.model.graph, explainer.model.preprocessing
+    digest = hashlib.sha256(repr((target, outputs, graph.input_shape, p.color, p.resize, p.scale)).encode())
+    rules = [(name, rule.name) for name, rule in explainer.rules.items()]
+    for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph for v in (type(layer), *vars(layer).values()))):
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()

@@ -1,0 +1,268 @@
+"""The command line, as people call it: what it prints, where, and with which exit status."""
+
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastdtd
+from fastdtd import cli, runner
+from fastdtd import graph as g
+from fastdtd.model import Model, Preprocessing
+from fastdtd.model_file import save
+
+COMMAND = [sys.executable, "-c", "import sys; from fastdtd.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a small network, that in red, green and blue looks for brightness, and pictures in these colours."""
+    monkeypatch.chdir(tmp_path)
+    layers = (g.Conv2d("conv", ("input",), np.eye(3).reshape(3, 3, 1, 1)), g.ReLU("relu", ("conv",)),
+              g.GlobalAveragePool("average", ("relu",)), g.Dense("scores", ("average",), 2 * np.eye(3) - 0.5))
+    names = ("n01 red, scarlet", "n02 green", "n03 blue")
+    save(Model(g.Graph(layers, (3, 8, 8), (0.0, 1.0)), Preprocessing(scale=1 / 255), names), "net.h5")
+    (tmp_path / "pictures").mkdir()
+    for color in ("red", "lime", "blue"):
+        Image.new("RGB", (12, 10), color).save(tmp_path / "pictures" / f"{color}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capfd):
+    """Runs a command in `place`: exit status, lines of standard output, lines of standard error."""
+    def call(*arguments):
+        try:
+            status = cli.main(list(arguments))
+        except SystemExit as error:  # argparse
+            status = error.code
+        out, err = capfd.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return call
+
+
+def refused(result):
+    """The one line that says why."""
+    status, out, err = result
+    assert (status, out, len(err)) == (1, [], 1)
+    assert err[0].startswith("fastdtd: ")
+    return err[0]
+
+
+def test_explain_one_picture(run, place):
+    assert run("explain", "net.h5", "pictures/blue.png") == (0, ["blue.png  2 n03 blue  score 1.5, relevance 1.5", "1 explained; see out/"],
+                                                              [])
+    assert {p.name for p in (place / "out").iterdir()} == {"blue.png.heatmap.png", "blue.png.overlay.png", "explanations.h5"}
+
+
+def test_explain_a_folder_with_bad_pictures(run, place):
+    (place / "pictures" / "bad.jpg").write_text("no picture")
+    (place / "pictures" / "cut.png").write_bytes((place / "pictures" / "blue.png").read_bytes()[:50])
+    status, out, err = run("explain", "net.h5", "pictures", "-o", "new/folder")
+    assert status == 1
+    assert [line.split("  score")[0] for line in out[:-1]] == ["blue.png  2 n03 blue", "lime.png  1 n02 green",
+                                                               "red.png   0 n01 red, scarlet"]
+    assert out[-1] == "3 explained, 2 could not be read; see new/folder/"
+    assert len(err) == 2
+    assert err[0].startswith("fastdtd: not explained: picture 'pictures/bad.jpg' is damaged, or not in a known format")
+    assert err[1].startswith("fastdtd: not explained: picture 'pictures/cut.png' cannot be read")
+    assert len(list((place / "new" / "folder").iterdir())) == 7
+
+
+def test_pictures_may_follow_options(run):
+    first = run("explain", "net.h5", "pictures/red.png", "pictures/blue.png", "-o", "a")
+    assert run("explain", "net.h5", "-o", "a", "pictures/red.png", "pictures/blue.png") == first
+    assert run("explain", "net.h5", "pictures/red.png", "-o", "a", "pictures/blue.png") == first
+    assert len(first[1]) == 3
+
+
+def test_no_picture_means_those_that_come_along(run):
+    status, out, err = run("explain", "squeezenet1_1")
+    assert (status, err) == (0, [])
+    assert [line.split("  score")[0] for line in out] == ["chelsea.png  285 Egyptian cat", "coffee.png   967 espresso",
+                                                          "2 explained; see out/"]
+
+
+def test_target(run):
+    for target, name in (("1", "1 n02 green"), ("n02", "1 n02 green"), ("GREEN", "1 n02 green"), ("scarlet", "0 n01 red, scarlet")):
+        status, out, err = run("explain", "net.h5", "pictures/lime.png", "--target", target)
+        assert (status, err) == (0, [])
+        assert out[0].startswith(f"lime.png  {name}  score ")
+    assert out[0].endswith("score -0.5, relevance 0, score not positive: nothing to decompose")
+    for target, message in (("pink", "no class is named 'pink'"), ("re", "near: n01 red, scarlet; n02 green"), ("3", "target 3"), ("-1",
+                            "target -1"), ("\N{SUPERSCRIPT TWO}", "no class is named"), ("", "no class is named ''")):
+        assert message in refused(run("explain", "net.h5", "pictures/lime.png", "--target", target))
+
+
+def test_rule(run):
+    ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
+    assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]
+    assert run("explain", "net.h5", "pictures", "--rule", "conv=flat")[0] == 0
+    for rule, message in (("conv=magic", "rule 'magic' for 'conv' is unknown"), ("nothing=w2", "no layer with a rule is named 'nothing'"),
+                          ("scores=winner", "does not apply to Dense"), ("scores=zB", "rule 'zB' needs bounds"), ("conv=", "rule ''")):
+        for command in (["show", "net.h5"], ["explain", "net.h5", "pictures"]):
+            assert message in refused(run(*command, "--rule", rule))
+    for rule in ("conv", "=w2"):
+        status, _, err = run("show", "net.h5", "--rule", rule)
+        assert (status, "is no LAYER=RULE" in err[-1]) == (2, True)
+
+
+def test_outputs(run, place):
+    assert run("explain", "net.h5", "pictures/red.png", "--outputs", "overlay")[0] == 0
+    assert [p.name for p in (place / "out").iterdir()] == ["red.png.overlay.png"]
+    for outputs in ("", "heatmap,picture", "heatmap,,overlay"):
+        assert "required: some of heatmap, overlay, relevance" in refused(run("explain", "net.h5", "pictures", "--outputs", outputs))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["net.h5", "pictures", "--threads", "0"], "threads is 0"),
+    (["net.h5", "pictures", "--threads", "-2"], "threads is -2"),
+    (["net.h5", "pictures", "--batch", "0"], "batch is 0"),
+    (["none.h5", "pictures"], "'none.h5' does not exist"),
+    (["alexnet", "pictures"], "(embedded: squeezenet1_1)"),
+    (["pictures", "pictures"], "is a directory"),
+    (["pictures/red.png", "pictures"], "is not an HDF5 file"),
+    (["net.h5", "none.png"], "'none.png' does not exist"),
+    (["net.h5", "out"], "'out' does not exist"),
+    (["net.h5", "."], ""),
+    (["net.h5", "pictures", "-o", "net.h5"], "cannot write to 'net.h5'"),
+    (["net.h5", "pictures", "-o", "net.h5/out"], "cannot write to 'net.h5/out'"),
+    (["net.h5", "pictures", "-o", "/proc/out"], "cannot write to '/proc/out'"),
+])
+def test_explain_refuses(run, place, arguments, message):
+    if arguments[1] == ".":
+        (place / "empty").mkdir()
+        arguments, message = ["net.h5", "empty"], "no picture was found in empty"
+    assert message in refused(run("explain", *arguments))
+
+
+def test_no_memory(run, monkeypatch):
+    def explode(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(runner, "find_pictures", explode)
+    assert "out of memory" in refused(run("explain", "net.h5", "pictures"))
+
+
+def test_calls_that_cannot_be_understood(run):
+    for arguments, message in (([], "required: COMMAND"), (["explain"], "required: MODEL"), (["explode"], "invalid choice: 'explode'"),
+                               (["explain", "net.h5", "a.png", "--outputz", "b"], "unrecognized arguments: --outputz b"),
+                               (["show", "net.h5", "other.h5"], "unrecognized arguments: other.h5"),
+                               (["explain", "net.h5", "--batch", "many"], "invalid int value: 'many'"),
+                               (["convert", "net.onnx", "net.h5", "--size", "nan"], "'nan' is no size")):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, [])
+        assert message in err[-1]
+
+
+def test_help(run):
+    for command in ([], ["explain"], ["convert"], ["show"]):
+        status, out, err = run(*command, "--help")
+        assert (status, err) == (0, [])
+        assert max(map(len, out)) <= 140
+    assert run("--version") == (0, [f"fastdtd {fastdtd.__version__}"], [])
+
+
+def test_progress_bar(place):
+    """On a terminal, for several pictures only."""
+    for module in ("pty", "fcntl", "termios"):
+        pytest.importorskip(module)
+    import fcntl
+    import os
+    import pty
+    import termios
+
+    for arguments, wanted in ((["pictures"], True), (["pictures/red.png"], False)):
+        terminal, stderr = pty.openpty()
+        fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        result = subprocess.run([*COMMAND, "explain", "net.h5", *arguments], stdout=subprocess.PIPE, stderr=stderr, check=True, text=True)
+        os.write(stderr, b"end")
+        shown = os.read(terminal, 100_000).decode()
+        os.close(stderr)
+        os.close(terminal)
+        assert ("picture/s" in shown) == wanted
+        assert wanted or shown == "end"
+        assert result.stdout.splitlines()[-1] == f"{3 if wanted else 1} explained; see out/"
+        assert "\r" not in result.stdout
+
+
+def test_show(run):
+    status, out, err = run("show", "net.h5")
+    assert (status, err) == (0, [])
+    assert out[0].split() == ["layer", "type", "reads", "output", "parameters", "domain", "rule"]
+    assert out[2].split() == ["conv", "Conv2d", "input", "3x8x8", "9", "box", "zB"]
+    assert "input     3x8x8, rgb, stretch, (pixel * 0.00392157 - 0) / 1" in out
+    assert "weights   18 parameters" in out
+
+
+@pytest.mark.parametrize("command", ["show", "explain"])
+def test_standard_output_that_cannot_be_written(place, command):
+    arguments = [*COMMAND, command, "net.h5", *(["pictures"] if command == "explain" else [])]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "fastdtd: standard output: No space left on device\n")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `| head` does when it has seen enough
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_names_that_the_terminal_cannot_show(place):
+    (place / "pictures" / "red.png").rename(place / "pictures" / "größe.png")
+    result = subprocess.run([*COMMAND, "explain", "net.h5", "pictures"], capture_output=True, check=True,
+                            env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
+    assert result.stderr == b""
+    assert b"gr\\xf6\\xdfe.png" in result.stdout
+
+
+# ---- convert: only how it reads its arguments --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(run, monkeypatch):
+    """What convert hands on."""
+    from fastdtd import importers
+
+    def call(*arguments):
+        got = {}
+        network = Model(g.Graph((g.Flatten("flat", ("input",)),), (1, 2, 2)), Preprocessing(None))
+        monkeypatch.setattr(importers, "convert", lambda source, weights, **options: got.update(options, source=source,
+                                                                                                weights=weights) or network)
+        status, out, err = run("convert", *arguments)
+        assert (status, err) == (0, [])
+        assert out == ["new.h5: 1 layers, 0 parameters; `fastdtd show new.h5` lists them"]
+        return got
+
+    return call
+
+
+def test_convert_arguments(converted):
+    assert converted("a.onnx", "new.h5") == {"source": "a.onnx", "weights": None, "color": None, "size": None, "resize": "stretch",
+                                             "mean": 0.0, "std": 1.0, "scale": 1.0, "box": None, "labels": None}
+    got = converted("a.prototxt", "a.caffemodel", "new.h5", "--color", "bgr", "--size", "227,224", "--resize", "crop", "--mean=-1,2,3",
+                    "--std", "4", "--scale", "0.5", "--box=-104:151,-117:138,-123:132", "--labels", "names.txt")
+    assert got == {"source": "a.prototxt", "weights": "a.caffemodel", "color": "bgr", "size": (227, 224), "resize": "crop",
+                   "mean": [-1, 2, 3], "std": 4, "scale": 0.5, "box": [(-104, 151), (-117, 138), (-123, 132)], "labels": "names.txt"}
+    assert converted("a.onnx", "new.h5", "--box=-3,3", "--size", "28")["box"] == (-3, 3)
+    assert converted("a.onnx", "new.h5", "--size", "28")["size"] == (28, 28)
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("--box=3", "is no box"), ("--box=1,2,3", "is no box"), ("--box=1:2:3", "is no box"), ("--box=a,b", "is no box"),
+    ("--box=1:2,3", "is no box"), ("--box=", "is no box"), ("--size=1,2,3", "is no size"), ("--size=2.5", "is no size"),
+    ("--size=inf,1", "is no size"), ("--size=", "is no size"), ("--mean=1,b", "is no list of numbers"), ("--std=", "is no list of numbers"),
+    ("--scale=big", "invalid float value"), ("--color=red", "invalid choice"), ("--dtype=int8", "invalid choice")])
+def test_convert_options_that_are_none(run, option, message):
+    status, out, err = run("convert", "a.onnx", "new.h5", option)
+    assert (status, out) == (2, [])
+    assert message in err[-1]
+
+
+def test_convert_without_a_file(run, place):
+    for source in (["none.onnx"], ["none.prototxt", "none.caffemodel"], ["net.h5"], ["."]):
+        refused(run("convert", *source, "new.h5"))
+    assert not (place / "new.h5").exists()

@@ -1,0 +1,426 @@
+"""Runs over many pictures: all results right and whole, whatever the pictures, the disk, or the moment a run is killed."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdtd import files, heatmap, images, runner
+from fastdtd import graph as g
+from fastdtd.errors import InputError, OutputError
+from fastdtd.explainer import Explainer
+from fastdtd.model import Model, Preprocessing
+from fastdtd.model_file import save
+
+COMMAND = "import sys; from fastdtd.cli import main; sys.exit(main())"
+# Kills itself with SIGKILL in place of the n-th change to a folder.
+DYING = """
+import os, signal, sys
+left = int(sys.argv.pop(1))
+def dying(change):
+    def count(*arguments, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return change(*arguments, **options)
+    return count
+os.replace, os.unlink = dying(os.replace), dying(os.unlink)
+""" + COMMAND
+
+
+def small_model(resize="stretch", box=(0.0, 1.0), seed=0):
+    rng = np.random.default_rng(seed)
+    layers = (g.Conv2d("conv", ("input",), rng.standard_normal((6, 3, 3, 3)), 0.1 * rng.standard_normal(6), padding=(1, 1, 1, 1)),
+              g.ReLU("relu", ("conv",)), g.MaxPool2d("pool", ("relu",), (2, 2), (2, 2)), g.Flatten("flat", ("pool",)),
+              g.Dense("scores", ("flat",), rng.standard_normal((5, 6 * 8 * 8)) + 0.3))
+    return Model(g.Graph(layers, (3, 16, 16), box), Preprocessing("rgb", resize, scale=1 / 255), ("ant", "bee", "cat", "dog", "eel"))
+
+
+def explainer(threads=2, **options):
+    return Explainer(small_model(**options), threads=threads)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten pictures, two of them in a folder below."""
+    place = tmp_path / "pictures"
+    (place / "below").mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(place / ("below" if i < 2 else ".") / f"{i}.png")
+    return place
+
+
+@pytest.fixture
+def model(tmp_path):
+    save(small_model(), tmp_path / "model.h5")
+    return tmp_path / "model.h5"
+
+
+def read(out):
+    with h5py.File(out / runner.RESULT, "r") as file:
+        return {name: values.asstr()[...] if h5py.check_string_dtype(values.dtype) else values[...] for name, values in file.items()}
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values, name)
+
+
+def left_over(out):
+    return [p.name for p in out.rglob("*") if p.is_file() and p.name != runner.RESULT and not p.name.endswith(".png")]
+
+
+def fastdtd(*arguments, code=COMMAND, **options):
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=100,
+                          **options)
+
+
+def test_results(folder, tmp_path):
+    out = tmp_path / "new" / "out"
+    made, lines, steps = explainer(), [], []
+    pictures = runner.find_pictures([folder])
+    summary = runner.run(made, pictures, out, batch=4, on_line=lines.append, on_progress=steps.append)
+    assert (summary.explained, summary.done_before, summary.failed, summary.clipped) == (10, 0, [], None)
+    assert sum(steps) == 10
+    names = ["2.png", "3.png", "4.png", "5.png", "6.png", "7.png", "8.png", "9.png", "below/0.png", "below/1.png"]
+    found = read(out)
+    assert found["file"].tolist() == [line.name for line in lines] == names
+    e = made(np.stack([made.model.preprocess(folder / name) for name in names]))
+    for name, values in {"relevance": e.relevance, "scores": e.output, "target": e.target, "explained": e.explained,
+                         "absorbed": e.absorbed, "sum": e.relevance.sum((1, 2, 3), dtype=float), "classes": made.model.classes}.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert json.loads(found["rules"][()]) == {"conv": "zB", "pool": "winner", "scores": "z+"}
+    assert "source" not in found
+    for line, score, absorbed in zip(lines, e.output.max(1), e.absorbed, strict=True):
+        assert line.class_name == made.model.classes[line.target]
+        assert line.score == score
+        assert line.relevance + line.absorbed == pytest.approx(score, rel=1e-4)
+        assert line.absorbed == absorbed
+    for i, name in enumerate(names):
+        with Image.open(out / f"{name}.heatmap.png") as drawn:
+            np.testing.assert_array_equal(drawn, heatmap.draw(e.relevance[i]))
+        with Image.open(out / f"{name}.overlay.png") as drawn:
+            np.testing.assert_array_equal(drawn, heatmap.draw(e.relevance[i], images.open_picture(folder / name)))
+    assert left_over(out) == []
+
+
+def test_overlay_shows_what_the_network_saw(tmp_path):
+    photo = Image.new("RGB", (3000, 1000), "white")  # the network's part is the middle third, turned upright
+    photo.paste("black", (1000, 0, 2000, 1000))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "a.png", exif=exif)
+    runner.run(explainer(resize="crop"), runner.find_pictures([tmp_path / "a.png"]), tmp_path / "out", target=0)
+    with Image.open(tmp_path / "out" / "a.png.overlay.png") as drawn:
+        assert drawn.height == 1000
+        assert np.percentile(np.asarray(drawn)[:, :1000, 2], 95) < 200  # no white of the picture in it
+
+
+@pytest.mark.parametrize("outputs", [["heatmap"], ["overlay"], ["relevance"], ["relevance", "heatmap"]])
+def test_outputs(folder, tmp_path, outputs):
+    runner.run(explainer(), runner.find_pictures([folder / "5.png"]), tmp_path / "out", outputs=outputs)
+    wanted = {"heatmap": "5.png.heatmap.png", "overlay": "5.png.overlay.png", "relevance": runner.RESULT}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {wanted[one] for one in outputs}
+
+
+def test_options_that_do_not_fit(folder, tmp_path):
+    pictures = runner.find_pictures([folder])
+    for options, message in (({"outputs": ["heat"]}, "'heat' given; required: some of heatmap"), ({"outputs": []}, "none given"),
+                             ({"batch": 0}, "batch is 0"), ({"target": "cow"}, "no class is named 'cow'"),
+                             ({"target": 5}, "target 5 is not an output"), ({"target": -1}, "target -1 is not an output")):
+        with pytest.raises(InputError, match=message):
+            runner.run(explainer(), pictures, tmp_path / "out", **options)
+
+
+def test_finding_pictures(folder, tmp_path):
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "._5.png").write_text("not for people")
+    (folder / ".thumbnails").mkdir()
+    (folder / "5.png").rename(folder / "5.PNG")
+    for name in (".thumbnails/5.png", "7.png.heatmap.png", "7.png.overlay.png"):
+        (folder / name).write_bytes((folder / "7.png").read_bytes())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "7.png").write_bytes((folder / "7.png").read_bytes())
+    found = runner.find_pictures([folder / "7.png", tmp_path / "other" / "7.png", folder, folder / "." / "8.png"])
+    assert [p.name for p in found] == ["7.png", "7.png-2", "2.png", "3.png", "4.png", "5.PNG", "6.png", "8.png", "9.png", "below/0.png",
+                                       "below/1.png"]
+    for sources, message in (([tmp_path / "none"], "does not exist"), (["x" * 5000], "does not exist"),
+                             ([tmp_path / "empty"], "no picture was found")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=message):
+            runner.find_pictures(sources)
+
+
+def test_output_folder_among_the_pictures(folder):
+    """Twice, for the second time there are drawings in it."""
+    for _ in range(2):
+        assert runner.run(explainer(), runner.find_pictures([folder]), folder / "out").explained == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_awkward_names(folder, tmp_path):
+    long = "\U0001F984" * 58 + ".png"  # with .heatmap.png 248 bytes, of 255 that are possible
+    for name in (b"caf\xe9.png", b"two\nlines.png", "größe 大.png".encode(), long.encode()):
+        os.rename(folder / "5.png", os.path.join(os.fsencode(folder), name))
+        assert runner.run(explainer(), runner.find_pictures([folder]), tmp_path / "out").explained == 10
+        names = read(tmp_path / "out")["file"].tolist()
+        shown = {b"caf\xe9.png": "caf\\udce9.png", b"two\nlines.png": "two\\nlines.png"}.get(name) or name.decode()
+        assert shown in names
+        assert (tmp_path / "out" / f"{shown}.overlay.png").exists()
+        os.rename(os.path.join(os.fsencode(folder), name), folder / "5.png")
+
+
+def test_bad_pictures(folder, tmp_path):
+    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "6.png").write_bytes((folder / "6.png").read_bytes()[:200])
+    summary = runner.run(explainer(), runner.find_pictures([folder]), tmp_path / "out", batch=1)
+    assert summary.explained == 8
+    assert [path.name for path, _ in summary.failed] == ["3.png", "6.png"]
+    assert len(read(tmp_path / "out")["file"]) == 8
+    (folder / "bad").mkdir()
+    (folder / "3.png").rename(folder / "bad" / "3.png")
+    summary = runner.run(explainer(), runner.find_pictures([folder / "bad"]), tmp_path / "none")
+    assert summary.explained == 0
+    assert len(summary.failed) == 1
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_clipping_is_told(folder, tmp_path):
+    summary = runner.run(explainer(box=(0.0, 0.5)), runner.find_pictures([folder]), tmp_path / "out", batch=3)
+    assert "clipped" in summary.clipped
+
+
+def test_a_model_without_pictures(folder, tmp_path):
+    graph = small_model().graph
+    with pytest.raises(InputError, match="input is no picture"):
+        runner.run(Explainer(Model(graph, Preprocessing(None)), threads=1), runner.find_pictures([folder]), tmp_path / "out")
+
+
+# ---- Runs that are cut off ---------------------------------------------------------------------------------------------------------------
+
+
+def assert_done(out, printed):
+    """Every picture that was printed has its drawings and its numbers on disk."""
+    numbers = set()
+    for path in [*out.glob("explanations.part-*.h5"), *out.glob(runner.RESULT)]:
+        with h5py.File(path, "r") as file:
+            numbers |= set(file["file"].asstr()[...])
+            assert np.isfinite(file["relevance"][...]).all()
+    for line in printed.splitlines():
+        if ".png  " in line:
+            name = line.split("  ")[0]
+            assert name in numbers
+            for kind in ("heatmap", "overlay"):
+                with Image.open(out / f"{name}.{kind}.png") as drawn:
+                    drawn.load()
+
+
+def test_killed_again_and_again(folder, model, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    calls = [["explain", model, folder, "--batch", "3", "--threads", "2", "-o", place] for place in (out, whole)]
+    assert fastdtd(*calls[1]).returncode == 0
+    printed = ""
+    for changes in (0, 4, 11, 8, 6, 1):  # a batch takes 7 changes
+        run = fastdtd(changes, *calls[0], code=DYING)
+        assert run.returncode == -signal.SIGKILL
+        printed += run.stdout
+        assert_done(out, printed)
+        assert not (out / runner.RESULT).exists()
+    done = printed.count(".png  ")
+    assert done in (3, 6)  # removing what the run before left are changes too, of which there are more or less
+    run = fastdtd(*calls[0])
+    assert (run.returncode, run.stderr) == (0, "")
+    assert f"{10 - done} explained, {done} more were done before" in run.stdout
+    assert sorted(line.split("  ")[0] for line in (printed + run.stdout).splitlines() if ".png  " in line) == sorted(read(whole)["file"])
+    assert_same(read(out), read(whole))
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize("changes", [24, 25, 26, 28])
+def test_killed_at_the_end(folder, model, tmp_path, changes):
+    """Before the result is there, before the parts are gone, and between them."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    call = ["explain", model, folder, "--batch", "3", "--threads", "2", "-o"]
+    run = fastdtd(changes, *call, out, code=DYING)
+    assert run.returncode == -signal.SIGKILL
+    assert run.stdout.count(".png  ") == 10
+    assert (out / runner.RESULT).exists() == (changes > 24)
+    assert_done(out, run.stdout)
+    assert fastdtd(*call, out).returncode == fastdtd(*call, whole).returncode == 0
+    assert_same(read(out), read(whole))
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_cut_off_from_outside(folder, model, tmp_path, sent):
+    rng = np.random.default_rng(2)
+    for i in range(50):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((300, 200)).save(folder / f"more{i:03}.png")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # shells' background jobs are not
+    call = [sys.executable, "-c", interruptible + COMMAND, "explain", str(model), str(folder), "--batch", "2", "-o"]
+    seen = 0
+    for lines in (1, 9, 4):
+        with subprocess.Popen([*call, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            printed = "".join(process.stdout.readline() for _ in range(lines))  # lines come as soon as pictures are done
+            process.send_signal(sent)
+            rest, errors = process.communicate(timeout=10)
+        assert process.returncode == (130 if sent == signal.SIGINT else -sent)
+        assert errors == ("fastdtd: interrupted; what was reported as done is on disk\n" if sent == signal.SIGINT else "")
+        assert not (out / runner.RESULT).exists()
+        printed += rest[:rest.rfind("\n") + 1]
+        assert_done(out, printed)
+        seen += printed.count("\n")
+    run = subprocess.run([*call, out], capture_output=True, text=True, check=True)
+    before = int(run.stdout.split(" explained, ")[1].split(" ")[0])
+    assert seen <= before <= seen + 3 * 2 < 60  # a batch may have been written but not yet printed
+    subprocess.run([*call, whole], capture_output=True, check=True)
+    assert_same(read(out), read(whole))
+    assert left_over(out) == []
+
+
+def cut_off(pictures, out, **options):
+    """A run that ends after its first batch of four."""
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(explainer(**options.pop("model", {})), pictures, out, batch=4, on_line=stop, **options)
+    assert len(list(out.glob("explanations.part-*.h5"))) == 1
+
+
+def test_only_the_same_call_goes_on(folder, tmp_path):
+    out = tmp_path / "out"
+    pictures = runner.find_pictures([folder])
+    cut_off(pictures, out)
+    for model, options in [({"seed": 1}, {}), ({"box": (0.0, 2.0)}, {}), ({"resize": "crop"}, {}), ({}, {"target": "bee"}),
+                           ({}, {"outputs": ["overlay"]})]:
+        with pytest.raises(OutputError, match="left of a run that was cut off"):
+            runner.run(explainer(**model), pictures, out, **options)
+    with pytest.raises(OutputError, match="left of a run that was cut off"):
+        runner.run(Explainer(small_model(), {"conv": "flat"}, threads=1), pictures, out)
+    (tmp_path / "moved").mkdir()
+    (folder / "2.png").rename(tmp_path / "moved" / "2.png")  # another picture of the same name
+    with pytest.raises(OutputError, match="left of a run that was cut off"):
+        runner.run(explainer(), runner.find_pictures([folder, tmp_path / "moved"]), out)
+    (tmp_path / "moved" / "2.png").rename(folder / "2.png")
+    (folder / "5.png").rename(folder / "new.png")  # one done is gone
+    with pytest.raises(OutputError, match="left of a run that was cut off"):
+        runner.run(explainer(), runner.find_pictures([folder]), out)
+    (folder / "new.png").rename(folder / "5.png")
+    (folder / "more.png").write_bytes((folder / "5.png").read_bytes())  # more pictures are no matter, nor how many go at a time
+    summary = runner.run(explainer(threads=1), runner.find_pictures([folder]), out, batch=2)
+    assert (summary.explained, summary.done_before) == (7, 4)
+    assert len(read(out)["file"]) == 11
+
+
+def test_drawings_alone_go_on_too(folder, tmp_path):
+    out = tmp_path / "out"
+    pictures = runner.find_pictures([folder])
+    cut_off(pictures, out, outputs=["heatmap"])
+    summary = runner.run(explainer(), pictures, out, outputs=["heatmap"])
+    assert (summary.explained, summary.done_before) == (6, 4)
+    assert len(list(out.rglob("*.heatmap.png"))) == 10
+    assert left_over(out) == []
+    assert not (out / runner.RESULT).exists()
+
+
+def test_damaged_parts_are_not_joined(folder, tmp_path):
+    pictures = runner.find_pictures([folder])
+    cut_off(pictures, tmp_path)
+    part = next(tmp_path.glob("explanations.part-*.h5"))
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(OutputError, match=part.name):
+        runner.run(explainer(), pictures, tmp_path)
+
+
+def test_more_parts_than_files_can_be_open(folder, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    for i in range(40):
+        (folder / f"more{i}.png").write_bytes((folder / "5.png").read_bytes())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limits[1]))
+    try:
+        assert runner.run(explainer(), runner.find_pictures([folder]), tmp_path / "out", batch=1).explained == 50
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(read(tmp_path / "out")["file"]) == 50
+
+
+def test_stray_files(folder, tmp_path):
+    """Those of a killed run go, others of a similar name stay."""
+    stray = [f".{name}.{'0123456789abcdef' * 2}" for name in ("5.png.heatmap.png", "below/1.png.overlay.png", "explanations.h5",
+                                                              "explanations.part-000003.h5")]
+    stray[1] = "below/." + stray[1].removeprefix(".below/")
+    mine = [".bashrc", ".notes.0123456789abcdef0123456789abcdef", "explanations.part-x.h5", ".5.png.heatmap.png"]
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    for name in stray + mine:
+        (tmp_path / "out" / name).write_bytes(b"half of it")
+    assert runner.run(explainer(), runner.find_pictures([folder]), tmp_path / "out").explained == 10
+    assert not any((tmp_path / "out" / name).exists() for name in stray)
+    assert all((tmp_path / "out" / name).exists() for name in mine)
+    assert len(read(tmp_path / "out")["file"]) == 10
+
+
+# ---- Disks -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere"])
+def test_places_that_cannot_be_written(folder, tmp_path, out):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match=r"cannot write to .*; required: a folder"):
+        runner.run(explainer(), runner.find_pictures([folder]), tmp_path / out)
+
+
+@pytest.mark.parametrize("full_at", ["2.png.overlay.png", "explanations.part-000001.h5", "explanations.h5"])
+def test_full_disk(folder, tmp_path, monkeypatch, full_at):
+    pictures, out, whole = runner.find_pictures([folder]), tmp_path / "out", tmp_path / "whole"
+    runner.run(explainer(), pictures, whole, batch=4)
+    printed = []
+
+    def replace(path, write):
+        def write_half(beside):
+            write(beside)
+            os.truncate(beside, beside.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        files.replace(path, write_half if path.name == full_at else write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "replace", replace)
+        with pytest.raises(OutputError, match="No space left on device"):
+            runner.run(explainer(), pictures, out, batch=4, on_line=lambda line: printed.append(f"{line.name}  done"))
+    assert len(printed) == {"explanations.h5": 10, "explanations.part-000001.h5": 4}.get(full_at, 0)
+    assert_done(out, "\n".join(printed))
+    assert not any(name.startswith(".") for name in left_over(out))
+    assert runner.run(explainer(), pictures, out, batch=4).done_before == len(printed)
+    assert_same(read(out), read(whole))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be taken beforehand")
+def test_no_room_for_the_result(folder, model, tmp_path):
+    """HDF5 itself would bring the process down."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000)); {COMMAND}"
+    call = ["explain", model, folder, "-o", tmp_path / "out"]
+    run = fastdtd(*call, code=limited)
+    assert run.returncode == 1
+    assert run.stdout.count(".png  ") == 10
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith("fastdtd: cannot write to")
+    assert "File too large" in run.stderr
+    assert fastdtd(*call).stdout.startswith("0 explained, 10 more were done before")
+    assert len(read(tmp_path / "out")["file"]) == 10
+    size = Path(tmp_path / "out" / runner.RESULT).stat().st_size
+    assert size < 600_000  # what was taken too much is given back
