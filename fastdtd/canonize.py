@@ -7,6 +7,7 @@ layer before it. The result is a fixed point: canonizing it again changes nothin
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 
@@ -24,25 +25,31 @@ def canonize(graph: Graph) -> Graph:
     """
     if not any(isinstance(layer, (Dropout, Softmax, BatchNorm)) for layer in graph):
         return graph
-    kept: dict[str, Layer] = {}
     instead: dict[str, str] = {}  # a removed layer's name -> the tensor that stands for it
+    without: list[Layer] = []
     for layer in graph:
         inputs = tuple(instead.get(name, name) for name in layer.inputs)
-        if isinstance(layer, Dropout):
+        if isinstance(layer, Softmax) and layer.name != graph.output:
+            raise ModelError(f"softmax {layer.name!r} is not the last layer; required: a softmax only at the end")
+        if isinstance(layer, (Dropout, Softmax)):
             instead[layer.name] = inputs[0]
-        elif isinstance(layer, Softmax):
-            if layer.name != graph.output:
-                raise ModelError(f"softmax {layer.name!r} is not the last layer; required: a softmax only at the end")
-            instead[layer.name] = inputs[0]
-        elif isinstance(layer, BatchNorm):
-            before = kept.get(inputs[0])
-            if not isinstance(before, (Conv2d, Dense)) or len(graph.consumers(layer.inputs[0])) != 1:
-                raise ModelError(f"batch norm {layer.name!r} cannot be folded: it reads {inputs[0]!r}, which is not a convolution or dense "
-                                 "layer that it alone reads")
-            kept[before.name] = _fold(before, layer)
-            instead[layer.name] = before.name
         else:
+            without.append(dataclasses.replace(layer, inputs=inputs))
+
+    readers = Counter(name for layer in without for name in layer.inputs)
+    folded: dict[str, str] = {}
+    kept: dict[str, Layer] = {}
+    for layer in without:
+        inputs = tuple(folded.get(name, name) for name in layer.inputs)
+        if not isinstance(layer, BatchNorm):
             kept[layer.name] = dataclasses.replace(layer, inputs=inputs)
+            continue
+        before = kept.get(inputs[0])
+        if not isinstance(before, (Conv2d, Dense)) or readers[layer.inputs[0]] != 1:
+            raise ModelError(f"batch norm {layer.name!r} cannot be folded: it reads {layer.inputs[0]!r}, which is not a convolution or "
+                             "dense layer that it alone reads")
+        kept[before.name] = _fold(before, layer)
+        folded[layer.name] = before.name
     if not kept:
         raise ModelError("nothing is left of the network once dropout and softmax are dropped")
     return Graph(tuple(kept.values()), graph.input_shape, graph.box)

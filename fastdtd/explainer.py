@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
 _ARENA_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
 _MOST_IMAGES = 32
-_KEPT_SIZES = 3
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 
 
@@ -102,13 +102,15 @@ class Explainer:
         self.threads = threads or _usable_processors()
         self._kernels = kernels.load(device)
         self._packed = pack(model.graph, self.rules, self._kernels)
-        self._lock = threading.Lock()
-        self._alone = threading.Lock()  # plans whose threads wait for each other, one at a time
-        self._idle: dict[tuple[int, int], list[Plan]] = {}
-        self._executor = ThreadPoolExecutor(self.threads, "fastdtd")
+        self._idle: list[Plan] = []  # the last used last
+        self._without_threads()
+        if hasattr(os, "register_at_fork"):  # threads and who holds a lock do not come along into a forked process
+            forked = weakref.WeakMethod(self._without_threads)
+            os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
         one = self._new_plan(1, 1)
+        self._kept_bytes = self.threads * max(one.nbytes, _ARENA_BYTES)
         self.batch = max(1, min(_MOST_IMAGES, _ARENA_BYTES // one.nbytes))
-        self._idle[1, 1] = [one]
+        self._give_back(one)
 
     def __call__(self, batch: npt.ArrayLike, target: Target = None) -> Explanation:
         """Explain each picture of a batch.
@@ -144,7 +146,7 @@ class Explainer:
 
         def explain(first: int, last: int, workers: int = 1) -> None:
             plan = self._take_plan(last - first, workers)
-            submit = self._executor.submit if workers > 1 else None
+            submit = self._threads().submit if workers > 1 else None
             part = slice(first, last)
             plan.input[:] = pictures[part]
             plan.forward(submit)
@@ -158,8 +160,7 @@ class Explainer:
             e.relevance[part] = plan.relevance
             for column, name in enumerate(plan.ledger_layers):
                 e.ledger[name][part] = plan.ledger[:, column]
-            with self._lock:
-                self._idle.setdefault((last - first, workers), []).append(plan)
+            self._give_back(plan)
 
         self._share_out(explain, count)
         if not (np.isfinite(e.output).all() and np.isfinite(e.relevance).all()):
@@ -184,8 +185,13 @@ class Explainer:
                 for first, last in ranges:
                     explain(first, last)
                 return
-            for future in [self._executor.submit(explain, first, last) for first, last in ranges]:
-                future.result()
+            futures = [self._threads().submit(explain, first, last) for first, last in ranges]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
         elif count:
             with self._alone:
                 explain(0, count, self.threads)
@@ -195,12 +201,36 @@ class Explainer:
 
     def _take_plan(self, batch: int, workers: int) -> Plan:
         with self._lock:
-            idle = self._idle.get((batch, workers))
-            if idle:
-                return idle.pop()
-            while len(self._idle) > _KEPT_SIZES:  # memory of sizes that are over
-                del self._idle[next(iter(self._idle))]
+            for i in reversed(range(len(self._idle))):
+                if (self._idle[i].batch, self._idle[i].workers) == (batch, workers):
+                    return self._idle.pop(i)
         return self._new_plan(batch, workers)
+
+    def _give_back(self, plan: Plan) -> None:
+        with self._lock:
+            self._idle.append(plan)
+            while sum(idle.nbytes for idle in self._idle) > self._kept_bytes:
+                self._idle.pop(0)
+
+    def _without_threads(self) -> None:
+        self._lock = threading.Lock()
+        self._alone = threading.Lock()  # plans whose threads wait for each other, one at a time
+        self._executor: ThreadPoolExecutor | None = None
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot start."""
+        with self._lock:
+            if self._executor is None:
+                executor, ready = ThreadPoolExecutor(self.threads, "fastdtd"), threading.Event()
+                try:
+                    for _ in range(self.threads):
+                        executor.submit(ready.wait)
+                except RuntimeError as error:
+                    raise InputError(f"{self.threads} threads cannot be started ({error}); use fewer") from None
+                finally:
+                    ready.set()
+                self._executor = executor
+            return self._executor
 
     def _checked(self, batch: npt.ArrayLike) -> Array:
         shape = self.model.graph.input_shape
@@ -235,14 +265,17 @@ class Explainer:
     def _targets(self, target: Target, count: int, outputs: int) -> npt.NDArray[np.int64] | None:
         if target is None:
             return None
-        given = [target] if isinstance(target, str) or np.ndim(target) == 0 else list(target)  # type: ignore[arg-type]  # ndim says so
+        if isinstance(target, np.ndarray):
+            target = target.tolist()
+        alone = isinstance(target, (str, int, np.integer)) or not isinstance(target, Sequence)
+        given = [target] if alone else list(target)  # type: ignore[arg-type]  # what it is not is refused below
         indices = []
         for one in given:
             index = self.model.class_index(one) if isinstance(one, str) else one
-            if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer, np.ndarray)) or not 0 <= int(index) < outputs:
+            if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
                 raise InputError(f"target {one!r} is not an output; required: a whole number from 0 to {outputs - 1}, or a class name")
             indices.append(int(index))
-        if len(indices) not in (1, count) or (len(indices) == 1 and count != 1 and np.ndim(target) and not isinstance(target, str)):
+        if not alone and len(indices) != count:
             raise InputError(f"{len(indices)} targets were given for {count} pictures; required: one for all, or one for each")
         return np.resize(np.array(indices, np.int64), count)
 

@@ -155,7 +155,7 @@ def _per_channel(name: str, value: Any, shape: tuple[int, int, int]) -> npt.NDAr
         with np.errstate(over="ignore"):
             array = np.asarray(value, np.float32)
     except (TypeError, ValueError):
-        array = np.full(1, np.nan, np.float32)
+        raise ModelError(f"preprocessing has {name} {value!r}; required: numbers, and as many in each row") from None
     if array.ndim <= 1 and array.size in (1, shape[0]):
         array = np.broadcast_to(array.reshape(-1, 1, 1), (shape[0], 1, 1))
     if array.shape not in ((shape[0], 1, 1), shape) or not np.isfinite(array).all():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -67,7 +68,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
 
     def packed(*parts: Array) -> Array:
         """Panels of the matrices (groups, rows, depth of all parts together)."""
-        matrices = np.concatenate([part.reshape(layer.groups, -1, part[0].size) for part in parts], 2)
+        matrices = np.ascontiguousarray(np.concatenate([part.reshape(layer.groups, -1, part[0].size) for part in parts], 2))
         panels = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
         kernels.conv2d_pack(panels, matrices)
         return _read_only(panels)
@@ -198,6 +199,7 @@ class Plan:
 
     Attributes
     ----------
+    batch, workers : int
     input : (batch, C, H, W) float32
         Write pictures here before `forward`.
     output : (batch, K) float32
@@ -211,7 +213,8 @@ class Plan:
     """
 
     def __init__(self, graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, packed: dict[str, Any], batch: int, workers: int = 1):
-        self._graph, self._rules, self._kernels, self._packed, self._batch = graph, rules, kernels, packed, batch
+        self._graph, self._rules, self._kernels, self._packed = graph, rules, kernels, packed
+        self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
         self._block_elements = 1
         self._fused = _fusible_relus(graph)
@@ -291,7 +294,7 @@ class Plan:
         for begin, stop in [*covered, (end, end)]:
             if begin > at:
                 whole = _Use(self._factors.setdefault(root, _Buffer(elements)), (elements, 1, 1))
-                self._step(self._kernels.clear_redistribute, [whole, at, begin], self._batch)
+                self._step(self._kernels.clear_redistribute, [whole, at, begin], self.batch)
             at = max(at, stop)
         return True
 
@@ -327,11 +330,11 @@ class Plan:
 
     def _tape(self, layer: Layer, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
         shape = self._graph.shapes[layer.name]
-        tape = _Use(_Buffer(int(np.prod(shape))), shape, dtype), np.zeros(self._batch, np.uint8)
+        tape = _Use(_Buffer(int(np.prod(shape))), shape, dtype), np.zeros(self.batch, np.uint8)
         return self._tapes.setdefault(layer.name, tape)
 
     def _emit_forward(self, layer: Layer) -> None:
-        kernels, batch = self._kernels, self._batch
+        kernels, batch = self._kernels, self.batch
         result, relu = self._result(layer)
         x, a = self._activation(result), self._activation(layer.inputs[0])
         channels, height, width = self._graph.shapes[layer.name]
@@ -381,7 +384,7 @@ class Plan:
                 raise AssertionError(f"no kernel for {type(layer).__name__}: the graph is not canonical")
 
     def _emit_back(self, layer: Layer) -> None:
-        kernels, batch = self._kernels, self._batch
+        kernels, batch = self._kernels, self.batch
         result, _ = self._result(layer)
         c, source = self._factor(result), layer.inputs[0]
         carries = source in self._relevance_carriers
@@ -479,13 +482,13 @@ class Plan:
             root, offset, elements = self._roots[name]
             ends.append((_Use(buffers.setdefault(root, _Buffer(elements)), (elements, 1, 1)), offset + place))
         (x, x_begin), (a, a_begin) = ends
-        self._step(self._kernels.copy_forward, [x, a, x_begin, a_begin, int(np.prod(self._graph.shapes[what])), add], self._batch)
+        self._step(self._kernels.copy_forward, [x, a, x_begin, a_begin, int(np.prod(self._graph.shapes[what])), add], self.batch)
 
     # -- Binding them
 
     def _bind_use(self, use: _Use) -> npt.NDArray[Any]:
-        flat = self._arena[use.buffer.offset:use.buffer.offset + use.buffer.elements * self._batch]
-        return flat.view(use.dtype).reshape(self._batch, *use.shape)
+        flat = self._arena[use.buffer.offset:use.buffer.offset + use.buffer.elements * self.batch]
+        return flat.view(use.dtype).reshape(self.batch, *use.shape)
 
     def _bind_tensor(self, item: tuple[_Tensor, Shape]) -> Array:
         tensor, shape = item
@@ -536,12 +539,21 @@ def _run(calls: list[list[Callable[[], None]]], submit: Callable[..., Any] | Non
             for call in own:
                 call()
                 barrier.wait()
+        except threading.BrokenBarrierError:
+            return  # who broke it says why
         except BaseException:
             barrier.abort()
             raise
 
-    others = [submit(work, own) for own in calls[1:]]
-    work(calls[0])
+    others: list[Future[None]] = []
+    try:
+        others += (submit(work, own) for own in calls[1:])
+        work(calls[0])
+    except BaseException:
+        barrier.abort()
+        raise
+    finally:
+        wait(others)
     for other in others:
         other.result()
 

@@ -80,6 +80,8 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
             raise RuleError(f"rules {rules!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to rules "
                             f"({', '.join([*LINEAR_RULES, *POOL_RULES])})")
         rules = {}
+    if not isinstance(rules, Mapping) or not all(isinstance(text, str) for item in rules.items() for text in item):
+        raise RuleError(f"rules {rules!r} given; required: 'dtd', or a mapping from layer names or patterns to rules, all of them text")
     ruled = [layer for layer in graph if isinstance(layer, (Conv2d, Dense, Add, AveragePool2d, GlobalAveragePool, MaxPool2d))]
     names = {layer.name: _default(layer, input_domain(graph, layer)) for layer in ruled}
     for pattern, rule in rules.items():

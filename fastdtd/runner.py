@@ -276,7 +276,7 @@ def _part(columns: dict[str, Any], run_id: str) -> memoryview:
 
 
 def _create(file: Any, name: str, like: Any, count: int) -> Any:
-    """A dataset for `count` rows; not compressed, for relevance hardly shrinks (by 15 % with shuffled gzip)."""
+    """A dataset for `count` rows; not compressed, for relevance hardly shrinks."""
     import h5py
 
     return file.create_dataset(name, (count, *like.shape[1:]), like.dtype if like.dtype.kind != "O" else h5py.string_dtype())

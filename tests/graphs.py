@@ -126,9 +126,14 @@ def graphs_and_rules(draw, like_peers=False):
 
 
 def pictures(graph, count, seed=0):
-    """(count, C, H, W) float32 inside the graph's box; the second is all zero (or the lower bound), the third holds the bounds only."""
+    """(count, C, H, W) float32 inside the graph's box; the second is all zero (or the lower bound), the third holds the bounds only.
+
+    Where a mean or sum of the input has bounds, the pictures keep off them: there a - low of a mean is what rounding left.
+    """
     rng = np.random.default_rng(seed)
     low, high = (b[:, None, None] for b in graph.box) if graph.box is not None else (-2.0, 2.0)
+    if any(isinstance(layer, (g.AveragePool2d, g.GlobalAveragePool, g.Add)) and not graph.domains[layer.name].hidden for layer in graph):
+        low, high = low + 0.01 * (high - low), high - 0.01 * (high - low)
     batch = low + (high - low) * rng.random((count, *graph.input_shape))
     if count > 1:
         batch[1] = 0 if graph.box is None else low

@@ -1,6 +1,9 @@
 """Whole explanations: against the oracle, and what must hold for every network (conservation, no negative relevance, the same bits)."""
 
+import os
+import signal
 import threading
+import time
 import warnings
 
 import naive
@@ -95,7 +98,8 @@ def test_targets():
     assert explain(made, batch, np.array([2, 2, 0])).target.tolist() == [2, 2, 0]
     assert explain(made, batch, "House cat").target.tolist() == [0, 0, 0]
     assert explain(made, batch, ["cat", "cat fish", "n01"]).target.tolist() == [0, 2, 0]
-    for bad in (3, -1, 1.5, "bird", True, [0, 1], [[0, 1, 2]], {"a": 1}, object(), [], np.array([0.0, 1.0, 2.0])):
+    for bad in (3, -1, 1.5, "bird", True, [0, 1], [[0, 1, 2]], [[1, 2], [3]], {"a": 1}, object(), [],
+                np.array([0.0, 1.0, 2.0]), np.array(1.5), np.array(True), np.array([[0, 1], [1, 2]]), np.array([[0.7], [1.2], [1.0]])):
         with pytest.raises(InputError):
             explain(made, batch, bad)
 
@@ -172,6 +176,83 @@ def test_many_callers_at_once():
     for caller in callers:
         caller.join()
     assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # forking with threads is what is tested
+@pytest.mark.parametrize("count", [1, 4])
+def test_use_in_a_forked_process(count):
+    made = explainer(small(), threads=2)
+    batch = pictures(made.model.graph, count)
+    expected = explain(made, batch).relevance
+    child = os.fork()
+    if not child:
+        os._exit(0 if (explain(made, batch).relevance == expected).all() else 1)
+    deadline = time.monotonic() + 30
+    done, status = 0, 0
+    while not done and time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.01)
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == child, "the forked process hangs"
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works(monkeypatch):
+    made = explainer(small(), threads=3)
+    batch = pictures(made.model.graph, 2)
+    expected = explain(made, batch).relevance
+    plan = made._take_plan(2, 3)
+
+    def fail():
+        raise MemoryError("on purpose")
+
+    plan._forward[1][0] = fail
+    made._give_back(plan)
+    with pytest.raises(MemoryError, match="on purpose"):
+        explain(made, batch)
+    assert (explain(made, batch).relevance == expected).all()
+
+
+def test_threads_that_cannot_start_are_an_error_and_no_hang(monkeypatch):
+    made, start, started = explainer(small(), threads=3), threading.Thread.start, []
+
+    def refuse(thread):
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(InputError, match="3 threads cannot be started"):
+            explain(made, pictures(made.model.graph, 1))
+    assert explain(made, pictures(made.model.graph, 1)).relevance.shape == (1, 2, 6, 5)
+
+
+def test_memory_of_batch_sizes_that_are_over_is_given_back():
+    made = explainer(small())
+    made._kept_bytes = 3 * made._take_plan(1, 1).nbytes
+    for count in range(1, 20):
+        explain(made, pictures(made.model.graph, count))
+    assert sum(plan.nbytes for plan in made._idle) <= made._kept_bytes
+
+
+def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        low = -rng.random(2)
+        graph = g.Graph((g.AveragePool2d("pool", (g.INPUT,), (3, 3)),
+                         g.Conv2d("conv", ("pool",), rng.standard_normal((3, 2, 2, 2)), [1.0] * 3), g.ReLU("relu", ("conv",)),
+                         g.Flatten("flat", ("relu",)), g.Dense("scores", ("flat",), np.ones((1, 12)))), (2, 5, 5), (low, low + 0.7))
+        batch = np.broadcast_to(np.float32(low)[:, None, None], (1, 2, 5, 5))
+        for rules in ("dtd", {"pool": "flat"}):
+            e = explain(explainer(graph, rules), batch)
+            assert (e.relevance >= 0).all()
+            assert all((lost >= 0).all() for lost in e.ledger.values())
+            assert e.relevance.sum(dtype=np.float64) + e.absorbed[0] == pytest.approx(e.explained[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"device": "tpu"}, {"threads": 0}, {"threads": True}, {"threads": 1.5}])

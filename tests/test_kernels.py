@@ -3,8 +3,10 @@
 import itertools
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import naive
@@ -188,3 +190,31 @@ np.save({str(tmp_path / "relevance.npy")!r}, Explainer(model)(model.preprocess({
     ours, theirs = Explainer(model)(model.preprocess(COFFEE)).relevance, np.load(tmp_path / "relevance.npy")
     # Sums of another order move a winner of a max-pool here and there; a wrong tile moves everything.
     assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(ours)
+
+
+@pytest.mark.parametrize("edited", ["microkernel.py", "elementwise.py"])
+def test_a_change_of_any_source_makes_cached_kernels_stale(edited, tmp_path):
+    """Numba itself would look at the file of each kernel alone; code for another tile overruns memory."""
+    package = tmp_path / "kernels"
+    shutil.copytree(Path(cpu.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    script = f"""
+import importlib.util, sys, types
+sys.modules["fastdtd"] = types.ModuleType("fastdtd")
+for name, folder in (("fastdtd.kernels", {str(package)!r}), ("fastdtd.kernels.cpu", {str(package / "cpu")!r})):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+import numpy as np
+from fastdtd.kernels.cpu.elementwise import relu_forward
+relu_forward(np.zeros((1, 1, 1, 1), "f4"), np.zeros((1, 1, 1, 1), "f4"), 0, 0, 1, 0, 1)
+print(sum(relu_forward.stats.cache_hits.values()))
+"""
+
+    def hits():
+        return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.strip()
+
+    assert [hits(), hits()] == ["0", "1"]
+    source = package / "cpu" / edited
+    times = source.stat()
+    source.write_text(source.read_text() + "\n# another constant\n")
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [hits(), hits()] == ["0", "1"]

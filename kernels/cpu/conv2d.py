@@ -64,7 +64,8 @@ def conv2d_pack(packed, matrices):
 def _gather(block, first_row, plane, taps, step_down, step_right, grid_columns, first_place, count, part, low, high):
     """Rows first_row.. of block <- one channel's plane (H, W) as seen by each tap; places outside the plane give 0.
 
-    part says what is taken of each value a: 0: a, 1: max(a, 0), 2: max(-a, 0), 3: a - low, 4: high - a.
+    part says what is taken of each value a: 0: a, 1: max(a, 0), 2: max(-a, 0), 3: a - low, 4: high - a. The last two are 0 where a lies
+    beyond its bound, as a mean can by rounding.
     """
     height, width = plane.shape
     padded = -(-count // TILE_COLUMNS) * TILE_COLUMNS
@@ -106,10 +107,10 @@ def _gather(block, first_row, plane, taps, step_down, step_right, grid_columns, 
                     inside[i] = max(-source[i * step_right], _ZERO)
             elif part == 3:
                 for i in range(len(inside)):
-                    inside[i] = source[i * step_right] - low
+                    inside[i] = max(source[i * step_right] - low, _ZERO)
             else:
                 for i in range(len(inside)):
-                    inside[i] = high - source[i * step_right]
+                    inside[i] = max(high - source[i * step_right], _ZERO)
         for i in range(count, padded):
             row[i] = _ZERO
 
@@ -273,7 +274,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, low, high, phases, taps, bloc
                                 for q in range(length):
                                     v, p, m = value[q * stride_right], positive[done + q], negative[done + q]
                                     if features == BOX:
-                                        result = (v - low[channel]) * p + (high[channel] - v) * m
+                                        result = max(v - low[channel], _ZERO) * p + max(high[channel] - v, _ZERO) * m
                                     else:
                                         result = p if v >= _ZERO else m
                                         if relevance:

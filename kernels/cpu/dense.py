@@ -38,7 +38,7 @@ def _dot_box(w, a, low, high):
     y, z = _ZERO, _ZERO
     for i in range(len(a)):
         y += w[i] * a[i]
-        z += w[i] * (a[i] - low[i]) if w[i] > _ZERO else w[i] * (a[i] - high[i])
+        z += w[i] * (max(a[i] - low[i], _ZERO) if w[i] > _ZERO else min(a[i] - high[i], _ZERO))
     return y, z
 
 
@@ -78,7 +78,7 @@ def _add_share(out, s, w, a, low, high, features, weights, relevance):
             out[i] += s
     elif features == BOX:
         for i in range(len(out)):
-            out[i] += s * (w[i] * (a[i] - low[i]) if w[i] > _ZERO else w[i] * (a[i] - high[i]))
+            out[i] += s * w[i] * (max(a[i] - low[i], _ZERO) if w[i] > _ZERO else min(a[i] - high[i], _ZERO))
     elif relevance:
         for i in range(len(out)):
             out[i] += s * max(w[i] * a[i], _ZERO)

@@ -39,7 +39,7 @@ def feature_sum(a, features, low, high):
     if features == SIGNED:
         return max(a, _ZERO)
     if features == BOX:
-        return a - low
+        return max(a - low, _ZERO)
     return _ONE
 
 

@@ -1,0 +1,205 @@
+"""Plans from inside: what shares memory, what is copied, what is read before it is written, what goes back through a tensor."""
+
+import naive
+import numpy as np
+import pytest
+from fastdtd.kernels import cpu
+from graphs import graphs, graphs_and_rules, pictures
+from hypothesis import HealthCheck, given, settings
+
+from fastdtd import graph as g
+from fastdtd.plan import Plan, _relevance_carriers, _room, _Use, pack
+from fastdtd.rules import assign
+
+quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def plan_of(graph, rules="dtd", batch=1, workers=1):
+    assigned = assign(graph, rules)
+    return Plan(graph, assigned, cpu, pack(graph, assigned, cpu), batch, workers)
+
+
+def run(plan, batch):
+    """(scores, relevance, ledger) of each picture's first class."""
+    plan.input[:] = batch
+    plan.forward()
+    scores = plan.output.copy()
+    plan.start[:] = 0
+    plan.start[:, 0] = np.maximum(scores[:, 0], 0) if plan.starts_with_relevance else scores[:, 0] > 0
+    plan.back()
+    return scores, plan.relevance.copy(), plan.ledger.copy()
+
+
+def conv(name, source, channels, outputs, kernel=1):
+    weight = np.random.default_rng(len(name)).standard_normal((outputs, channels, kernel, kernel))
+    return g.Conv2d(name, (source,), weight, 0.1 * np.ones(outputs), padding=(kernel // 2,) * 4)
+
+
+def scored(*layers, shape, box=(-1.0, 1.0)):
+    """A network that gives the last layer's channels one score each."""
+    return g.Graph((*layers, g.GlobalAveragePool("mean", (layers[-1].name,)), g.ReLU("scores", ("mean",))), shape, box)
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(graphs_and_rules())
+def test_buffers_alive_together_do_not_overlap(case):
+    plan = plan_of(*case, batch=3)
+    alive = {}  # from the steps themselves, not from what the layout was told
+    for step, (_, arguments, _) in enumerate(plan._steps):
+        for use in arguments:
+            if isinstance(use, _Use):
+                assert np.prod(use.shape) <= use.buffer.elements
+                first, _ = alive.get(use.buffer, (step, step))
+                alive[use.buffer] = (first, step)
+    middle, end = len(plan._forward[0]), len(plan._steps)
+    for tensor, written, read in [(plan._activation(g.INPUT), -1, 0), (plan._activation(case[0].output), 0, middle),
+                                  (plan._factor(case[0].output), middle, middle), (plan._factor(g.INPUT), end, end)]:
+        first, last = alive.get(tensor.use.buffer, (written, read))
+        alive[tensor.use.buffer] = (first if written == 0 else min(first, written), max(last, read))  # the caller's writing and reading
+    buffers = sorted(alive, key=lambda buffer: buffer.offset)
+    for i, low in enumerate(buffers):
+        assert low.offset + low.elements * 3 <= plan.arena_elements
+        for high in buffers[i + 1:]:
+            together = alive[low][0] <= alive[high][1] and alive[high][0] <= alive[low][1]
+            assert not together or low.offset + low.elements * 3 <= high.offset
+
+
+@quick
+@given(graphs_and_rules())
+def test_nothing_reads_what_was_not_written(case):
+    graph, rules = case
+    plan, batch = plan_of(graph, rules, batch=3), pictures(graph, 3)
+    expected = run(plan, batch)
+    for poison in (np.nan, 1e30):
+        plan._arena[:] = poison
+        plan.ledger[:] = np.nan
+        for calls in plan._forward:
+            for call in calls:
+                for scratch in call.args:  # blocks and tiles
+                    if isinstance(scratch, np.ndarray) and scratch.flags.writeable and not np.shares_memory(scratch, plan._arena):
+                        scratch[...] = 0 if scratch.dtype == np.uint8 else poison  # dead marks are the plan's memory between runs
+        for ours, theirs in zip(run(plan, batch), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_memory_is_used_again():
+    layers, source = [], g.INPUT
+    for i in range(20):
+        layers += [conv(f"conv{i}", source, 4, 4), g.ReLU(f"relu{i}", (f"conv{i}",))]
+        source = f"relu{i}"
+    plan = plan_of(scored(*layers, shape=(4, 8, 8)))
+    tapes = 20 * 4 * 8 * 8  # the ratios, which have to wait for the way back
+    assert plan.arena_elements <= tapes + 3 * 4 * 8 * 8 + 10 * 16
+
+
+# ---- Concatenations ----------------------------------------------------------------------------------------------------------------------
+
+
+def copies(plan):
+    return sum(kernel is cpu.copy_forward for kernel, _, _ in plan._steps)
+
+
+def fire(both=("a/relu", "b/relu")):
+    return scored(conv("s", g.INPUT, 3, 4), g.ReLU("s/relu", ("s",)), conv("a", "s/relu", 4, 5), g.ReLU("a/relu", ("a",)),
+                  conv("b", "s/relu", 4, 6, 3), g.ReLU("b/relu", ("b",)), g.Concat("both", both), conv("c", "both", 11, 2), shape=(3, 5, 5))
+
+
+def dense_block():
+    """Each convolution reads all before it: one tensor can lie in one concatenation only."""
+    return scored(conv("a", g.INPUT, 2, 3), g.Concat("ab", (g.INPUT, "a")), conv("b", "ab", 5, 3), g.Concat("abc", (g.INPUT, "b", "a")),
+                  conv("c", "abc", 8, 3), g.Concat("all", ("c", "a", "abc", "b")), conv("d", "all", 17, 2), shape=(2, 4, 4))
+
+
+def twice():
+    return scored(conv("a", g.INPUT, 2, 3), g.Concat("aa", ("a", "a")), conv("b", "aa", 6, 2), shape=(2, 4, 4))
+
+
+def read_in_parts(part):
+    """On the way back, a part of the concatenation has its c before the whole gets its own."""
+    return scored(conv("a", g.INPUT, 2, 3), conv("b", g.INPUT, 2, 3), g.Concat("ab", ("a", "b")), conv("c", "ab", 6, 3),
+                  conv("d", part, 3, 3), g.Add("sum", ("c", "d")), shape=(2, 4, 4))
+
+
+def flattened(first):
+    """One image and flat numbers in one concatenation: only at a whole channel can the image lie in it."""
+    layers = (conv("a", g.INPUT, 2, 3), g.Flatten("flat", ("a",)), g.GlobalAveragePool("means", ("a",)))
+    return scored(*layers, g.Concat("both", ("flat", "means") if first else ("means", "flat")), shape=(2, 3, 3))
+
+
+@pytest.mark.parametrize(("graph", "copied"), [
+    (fire(), False), (fire(("b/relu", "a/relu")), False), (dense_block(), True), (twice(), True), (flattened(True), True),
+    (flattened(False), True), (read_in_parts("a"), False), (read_in_parts("b"), False),
+])
+def test_concatenations_write_in_place_where_they_can(graph, copied):
+    plan, batch = plan_of(graph, batch=2), pictures(graph, 2)
+    assert (copies(plan) > 0) == copied
+    plan._arena[:] = np.nan  # what is added to without having been cleared would show
+    scores, relevance, _ = run(plan, batch)
+    rules = {name: rule.name for name, rule in plan._rules.items()}
+    for i, picture in enumerate(batch):
+        expected, expected_scores, _ = naive.explain(graph, picture, 0, rules)
+        np.testing.assert_allclose(scores[i], expected_scores, atol=1e-5)
+        np.testing.assert_allclose(relevance[i], expected, atol=1e-5 * max(1, expected.max()))
+
+
+@quick
+@given(graphs())
+def test_places_of_tensors(graph):
+    """Where one lies in another, it is at a whole channel, inside, and beside the others of one concatenation."""
+    plan = plan_of(graph)
+    for layer in graph:
+        place = plan._roots[layer.name][1]
+        for name in layer.inputs if isinstance(layer, g.Concat) else ():
+            root, offset, elements = plan._roots[name]
+            channel = np.prod(graph.shapes[name][1:])
+            assert offset % channel == elements % channel == 0
+            assert offset + channel * graph.shapes[name][0] <= elements
+            copied = name in dict(plan._copied_inputs(layer))
+            assert copied == ((root, offset) != (plan._roots[layer.name][0], place)) or layer.inputs.count(name) > 1
+            place += int(np.prod(graph.shapes[name]))
+
+
+def test_rooms_are_whole_cache_lines():
+    plan = plan_of(fire(), batch=3)
+    for _, arguments, _ in plan._steps:
+        for use in arguments:
+            if isinstance(use, _Use):
+                assert use.buffer.offset % 16 == _room(use.buffer, 3) % 16 == 0
+
+
+# ---- What goes back ----------------------------------------------------------------------------------------------------------------------
+
+
+BOX = (0, 1)
+CHAIN = (conv("a", g.INPUT, 2, 2), g.ReLU("relu", ("a",)), g.MaxPool2d("max", ("relu",), (2, 2)), conv("b", "max", 2, 2))
+
+
+@pytest.mark.parametrize(("layers", "rules", "carriers"), [
+    (CHAIN, {}, set()),
+    (CHAIN, {"max": "proportional"}, set()),
+    (CHAIN, {"b": "w2"}, {"max", "relu", "a"}),  # the winner and the ReLU only pass it on
+    (CHAIN, {"b": "flat", "max": "proportional"}, {"max"}),  # under z+ what comes back is a multiple of a again
+    (CHAIN, {"mean": "flat"}, {"b"}),
+    ((g.ReLU("relu", (g.INPUT,)), g.Concat("x", ("relu", "relu")), conv("a", "x", 4, 2)), {}, {"relu", "x"}),  # joined to the input
+    ((conv("a", g.INPUT, 2, 2), g.Concat("x", ("a", g.INPUT))), {}, {"a", "x"}),  # by the other input of a concatenation
+    ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Concat("x", ("a", "b")), conv("c", "b", 2, 2), g.Concat("y", ("x", "c"))),
+     {"c": "flat"}, {"a", "b", "c", "x", "y"}),
+    ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Add("x", ("a", "b"))), {}, set()),
+    ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Add("x", ("a", "b"))), {"x": "w2"}, {"a", "b"}),
+])
+def test_which_tensors_carry_relevance(layers, rules, carriers):
+    graph = scored(*layers, shape=(2, 4, 4), box=BOX)
+    assert _relevance_carriers(graph, assign(graph, rules)) == {g.INPUT} | carriers
+    assert not plan_of(graph, rules).starts_with_relevance
+
+
+def test_an_output_that_carries_relevance():
+    graph = g.Graph((g.GlobalAveragePool("mean", (g.INPUT,)), g.ReLU("scores", ("mean",))), (2, 2, 2), BOX)
+    assert _relevance_carriers(graph, assign(graph)) == {g.INPUT}
+    graph = g.Graph((g.ReLU("relu", (g.INPUT,)), g.Flatten("scores", ("relu",))), (2, 1, 1), BOX)
+    assert plan_of(graph).starts_with_relevance
+    _, relevance, _ = run(plan_of(graph), np.array([[[[0.25]], [[0.5]]]]))
+    assert relevance.ravel().tolist() == [0.25, 0]

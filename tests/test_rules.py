@@ -1,0 +1,114 @@
+"""Which rule each layer gets: by its domain, by name and by pattern; and which rules are refused."""
+
+import numpy as np
+import pytest
+from fastdtd.kernels import codes
+
+from fastdtd import graph as g
+from fastdtd.errors import RuleError
+from fastdtd.rules import assign
+
+
+def network(box=None):
+    """input -> conv1 -> relu -> conv[2] -> {max, average} -> sum -> mean -> scores"""
+    weight = np.ones((2, 2, 1, 1))
+    layers = (g.Conv2d("conv1", (g.INPUT,), weight), g.ReLU("relu", ("conv1",)), g.Conv2d("conv[2]", ("relu",), weight),
+              g.MaxPool2d("max", ("conv[2]",), (2, 2)), g.AveragePool2d("average", ("conv[2]",), (2, 2)), g.Add("sum", ("max", "average")),
+              g.GlobalAveragePool("mean", ("sum",)), g.Dense("scores", ("mean",), np.ones((3, 2))))
+    return g.Graph(layers, (2, 4, 4), box)
+
+
+def pools(box):
+    """Pools and an addition straight at the input, and a layer behind them."""
+    layers = (g.MaxPool2d("max", (g.INPUT,), (2, 2)), g.AveragePool2d("average", (g.INPUT,), (2, 2)), g.Add("sum", ("max", "average")),
+              g.GlobalAveragePool("mean", ("sum",)), g.Dense("scores", ("mean",), np.ones((3, 2))))
+    return g.Graph(layers, (2, 4, 4), box)
+
+
+def names(graph, rules="dtd"):
+    return {name: rule.name for name, rule in assign(graph, rules).items()}
+
+
+HIDDEN = {"conv[2]": "z+", "max": "winner", "average": "z+", "sum": "z+", "mean": "z+", "scores": "z+"}
+
+
+@pytest.mark.parametrize(("box", "first"), [((0, 1), "zB"), (None, "w2")])
+def test_defaults_follow_the_domain(box, first):
+    assert names(network(box)) == {"conv1": first, **HIDDEN}
+    assert names(network(box), {}) == names(network(box))
+    assert names(pools(box)) == {"max": "winner", "average": first, "sum": first, "mean": first, "scores": first}
+
+
+def test_features_follow_the_domain():
+    features = {name: rule.features for name, rule in assign(network((0, 1)), {"max": "proportional"}).items()}
+    signed = dict.fromkeys(("max", "average", "sum", "mean", "scores"), codes.SIGNED)  # nothing but conv1 is behind a ReLU
+    assert features == {"conv1": codes.BOX, "conv[2]": codes.NONNEGATIVE, **signed}
+    assert assign(network())["max"].features is None
+    for rules, box, expected in [({"max": "proportional"}, (0, 1), codes.BOX), ({"max": "proportional"}, None, codes.SIGNED),
+                                 ({"average": "z+"}, (0, 1), codes.NONNEGATIVE), ({"average": "z+"}, (-1, 1), codes.SIGNED),
+                                 ({"average": "w2"}, (0, 1), codes.ONES), ({"average": "flat"}, (0, 1), codes.ONES)]:
+        assert assign(pools(box), rules)[next(iter(rules))].features == expected
+
+
+@pytest.mark.parametrize(("rules", "changed"), [
+    ({"conv1": "flat"}, {"conv1": "flat"}),
+    ({"conv*": "w2"}, {"conv1": "w2", "conv[2]": "w2"}),
+    ({"[cas]*": "flat", "conv1": "w2", "max": "proportional"},
+     dict.fromkeys(("conv[2]", "average", "sum", "scores"), "flat") | {"max": "proportional"}),
+    ({"max": "proportional", "m[ae]*": "winner", "mean": "flat"}, {"mean": "flat"}),  # the last that matches counts, exact or not
+    ({"conv1": "flat", "conv?": "w2"}, {"conv1": "w2"}),
+    ({"conv[2]": "flat"}, {"conv[2]": "flat"}),  # a name before it is a pattern, which would be conv2
+    ({"conv[[]*": "flat"}, {"conv[2]": "flat"}),
+    ({"conv[12]": "flat"}, {"conv1": "flat"}),
+])
+def test_overrides(rules, changed):
+    assert names(network(), rules) == {"conv1": "w2", **HIDDEN, **changed}
+
+
+def test_a_name_that_is_a_pattern_of_another():
+    layers = (g.Dense("a[1]", (g.INPUT,), [[1]]), g.Dense("a1", ("a[1]",), [[1]]), g.Dense("a*", ("a1",), [[1]]))
+    graph = g.Graph(layers, (1, 1, 1))
+    assert names(graph, {"a[1]": "flat"}) == {"a[1]": "flat", "a1": "z+", "a*": "z+"}
+    assert names(graph, {"a*": "flat"}) == {"a[1]": "w2", "a1": "z+", "a*": "flat"}
+
+
+@pytest.mark.parametrize(("rules", "message"), [
+    ("lrp", "rules 'lrp' is unknown; required: 'dtd', or a mapping from layers to rules"),
+    (None, "rules None given; required: 'dtd', or a mapping"),
+    ({"conv1": ["flat"]}, "required: 'dtd', or a mapping"),
+    ({1: "flat"}, "required: 'dtd', or a mapping"),
+    ({"conv1": "epsilon"}, "rule 'epsilon' for 'conv1' is unknown; required: one of z\\+, zB, w2, flat, winner, proportional"),
+    ({"conv9": "flat"}, "no layer with a rule is named 'conv9' or matches it; they are conv1, "),
+    ({"relu": "flat"}, "no layer with a rule is named 'relu'"),
+    ({"conv*": "winner"}, "rule 'winner' does not apply to Conv2d 'conv1'; required: one of z\\+, zB, w2, flat$"),
+    ({"scores": "proportional"}, "rule 'proportional' does not apply to Dense 'scores'"),
+    ({"max": "z+"}, "rule 'z\\+' does not apply to MaxPool2d 'max'; required: one of winner, proportional$"),
+    ({"*": "flat"}, "rule 'flat' does not apply to MaxPool2d 'max'"),
+    ({"conv1": "zB"}, "rule 'zB' needs bounds of what layer 'conv1' reads"),
+    ({"sum": "zB"}, "rule 'zB' needs bounds of what layer 'sum' reads"),
+])
+def test_rules_that_are_refused(rules, message):
+    with pytest.raises(RuleError, match=message):
+        assign(network(), rules)
+
+
+def test_a_hidden_layer_has_no_box():
+    with pytest.raises(RuleError, match="needs bounds of what layer 'scores' reads, which are known only for the network's input"):
+        assign(network((0, 1)), {"scores": "zB"})
+
+
+def test_share_weights():
+    weight = np.array([[2, -3]], np.float32)
+    graph = g.Graph((g.Dense("first", (g.INPUT,), weight),), (2, 1, 1), (0, 1))
+
+    def shares(rule):
+        return [v.tolist() for v in assign(graph, {"first": rule})["first"].share_weights(weight)]
+
+    assert shares("z+") == [[[2, 0]]]
+    assert shares("zB") == [[[2, 0]], [[0, 3]]]
+    assert shares("w2") == [[[4, 9]]]
+    assert shares("flat") == [[[1, 1]]]
+    signed = assign(network())["scores"]
+    assert [v.tolist() for v in signed.share_weights(weight)] == [[[2, 0]], [[0, 3]]]
+    with pytest.raises(RuleError, match="a weight of 3e\\+15 is too large to be squared in float32; use 'flat' here"):
+        assign(graph, {"first": "w2"})["first"].share_weights(weight * np.float32(1e15))
