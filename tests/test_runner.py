@@ -24,7 +24,7 @@ from fastdtd.model_file import save
 COMMAND = "import sys; from fastdtd.cli import main; sys.exit(main())"
 # Kills itself with SIGKILL in place of the n-th change to a folder.
 DYING = """
-import os, signal, sys
+import os, pathlib, signal, sys
 left = int(sys.argv.pop(1))
 def dying(change):
     def count(*arguments, **options):
@@ -35,6 +35,7 @@ def dying(change):
         return change(*arguments, **options)
     return count
 os.replace, os.unlink = dying(os.replace), dying(os.unlink)
+pathlib.Path.unlink = lambda path: os.unlink(path)  # Python 3.10's holds on to the os.unlink that it was imported with
 """ + COMMAND
 
 

@@ -61,6 +61,21 @@ def conv2d_pack(packed, matrices):
 
 
 @kernel
+def _clear_outside(out, y, x, step, height, width):
+    """Columns x, x + step, ... of line y go to out: which is the first inside the plane, which the first behind it; outside out is 0."""
+    length = len(out)
+    left = min(max(-(x // step), 0), length)
+    stop = max(min(-((x - width) // step), length), left)
+    if y < 0 or y >= height:
+        left = stop = length
+    for i in range(left):
+        out[i] = _ZERO
+    for i in range(stop, length):
+        out[i] = _ZERO
+    return left, stop
+
+
+@kernel
 def _gather(block, first_row, plane, taps, step_down, step_right, grid_columns, first_place, count, part, low, high):
     """Rows first_row.. of block <- one channel's plane (H, W) as seen by each tap; places outside the plane give 0.
 
@@ -79,15 +94,7 @@ def _gather(block, first_row, plane, taps, step_down, step_right, grid_columns, 
             out = row[start:start + length]
             start += length
             y = line * step_down + down
-            # columns before `left` and from `stop` on fall outside the plane
-            left = min(max(-((column * step_right + right) // step_right), 0), length)
-            stop = max(min(-((column * step_right + right - width) // step_right), length), left)
-            if y < 0 or y >= height:
-                left = stop = length
-            for i in range(left):
-                out[i] = _ZERO
-            for i in range(stop, length):
-                out[i] = _ZERO
+            left, stop = _clear_outside(out, y, column * step_right + right, step_right, height, width)
             if stop <= left:
                 continue
             x = (column + left) * step_right + right
@@ -130,14 +137,7 @@ def _gather_product(block, first_row, ratio, c, taps, grid_columns, first_place,
             out = row[start:start + length]
             start += length
             y = line + down
-            left = min(max(-(column + right), 0), length)
-            stop = max(min(width - (column + right), length), left)
-            if y < 0 or y >= height:
-                left = stop = length
-            for i in range(left):
-                out[i] = _ZERO
-            for i in range(stop, length):
-                out[i] = _ZERO
+            left, stop = _clear_outside(out, y, column + right, 1, height, width)
             if stop <= left:
                 continue
             x = column + left + right
