@@ -21,6 +21,8 @@ INPUT = "input"
 MAX_TENSOR_ELEMENTS = 2**28  # one tensor of one image: 1 GiB of float32; larger claims are taken for damage or attack
 MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
 MAX_LAYERS = 10_000
+MAX_PADDING = 1024  # with more, windows of nothing but padding could keep a processor busy for days
+MAX_CONVOLUTION_STRIDE = 256  # its square is how many parts the way back has
 
 Shape = tuple[int, int, int]
 Array = npt.NDArray[np.float32]
@@ -58,10 +60,10 @@ class Layer:
     def _refuse(self, what: str) -> None:
         raise ModelError(f"layer {self.name!r} {what}")
 
-    def _require_ints(self, field: str, length: int, least: int) -> None:
+    def _require_ints(self, field: str, length: int, least: int, most: int = 2**24 - 1) -> None:
         value = getattr(self, field)
-        if len(value) != length or any(v < least or v >= 2**24 for v in value):
-            self._refuse(f"has {field} {value}; required: {length} integers from {least}")
+        if len(value) != length or any(v < least or v > most for v in value):
+            self._refuse(f"has {field} {value}; required: {length} integers from {least} to {most}")
 
     def validate(self) -> None:
         """Raise ModelError where the layer's own fields contradict each other."""
@@ -103,8 +105,8 @@ class Conv2d(Layer):
     arrays = ("weight", "bias")
 
     def validate(self) -> None:
-        self._require_ints("stride", 2, 1)
-        self._require_ints("padding", 4, 0)
+        self._require_ints("stride", 2, 1, MAX_CONVOLUTION_STRIDE)
+        self._require_ints("padding", 4, 0, MAX_PADDING)
         self._require_ints("dilation", 2, 1)
         if self.weight.ndim != 4 or 0 in self.weight.shape:
             self._refuse(f"has weight of shape {self.weight.shape}; required: (K, C / groups, kernel height, kernel width)")
@@ -174,7 +176,7 @@ class Pool2d(Layer):
     def validate(self) -> None:
         self._require_ints("kernel", 2, 1)
         self._require_ints("stride", 2, 1)
-        self._require_ints("padding", 4, 0)
+        self._require_ints("padding", 4, 0, MAX_PADDING)
         if any(self.padding[i] >= self.kernel[i % 2] for i in range(4)):
             self._refuse(f"has padding {self.padding} (top, left, bottom, right); required: less than the kernel {self.kernel}")
 

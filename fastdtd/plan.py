@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import graph as g
+from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
 from fastdtd.rules import Assigned
@@ -246,7 +247,11 @@ class Plan:
         buffers = {id(use.buffer): use.buffer for _, arguments, _ in self._steps for use in arguments if isinstance(use, _Use)}
         buffers |= {id(t.use.buffer): t.use.buffer for t in (source, output, start, relevance)}
         self.arena_elements = _lay_out(buffers.values(), batch)
-        self._arena = np.empty(self.arena_elements, np.float32)
+        try:
+            self._arena = np.empty(self.arena_elements, np.float32)
+        except MemoryError:
+            size = self.arena_elements * 4 / 2**30
+            raise InputError(f"the network needs {size:.1f} GiB for {batch} pictures at a time, more than there is") from None
         self.input, self.output, self.start, self.relevance = map(self._bind_tensor, (
             (source, graph.input_shape), (output, graph.shapes[graph.output]), (start, graph.shapes[graph.output]),
             (relevance, graph.input_shape)))

@@ -8,6 +8,7 @@ from graphs import graphs, graphs_and_rules, pictures
 from hypothesis import HealthCheck, given, settings
 
 from fastdtd import graph as g
+from fastdtd.errors import InputError
 from fastdtd.plan import Plan, _relevance_carriers, _room, _Use, pack
 from fastdtd.rules import assign
 
@@ -203,3 +204,16 @@ def test_an_output_that_carries_relevance():
     assert plan_of(graph).starts_with_relevance
     _, relevance, _ = run(plan_of(graph), np.array([[[[0.25]], [[0.5]]]]))
     assert relevance.ravel().tolist() == [0.25, 0]
+
+
+def test_more_memory_than_there_is(monkeypatch):
+    graph = g.Graph((g.Flatten("flat", (g.INPUT,)), g.Dense("scores", ("flat",), np.ones((2, 12)))), (3, 2, 2), (0, 1))
+    rules = assign(graph)
+    packed = pack(graph, rules, cpu)
+
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", refuse)
+    with pytest.raises(InputError, match=r"the network needs 0\.0 GiB for 5 pictures at a time, more than there is"):
+        Plan(graph, rules, cpu, packed, 5)
