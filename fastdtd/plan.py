@@ -218,9 +218,9 @@ class Plan:
         self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
         self._block_elements = 1
-        self._fused = _fusible_relus(graph)
+        self._relu_behind = _fusible_relus(graph)
         self._relevance_carriers = _relevance_carriers(graph, rules)
-        self._roots = _roots(graph, self._fused)
+        self._roots = _roots(graph)
         self._activations: dict[str, _Buffer] = {}
         self._factors: dict[str, _Buffer] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}
@@ -229,7 +229,8 @@ class Plan:
         self.ledger = np.zeros((batch, len(self.ledger_layers)))
         self.starts_with_relevance = graph.output in self._relevance_carriers
 
-        layers = [layer for layer in graph if layer.name not in self._fused]
+        fused = set(self._relu_behind.values())
+        layers = [layer for layer in graph if layer.name not in fused]
         source, output = self._activation(INPUT), self._activation(graph.output)
         self._touch(source.use, 0)
         for layer in layers:
@@ -322,10 +323,8 @@ class Plan:
 
     def _result(self, layer: Layer) -> tuple[str, bool]:
         """The tensor that a layer makes, and whether that is behind a fused ReLU."""
-        for relu, before in self._fused.items():
-            if before == layer.name:
-                return relu, True
-        return layer.name, False
+        relu = self._relu_behind.get(layer.name)
+        return (layer.name, False) if relu is None else (relu, True)
 
     def _bounds(self, name: str) -> tuple[Array, Array]:
         domain, channels = self._graph.domains[name], self._graph.shapes[name][0]
@@ -575,9 +574,9 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _fusible_relus(graph: Graph) -> dict[str, str]:
-    """ReLU's name -> the layer before it, for each ReLU that alone reads a layer which can apply it itself."""
+    """Layer's name -> the ReLU behind it, for each ReLU that alone reads a layer which can apply it itself."""
     by_name = {layer.name: layer for layer in graph}
-    return {layer.name: layer.inputs[0] for layer in graph if isinstance(layer, g.ReLU)
+    return {layer.inputs[0]: layer.name for layer in graph if isinstance(layer, g.ReLU)
             and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
 
 
@@ -602,7 +601,7 @@ def _relevance_carriers(graph: Graph, rules: dict[str, Assigned]) -> set[str]:
     return carriers
 
 
-def _roots(graph: Graph, fused: dict[str, str]) -> dict[str, tuple[str, int, int]]:
+def _roots(graph: Graph) -> dict[str, tuple[str, int, int]]:
     """Where each tensor lies: (the tensor that owns the memory, offset in it, its size), in numbers for each image.
 
     A concatenation's inputs and a flatten's input lie in the result's memory, so that nothing is copied, unless they lie elsewhere already

@@ -14,10 +14,10 @@ from fastdtd.errors import ConversionError, FastDTDError
 from fastdtd.importers import convert
 
 onnx = pytest.importorskip("onnx")
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
 
-from fastdtd.importers import caffe  # noqa: E402
-from fastdtd.importers import onnx as onnx_importer  # noqa: E402
+from fastdtd.importers import caffe  # noqa: E402  # after importorskip
+from fastdtd.importers import onnx as onnx_importer  # noqa: E402  # after importorskip
 
 
 def numbers(*shape, seed=0):

@@ -15,11 +15,11 @@ for _name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):
 sys.modules["torchvision.models.resnet"].Bottleneck = type("Bottleneck", (), {})
 sys.modules["torchvision.models.resnet"].BasicBlock = type("BasicBlock", (), {})
 from zennit.attribution import Gradient  # noqa: E402  # after the placeholder that it imports
-from zennit.core import Composite  # noqa: E402
-from zennit.layer import Sum  # noqa: E402
-from zennit.rules import Flat, Norm, Pass, WSquare, ZBox, ZPlus  # noqa: E402
+from zennit.core import Composite  # noqa: E402  # as above
+from zennit.layer import Sum  # noqa: E402  # as above
+from zennit.rules import Flat, Norm, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
 
-from fastdtd import graph as g  # noqa: E402
+from fastdtd import graph as g  # noqa: E402  # as above
 
 
 def module_of(layer, shape):
