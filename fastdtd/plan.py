@@ -33,18 +33,55 @@ _ALIGNMENT = 16  # floats: one cache line
 
 
 @dataclass(frozen=True, eq=False)
-class PackedConv2d:
-    """What conv2d_forward and conv2d_redistribute read of a layer besides tensors (see kernels/cpu/conv2d.py)."""
+class Blocks:
+    """How one convolution (a direction of a layer, a phase of its way back) reads its input: see kernels/cpu/conv2d.py.
 
-    w: Array
-    v: Array
-    forward_depth: int
-    forward_taps: npt.NDArray[np.int64]
+    planes (P, 2) are where each plane begins, `shifts` holds for each tap the plane that it reads and how far down and right of a place.
+    A block has `rows` x `columns` places, its planes more_rows and more_columns beyond that.
+    """
+
+    planes: npt.NDArray[np.int64]
+    shifts: list[tuple[int, int, int]]
+    rows: int
+    columns: int
+    more_rows: int
+    more_columns: int
+
+    def offsets(self, copies: int) -> npt.NDArray[np.int32]:
+        """Of each row of the product, (copies, taps) one behind the other, in a scratch array of that many copies of all planes."""
+        width = self.columns + self.more_columns
+        size = (self.rows + self.more_rows) * width
+        taps = np.array([plane * size + down * width + right for plane, down, right in self.shifts], np.int64)
+        return (np.arange(copies)[:, None] * (len(self.planes) * size) + taps).ravel().astype(np.int32)
+
+    def elements(self, copies: int) -> int:
+        return copies * len(self.planes) * (self.rows + self.more_rows) * (self.columns + self.more_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedConv2d:
+    """What conv2d_forward and conv2d_redistribute read of a layer besides tensors."""
+
+    forward: Blocks
+    packed: Array
+    offsets: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int32]
+    copies: int  # of the channels of a group
     constant: Array
     back: Array
-    back_taps: npt.NDArray[np.int64]
+    back_offsets: npt.NDArray[np.int32]
+    back_planes: npt.NDArray[np.int64]
     phases: npt.NDArray[np.int64]
-    back_depth: int
+    back_elements: int  # of scratch memory
+
+    def forward_units(self, rows: int, columns: int) -> int:
+        """Blocks in the layer's output."""
+        return -(-rows // self.forward.rows) * -(-columns // self.forward.columns)
+
+    def back_units(self) -> int:
+        """Blocks in the layer's input."""
+        _, _, rows, columns, _, _, _, _, _, block_rows, block_columns, _, _, before = (int(v) for v in self.phases[-1])
+        return before + -(-rows // block_rows) * -(-columns // block_columns)
 
 
 def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
@@ -67,17 +104,36 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
     in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     taps = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
 
-    def packed(*parts: Array) -> Array:
-        """Panels of the matrices (groups, rows, depth of all parts together)."""
-        matrices = np.ascontiguousarray(np.concatenate([part.reshape(layer.groups, -1, part[0].size) for part in parts], 2))
-        panels = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
-        kernels.conv2d_pack(panels, matrices)
-        return _read_only(panels)
+    # For each copy of the input that the features need: its weights, and which of them add to z. y and z come from one product where
+    # z's terms are terms of y; else y has a copy of its own.
+    copies: list[tuple[Array, int]] = {
+        codes.NONNEGATIVE: [(weight, 1)],
+        codes.SIGNED: [(weight, 1), (weight, -1)],
+        codes.BOX: [(weight, 0), *((share, 2) for share in shares)],
+        codes.ONES: [(weight, 0)],
+    }[rule.features or codes.NONNEGATIVE]
+    reach = [(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]) for i, j in taps]
+    pointwise = _reads_in_place(layer) and len(copies) == 1
+    if pointwise:
+        blocks = Blocks(np.zeros((0, 2), np.int64), [], 1, kernels.conv2d_block_shape(1, _places(out_shape), 0, 0, per_group)[1], 0, 0)
+        offsets = np.arange(per_group, dtype=np.int32) * np.int32(_places(in_shape))
+    else:
+        blocks = _blocks(reach, layer.stride, out_shape[1:], per_group * len(copies), kernels)
+        offsets = blocks.offsets(per_group * len(copies))
+    matrices = np.concatenate([w.reshape(layer.groups, outputs // layer.groups, -1) for w, _ in copies], 2)
+    panels = kernels.conv2d_split_panels(outputs // layer.groups)
+    packed = np.empty((layer.groups, panels, matrices.shape[2], kernels.SPLIT_ROWS), np.float32)
+    packed_offsets = np.empty(packed.shape[:3], np.int32)
+    bounds = np.empty((layer.groups, panels, 1 + 2**kernels.SPLIT_ROWS), np.int32)
+    kernels.conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets,
+                              np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies)))
 
     back: list[Array] = []
-    back_taps: list[tuple[int, int]] = []
+    back_offsets: list[npt.NDArray[np.int32]] = []
+    back_planes: list[npt.NDArray[np.int64]] = []
     phases: list[tuple[int, ...]] = []
-    used, depth = 0, 1
+    used = used_offsets = used_planes = before = elements = 0
+    from_group = outputs // layer.groups
     for down in range(layer.stride[0]):
         for right in range(layer.stride[1]):
             phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
@@ -85,31 +141,72 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
             if not grid_rows * grid_columns:
                 continue
             reached = [(i, j) for i in tap_rows for j in tap_columns]
-            begin = used
-            if reached:
+            read = _blocks([(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached], (1, 1), (grid_rows, grid_columns),
+                           from_group, kernels)
+            phases.append((top, left, grid_rows, grid_columns, used_planes, used_planes + len(read.planes), len(reached), used,
+                           used_offsets, read.rows, read.columns, read.more_rows, read.more_columns, before))
+            for v in shares if reached else []:
                 index = [i * kernel[1] + j for i, j in reached]
-                for v in shares:
-                    per_output = v.reshape(layer.groups, outputs // layer.groups, per_group, -1)[..., index]
-                    back.append(packed(per_output.transpose(0, 2, 1, 3).reshape(layer.groups * per_group, -1)).ravel())
-                    used += back[-1].size
-            phases.append((top, left, grid_rows, grid_columns, len(back_taps), len(back_taps) + len(reached), begin, 0))
-            back_taps += [(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached]
-            depth = max(depth, outputs // layer.groups * len(reached))
-    table = np.array(phases, np.int64).reshape(-1, 8)
-    columns = kernels.conv2d_block_columns(depth, int((table[:, 2] * table[:, 3]).max()))
-    blocks = -(-(table[:, 2] * table[:, 3]) // columns)
-    table[:, 7] = np.cumsum(blocks) - blocks
+                transposed = v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3)
+                matrices = np.ascontiguousarray(transposed.reshape(layer.groups, per_group, -1))
+                back.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
+                kernels.conv2d_pack(back[-1], matrices)
+                used += back[-1].size
+            back_offsets.append(read.offsets(from_group))
+            back_planes.append(read.planes)
+            used_offsets += len(back_offsets[-1])
+            used_planes += len(read.planes)
+            before += -(-grid_rows // read.rows) * -(-grid_columns // read.columns)
+            elements = max(elements, read.elements(from_group))
     return PackedConv2d(
-        w=packed(weight),
-        v=packed(*shares) if rule.features != codes.ONES else _read_only(np.zeros((1, 1, 1, 1), np.float32)),
-        forward_depth=weight[0].size * (3 if len(shares) == 2 else 1),
-        forward_taps=_table([(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]) for i, j in taps], 2),
+        forward=blocks,
+        packed=_read_only(packed),
+        offsets=_read_only(packed_offsets),
+        bounds=_read_only(bounds),
+        copies=0 if pointwise else per_group * len(copies),
         constant=_read_only(_constant(layer, rule, shares, in_shape, out_shape)),
-        back=_read_only(np.concatenate(back) if back else np.zeros(1, np.float32)),
-        back_taps=_table(back_taps, 2),
-        phases=_read_only(table),
-        back_depth=depth,
+        back=_read_only(np.concatenate([part.ravel() for part in back]) if back else np.zeros(1, np.float32)),
+        back_offsets=_read_only(np.concatenate(back_offsets)),
+        back_planes=_read_only(np.concatenate(back_planes)),
+        phases=_read_only(np.array(phases, np.int64)),
+        back_elements=elements,
     )
+
+
+def _reads_in_place(layer: g.Conv2d) -> bool:
+    """Whether each output reads the one place of the input that it lies at."""
+    return layer.weight.shape[2:] == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0, 0, 0)
+
+
+def _places(shape: Shape) -> int:
+    return shape[1] * shape[2]
+
+
+def _blocks(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int, kernels: ModuleType) -> Blocks:
+    """For places (rows, columns) whose taps read the input at place * stride + tap, in so many channels."""
+    if not taps:
+        rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)
+        return Blocks(np.zeros((0, 2), np.int64), [], rows, columns, 0, 0)
+    first: dict[tuple[int, int], tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the least of them
+    for y, x in taps:
+        remainder = y % stride[0], x % stride[1]
+        top, left = first.get(remainder, (y, x))
+        first[remainder] = min(y, top), min(x, left)
+    number = {remainder: i for i, remainder in enumerate(first)}
+    shifts = []
+    for y, x in taps:
+        remainder = y % stride[0], x % stride[1]
+        top, left = first[remainder]
+        shifts.append((number[remainder], (y - top) // stride[0], (x - left) // stride[1]))
+    more_rows, more_columns = max(down for _, down, _ in shifts), max(right for _, _, right in shifts)
+    rows, columns = grid
+    taller, wider = rows + more_rows, columns + more_columns
+    if len(first) * taller * wider > len(taps) * rows * columns or (rows > 1 and 2 * wider > 3 * columns):  # planes would hold too much
+        first = dict(enumerate(taps))  # type: ignore[arg-type]  # a plane for each tap
+        shifts = [(i, 0, 0) for i in range(len(taps))]
+        more_rows = more_columns = 0
+    rows, columns = kernels.conv2d_block_shape(rows, columns, more_rows, more_columns, channels * len(first))
+    return Blocks(_table(list(first.values()), 2), shifts, rows, columns, more_rows, more_columns)
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:
@@ -249,7 +346,7 @@ class Plan:
         buffers |= {id(t.use.buffer): t.use.buffer for t in (source, output, start, relevance)}
         self.arena_elements = _lay_out(buffers.values(), batch)
         try:
-            self._arena = np.empty(self.arena_elements, np.float32)
+            self._arena = np.empty(self.arena_elements + kernels.CONV2D_COLUMNS, np.float32)  # tiles are read beyond the last place
         except MemoryError:
             size = self.arena_elements * 4 / 2**30
             raise InputError(f"the network needs {size:.1f} GiB for {batch} pictures at a time, more than there is") from None
@@ -349,11 +446,16 @@ class Plan:
             case g.Conv2d() if rule:
                 packed: PackedConv2d = self._packed[layer.name]
                 ratio, dead = self._tape(layer)
-                columns = kernels.conv2d_block_columns(packed.forward_depth, height * width)
+                blocks, wide = packed.forward, packed.copies == 0
+                units = packed.forward_units(*((1, height * width) if wide else (height, width)))
+                shares = self._shares(units, packed.packed.shape[0] * packed.packed.shape[1])
                 self._step(kernels.conv2d_forward, [
-                    x.use, ratio, dead, a.use, packed.w, packed.v, _bias(layer), packed.constant, low, high, packed.forward_taps,
-                    self._block(packed.forward_depth, columns), _TILES, x.channel, a.channel, *layer.stride, rule.features, relu, carries,
-                ], batch * -(-height * width // columns))
+                    self._in_a_row(x.use, wide), self._in_a_row(ratio, wide), dead, self._in_a_row(a.use, wide), packed.packed,
+                    packed.offsets, packed.bounds, _bias(layer), packed.constant, low, high, blocks.planes,
+                    self._block(packed.copies * len(blocks.planes), blocks.rows + blocks.more_rows, blocks.columns + blocks.more_columns),
+                    _TILES, x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
+                    shares, rule.features, relu, carries,
+                ], batch * units * shares)
             case g.Dense() if rule:
                 ratio, dead = self._tape(layer)
                 self._step(kernels.dense_forward, [
@@ -402,15 +504,15 @@ class Plan:
         match layer:
             case g.Conv2d() if rule:
                 packed: PackedConv2d = self._packed[layer.name]
-                grids = packed.phases[:, 2] * packed.phases[:, 3]
-                columns = kernels.conv2d_block_columns(packed.back_depth, int(grids.max()))
+                units = packed.back_units()
+                shares = self._shares(units, layer.groups * kernels.conv2d_packed_shape(1, layer.weight.shape[1], 1)[1])
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
                 self._step(kernels.conv2d_redistribute, [
-                    c_in.use, c.use, ratio, a.use, packed.back, low, high, packed.phases, packed.back_taps,
-                    self._block(packed.back_depth, columns), _TILES, c_in.channel, c.channel, a.channel, layer.groups, *layer.stride,
+                    c_in.use, c.use, ratio, a.use, packed.back, packed.back_offsets, low, high, packed.phases, packed.back_planes,
+                    self._block(packed.back_elements), _TILES, c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, shares,
                     rule.features, carries, accumulate,
-                ], batch * int((-(-grids // columns)).sum()))
+                ], batch * units * shares)
             case g.Dense() if rule:
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
@@ -465,9 +567,21 @@ class Plan:
         assert isinstance(layer, g.Pool2d)
         return layer.kernel, layer.stride, layer.padding, isinstance(layer, g.AveragePool2d) and layer.count_include_pad
 
-    def _block(self, depth: int, columns: int) -> _Block:
-        self._block_elements = max(self._block_elements, depth * columns)
-        return _Block(depth, columns)
+    def _shares(self, blocks: int, panels: int) -> int:
+        """Into how many units each block of a convolution is cut, so that all workers have the same to do."""
+        shares = 1
+        while shares < panels and self.batch * blocks * shares % self.workers and self.batch * blocks * shares < 8 * self.workers:
+            shares += 1
+        return shares
+
+    @staticmethod
+    def _in_a_row(use: _Use, wanted: bool) -> _Use:
+        """The same tensor, all places of a channel in one row, if that is wanted."""
+        return _Use(use.buffer, (use.shape[0], 1, use.shape[1] * use.shape[2]), use.dtype) if wanted else use
+
+    def _block(self, *shape: int) -> _Block:
+        self._block_elements = max(self._block_elements, int(np.prod(shape)))
+        return _Block(shape)
 
     def _copied_inputs(self, layer: Layer) -> list[tuple[str, int]]:
         """Inputs of a concatenation or flatten that do not lie in its memory already, with where in it they belong."""
@@ -499,8 +613,8 @@ class Plan:
         return self._bind_use(tensor.use)[:, tensor.channel:tensor.channel + shape[0]]
 
     def _bind(self, worker: int, workers: int) -> list[Callable[[], None]]:
-        scratch = np.empty(self._block_elements, np.float32)
-        tiles = np.empty(self._kernels.conv2d_tiles_shape(), np.float32)
+        scratch = np.empty(self._block_elements + self._kernels.CONV2D_COLUMNS, np.float32)
+        tiles = np.empty(self._kernels.conv2d_tiles_elements(), np.float32)
         calls: list[Callable[[], None]] = []
         for kernel, arguments, units in self._steps:
             bound: list[Any] = []
@@ -508,8 +622,8 @@ class Plan:
                 match argument:
                     case _Use():
                         bound.append(self._bind_use(argument))
-                    case _Block(depth, columns):
-                        bound.append(scratch[:depth * columns].reshape(depth, columns))
+                    case _Block(shape):
+                        bound.append(scratch[:int(np.prod(shape))].reshape(shape))
                     case _ if argument is _TILES:
                         bound.append(tiles)
                     case _:
@@ -521,10 +635,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Block:
-    """A worker's own scratch for gathered columns, (depth, columns)."""
+    """A worker's own scratch for the planes that a block reads."""
 
-    depth: int
-    columns: int
+    shape: tuple[int, ...]
 
 
 _TILES = object()  # a worker's own scratch for tiles

@@ -13,8 +13,18 @@ import naive
 import numpy as np
 import pytest
 from fastdtd.kernels import cpu
-from fastdtd.kernels.cpu.jit import kernel
-from fastdtd.kernels.cpu.microkernel import TILE_COLUMNS, TILE_ROWS, multiply_tile
+from fastdtd.kernels.cpu.microkernel import (
+    LANES,
+    MULTIPLY_SPLIT,
+    MULTIPLY_TILE,
+    SPLIT_COLUMNS,
+    SPLIT_ROWS,
+    SPLIT_VECTORS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_VECTORS,
+)
+from numba import njit
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
@@ -156,31 +166,66 @@ def test_add(rule, hidden):
     check(lambda source: g.Add("tested", (source, source)), (3, 5, 4), rule, hidden)
 
 
-@kernel
-def _multiply(tile, a, b):
-    multiply_tile(tile.ctypes.data, a.ctypes.data, b.ctypes.data, a.shape[0], b.shape[1])
+def _called(product, addresses):
+    """`product` (an intrinsic) on arrays and integers: as many of its arguments as `addresses` says are arrays."""
+    names = [f"p{i}" for i in range(addresses)]
+    arguments = [f"{name}.ctypes.data" for name in names] + ["depth"] * (product in MULTIPLY_TILE)
+    scope = {"product": product}
+    exec(f"def call({', '.join(names)}, depth):\n    product({', '.join(arguments)})", scope)
+    return njit(scope["call"])
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 7, 8, 100])
-@pytest.mark.parametrize("beyond", [0, 5])
-def test_micro_kernel(depth, beyond):
+@pytest.mark.parametrize("vectors", range(1, TILE_VECTORS + 1))
+def test_multiply_tile(depth, vectors):
     rng = np.random.default_rng(depth)
-    a, b = rng.standard_normal((depth, TILE_ROWS)).astype("f4"), rng.standard_normal((depth, TILE_COLUMNS + beyond)).astype("f4")
-    tile = np.full((TILE_ROWS, TILE_COLUMNS), np.nan, "f4")
-    _multiply(tile, a, b)
-    np.testing.assert_allclose(tile, a.T.astype(float) @ b[:, :TILE_COLUMNS], atol=1e-5 * depth)
+    a, b = rng.standard_normal((depth, TILE_ROWS), np.float32), rng.standard_normal(2000, np.float32)
+    offsets = rng.integers(0, len(b) - TILE_COLUMNS, depth).astype(np.int32)
+    tile = np.full((TILE_ROWS, TILE_COLUMNS), np.nan, np.float32)
+    _called(MULTIPLY_TILE[vectors - 1], 4)(tile, a, offsets, b, depth)
+    columns = vectors * LANES
+    rows = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
+    np.testing.assert_allclose(tile[:, :columns], a.T.astype(float) @ rows, atol=1e-5 * depth)
+    assert np.isnan(tile[:, columns:]).all()
 
 
-@pytest.mark.parametrize(("features", "tile"), [("", (4, 8)), ("+avx,+avx2,+fma", (6, 16))])
-def test_other_processors_give_the_same(features, tile, tmp_path):
+@pytest.mark.parametrize("depth", [1, 3, 64, 300])
+@pytest.mark.parametrize("rows", [1, SPLIT_ROWS, 2 * SPLIT_ROWS + 1])
+@pytest.mark.parametrize("vectors", range(1, SPLIT_VECTORS + 1))
+def test_multiply_split(depth, rows, vectors):
+    rng = np.random.default_rng(depth)
+    w, b = rng.standard_normal((1, rows, depth), np.float32), rng.standard_normal(2000, np.float32)
+    w[rng.random(w.shape) < 0.2] = 0
+    offsets = rng.integers(0, len(b) - SPLIT_COLUMNS, depth).astype(np.int32)
+    sides = rng.choice([1, -1, 2, 0], depth)
+    panels = cpu.conv2d_split_panels(rows)
+    packed, packed_offsets = np.full((1, panels, depth, SPLIT_ROWS), np.nan, np.float32), np.full((1, panels, depth), -1, np.int32)
+    bounds = np.full((1, panels, 1 + 2**SPLIT_ROWS), -1, np.int32)
+    cpu.conv2d_pack_split(packed, packed_offsets, bounds, w, offsets, sides)
+    columns = vectors * LANES
+    seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
+    positive = np.where((sides == 2) | (sides * w[0] > 0), w[0], 0)
+    for panel in range(panels):
+        tiles = np.full((2, SPLIT_ROWS, SPLIT_COLUMNS), np.nan, np.float32)
+        _called(MULTIPLY_SPLIT[vectors - 1], 5)(tiles, packed[0, panel], packed_offsets[0, panel], bounds[0, panel], b, 0)
+        here = slice(panel * SPLIT_ROWS, (panel + 1) * SPLIT_ROWS)
+        for tile, weight in zip(tiles, (positive, w[0] - positive), strict=True):
+            expected = weight[here].astype(float) @ seen
+            np.testing.assert_allclose(tile[:len(expected), :columns], expected, atol=1e-5 * depth)
+            assert not tile[len(expected):, :columns].any()
+            assert np.isnan(tile[:, columns:]).all()
+
+
+@pytest.mark.parametrize(("features", "lanes"), [("", 4), ("+avx,+avx2,+fma", 8)])
+def test_other_processors_give_the_same(features, lanes, tmp_path):
     """The tile of a processor without AVX-512, or without AVX: in a process of its own, for the tile is fixed at import."""
     if platform.machine() not in ("x86_64", "AMD64") or (features and "avx2" not in llvm.get_host_cpu_features()):
         pytest.skip("needs an x86 processor with AVX2")
     script = f"""
 import numpy as np
 from fastdtd import Explainer, load
-from fastdtd.kernels.cpu import conv2d_tiles_shape
-assert conv2d_tiles_shape()[1:] == {tile}, conv2d_tiles_shape()
+from fastdtd.kernels.cpu.microkernel import LANES
+assert LANES == {lanes}, LANES
 model = load("squeezenet1_1")
 np.save({str(tmp_path / "relevance.npy")!r}, Explainer(model)(model.preprocess({str(COFFEE)!r})).relevance)
 """

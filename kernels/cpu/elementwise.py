@@ -9,7 +9,7 @@ from fastdtd.kernels.cpu.jit import kernel
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-_LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
+LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
 
 
 # ---- Parts of other kernels, for one number --------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def ratio_of(x, z, relevance):
     Where z is zero nothing can be redistributed. What is lost there is kept as a negative number, -|x| or -1, for `absorb`.
     """
     share = _ONE if relevance else abs(x)
-    return share / z if z > _LEAST else -share
+    return share / z if z > LEAST else -share
 
 
 @kernel

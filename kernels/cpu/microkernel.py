@@ -1,7 +1,17 @@
-"""The innermost product: one tile of C = A^T B in vector registers, written as LLVM vector instructions.
+"""The innermost products, written as LLVM vector instructions, and the vector arithmetic that finishes their tiles.
 
-Numba's own vectoriser leaves half of the chip unused on this loop; these instructions reach about 90 % of it (docs/kernels.md). The tile's
-size follows the processor's vector width, so everything that packs operands reads TILE_ROWS and TILE_COLUMNS from here.
+Numba's own vectoriser leaves half of the chip unused on these loops; these instructions reach about 90 % of it (docs/kernels.md). A tile's
+size follows the processor's vector width, so everything that packs operands reads the sizes from here.
+
+Rows of the second factor b are found through a table of offsets. So b need not be a matrix in memory: the taps of a convolution read one
+padded plane from different places, and the columns of a tile are neighbouring places (see conv2d.py).
+
+Two products:
+
+multiply_tile    tile = A^T B, a tile of TILE_ROWS x TILE_COLUMNS.
+multiply_split   P = max(A, 0)^T B and N = min(A, 0)^T B at once, a tile of SPLIT_ROWS x SPLIT_COLUMNS each, in the time of one product:
+                 every weight belongs to P or to N, never to both. Entries of A are sorted by which of the rows they are positive in, so
+                 that each of the 2^SPLIT_ROWS classes is a loop which knows the accumulators that it adds to.
 """
 
 import llvmlite.binding as llvm
@@ -28,85 +38,209 @@ def _tile():
     return 4, 4, 2  # 8 of 16: SSE2, NEON and whatever else LLVM maps four lanes to
 
 
-_LANES, TILE_ROWS, _VECTORS = _tile()
-TILE_COLUMNS = _LANES * _VECTORS
+LANES, TILE_ROWS, TILE_VECTORS = _tile()
+TILE_COLUMNS = LANES * TILE_VECTORS
+SPLIT_ROWS, SPLIT_VECTORS = 4, 3  # 12 accumulators in use at a time
+SPLIT_COLUMNS = LANES * SPLIT_VECTORS
+SPLIT_ORDER = tuple(i ^ i >> 1 for i in range(2**SPLIT_ROWS))  # from class to class one row changes sides: few registers are exchanged
 _UNROLL = 4
+
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_VECTOR = ir.VectorType(_F32, LANES)
+_UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
+_LANE_ZERO = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+_ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
+
+
+def _number(value):
+    return ir.Constant(_I64, value)
+
+
+def _vector_at(builder, base, offset):
+    return builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer())
+
+
+def _load(builder, base, offset):
+    value = builder.load(_vector_at(builder, base, offset))
+    value.align = 4
+    return value
+
+
+def _store(builder, value, base, offset):
+    builder.store(value, _vector_at(builder, base, offset)).align = 4
+
+
+def _splat(builder, scalar):
+    return builder.shuffle_vector(builder.insert_element(_UNDEFINED, scalar, ir.Constant(_I32, 0)), _UNDEFINED, _LANE_ZERO)
+
+
+def _multiply_add(builder, total, a, b):
+    # "contract" makes one fused multiply-add where the processor has it, and works where it has not.
+    return builder.fadd(total, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
+
+
+def _loop(builder, first, last, stride, values, body):
+    """for step in range(first, last, stride): values = body(step, values). Skipped where first >= last; returns the values behind it."""
+    before = builder.block
+    inside, after = builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", first, last), inside, after)
+    builder.position_at_end(inside)
+    step = builder.phi(_I64)
+    step.add_incoming(first, before)
+    phis = []
+    for value in values:
+        phis.append(builder.phi(value.type))
+        phis[-1].add_incoming(value, before)
+    results = body(step, phis)
+    end = builder.block
+    following = builder.add(step, _number(stride))
+    step.add_incoming(following, end)
+    for phi, value in zip(phis, results, strict=True):
+        phi.add_incoming(value, end)
+    builder.cbranch(builder.icmp_signed("<", following, last), inside, after)
+    builder.position_at_end(after)
+    merged = []
+    for old, new in zip(values, results, strict=True):
+        merged.append(builder.phi(old.type))
+        merged[-1].add_incoming(old, before)
+        merged[-1].add_incoming(new, end)
+    return merged
+
+
+def _pointers(builder, addresses, *kinds):
+    return [builder.inttoptr(address, kind.as_pointer()) for address, kind in zip(addresses, kinds, strict=True)]
+
+
+# ---- Products --------------------------------------------------------------------------------------------------------------------------
+
+
+def _make_multiply_tile(vectors):
+    @intrinsic
+    def multiply(typing_context, tile, a, offsets, b, depth):
+        def codegen(context, builder, signature, arguments):
+            p_tile, p_a, p_offsets, p_b = _pointers(builder, arguments[:4], _F32, _F32, _I32, _F32)
+            depth = arguments[4]
+
+            def one_step(step, sums):
+                row_a = builder.mul(step, _number(TILE_ROWS))
+                row_b = builder.sext(builder.load(builder.gep(p_offsets, [step])), _I64)
+                columns = [_load(builder, p_b, builder.add(row_b, _number(j * LANES))) for j in range(vectors)]
+                result = []
+                for i in range(TILE_ROWS):
+                    weight = _splat(builder, builder.load(builder.gep(p_a, [builder.add(row_a, _number(i))])))
+                    result += [_multiply_add(builder, sums[i * vectors + j], weight, columns[j]) for j in range(vectors)]
+                return result
+
+            def several_steps(step, sums):
+                for i in range(_UNROLL):
+                    sums = one_step(builder.add(step, _number(i)), sums)
+                return sums
+
+            whole = builder.sub(depth, builder.srem(depth, _number(_UNROLL)))
+            sums = _loop(builder, _number(0), whole, _UNROLL, [_ZEROS] * (TILE_ROWS * vectors), several_steps)
+            sums = _loop(builder, whole, depth, 1, sums, one_step)
+            for i in range(TILE_ROWS):
+                for j in range(vectors):
+                    _store(builder, sums[i * vectors + j], p_tile, _number(i * TILE_COLUMNS + j * LANES))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), codegen
+
+    multiply.__doc__ = f"""tile (TILE_ROWS, TILE_COLUMNS) = a (depth, TILE_ROWS)^T times b, in its first {vectors * LANES} columns.
+
+    Row d of b starts offsets[d] (int32) floats behind b. tile, a, offsets and b are addresses. Each number of the tile is one chain of
+    multiply-adds in the order of depth, so it does not depend on where in a tile, or in which tile, a column lies.
+    """
+    return multiply
+
+
+def _make_multiply_split(vectors):
+    @intrinsic
+    def multiply(typing_context, tiles, a, offsets, bounds, b):
+        def codegen(context, builder, signature, arguments):
+            p_tiles, p_a, p_offsets, p_bounds, p_b = _pointers(builder, arguments, _F32, _F32, _I32, _I32, _F32)
+            sums = [_ZEROS] * (2 * SPLIT_ROWS * vectors)
+
+            def bound(i):
+                return builder.sext(builder.load(builder.gep(p_bounds, [_number(i)])), _I64)
+
+            first = bound(0)
+            for i, positive_rows in enumerate(SPLIT_ORDER):
+                in_use = [(row + (0 if positive_rows >> row & 1 else SPLIT_ROWS)) * vectors + j
+                          for row in range(SPLIT_ROWS) for j in range(vectors)]
+
+                def one_step(step, part):
+                    row_a = builder.mul(step, _number(SPLIT_ROWS))
+                    row_b = builder.sext(builder.load(builder.gep(p_offsets, [step])), _I64)
+                    columns = [_load(builder, p_b, builder.add(row_b, _number(j * LANES))) for j in range(vectors)]
+                    result = []
+                    for row in range(SPLIT_ROWS):
+                        weight = _splat(builder, builder.load(builder.gep(p_a, [builder.add(row_a, _number(row))])))
+                        result += [_multiply_add(builder, part[row * vectors + j], weight, columns[j]) for j in range(vectors)]
+                    return result
+
+                last = bound(i + 1)
+                for place, value in zip(in_use, _loop(builder, first, last, 1, [sums[place] for place in in_use], one_step), strict=True):
+                    sums[place] = value
+                first = last
+            for i in range(2 * SPLIT_ROWS):
+                for j in range(vectors):
+                    _store(builder, sums[i * vectors + j], p_tiles, _number(i * SPLIT_COLUMNS + j * LANES))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), codegen
+
+    multiply.__doc__ = f"""tiles (2, SPLIT_ROWS, SPLIT_COLUMNS) = P and N, in their first {vectors * LANES} columns.
+
+    Entries of a (depth, SPLIT_ROWS) are sorted by class: those from bounds[i] to bounds[i + 1] (int32) are added to P in the rows whose
+    bits are set in SPLIT_ORDER[i], to N in the others. Addresses and offsets as in multiply_tile, and sums too: one chain each.
+    """
+    return multiply
+
+
+MULTIPLY_TILE = tuple(_make_multiply_tile(vectors) for vectors in range(1, TILE_VECTORS + 1))
+MULTIPLY_SPLIT = tuple(_make_multiply_split(vectors) for vectors in range(1, SPLIT_VECTORS + 1))
+
+
+# ---- Finishing -------------------------------------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def multiply_tile(typing_context, tile, a, b, depth, b_stride):
-    """tile (TILE_ROWS, TILE_COLUMNS) = a (depth, TILE_ROWS)^T times b (depth, TILE_COLUMNS), rows of b lying b_stride floats apart.
+def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, with_positive, relu, relevance, least):
+    """x <- y = negative (+ positive, if with_positive) + bias, through a ReLU if relu; ratio <- |x| / z with z = positive.
 
-    tile, a and b are addresses of float32, depth is 1 or more. Each number of the tile is one chain of multiply-adds in the order of depth,
-    so it does not depend on where in a tile, or in which tile, a column lies.
+    As elementwise.finish and ratio_of, `count` numbers from each address, a multiple of LANES. Returns whether a ratio is negative.
     """
-    signature = types.void(*[types.intp] * 5)
+    signature = types.boolean(*[types.intp] * 5, types.float32, types.boolean, types.boolean, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
-        tile, a, b, depth, b_stride = arguments
-        f32, i32, i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-        vector = ir.VectorType(f32, _LANES)
-        undefined = ir.Constant(vector, ir.Undefined)
-        lane_zero = ir.Constant(ir.VectorType(i32, _LANES), [0] * _LANES)
-        p_tile, p_a, p_b = (builder.inttoptr(address, f32.as_pointer()) for address in (tile, a, b))
+        p_x, p_ratio, p_positive, p_negative = _pointers(builder, arguments[:4], _F32, _F32, _F32, _F32)
+        count, bias, with_positive, relu, relevance, least = arguments[4:]
+        bias, least = _splat(builder, bias), _splat(builder, least)
+        ones = ir.Constant(_VECTOR, [1.0] * LANES)
+        magnitude = ir.Constant(ir.VectorType(_I32, LANES), [0x7fffffff] * LANES)
+        lanes = ir.VectorType(_I32, LANES)
 
-        def number(value):
-            return ir.Constant(i64, value)
+        def one_step(step, found):
+            z, y = _load(builder, p_positive, step), _load(builder, p_negative, step)
+            y = builder.fadd(builder.select(with_positive, builder.fadd(z, y), y), bias)
+            # max(y, 0) that keeps a NaN, as max(y, _ZERO) does
+            y = builder.select(builder.and_(builder.fcmp_ordered("<", y, _ZEROS), _splat_bit(builder, relu)), _ZEROS, y)
+            size = builder.bitcast(builder.and_(builder.bitcast(y, lanes), magnitude), _VECTOR)
+            share = builder.select(relevance, ones, size)
+            result = builder.select(builder.fcmp_ordered(">", z, least), builder.fdiv(share, z), builder.fsub(_ZEROS, share))
+            _store(builder, y, p_x, step)
+            _store(builder, result, p_ratio, step)
+            return [builder.or_(found[0], builder.fcmp_ordered("<", result, _ZEROS))]
 
-        def vector_at(base, offset):
-            return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
-
-        def one_step(step, accumulators):
-            row_a, row_b = builder.mul(step, number(TILE_ROWS)), builder.mul(step, b_stride)
-            columns = []
-            for j in range(_VECTORS):
-                columns.append(builder.load(vector_at(p_b, builder.add(row_b, number(j * _LANES)))))
-                columns[-1].align = 4
-            result = []
-            for i in range(TILE_ROWS):
-                scalar = builder.load(builder.gep(p_a, [builder.add(row_a, number(i))]))
-                lone = builder.insert_element(undefined, scalar, ir.Constant(i32, 0))
-                splat = builder.shuffle_vector(lone, undefined, lane_zero)
-                # "contract" makes one fused multiply-add where the processor has it, and works where it has not.
-                result += [builder.fadd(accumulators[i * _VECTORS + j], builder.fmul(splat, columns[j], flags=("contract",)),
-                                        flags=("contract",)) for j in range(_VECTORS)]
-            return result
-
-        def loop(name, first, last, stride, accumulators):
-            """for step in range(first, last, stride): `stride` steps of depth. Skipped where first >= last."""
-            before = builder.block
-            body, after = builder.append_basic_block(name), builder.append_basic_block(name + ".end")
-            builder.cbranch(builder.icmp_signed("<", first, last), body, after)
-            builder.position_at_end(body)
-            step = builder.phi(i64)
-            step.add_incoming(first, before)
-            phis = []
-            for value in accumulators:
-                phis.append(builder.phi(vector))
-                phis[-1].add_incoming(value, before)
-            sums = phis
-            for i in range(stride):
-                sums = one_step(builder.add(step, number(i)), sums)
-            following = builder.add(step, number(stride))
-            step.add_incoming(following, body)
-            for phi, value in zip(phis, sums, strict=True):
-                phi.add_incoming(value, body)
-            builder.cbranch(builder.icmp_signed("<", following, last), body, after)
-            builder.position_at_end(after)
-            results = []
-            for old, new in zip(accumulators, sums, strict=True):
-                results.append(builder.phi(vector))
-                results[-1].add_incoming(old, before)
-                results[-1].add_incoming(new, body)
-            return results
-
-        whole = builder.sub(depth, builder.srem(depth, number(_UNROLL)))
-        sums = [ir.Constant(vector, [0.0] * _LANES)] * (TILE_ROWS * _VECTORS)
-        sums = loop("unrolled", number(0), whole, _UNROLL, sums)
-        sums = loop("rest", whole, depth, 1, sums)
-        for i in range(TILE_ROWS):
-            for j in range(_VECTORS):
-                builder.store(sums[i * _VECTORS + j], vector_at(p_tile, number(i * TILE_COLUMNS + j * _LANES))).align = 4
-        return context.get_dummy_value()
+        nothing = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
+        found, = _loop(builder, _number(0), count, LANES, [nothing], one_step)
+        return builder.icmp_unsigned("!=", builder.bitcast(found, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
 
     return signature, codegen
+
+
+def _splat_bit(builder, bit):
+    kind = ir.VectorType(ir.IntType(1), LANES)
+    undefined = ir.Constant(kind, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, bit, ir.Constant(_I32, 0)), undefined, _LANE_ZERO)
