@@ -57,6 +57,10 @@ class Blocks:
     def elements(self, copies: int) -> int:
         return copies * len(self.planes) * (self.rows + self.more_rows) * (self.columns + self.more_columns)
 
+    def places(self) -> int:
+        """Of a block, counted along the rows of its planes."""
+        return self.rows * (self.columns + self.more_columns)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedConv2d:
@@ -72,7 +76,8 @@ class PackedConv2d:
     back_offsets: npt.NDArray[np.int32]
     back_planes: npt.NDArray[np.int64]
     phases: npt.NDArray[np.int64]
-    back_elements: int  # of scratch memory
+    back_elements: int  # of scratch memory for planes, and for results
+    back_results: int
 
     def forward_units(self, rows: int, columns: int) -> int:
         """Blocks in the layer's output."""
@@ -132,7 +137,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
     back_offsets: list[npt.NDArray[np.int32]] = []
     back_planes: list[npt.NDArray[np.int64]] = []
     phases: list[tuple[int, ...]] = []
-    used = used_offsets = used_planes = before = elements = 0
+    used = used_offsets = used_planes = before = elements = places = 0
     from_group = outputs // layer.groups
     for down in range(layer.stride[0]):
         for right in range(layer.stride[1]):
@@ -140,15 +145,17 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
             (top, grid_rows, tap_rows), (left, grid_columns, tap_columns) = phase
             if not grid_rows * grid_columns:
                 continue
+            if _reads_in_place(layer):
+                grid_rows, grid_columns = 1, grid_rows * grid_columns
             reached = [(i, j) for i in tap_rows for j in tap_columns]
             read = _blocks([(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached], (1, 1), (grid_rows, grid_columns),
                            from_group, kernels)
             phases.append((top, left, grid_rows, grid_columns, used_planes, used_planes + len(read.planes), len(reached), used,
                            used_offsets, read.rows, read.columns, read.more_rows, read.more_columns, before))
-            for v in shares if reached else []:
+            if reached:
                 index = [i * kernel[1] + j for i, j in reached]
-                transposed = v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3)
-                matrices = np.ascontiguousarray(transposed.reshape(layer.groups, per_group, -1))
+                transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
+                matrices = np.concatenate(transposed, 1).reshape(layer.groups, len(shares) * per_group, -1)
                 back.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
                 kernels.conv2d_pack(back[-1], matrices)
                 used += back[-1].size
@@ -157,7 +164,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
             used_offsets += len(back_offsets[-1])
             used_planes += len(read.planes)
             before += -(-grid_rows // read.rows) * -(-grid_columns // read.columns)
-            elements = max(elements, read.elements(from_group))
+            elements, places = max(elements, read.elements(from_group)), max(places, read.places())
     return PackedConv2d(
         forward=blocks,
         packed=_read_only(packed),
@@ -170,6 +177,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
         back_planes=_read_only(np.concatenate(back_planes)),
         phases=_read_only(np.array(phases, np.int64)),
         back_elements=elements,
+        back_results=kernels.conv2d_results_elements(places),
     )
 
 
@@ -314,7 +322,8 @@ class Plan:
         self._graph, self._rules, self._kernels, self._packed = graph, rules, kernels, packed
         self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
-        self._block_elements = 1
+        self.step_layers: list[str] = []  # which layer each step belongs to
+        self._scratch: dict[str, int] = {}
         self._relu_behind = _fusible_relus(graph)
         self._relevance_carriers = _relevance_carriers(graph, rules)
         self._roots = _roots(graph)
@@ -332,6 +341,7 @@ class Plan:
         self._touch(source.use, 0)
         for layer in layers:
             self._emit_forward(layer)
+            self._name_steps(layer.name)
         middle = len(self._steps)
         self._touch(output.use, middle)
         start = self._factor(graph.output)
@@ -339,6 +349,7 @@ class Plan:
         self._mark_written(graph.output)
         for layer in reversed(layers):
             self._emit_back(layer)
+            self._name_steps(layer.name)
         relevance = self._factor(INPUT)
         self._touch(relevance.use, len(self._steps))
 
@@ -413,6 +424,9 @@ class Plan:
                 self._touch(use, len(self._steps))
         self._steps.append((kernel, arguments, units))
 
+    def _name_steps(self, layer: str) -> None:
+        self.step_layers += [layer] * (len(self._steps) - len(self.step_layers))
+
     def _touch(self, use: _Use, step: int) -> None:
         buffer = use.buffer
         buffer.first = step if buffer.first < 0 else min(buffer.first, step)
@@ -452,9 +466,10 @@ class Plan:
                 self._step(kernels.conv2d_forward, [
                     self._in_a_row(x.use, wide), self._in_a_row(ratio, wide), dead, self._in_a_row(a.use, wide), packed.packed,
                     packed.offsets, packed.bounds, _bias(layer), packed.constant, low, high, blocks.planes,
-                    self._block(packed.copies * len(blocks.planes), blocks.rows + blocks.more_rows, blocks.columns + blocks.more_columns),
-                    _TILES, x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
-                    shares, rule.features, relu, carries,
+                    self._scratch_of("block", blocks.elements(packed.copies)),
+                    self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
+                    x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns, shares,
+                    rule.features, relu, carries,
                 ], batch * units * shares)
             case g.Dense() if rule:
                 ratio, dead = self._tape(layer)
@@ -508,10 +523,12 @@ class Plan:
                 shares = self._shares(units, layer.groups * kernels.conv2d_packed_shape(1, layer.weight.shape[1], 1)[1])
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
+                wide = _reads_in_place(layer)
                 self._step(kernels.conv2d_redistribute, [
-                    c_in.use, c.use, ratio, a.use, packed.back, packed.back_offsets, low, high, packed.phases, packed.back_planes,
-                    self._block(packed.back_elements), _TILES, c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, shares,
-                    rule.features, carries, accumulate,
+                    *(self._in_a_row(use, wide) for use in (c_in.use, c.use, ratio, a.use)),
+                    packed.back, packed.back_offsets, low, high, packed.phases, packed.back_planes,
+                    self._scratch_of("block", packed.back_elements), self._scratch_of("results", packed.back_results),
+                    c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, shares, rule.features, carries, accumulate,
                 ], batch * units * shares)
             case g.Dense() if rule:
                 accumulate = self._accumulates(source)
@@ -579,9 +596,9 @@ class Plan:
         """The same tensor, all places of a channel in one row, if that is wanted."""
         return _Use(use.buffer, (use.shape[0], 1, use.shape[1] * use.shape[2]), use.dtype) if wanted else use
 
-    def _block(self, *shape: int) -> _Block:
-        self._block_elements = max(self._block_elements, int(np.prod(shape)))
-        return _Block(shape)
+    def _scratch_of(self, name: str, elements: int) -> _Scratch:
+        self._scratch[name] = max(self._scratch.get(name, 0), elements)
+        return _Scratch(name)
 
     def _copied_inputs(self, layer: Layer) -> list[tuple[str, int]]:
         """Inputs of a concatenation or flatten that do not lie in its memory already, with where in it they belong."""
@@ -613,8 +630,7 @@ class Plan:
         return self._bind_use(tensor.use)[:, tensor.channel:tensor.channel + shape[0]]
 
     def _bind(self, worker: int, workers: int) -> list[Callable[[], None]]:
-        scratch = np.empty(self._block_elements + self._kernels.CONV2D_COLUMNS, np.float32)
-        tiles = np.empty(self._kernels.conv2d_tiles_elements(), np.float32)
+        scratch = {name: np.empty(elements + self._kernels.CONV2D_COLUMNS, np.float32) for name, elements in self._scratch.items()}
         calls: list[Callable[[], None]] = []
         for kernel, arguments, units in self._steps:
             bound: list[Any] = []
@@ -622,10 +638,8 @@ class Plan:
                 match argument:
                     case _Use():
                         bound.append(self._bind_use(argument))
-                    case _Block(shape):
-                        bound.append(scratch[:int(np.prod(shape))].reshape(shape))
-                    case _ if argument is _TILES:
-                        bound.append(tiles)
+                    case _Scratch(name):
+                        bound.append(scratch[name])
                     case _:
                         bound.append(argument)
             first, last = units * worker // workers, units * (worker + 1) // workers
@@ -634,13 +648,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A worker's own scratch for the planes that a block reads."""
+class _Scratch:
+    """A worker's own scratch memory, one array for all steps that name it."""
 
-    shape: tuple[int, ...]
-
-
-_TILES = object()  # a worker's own scratch for tiles
+    name: str
 
 
 def _run(calls: list[list[Callable[[], None]]], submit: Callable[..., Any] | None) -> None:

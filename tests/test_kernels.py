@@ -170,6 +170,7 @@ def _called(product, addresses):
     """`product` (an intrinsic) on arrays and integers: as many of its arguments as `addresses` says are arrays."""
     names = [f"p{i}" for i in range(addresses)]
     arguments = [f"{name}.ctypes.data" for name in names] + ["depth"] * (product in MULTIPLY_TILE)
+    arguments.insert(1, "p0.shape[-1]")
     scope = {"product": product}
     exec(f"def call({', '.join(names)}, depth):\n    product({', '.join(arguments)})", scope)
     return njit(scope["call"])

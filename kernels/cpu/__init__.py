@@ -8,8 +8,8 @@ from fastdtd.kernels.cpu.conv2d import (
     conv2d_pack_split,
     conv2d_packed_shape,
     conv2d_redistribute,
+    conv2d_results_elements,
     conv2d_split_panels,
-    conv2d_tiles_elements,
 )
 from fastdtd.kernels.cpu.dense import DENSE_FEATURES, dense_forward, dense_redistribute
 from fastdtd.kernels.cpu.elementwise import (
@@ -25,8 +25,28 @@ from fastdtd.kernels.cpu.microkernel import SPLIT_ROWS
 from fastdtd.kernels.cpu.pool2d import max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
 
 __all__ = [
-    "CONV2D_COLUMNS", "DENSE_FEATURES", "SPLIT_ROWS", "absorb_redistribute", "add_forward", "add_redistribute", "clear_redistribute",
-    "conv2d_block_shape", "conv2d_forward", "conv2d_pack", "conv2d_pack_split", "conv2d_packed_shape", "conv2d_redistribute",
-    "conv2d_split_panels", "conv2d_tiles_elements", "copy_forward", "dense_forward", "dense_redistribute", "max_pool2d_forward",
-    "max_pool2d_redistribute", "pool2d_forward", "pool2d_redistribute", "relu_forward", "relu_redistribute",
+    "CONV2D_COLUMNS",
+    "DENSE_FEATURES",
+    "SPLIT_ROWS",
+    "absorb_redistribute",
+    "add_forward",
+    "add_redistribute",
+    "clear_redistribute",
+    "conv2d_block_shape",
+    "conv2d_forward",
+    "conv2d_pack",
+    "conv2d_pack_split",
+    "conv2d_packed_shape",
+    "conv2d_redistribute",
+    "conv2d_results_elements",
+    "conv2d_split_panels",
+    "copy_forward",
+    "dense_forward",
+    "dense_redistribute",
+    "max_pool2d_forward",
+    "max_pool2d_redistribute",
+    "pool2d_forward",
+    "pool2d_redistribute",
+    "relu_forward",
+    "relu_redistribute",
 ]

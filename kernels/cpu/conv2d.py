@@ -34,11 +34,15 @@ from fastdtd.kernels.cpu.microkernel import (
     SPLIT_ROWS,
     TILE_COLUMNS,
     TILE_ROWS,
+    add_vectors,
+    copy_vectors,
     finish_vectors,
+    multiply_vectors,
 )
 
 CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS)  # of a tile; tiles read this far beyond the last place
 _BLOCK_BYTES = 1 << 18  # a block of planes stays in the second-level cache beside the weights that stream past it
+_BLOCK_PLACES = 1536  # and so do its results
 _ZERO = np.float32(0)
 _BITS = np.array(SPLIT_ORDER, np.int64)
 
@@ -46,21 +50,23 @@ _BITS = np.array(SPLIT_ORDER, np.int64)
 # ---- Sizes, for the plan ---------------------------------------------------------------------------------------------------------------
 
 
-def conv2d_tiles_elements():
-    """Floats of the scratch array `tiles`: vectors are read beyond a tile's end."""
-    return 2 * SPLIT_ROWS * SPLIT_COLUMNS + 2 * TILE_ROWS * TILE_COLUMNS + CONV2D_COLUMNS
+def conv2d_results_elements(places):
+    """Floats of the scratch array `results` for blocks of so many places, counted along rows of planes."""
+    return (places + 2 * CONV2D_COLUMNS) * max(2 * SPLIT_ROWS, 2 * TILE_ROWS)
 
 
 def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
     """Places of a block (down, across) for a grid of places (rows, columns) that reads so many planes, so much taller and wider."""
     fitting = _BLOCK_BYTES // (4 * planes)
     across = columns
-    if columns > 2 * CONV2D_COLUMNS and (1 + more_rows) * (columns + more_columns) > fitting:
-        across = max(2 * CONV2D_COLUMNS, fitting // (1 + more_rows) - more_columns)
-        across = -(-across // CONV2D_COLUMNS) * CONV2D_COLUMNS
-    down = max(fitting // (across + more_columns) - more_rows, -(-2 * CONV2D_COLUMNS // (across + more_columns)))
-    down = -(-rows // -(-rows // min(down, rows)))  # blocks of equal height
-    return down, min(across, columns)
+    if columns > 2 * CONV2D_COLUMNS and (columns > _BLOCK_PLACES or (1 + more_rows) * (columns + more_columns) > fitting):
+        across = min(max(2 * CONV2D_COLUMNS, fitting // (1 + more_rows) - more_columns), _BLOCK_PLACES)
+        across = -(-columns // -(-columns // across))
+        across = min(-(-across // CONV2D_COLUMNS) * CONV2D_COLUMNS, columns)
+    width = across + more_columns
+    down = max(fitting // width - more_rows, -(-2 * CONV2D_COLUMNS // width))
+    down = max(min(down, rows, _BLOCK_PLACES // width), 1)
+    return -(-rows // -(-rows // down)), across  # blocks of equal height
 
 
 def conv2d_packed_shape(groups, rows, depth):
@@ -127,64 +133,72 @@ def _inside(first, step, size, count):
 
 
 @kernel
-def _copy_plane(out, a, first_y, first_x, step_down, step_right, part, low, high):
-    """out (rows, width) <- a (H, W) at first + index * step, 0 outside.
+def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down, step_right, part, low, high):
+    """block[at:], rows of `width` <- plane number `channel` of a (flat *, H, W) at first + index * step, 0 outside.
 
     part says what is taken of each value a: 0: a, 1: max(a, 0), 2: min(a, 0), 3: a - low, 4: high - a. The last two are 0 where a lies
     beyond its bound, as a mean can by rounding.
     """
-    rows, width = out.shape
-    top, bottom = _inside(first_y, step_down, a.shape[0], rows)
-    left, right = _inside(first_x, step_right, a.shape[1], width)
-    for r in range(rows):
-        line = out[r]
-        if r < top or r >= bottom or right <= left:
-            line[:] = _ZERO
-            continue
-        line[:left] = _ZERO
-        line[right:] = _ZERO
-        begin = first_x + left * step_right
-        source, to = a[first_y + r * step_down, begin:begin + (right - left - 1) * step_right + 1], line[left:right]
+    height, across = a.shape[2:]
+    flat = a.reshape(a.size)
+    top, bottom = _inside(first_y, step_down, height, rows)
+    left, right = _inside(first_x, step_right, across, width)
+    if right <= left:
+        top = bottom = rows
+    for i in range(at, at + top * width):
+        block[i] = _ZERO
+    for r in range(top, bottom):
+        to, count = at + r * width + left, right - left
+        source = (channel * height + first_y + r * step_down) * across + first_x + left * step_right
+        for i in range(at + r * width, to):
+            block[i] = _ZERO
         if part == 0 and step_right == 1:
-            for i in range(len(to)):
-                to[i] = source[i]
+            # Whole vectors: what is stored behind the row's end is stored over below, or belongs to the next row.
+            copy_vectors(block.ctypes.data + 4 * to, flat.ctypes.data + 4 * source, 0, count)
         elif part == 0 and step_right == 2:
-            for i in range(len(to)):
-                to[i] = source[2 * i]
+            for i in range(count):
+                block[to + i] = flat[source + 2 * i]
         elif part == 0:
-            for i in range(len(to)):
-                to[i] = source[i * step_right]
+            for i in range(count):
+                block[to + i] = flat[source + i * step_right]
         elif part == 1:
-            for i in range(len(to)):
-                to[i] = max(source[i * step_right], _ZERO)
+            for i in range(count):
+                block[to + i] = max(flat[source + i * step_right], _ZERO)
         elif part == 2:
-            for i in range(len(to)):
-                to[i] = min(source[i * step_right], _ZERO)
+            for i in range(count):
+                block[to + i] = min(flat[source + i * step_right], _ZERO)
         elif part == 3:
-            for i in range(len(to)):
-                to[i] = max(source[i * step_right] - low, _ZERO)
+            for i in range(count):
+                block[to + i] = max(flat[source + i * step_right] - low, _ZERO)
         else:
-            for i in range(len(to)):
-                to[i] = max(high - source[i * step_right], _ZERO)
+            for i in range(count):
+                block[to + i] = max(high - flat[source + i * step_right], _ZERO)
+        for i in range(to + count, at + (r + 1) * width):
+            block[i] = _ZERO
+    for i in range(at + bottom * width, at + rows * width):
+        block[i] = _ZERO
 
 
 @kernel
-def _copy_product(out, ratio, c, first_y, first_x):
-    """As _copy_plane with step 1, of the product ratio * c of two planes (H, W)."""
-    rows, width = out.shape
-    top, bottom = _inside(first_y, 1, c.shape[0], rows)
-    left, right = _inside(first_x, 1, c.shape[1], width)
-    for r in range(rows):
-        line = out[r]
-        if r < top or r >= bottom or right <= left:
-            line[:] = _ZERO
-            continue
-        line[:left] = _ZERO
-        line[right:] = _ZERO
-        to, y, x = line[left:right], first_y + r, first_x + left
-        p, q = ratio[y, x:x + len(to)], c[y, x:x + len(to)]
-        for i in range(len(to)):
-            to[i] = p[i] * q[i]
+def _copy_product(block, at, rows, width, ratio, ratio_channel, c, c_channel, first_y, first_x):
+    """As _copy_plane with step 1, of the product ratio * c of two planes."""
+    height, across = c.shape[2:]
+    top, bottom = _inside(first_y, 1, height, rows)
+    left, right = _inside(first_x, 1, across, width)
+    if right <= left:
+        top = bottom = rows
+    for i in range(at, at + top * width):
+        block[i] = _ZERO
+    for r in range(top, bottom):
+        to, source = at + r * width + left, (first_y + r) * across + first_x + left
+        for i in range(at + r * width, to):
+            block[i] = _ZERO
+        multiply_vectors(block.ctypes.data + 4 * to, ratio.ctypes.data + 4 * (ratio_channel * height * across + source),
+                         c.ctypes.data + 4 * (c_channel * height * across + source), right - left)
+        for i in range(to + right - left, at + (r + 1) * width):
+            block[i] = _ZERO
+    for i in range(at + bottom * width, at + rows * width):
+        block[i] = _ZERO
 
 
 # ---- Tiles -------------------------------------------------------------------------------------------------------------------------------
@@ -195,40 +209,52 @@ _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
 
 
 @kernel
-def _multiply_split(tiles, a, offsets, bounds, b, columns):
-    """The narrowest product that covers so many columns."""
-    if columns <= LANES:
-        _SPLIT_1(tiles, a, offsets, bounds, b)
-    elif columns <= 2 * LANES:
-        _SPLIT_2(tiles, a, offsets, bounds, b)
-    else:
-        _SPLIT_3(tiles, a, offsets, bounds, b)
+def _tile_width(places, most):
+    """Columns of each tile but the last where all are about as wide, in whole vectors: narrow tiles use the processor badly."""
+    tiles = -(-places // most)
+    return -(-places // (tiles * LANES)) * LANES
 
 
 @kernel
-def _multiply_tile(tile, a, offsets, b, depth, columns):
-    if columns <= LANES:
-        _TILE_1(tile, a, offsets, b, depth)
-    elif columns <= 2 * LANES:
-        _TILE_2(tile, a, offsets, b, depth)
-    else:
-        _TILE_3(tile, a, offsets, b, depth)
+def _multiply_split(results, stride, a, offsets, bounds, b, places):
+    """P and N of one panel for so many places, (2, SPLIT_ROWS, stride) from the address `results` on."""
+    width = _tile_width(places, SPLIT_COLUMNS)
+    for j in range(0, places, width):
+        columns = min(width, places - j)
+        if columns <= LANES:
+            _SPLIT_1(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+        elif columns <= 2 * LANES:
+            _SPLIT_2(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+        else:
+            _SPLIT_3(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
 
 
 @kernel
-def _segment(place, end, width, across):
-    """The first stored places at or behind `place` (as they are counted: rows of `width`, `across` of them stored): row, column, length."""
-    row, column = place // width, place % width
-    if column >= across:
-        row, column = row + 1, 0
-    return row, column, min(across - column, end - (row * width + column))
+def _multiply_tile(results, stride, a, offsets, b, depth, places):
+    """The product of one panel for so many places, (TILE_ROWS, stride) from the address `results` on."""
+    width = _tile_width(places, TILE_COLUMNS)
+    for j in range(0, places, width):
+        columns = min(width, places - j)
+        if columns <= LANES:
+            _TILE_1(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        elif columns <= 2 * LANES:
+            _TILE_2(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        else:
+            _TILE_3(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+
+
+@kernel
+def _storable(columns, to, limit):
+    """How many of so many columns can be stored as whole vectors from `to` on, without writing at `limit` or behind it."""
+    whole = -(-columns // LANES) * LANES
+    return whole if to + whole <= limit else columns // LANES * LANES
 
 
 # ---- Forward ---------------------------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, low, high, planes, block, tiles,
+def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, low, high, planes, block, results,
                    x_channel, a_channel, step_down, step_right, block_rows, block_columns, more_rows, more_columns, shares,
                    features, relu, relevance, first, last):
     """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something (elementwise.ratio_of).
@@ -236,78 +262,79 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, l
     packed, offsets, bounds are of conv2d_pack_split. Its depth runs over the copies that the features need (a; its two signs; a and its
     distances from both bounds), the channels of a group, the taps. planes (P, 2) holds where each plane of a channel begins, relative to a
     place's own position; with none the tensor itself is read. bias is (K,); low, high are bounds of each channel of a, read under BOX;
-    constant (K, OH * OW) is z under ONES, which depends on the place alone.
+    constant (K, OH * OW) is z under ONES, which depends on the place alone. block and results are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
+    size = height * across
     groups, panels = packed.shape[:2]
     channels, per_group = len(low) // groups, outputs // groups
     copies = 3 if features == BOX else 2 if features == SIGNED else 1
+    with_positive = features in (NONNEGATIVE, SIGNED)
     direct = len(planes) == 0
-    width = block_columns + more_columns
+    width, plane_rows = block_columns + more_columns, block_rows + more_rows
     blocks_across = -(-across // block_columns)
     blocks = -(-height // block_rows) * blocks_across
-    flat_x, flat_ratio = x.reshape(x.shape[0], x.shape[1], height * across), ratio.reshape(ratio.shape[0], outputs, height * across)
-    p_tile = tiles.ctypes.data
-    p_negative = p_tile + 4 * SPLIT_ROWS * SPLIT_COLUMNS
+    flat_x, flat_ratio, flat_constant = x.reshape(x.size), ratio.reshape(ratio.size), constant.reshape(constant.size)
+    p_x, p_ratio, p_constant, p_results = x.ctypes.data, ratio.ctypes.data, constant.ctypes.data, results.ctypes.data
     for unit in range(first, last):
         n, within = unit // (blocks * shares), unit % (blocks * shares)
         share, index = within % shares, within // shares
-        y, x0 = index // blocks_across * block_rows, index % blocks_across * block_columns
-        rows, columns = min(block_rows, height - y), min(block_columns, across - x0)
+        y, left = index // blocks_across * block_rows, index % blocks_across * block_columns
+        rows, columns = min(block_rows, height - y), min(block_columns, across - left)
         places = (rows - 1) * width + columns
-        # Vectors may be stored beyond a segment's end where this unit stores what belongs there afterwards.
+        stride = places + SPLIT_COLUMNS
+        # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
         limit = (y + rows) * across if columns == across else 0
         absorbs, copied = False, -1
         for panel in range(groups * panels * share // shares, groups * panels * (share + 1) // shares):
             g, within_group = panel // panels, panel % panels
-            if g != copied:
+            if g != copied and not direct:
                 copied = g
                 at = 0
-                for copy in range(copies if not direct else 0):
+                for copy in range(copies):
                     part = copy if copies == 1 or (features == BOX and copy == 0) else copy + (2 if features == BOX else 1)
                     for channel in range(g * channels, (g + 1) * channels):
-                        for plane in range(len(planes)):
-                            _copy_plane(block[at], a[n, a_channel + channel], y * step_down + planes[plane, 0],
-                                        x0 * step_right + planes[plane, 1], step_down, step_right, part, low[channel], high[channel])
-                            at += 1
-            p_b = a[n, a_channel + g * channels].ctypes.data + 4 * x0 if direct else block.ctypes.data
-            p_packed, p_offsets = packed[g, within_group].ctypes.data, offsets[g, within_group].ctypes.data
-            p_bounds = bounds[g, within_group].ctypes.data
-            first_output = g * per_group + within_group * SPLIT_ROWS
-            for j in range(0, places, SPLIT_COLUMNS):
-                end = min(j + SPLIT_COLUMNS, places)
-                _multiply_split(p_tile, p_packed, p_offsets, p_bounds, p_b + 4 * j, end - j)
-                for i in range(min(SPLIT_ROWS, per_group - within_group * SPLIT_ROWS)):
-                    k = first_output + i
-                    row, column, length = _segment(j, end, width, columns)
-                    while length > 0:
-                        lane, to = row * width + column - j + i * SPLIT_COLUMNS, (y + row) * across + x0 + column
-                        whole = -(-length // LANES) * LANES
-                        if to + whole > limit:
-                            whole = length // LANES * LANES
-                        z = constant[k, to:].ctypes.data if features == ONES else p_tile + 4 * lane
-                        absorbs |= finish_vectors(flat_x[n, x_channel + k, to:].ctypes.data, flat_ratio[n, k, to:].ctypes.data, z,
-                                                  p_negative + 4 * lane, whole, bias[k], features in (NONNEGATIVE, SIGNED), relu != 0,
-                                                  relevance != 0, LEAST)
-                        for q in range(whole, length):
-                            z_here = constant[k, to + q] if features == ONES else tiles[lane + q]
-                            value = tiles[SPLIT_ROWS * SPLIT_COLUMNS + lane + q]
-                            if features in (NONNEGATIVE, SIGNED):
-                                value += z_here
-                            value = finish(value + bias[k], relu)
-                            r = ratio_of(value, z_here, relevance)
-                            flat_x[n, x_channel + k, to + q] = value
-                            flat_ratio[n, k, to + q] = r
-                            absorbs |= r < _ZERO
-                        row, column, length = _segment(row * width + column + length, end, width, columns)
+                        for i in range(len(planes)):
+                            _copy_plane(block, at, plane_rows, width, a, n * a.shape[1] + a_channel + channel,
+                                        y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right, part,
+                                        low[channel], high[channel])
+                            at += plane_rows * width
+            p_b = block.ctypes.data
+            if direct:
+                p_b = a.ctypes.data + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
+            entries = panel * packed.shape[2]
+            _multiply_split(p_results, stride, packed.ctypes.data + 4 * entries * SPLIT_ROWS, offsets.ctypes.data + 4 * entries,
+                            bounds.ctypes.data + 4 * panel * bounds.shape[2], p_b, places)
+            for i in range(min(SPLIT_ROWS, per_group - within_group * SPLIT_ROWS)):
+                k = g * per_group + within_group * SPLIT_ROWS + i
+                for row in range(rows):
+                    to = (y + row) * across + left
+                    positive = i * stride + row * width
+                    negative = positive + SPLIT_ROWS * stride
+                    at_x, at_ratio, at_constant = (n * x.shape[1] + x_channel + k) * size + to, (n * outputs + k) * size + to, k * size + to
+                    p_z = p_constant + 4 * at_constant if features == ONES else p_results + 4 * positive
+                    whole = _storable(columns, to, limit)
+                    absorbs |= finish_vectors(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, whole, bias[k],
+                                              with_positive, relu != 0, relevance != 0, LEAST)
+                    for q in range(whole, columns):
+                        z = flat_constant[at_constant + q] if features == ONES else results[positive + q]
+                        value = results[negative + q]
+                        if with_positive:
+                            value += z
+                        value = finish(value + bias[k], relu)
+                        r = ratio_of(value, z, relevance)
+                        flat_x[at_x + q] = value
+                        flat_ratio[at_ratio + q] = r
+                        absorbs |= r < _ZERO
         if absorbs:
             dead[n] = 1
 
 
 # ---- Redistribute ----------------------------------------------------------------------------------------------------------------------
 
+
 @kernel
-def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, planes, block, tiles,
+def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, planes, block, results,
                         c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, shares, features, relevance, accumulate,
                         first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
@@ -317,79 +344,74 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
 
     phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its range in `planes`; its number of
     taps; where its weights begin in packed and its rows in offsets; rows and columns of its blocks and what their planes have more of
-    each; how many blocks the phases before it have.
+    each; how many blocks the phases before it have. block and results are flat scratch.
     """
     inputs, outputs = len(low), ratio.shape[1]
+    height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
     panels = -(-per_group // TILE_ROWS)
     end_phase = phases[-1]
     blocks_of_image = end_phase[13] + -(-end_phase[2] // end_phase[9]) * -(-end_phase[3] // end_phase[10])
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
-    tile_size = TILE_ROWS * TILE_COLUMNS
+    flat_in, flat_a = c_in.reshape(c_in.size), a.reshape(a.size)
+    p_in, p_results, p_packed = c_in.ctypes.data, results.ctypes.data, packed.ctypes.data
     for unit in range(first, last):
         n, within = unit // (blocks_of_image * shares), unit % (blocks_of_image * shares)
         share, index, phase = within % shares, within // shares, 0
         while phase + 1 < len(phases) and phases[phase + 1, 13] <= index:
             phase += 1
-        (top, left, grid_rows, grid_columns, first_plane, last_plane, taps, begin, begin_offsets, block_rows, block_columns, more_rows,
+        (top, start, grid_rows, grid_columns, first_plane, last_plane, taps, begin, begin_offsets, block_rows, block_columns, more_rows,
          more_columns, before) = phases[phase]
         blocks_across = -(-grid_columns // block_columns)
-        y = (index - before) // blocks_across * block_rows
-        x = (index - before) % blocks_across * block_columns
-        rows, columns = min(block_rows, grid_rows - y), min(block_columns, grid_columns - x)
-        width = block_columns + more_columns
+        y, left = (index - before) // blocks_across * block_rows, (index - before) % blocks_across * block_columns
+        rows, columns = min(block_rows, grid_rows - y), min(block_columns, grid_columns - left)
+        width, plane_rows = block_columns + more_columns, block_rows + more_rows
         places = (rows - 1) * width + columns
+        stride = places + TILE_COLUMNS
+        # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
+        limit = (y + rows) * across if columns == across and stride_down == 1 else 0
         depth, copied = from_group * taps, -1
-        plane_size = (block_rows + more_rows) * width
         for panel in range(groups * panels * share // shares, groups * panels * (share + 1) // shares):
             g, within_group = panel // panels, panel % panels
             if g != copied:
                 copied = g
                 at = 0
                 for k in range(g * from_group, (g + 1) * from_group):
-                    for plane in range(first_plane, last_plane):
-                        out = block[at:at + plane_size].reshape(block_rows + more_rows, width)
-                        _copy_product(out, ratio[n, k], c[n, c_channel + k], y + planes[plane, 0], x + planes[plane, 1])
-                        at += plane_size
-            for j in range(0, places, TILE_COLUMNS):
-                end = min(j + TILE_COLUMNS, places)
-                for part in range(parts):
-                    if depth:
-                        weights = begin + ((part * groups + g) * panels + within_group) * depth * TILE_ROWS
-                        _multiply_tile(tiles.ctypes.data + 4 * part * tile_size, packed.ctypes.data + 4 * weights,
-                                       offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data + 4 * j, depth, end - j)
-                    else:
-                        tiles[part * tile_size:(part + 1) * tile_size] = _ZERO
-                for i in range(min(TILE_ROWS, per_group - within_group * TILE_ROWS)):
-                    channel = g * per_group + within_group * TILE_ROWS + i
-                    row, column, length = _segment(j, end, width, columns)
-                    while length > 0:
-                        lane = row * width + column - j + i * TILE_COLUMNS
-                        to_y, to_x = top + (y + row) * stride_down, left + (x + column) * stride_right
-                        reach = to_x + (length - 1) * stride_right + 1
-                        out = c_in[n, c_in_channel + channel, to_y, to_x:reach]
-                        positive = tiles[lane:lane + length]
-                        if as_it_is and stride_right == 1:
-                            if accumulate:
-                                for q in range(length):
-                                    out[q] += positive[q]
+                    for i in range(first_plane, last_plane):
+                        _copy_product(block, at, plane_rows, width, ratio, n * outputs + k, c, n * c.shape[1] + c_channel + k,
+                                      y + planes[i, 0], left + planes[i, 1])
+                        at += plane_rows * width
+            for part in range(parts):
+                if depth:
+                    weights = begin + ((part * groups + g) * panels + within_group) * depth * TILE_ROWS
+                    _multiply_tile(p_results + 4 * part * TILE_ROWS * stride, stride, p_packed + 4 * weights,
+                                   offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places)
+                else:
+                    results[part * TILE_ROWS * stride:(part + 1) * TILE_ROWS * stride] = _ZERO
+            for i in range(min(TILE_ROWS, per_group - within_group * TILE_ROWS)):
+                channel = g * per_group + within_group * TILE_ROWS + i
+                for row in range(rows):
+                    place = (top + (y + row) * stride_down) * across + start + left * stride_right
+                    to = (n * c_in.shape[1] + c_in_channel + channel) * height * across + place
+                    positive = i * stride + row * width
+                    negative = positive + (parts - 1) * TILE_ROWS * stride
+                    whole = 0
+                    if as_it_is and stride_right == 1 and accumulate:
+                        whole = columns // LANES * LANES
+                        add_vectors(p_in + 4 * to, p_in + 4 * to, p_results + 4 * positive, whole)
+                    elif as_it_is and stride_right == 1:
+                        whole = _storable(columns, place, limit)
+                        copy_vectors(p_in + 4 * to, p_results + 4 * positive, 0, whole)
+                    at_a = (n * a.shape[1] + a_channel + channel) * height * across + place
+                    for q in range(whole, columns):
+                        result, i_in = results[positive + q], to + q * stride_right
+                        if not as_it_is:
+                            v = flat_a[at_a + q * stride_right]
+                            if features == BOX:
+                                result = max(v - low[channel], _ZERO) * result + max(high[channel] - v, _ZERO) * results[negative + q]
                             else:
-                                for q in range(length):
-                                    out[q] = positive[q]
-                        elif as_it_is:
-                            for q in range(length):
-                                out[q * stride_right] = positive[q] + (out[q * stride_right] if accumulate else _ZERO)
-                        else:
-                            value = a[n, a_channel + channel, to_y, to_x:reach]
-                            negative = tiles[(parts - 1) * tile_size + lane:(parts - 1) * tile_size + lane + length]
-                            for q in range(length):
-                                v, p, m = value[q * stride_right], positive[q], negative[q]
-                                if features == BOX:
-                                    result = max(v - low[channel], _ZERO) * p + max(high[channel] - v, _ZERO) * m
-                                else:
-                                    result = p if v >= _ZERO else m
-                                    if relevance:
-                                        result *= abs(v)
-                                out[q * stride_right] = result + out[q * stride_right] if accumulate else result
-                        row, column, length = _segment(row * width + column + length, end, width, columns)
+                                result = result if v >= _ZERO else results[negative + q]
+                                if relevance:
+                                    result *= abs(v)
+                        flat_in[i_in] = result + flat_in[i_in] if accumulate else result

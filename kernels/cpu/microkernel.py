@@ -8,8 +8,8 @@ padded plane from different places, and the columns of a tile are neighbouring p
 
 Two products:
 
-multiply_tile    tile = A^T B, a tile of TILE_ROWS x TILE_COLUMNS.
-multiply_split   P = max(A, 0)^T B and N = min(A, 0)^T B at once, a tile of SPLIT_ROWS x SPLIT_COLUMNS each, in the time of one product:
+MULTIPLY_TILE    A^T B, a tile of TILE_ROWS x TILE_COLUMNS.
+MULTIPLY_SPLIT   P = max(A, 0)^T B and N = min(A, 0)^T B at once, a tile of SPLIT_ROWS x SPLIT_COLUMNS each, in the time of one product:
                  every weight belongs to P or to N, never to both. Entries of A are sorted by which of the rows they are positive in, so
                  that each of the 2^SPLIT_ROWS classes is a loop which knows the accumulators that it adds to.
 """
@@ -116,10 +116,10 @@ def _pointers(builder, addresses, *kinds):
 
 def _make_multiply_tile(vectors):
     @intrinsic
-    def multiply(typing_context, tile, a, offsets, b, depth):
+    def multiply(typing_context, tile, tile_stride, a, offsets, b, depth):
         def codegen(context, builder, signature, arguments):
-            p_tile, p_a, p_offsets, p_b = _pointers(builder, arguments[:4], _F32, _F32, _I32, _F32)
-            depth = arguments[4]
+            tile, tile_stride, a, offsets, b, depth = arguments
+            p_tile, p_a, p_offsets, p_b = _pointers(builder, (tile, a, offsets, b), _F32, _F32, _I32, _F32)
 
             def one_step(step, sums):
                 row_a = builder.mul(step, _number(TILE_ROWS))
@@ -141,14 +141,15 @@ def _make_multiply_tile(vectors):
             sums = _loop(builder, whole, depth, 1, sums, one_step)
             for i in range(TILE_ROWS):
                 for j in range(vectors):
-                    _store(builder, sums[i * vectors + j], p_tile, _number(i * TILE_COLUMNS + j * LANES))
+                    place = builder.add(builder.mul(tile_stride, _number(i)), _number(j * LANES))
+                    _store(builder, sums[i * vectors + j], p_tile, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 5), codegen
+        return types.void(*[types.intp] * 6), codegen
 
-    multiply.__doc__ = f"""tile (TILE_ROWS, TILE_COLUMNS) = a (depth, TILE_ROWS)^T times b, in its first {vectors * LANES} columns.
+    multiply.__doc__ = f"""tile (TILE_ROWS, {vectors * LANES}) = a (depth, TILE_ROWS)^T times b.
 
-    Row d of b starts offsets[d] (int32) floats behind b. tile, a, offsets and b are addresses. Each number of the tile is one chain of
+    Rows of tile are tile_stride floats apart; row d of b starts offsets[d] (int32) floats behind b. tile, a, offsets and b are addresses. Each number of the tile is one chain of
     multiply-adds in the order of depth, so it does not depend on where in a tile, or in which tile, a column lies.
     """
     return multiply
@@ -156,9 +157,10 @@ def _make_multiply_tile(vectors):
 
 def _make_multiply_split(vectors):
     @intrinsic
-    def multiply(typing_context, tiles, a, offsets, bounds, b):
+    def multiply(typing_context, tiles, tile_stride, a, offsets, bounds, b):
         def codegen(context, builder, signature, arguments):
-            p_tiles, p_a, p_offsets, p_bounds, p_b = _pointers(builder, arguments, _F32, _F32, _I32, _I32, _F32)
+            tiles, tile_stride, *others = arguments
+            p_tiles, p_a, p_offsets, p_bounds, p_b = _pointers(builder, (tiles, *others), _F32, _F32, _I32, _I32, _F32)
             sums = [_ZEROS] * (2 * SPLIT_ROWS * vectors)
 
             def bound(i):
@@ -185,12 +187,13 @@ def _make_multiply_split(vectors):
                 first = last
             for i in range(2 * SPLIT_ROWS):
                 for j in range(vectors):
-                    _store(builder, sums[i * vectors + j], p_tiles, _number(i * SPLIT_COLUMNS + j * LANES))
+                    place = builder.add(builder.mul(tile_stride, _number(i)), _number(j * LANES))
+                    _store(builder, sums[i * vectors + j], p_tiles, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 5), codegen
+        return types.void(*[types.intp] * 6), codegen
 
-    multiply.__doc__ = f"""tiles (2, SPLIT_ROWS, SPLIT_COLUMNS) = P and N, in their first {vectors * LANES} columns.
+    multiply.__doc__ = f"""tiles (2, SPLIT_ROWS, {vectors * LANES}) = P and N; rows are tile_stride floats apart.
 
     Entries of a (depth, SPLIT_ROWS) are sorted by class: those from bounds[i] to bounds[i + 1] (int32) are added to P in the rows whose
     bits are set in SPLIT_ORDER[i], to N in the others. Addresses and offsets as in multiply_tile, and sums too: one chain each.
@@ -209,7 +212,7 @@ MULTIPLY_SPLIT = tuple(_make_multiply_split(vectors) for vectors in range(1, SPL
 def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, with_positive, relu, relevance, least):
     """x <- y = negative (+ positive, if with_positive) + bias, through a ReLU if relu; ratio <- |x| / z with z = positive.
 
-    As elementwise.finish and ratio_of, `count` numbers from each address, a multiple of LANES. Returns whether a ratio is negative.
+    As elementwise.finish and ratio_of; `count` numbers from each address, rounded up to LANES. Returns whether a ratio is negative.
     """
     signature = types.boolean(*[types.intp] * 5, types.float32, types.boolean, types.boolean, types.boolean, types.float32)
 
@@ -238,6 +241,30 @@ def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, wi
         return builder.icmp_unsigned("!=", builder.bitcast(found, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
 
     return signature, codegen
+
+
+def _make_vector_loop(operation, inputs):
+    @intrinsic
+    def loop(typing_context, out, p, q, count):
+        def codegen(context, builder, signature, arguments):
+            p_out, *sources = _pointers(builder, arguments[:3], _F32, _F32, _F32)
+
+            def one_step(step, nothing):
+                _store(builder, operation(builder, *(_load(builder, source, step) for source in sources[:inputs])), p_out, step)
+                return nothing
+
+            _loop(builder, _number(0), arguments[3], LANES, [], one_step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 4), codegen
+
+    return loop
+
+
+# out <- p, p + q, p * q: `count` numbers from each address, rounded up to LANES: what is behind them must not matter.
+copy_vectors = _make_vector_loop(lambda builder, p: p, 1)
+add_vectors = _make_vector_loop(ir.IRBuilder.fadd, 2)
+multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
 
 
 def _splat_bit(builder, bit):
