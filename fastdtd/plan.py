@@ -73,6 +73,7 @@ class PackedConv2d:
     copies: int  # of the channels of a group
     constant: Array
     back: Array
+    back_rows: int  # of each group's matrix
     back_offsets: npt.NDArray[np.int32]
     back_planes: npt.NDArray[np.int64]
     phases: npt.NDArray[np.int64]
@@ -155,7 +156,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
             if reached:
                 index = [i * kernel[1] + j for i, j in reached]
                 transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
-                matrices = np.concatenate(transposed, 1).reshape(layer.groups, len(shares) * per_group, -1)
+                matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
                 back.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
                 kernels.conv2d_pack(back[-1], matrices)
                 used += back[-1].size
@@ -173,6 +174,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleT
         copies=0 if pointwise else per_group * len(copies),
         constant=_read_only(_constant(layer, rule, shares, in_shape, out_shape)),
         back=_read_only(np.concatenate([part.ravel() for part in back]) if back else np.zeros(1, np.float32)),
+        back_rows=per_group * len(shares),
         back_offsets=_read_only(np.concatenate(back_offsets)),
         back_planes=_read_only(np.concatenate(back_planes)),
         phases=_read_only(np.array(phases, np.int64)),
@@ -520,7 +522,7 @@ class Plan:
             case g.Conv2d() if rule:
                 packed: PackedConv2d = self._packed[layer.name]
                 units = packed.back_units()
-                shares = self._shares(units, layer.groups * kernels.conv2d_packed_shape(1, layer.weight.shape[1], 1)[1])
+                shares = self._shares(units, layer.groups * kernels.conv2d_packed_shape(1, packed.back_rows, 1)[1])
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
                 wide = _reads_in_place(layer)

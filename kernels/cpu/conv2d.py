@@ -340,7 +340,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
 
     packed is flat: the panels of one phase behind those of another, made of the transposed V; where an input has two features (SIGNED,
-    BOX), a phase's panels for the second follow those for the first. A phase without taps is reached by no output: it gets zero.
+    BOX), its row for the second follows that for the first. A phase without taps is reached by no output: it gets zero.
 
     phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its range in `planes`; its number of
     taps; where its weights begin in packed and its rows in offsets; rows and columns of its blocks and what their planes have more of
@@ -350,7 +350,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
-    panels = -(-per_group // TILE_ROWS)
+    panels = -(-per_group * parts // TILE_ROWS)
     end_phase = phases[-1]
     blocks_of_image = end_phase[13] + -(-end_phase[2] // end_phase[9]) * -(-end_phase[3] // end_phase[10])
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
@@ -382,20 +382,18 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
                         _copy_product(block, at, plane_rows, width, ratio, n * outputs + k, c, n * c.shape[1] + c_channel + k,
                                       y + planes[i, 0], left + planes[i, 1])
                         at += plane_rows * width
-            for part in range(parts):
-                if depth:
-                    weights = begin + ((part * groups + g) * panels + within_group) * depth * TILE_ROWS
-                    _multiply_tile(p_results + 4 * part * TILE_ROWS * stride, stride, p_packed + 4 * weights,
-                                   offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places)
-                else:
-                    results[part * TILE_ROWS * stride:(part + 1) * TILE_ROWS * stride] = _ZERO
-            for i in range(min(TILE_ROWS, per_group - within_group * TILE_ROWS)):
-                channel = g * per_group + within_group * TILE_ROWS + i
+            if depth:
+                _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * TILE_ROWS),
+                               offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places)
+            else:
+                results[:TILE_ROWS * stride] = _ZERO
+            for i in range(0, min(TILE_ROWS, per_group * parts - within_group * TILE_ROWS), parts):
+                channel = g * per_group + (within_group * TILE_ROWS + i) // parts
                 for row in range(rows):
                     place = (top + (y + row) * stride_down) * across + start + left * stride_right
                     to = (n * c_in.shape[1] + c_in_channel + channel) * height * across + place
                     positive = i * stride + row * width
-                    negative = positive + (parts - 1) * TILE_ROWS * stride
+                    negative = positive + (parts - 1) * stride
                     whole = 0
                     if as_it_is and stride_right == 1 and accumulate:
                         whole = columns // LANES * LANES
