@@ -19,7 +19,8 @@ from fastdtd import kernels
 from fastdtd.errors import InputError
 from fastdtd.graph import Array
 from fastdtd.model import Model
-from fastdtd.plan import Plan, pack
+from fastdtd.packing import pack
+from fastdtd.plan import Plan
 from fastdtd.rules import Rules, assign
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None

@@ -1,4 +1,4 @@
-"""(graph, rules, kernels, batch) -> Plan: the only place that allocates, packs weights and picks kernels.
+"""(graph, rules, kernels, batch) -> Plan: the only place that allocates, and that binds kernels to memory.
 
 A plan is two flat lists of bound calls, forward and back. Compiling it takes two looks: the first writes down each call with the buffers it
 touches, the second lays the buffers out in one arena, where those that are never alive together share memory, and binds the calls.
@@ -10,7 +10,7 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -24,230 +24,10 @@ from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
-from fastdtd.rules import Assigned
+from fastdtd.packing import DirectBack, DirectForward, Winograd, read_only, reads_in_place
+from fastdtd.rules import Assigned, relevance_carriers
 
 _ALIGNMENT = 16  # floats: one cache line
-
-
-# ---- Weights, packed once and shared by all plans ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """How one convolution (a direction of a layer, a phase of its way back) reads its input: see kernels/cpu/conv2d.py.
-
-    planes (P, 2) are where each plane begins, `shifts` holds for each tap the plane that it reads and how far down and right of a place.
-    A block has `rows` x `columns` places, its planes more_rows and more_columns beyond that.
-    """
-
-    planes: npt.NDArray[np.int64]
-    shifts: list[tuple[int, int, int]]
-    rows: int
-    columns: int
-    more_rows: int
-    more_columns: int
-
-    def offsets(self, copies: int) -> npt.NDArray[np.int32]:
-        """Of each row of the product, (copies, taps) one behind the other, in a scratch array of that many copies of all planes."""
-        width = self.columns + self.more_columns
-        size = (self.rows + self.more_rows) * width
-        taps = np.array([plane * size + down * width + right for plane, down, right in self.shifts], np.int64)
-        return (np.arange(copies)[:, None] * (len(self.planes) * size) + taps).ravel().astype(np.int32)
-
-    def elements(self, copies: int) -> int:
-        return copies * len(self.planes) * (self.rows + self.more_rows) * (self.columns + self.more_columns)
-
-    def places(self) -> int:
-        """Of a block, counted along the rows of its planes."""
-        return self.rows * (self.columns + self.more_columns)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedConv2d:
-    """What conv2d_forward and conv2d_redistribute read of a layer besides tensors."""
-
-    forward: Blocks
-    packed: Array
-    offsets: npt.NDArray[np.int32]
-    bounds: npt.NDArray[np.int32]
-    copies: int  # of the channels of a group
-    constant: Array
-    back: Array
-    back_rows: int  # of each group's matrix
-    back_offsets: npt.NDArray[np.int32]
-    back_planes: npt.NDArray[np.int64]
-    phases: npt.NDArray[np.int64]
-    back_elements: int  # of scratch memory for planes, and for results
-    back_results: int
-
-    def forward_units(self, rows: int, columns: int) -> int:
-        """Blocks in the layer's output."""
-        return -(-rows // self.forward.rows) * -(-columns // self.forward.columns)
-
-    def back_units(self) -> int:
-        """Blocks in the layer's input."""
-        _, _, rows, columns, _, _, _, _, _, block_rows, block_columns, _, _, before = (int(v) for v in self.phases[-1])
-        return before + -(-rows // block_rows) * -(-columns // block_columns)
-
-
-def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
-    """For each convolution its PackedConv2d, for each dense layer the sum z of its weights V where that is all of z."""
-    packed: dict[str, Any] = {}
-    for layer in graph:
-        if isinstance(layer, g.Conv2d):
-            packed[layer.name] = _pack_conv2d(layer, graph, rules[layer.name], kernels)
-        elif isinstance(layer, g.Dense):
-            rule = rules[layer.name]
-            ones = rule.features == codes.ONES
-            packed[layer.name] = _read_only(rule.share_weights(layer.weight)[0].sum(1, dtype=np.float64).astype(np.float32) if ones
-                                            else np.zeros(len(layer.weight), np.float32))
-    return packed
-
-
-def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, kernels: ModuleType) -> PackedConv2d:
-    weight, shares = layer.weight, rule.share_weights(layer.weight)
-    outputs, per_group, *kernel = weight.shape
-    in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
-    taps = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
-
-    # For each copy of the input that the features need: its weights, and which of them add to z. y and z come from one product where
-    # z's terms are terms of y; else y has a copy of its own.
-    copies: list[tuple[Array, int]] = {
-        codes.NONNEGATIVE: [(weight, 1)],
-        codes.SIGNED: [(weight, 1), (weight, -1)],
-        codes.BOX: [(weight, 0), *((share, 2) for share in shares)],
-        codes.ONES: [(weight, 0)],
-    }[rule.features or codes.NONNEGATIVE]
-    reach = [(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]) for i, j in taps]
-    pointwise = _reads_in_place(layer) and len(copies) == 1
-    if pointwise:
-        blocks = Blocks(np.zeros((0, 2), np.int64), [], 1, kernels.conv2d_block_shape(1, _places(out_shape), 0, 0, per_group)[1], 0, 0)
-        offsets = np.arange(per_group, dtype=np.int32) * np.int32(_places(in_shape))
-    else:
-        blocks = _blocks(reach, layer.stride, out_shape[1:], per_group * len(copies), kernels)
-        offsets = blocks.offsets(per_group * len(copies))
-    matrices = np.concatenate([w.reshape(layer.groups, outputs // layer.groups, -1) for w, _ in copies], 2)
-    panels = kernels.conv2d_split_panels(outputs // layer.groups)
-    packed = np.empty((layer.groups, panels, matrices.shape[2], kernels.SPLIT_ROWS), np.float32)
-    packed_offsets = np.empty(packed.shape[:3], np.int32)
-    bounds = np.empty((layer.groups, panels, 1 + 2**kernels.SPLIT_ROWS), np.int32)
-    kernels.conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets,
-                              np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies)))
-
-    back: list[Array] = []
-    back_offsets: list[npt.NDArray[np.int32]] = []
-    back_planes: list[npt.NDArray[np.int64]] = []
-    phases: list[tuple[int, ...]] = []
-    used = used_offsets = used_planes = before = elements = places = 0
-    from_group = outputs // layer.groups
-    for down in range(layer.stride[0]):
-        for right in range(layer.stride[1]):
-            phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
-            (top, grid_rows, tap_rows), (left, grid_columns, tap_columns) = phase
-            if not grid_rows * grid_columns:
-                continue
-            if _reads_in_place(layer):
-                grid_rows, grid_columns = 1, grid_rows * grid_columns
-            reached = [(i, j) for i in tap_rows for j in tap_columns]
-            read = _blocks([(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached], (1, 1), (grid_rows, grid_columns),
-                           from_group, kernels)
-            phases.append((top, left, grid_rows, grid_columns, used_planes, used_planes + len(read.planes), len(reached), used,
-                           used_offsets, read.rows, read.columns, read.more_rows, read.more_columns, before))
-            if reached:
-                index = [i * kernel[1] + j for i, j in reached]
-                transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
-                matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
-                back.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
-                kernels.conv2d_pack(back[-1], matrices)
-                used += back[-1].size
-            back_offsets.append(read.offsets(from_group))
-            back_planes.append(read.planes)
-            used_offsets += len(back_offsets[-1])
-            used_planes += len(read.planes)
-            before += -(-grid_rows // read.rows) * -(-grid_columns // read.columns)
-            elements, places = max(elements, read.elements(from_group)), max(places, read.places())
-    return PackedConv2d(
-        forward=blocks,
-        packed=_read_only(packed),
-        offsets=_read_only(packed_offsets),
-        bounds=_read_only(bounds),
-        copies=0 if pointwise else per_group * len(copies),
-        constant=_read_only(_constant(layer, rule, shares, in_shape, out_shape)),
-        back=_read_only(np.concatenate([part.ravel() for part in back]) if back else np.zeros(1, np.float32)),
-        back_rows=per_group * len(shares),
-        back_offsets=_read_only(np.concatenate(back_offsets)),
-        back_planes=_read_only(np.concatenate(back_planes)),
-        phases=_read_only(np.array(phases, np.int64)),
-        back_elements=elements,
-        back_results=kernels.conv2d_results_elements(places),
-    )
-
-
-def _reads_in_place(layer: g.Conv2d) -> bool:
-    """Whether each output reads the one place of the input that it lies at."""
-    return layer.weight.shape[2:] == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0, 0, 0)
-
-
-def _places(shape: Shape) -> int:
-    return shape[1] * shape[2]
-
-
-def _blocks(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int, kernels: ModuleType) -> Blocks:
-    """For places (rows, columns) whose taps read the input at place * stride + tap, in so many channels."""
-    if not taps:
-        rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)
-        return Blocks(np.zeros((0, 2), np.int64), [], rows, columns, 0, 0)
-    first: dict[tuple[int, int], tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the least of them
-    for y, x in taps:
-        remainder = y % stride[0], x % stride[1]
-        top, left = first.get(remainder, (y, x))
-        first[remainder] = min(y, top), min(x, left)
-    number = {remainder: i for i, remainder in enumerate(first)}
-    shifts = []
-    for y, x in taps:
-        remainder = y % stride[0], x % stride[1]
-        top, left = first[remainder]
-        shifts.append((number[remainder], (y - top) // stride[0], (x - left) // stride[1]))
-    more_rows, more_columns = max(down for _, down, _ in shifts), max(right for _, _, right in shifts)
-    rows, columns = grid
-    taller, wider = rows + more_rows, columns + more_columns
-    if len(first) * taller * wider > len(taps) * rows * columns or (rows > 1 and 2 * wider > 3 * columns):  # planes would hold too much
-        first = dict(enumerate(taps))  # type: ignore[arg-type]  # a plane for each tap
-        shifts = [(i, 0, 0) for i in range(len(taps))]
-        more_rows = more_columns = 0
-    rows, columns = kernels.conv2d_block_shape(rows, columns, more_rows, more_columns, channels * len(first))
-    return Blocks(_table(list(first.values()), 2), shifts, rows, columns, more_rows, more_columns)
-
-
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:
-    return _read_only(np.array(rows, np.int64).reshape(-1, columns))
-
-
-def _phase(remainder: int, axis: int, layer: g.Conv2d, size: int) -> tuple[int, int, list[int]]:
-    """Inputs i of one axis with (i + padding) mod stride = remainder: the first, how many, and the taps of the kernel that reach them."""
-    stride, padding, dilation = layer.stride[axis], layer.padding[axis], layer.dilation[axis]
-    first = (remainder - padding) % stride
-    count = max(0, -((first - size) // stride))
-    return first, count, [tap for tap in range(layer.weight.shape[2 + axis]) if tap * dilation % stride == remainder]
-
-
-def _offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
-    """Which output, relative to an input's number within its phase, reads that input through this tap."""
-    return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
-
-
-def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, out_shape: Shape) -> Array:
-    """(K, OH * OW): z under ONES, which depends on the place alone, through the taps that fall inside the input."""
-    if rule.features != codes.ONES:
-        return np.zeros((1, 1), np.float32)
-    each = shares[0].sum(1, dtype=np.float64)
-    inside = []
-    for axis in (0, 1):
-        tap, place = np.ogrid[:layer.weight.shape[2 + axis], :out_shape[1 + axis]]
-        at = place * layer.stride[axis] + tap * layer.dilation[axis] - layer.padding[axis]
-        inside.append(((at >= 0) & (at < in_shape[1 + axis])).astype(np.float64))
-    sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), inside[0])
-    return np.asarray(sums.reshape(len(each), -1), np.float32)
 
 
 # ---- Buffers -----------------------------------------------------------------------------------------------------------------------------
@@ -327,7 +107,7 @@ class Plan:
         self.step_layers: list[str] = []  # which layer each step belongs to
         self._scratch: dict[str, int] = {}
         self._relu_behind = _fusible_relus(graph)
-        self._relevance_carriers = _relevance_carriers(graph, rules)
+        self._relevance_carriers = relevance_carriers(graph, rules)
         self._roots = _roots(graph)
         self._activations: dict[str, _Buffer] = {}
         self._factors: dict[str, _Buffer] = {}
@@ -442,8 +222,8 @@ class Plan:
     def _bounds(self, name: str) -> tuple[Array, Array]:
         domain, channels = self._graph.domains[name], self._graph.shapes[name][0]
         if domain.low is None or domain.high is None:
-            return (_read_only(np.zeros(channels, np.float32)),) * 2
-        return _read_only(domain.low), _read_only(domain.high)
+            return (read_only(np.zeros(channels, np.float32)),) * 2
+        return read_only(domain.low), read_only(domain.high)
 
     def _tape(self, layer: Layer, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
         shape = self._graph.shapes[layer.name]
@@ -454,25 +234,14 @@ class Plan:
         kernels, batch = self._kernels, self.batch
         result, relu = self._result(layer)
         x, a = self._activation(result), self._activation(layer.inputs[0])
-        channels, height, width = self._graph.shapes[layer.name]
+        channels = self._graph.shapes[layer.name][0]
         carries = result in self._relevance_carriers
         low, high = self._bounds(layer.inputs[0])
         rule = self._rules.get(layer.name)
         match layer:
             case g.Conv2d() if rule:
-                packed: PackedConv2d = self._packed[layer.name]
                 ratio, dead = self._tape(layer)
-                blocks, wide = packed.forward, packed.copies == 0
-                units = packed.forward_units(*((1, height * width) if wide else (height, width)))
-                shares = self._shares(units, packed.packed.shape[0] * packed.packed.shape[1])
-                self._step(kernels.conv2d_forward, [
-                    self._in_a_row(x.use, wide), self._in_a_row(ratio, wide), dead, self._in_a_row(a.use, wide), packed.packed,
-                    packed.offsets, packed.bounds, _bias(layer), packed.constant, low, high, blocks.planes,
-                    self._scratch_of("block", blocks.elements(packed.copies)),
-                    self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
-                    x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns, shares,
-                    rule.features, relu, carries,
-                ], batch * units * shares)
+                self._emit_convolution(layer, x, ratio, dead, a, relu, carries)
             case g.Dense() if rule:
                 ratio, dead = self._tape(layer)
                 self._step(kernels.dense_forward, [
@@ -520,18 +289,8 @@ class Plan:
             self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, column, c.channel], batch)
         match layer:
             case g.Conv2d() if rule:
-                packed: PackedConv2d = self._packed[layer.name]
-                units = packed.back_units()
-                shares = self._shares(units, layer.groups * kernels.conv2d_packed_shape(1, packed.back_rows, 1)[1])
                 accumulate = self._accumulates(source)
-                c_in, a = self._factor(source), self._activation_for(rule, source)
-                wide = _reads_in_place(layer)
-                self._step(kernels.conv2d_redistribute, [
-                    *(self._in_a_row(use, wide) for use in (c_in.use, c.use, ratio, a.use)),
-                    packed.back, packed.back_offsets, low, high, packed.phases, packed.back_planes,
-                    self._scratch_of("block", packed.back_elements), self._scratch_of("results", packed.back_results),
-                    c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, shares, rule.features, carries, accumulate,
-                ], batch * units * shares)
+                self._emit_convolution_back(layer, self._factor(source), c, ratio, self._activation_for(rule, source), carries, accumulate)
             case g.Dense() if rule:
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
@@ -574,6 +333,65 @@ class Plan:
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
                 # Inputs that lie in the result's own memory have what was written there.
 
+    def _emit_convolution(self, layer: g.Conv2d, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], a: _Tensor, relu: bool,
+                          carries: bool) -> None:
+        kernels, (_, height, width) = self._kernels, self._graph.shapes[layer.name]
+        packed = self._packed[layer.name].forward
+        if isinstance(packed, Winograd):
+            block, together, shares, units, scratch = self._winograd(packed, height, width)
+            self._step(kernels.winograd2d_forward, [
+                x.use, ratio, dead, a.use, packed.weights, packed.offsets(block), _bias(layer), *scratch, x.channel, a.channel,
+                packed.channels, *packed.padding, block, together, shares, relu, carries,
+            ], units)
+            return
+        assert isinstance(packed, DirectForward)
+        low, high = self._bounds(layer.inputs[0])
+        blocks, in_place = packed.blocks, packed.copies == 0
+        units = packed.units(*((1, height * width) if in_place else (height, width)))
+        shares = self._shares(units, packed.weights.shape[0] * packed.weights.shape[1])
+        self._step(kernels.conv2d_forward, [
+            self._in_a_row(x.use, in_place), self._in_a_row(ratio, in_place), dead, self._in_a_row(a.use, in_place), packed.weights,
+            packed.offsets, packed.bounds, _bias(layer), packed.constant, low, high, blocks.planes,
+            self._scratch_of("block", blocks.elements(packed.copies)),
+            self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
+            x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns, shares,
+            packed.features, relu, carries,
+        ], self.batch * units * shares)
+
+    def _emit_convolution_back(self, layer: g.Conv2d, c_in: _Tensor, c: _Tensor, ratio: _Use, a: _Tensor, carries: bool,
+                               accumulate: bool) -> None:
+        kernels, (channels, height, width) = self._kernels, self._graph.shapes[layer.inputs[0]]
+        packed = self._packed[layer.name].back
+        if isinstance(packed, Winograd):
+            block, together, shares, units, scratch = self._winograd(packed, height, width)
+            self._step(kernels.winograd2d_redistribute, [
+                c_in.use, c.use, ratio, packed.weights[0], packed.offsets(block), *scratch[:-1], c_in.channel, c.channel, channels,
+                *packed.padding, block, together, shares, accumulate,
+            ], units)
+            return
+        assert isinstance(packed, DirectBack)
+        in_place = reads_in_place(layer)
+        shares = self._shares(packed.units(), layer.groups * kernels.conv2d_packed_shape(1, packed.rows, 1)[1])
+        low, high = self._bounds(layer.inputs[0])
+        self._step(kernels.conv2d_redistribute, [
+            *(self._in_a_row(use, in_place) for use in (c_in.use, c.use, ratio, a.use)),
+            packed.weights, packed.offsets, low, high, packed.phases, packed.planes,
+            self._scratch_of("block", packed.elements), self._scratch_of("results", kernels.conv2d_results_elements(packed.places)),
+            c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, shares, packed.features, carries, accumulate,
+        ], self.batch * packed.units() * shares)
+
+    def _winograd(self, packed: Winograd, height: int, width: int) -> tuple[int, int, int, int, list[_Scratch]]:
+        """Tiles of a block, panels of a group, shares of a block, units, scratch."""
+        kernels = self._kernels
+        tiles, panels = self.batch * kernels.winograd2d_tiles(height, width), packed.weights.shape[-3]
+        block, together = kernels.winograd2d_block(packed.channels, panels, packed.products, tiles)
+        blocks = -(-tiles // block)
+        shares = self._shares_of(blocks, panels)
+        sizes = kernels.winograd2d_scratch(packed.channels, packed.products * together, block, width)
+        scratch = [self._scratch_of(f"winograd {name}", size)
+                   for name, size in zip(("lines", "points", "sums", "stage", "seen"), sizes, strict=True)]
+        return block, min(together, panels), shares, blocks * shares, scratch
+
     def _activation_for(self, rule: Assigned, name: str) -> _Tensor:
         """What the way back reads as the activation `name`: where the rule does not look at it, c itself, so that its memory can go."""
         unread = rule.features == codes.NONNEGATIVE and name not in self._relevance_carriers
@@ -587,9 +405,12 @@ class Plan:
         return layer.kernel, layer.stride, layer.padding, isinstance(layer, g.AveragePool2d) and layer.count_include_pad
 
     def _shares(self, blocks: int, panels: int) -> int:
-        """Into how many units each block of a convolution is cut, so that all workers have the same to do."""
+        """Into how many units each block of each image is cut, so that all workers have the same to do."""
+        return self._shares_of(self.batch * blocks, panels)
+
+    def _shares_of(self, blocks: int, panels: int) -> int:
         shares = 1
-        while shares < panels and self.batch * blocks * shares % self.workers and self.batch * blocks * shares < 8 * self.workers:
+        while shares < panels and blocks * shares % self.workers and blocks * shares < 8 * self.workers:
             shares += 1
         return shares
 
@@ -689,14 +510,7 @@ def _run(calls: list[list[Callable[[], None]]], submit: Callable[..., Any] | Non
 
 
 def _bias(layer: g.Conv2d | g.Dense) -> Array:
-    return _read_only(np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias)
-
-
-def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another."""
-    view = np.ascontiguousarray(array).view()
-    view.flags.writeable = False
-    return view
+    return read_only(np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias)
 
 
 def _fusible_relus(graph: Graph) -> dict[str, str]:
@@ -704,27 +518,6 @@ def _fusible_relus(graph: Graph) -> dict[str, str]:
     by_name = {layer.name: layer for layer in graph}
     return {layer.inputs[0]: layer.name for layer in graph if isinstance(layer, g.ReLU)
             and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
-
-
-def _relevance_carriers(graph: Graph, rules: dict[str, Assigned]) -> set[str]:
-    """Tensors that carry relevance back instead of its factor c: the input, what a rule with its own features reads, and what is joined to
-    such a tensor by layers that only pass relevance on."""
-    joined: dict[str, set[str]] = {name: set() for name in graph.shapes}
-    carriers = {INPUT}
-    for layer in graph:
-        rule = rules.get(layer.name)
-        if rule is None or rule.name == "winner":
-            for name in layer.inputs:
-                joined[name].add(layer.name)
-                joined[layer.name].add(name)
-        elif rule.features in (codes.BOX, codes.ONES):
-            carriers.update(layer.inputs)
-    waiting = list(carriers)
-    while waiting:
-        for name in joined[waiting.pop()] - carriers:
-            carriers.add(name)
-            waiting.append(name)
-    return carriers
 
 
 def _roots(graph: Graph) -> dict[str, tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdtd.errors import RuleError
-from fastdtd.graph import Add, Array, AveragePool2d, Conv2d, Dense, Domain, GlobalAveragePool, Graph, Layer, MaxPool2d
+from fastdtd.graph import INPUT, Add, Array, AveragePool2d, Conv2d, Dense, Domain, GlobalAveragePool, Graph, Layer, MaxPool2d
 from fastdtd.kernels import codes
 
 LINEAR_RULES = {
@@ -122,3 +122,24 @@ def _assigned(layer: Layer, rule: str, domain: Domain) -> Assigned:
     if rule == "zB" or (rule == "proportional" and bounded):
         return Assigned(rule, codes.BOX)
     return Assigned(rule, codes.NONNEGATIVE if domain.nonnegative else codes.SIGNED)
+
+
+def relevance_carriers(graph: Graph, rules: dict[str, Assigned]) -> set[str]:
+    """Tensors that carry relevance back instead of its factor c: the input, what a rule with its own features reads, and what is joined to
+    such a tensor by layers that only pass relevance on."""
+    joined: dict[str, set[str]] = {name: set() for name in graph.shapes}
+    carriers = {INPUT}
+    for layer in graph:
+        rule = rules.get(layer.name)
+        if rule is None or rule.name == "winner":
+            for name in layer.inputs:
+                joined[name].add(layer.name)
+                joined[layer.name].add(name)
+        elif rule.features in (codes.BOX, codes.ONES):
+            carriers.update(layer.inputs)
+    waiting = list(carriers)
+    while waiting:
+        for name in joined[waiting.pop()] - carriers:
+            carriers.add(name)
+            waiting.append(name)
+    return carriers

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 
 from fastdtd import graph as g
 from fastdtd.errors import InputError
-from fastdtd.plan import Plan, _relevance_carriers, _room, _Use, pack
-from fastdtd.rules import assign
+from fastdtd.packing import pack
+from fastdtd.plan import Plan, _room, _Use
+from fastdtd.rules import assign, relevance_carriers
 
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -193,13 +194,13 @@ CHAIN = (conv("a", g.INPUT, 2, 2), g.ReLU("relu", ("a",)), g.MaxPool2d("max", ("
 ])
 def test_which_tensors_carry_relevance(layers, rules, carriers):
     graph = scored(*layers, shape=(2, 4, 4), box=BOX)
-    assert _relevance_carriers(graph, assign(graph, rules)) == {g.INPUT} | carriers
+    assert relevance_carriers(graph, assign(graph, rules)) == {g.INPUT} | carriers
     assert not plan_of(graph, rules).starts_with_relevance
 
 
 def test_an_output_that_carries_relevance():
     graph = g.Graph((g.GlobalAveragePool("mean", (g.INPUT,)), g.ReLU("scores", ("mean",))), (2, 2, 2), BOX)
-    assert _relevance_carriers(graph, assign(graph)) == {g.INPUT}
+    assert relevance_carriers(graph, assign(graph)) == {g.INPUT}
     graph = g.Graph((g.ReLU("relu", (g.INPUT,)), g.Flatten("scores", ("relu",))), (2, 1, 1), BOX)
     assert plan_of(graph).starts_with_relevance
     _, relevance, _ = run(plan_of(graph), np.array([[[[0.25]], [[0.5]]]]))

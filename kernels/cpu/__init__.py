@@ -23,6 +23,15 @@ from fastdtd.kernels.cpu.elementwise import (
 )
 from fastdtd.kernels.cpu.microkernel import SPLIT_ROWS
 from fastdtd.kernels.cpu.pool2d import max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
+from fastdtd.kernels.cpu.winograd import (
+    winograd2d_block,
+    winograd2d_forward,
+    winograd2d_pays,
+    winograd2d_redistribute,
+    winograd2d_scratch,
+    winograd2d_tiles,
+    winograd2d_weights,
+)
 
 __all__ = [
     "CONV2D_COLUMNS",
@@ -49,4 +58,6 @@ __all__ = [
     "pool2d_redistribute",
     "relu_forward",
     "relu_redistribute",
+    "winograd2d_block", "winograd2d_forward", "winograd2d_pays", "winograd2d_redistribute", "winograd2d_scratch", "winograd2d_tiles",
+    "winograd2d_weights",
 ]

@@ -149,8 +149,9 @@ def _make_multiply_tile(vectors):
 
     multiply.__doc__ = f"""tile (TILE_ROWS, {vectors * LANES}) = a (depth, TILE_ROWS)^T times b.
 
-    Rows of tile are tile_stride floats apart; row d of b starts offsets[d] (int32) floats behind b. tile, a, offsets and b are addresses. Each number of the tile is one chain of
-    multiply-adds in the order of depth, so it does not depend on where in a tile, or in which tile, a column lies.
+    Rows of tile are tile_stride floats apart; row d of b starts offsets[d] (int32) floats behind b. tile, a, offsets and b are addresses.
+    Each number of the tile is one chain of multiply-adds in the order of depth, so it does not depend on where in a tile, or in which
+    tile, a column lies.
     """
     return multiply
 
@@ -208,6 +209,33 @@ MULTIPLY_SPLIT = tuple(_make_multiply_split(vectors) for vectors in range(1, SPL
 # ---- Finishing -------------------------------------------------------------------------------------------------------------------------
 
 
+_BITS = ir.VectorType(ir.IntType(1), LANES)
+_NOTHING = ir.Constant(_BITS, [0] * LANES)
+
+
+def _any(builder, bits):
+    return builder.icmp_unsigned("!=", builder.bitcast(bits, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
+
+
+class _Finish:
+    """elementwise.finish and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
+
+    def __init__(self, builder, bias, relu, relevance, least):
+        undefined = ir.Constant(_BITS, ir.Undefined)
+        relu = builder.shuffle_vector(builder.insert_element(undefined, relu, ir.Constant(_I32, 0)), undefined, _LANE_ZERO)
+        self.builder, self.relu, self.relevance = builder, relu, relevance
+        self.bias, self.least = _splat(builder, bias), _splat(builder, least)
+
+    def __call__(self, y, z):
+        builder, integers = self.builder, ir.VectorType(_I32, LANES)
+        y = builder.fadd(y, self.bias)
+        y = builder.select(builder.and_(builder.fcmp_ordered("<", y, _ZEROS), self.relu), _ZEROS, y)
+        magnitude = builder.and_(builder.bitcast(y, integers), ir.Constant(integers, [0x7fffffff] * LANES))
+        share = builder.select(self.relevance, ir.Constant(_VECTOR, [1.0] * LANES), builder.bitcast(magnitude, _VECTOR))
+        ratio = builder.select(builder.fcmp_ordered(">", z, self.least), builder.fdiv(share, z), builder.fsub(_ZEROS, share))
+        return y, ratio
+
+
 @intrinsic
 def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, with_positive, relu, relevance, least):
     """x <- y = negative (+ positive, if with_positive) + bias, through a ReLU if relu; ratio <- |x| / z with z = positive.
@@ -219,26 +247,16 @@ def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, wi
     def codegen(context, builder, signature, arguments):
         p_x, p_ratio, p_positive, p_negative = _pointers(builder, arguments[:4], _F32, _F32, _F32, _F32)
         count, bias, with_positive, relu, relevance, least = arguments[4:]
-        bias, least = _splat(builder, bias), _splat(builder, least)
-        ones = ir.Constant(_VECTOR, [1.0] * LANES)
-        magnitude = ir.Constant(ir.VectorType(_I32, LANES), [0x7fffffff] * LANES)
-        lanes = ir.VectorType(_I32, LANES)
+        finish = _Finish(builder, bias, relu, relevance, least)
 
         def one_step(step, found):
             z, y = _load(builder, p_positive, step), _load(builder, p_negative, step)
-            y = builder.fadd(builder.select(with_positive, builder.fadd(z, y), y), bias)
-            # max(y, 0) that keeps a NaN, as max(y, _ZERO) does
-            y = builder.select(builder.and_(builder.fcmp_ordered("<", y, _ZEROS), _splat_bit(builder, relu)), _ZEROS, y)
-            size = builder.bitcast(builder.and_(builder.bitcast(y, lanes), magnitude), _VECTOR)
-            share = builder.select(relevance, ones, size)
-            result = builder.select(builder.fcmp_ordered(">", z, least), builder.fdiv(share, z), builder.fsub(_ZEROS, share))
-            _store(builder, y, p_x, step)
-            _store(builder, result, p_ratio, step)
-            return [builder.or_(found[0], builder.fcmp_ordered("<", result, _ZEROS))]
+            value, ratio = finish(builder.select(with_positive, builder.fadd(z, y), y), z)
+            _store(builder, value, p_x, step)
+            _store(builder, ratio, p_ratio, step)
+            return [builder.or_(found[0], builder.fcmp_ordered("<", ratio, _ZEROS))]
 
-        nothing = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
-        found, = _loop(builder, _number(0), count, LANES, [nothing], one_step)
-        return builder.icmp_unsigned("!=", builder.bitcast(found, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
+        return _any(builder, _loop(builder, _number(0), count, LANES, [_NOTHING], one_step)[0])
 
     return signature, codegen
 
@@ -267,7 +285,150 @@ add_vectors = _make_vector_loop(ir.IRBuilder.fadd, 2)
 multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
 
 
-def _splat_bit(builder, bit):
-    kind = ir.VectorType(ir.IntType(1), LANES)
-    undefined = ir.Constant(kind, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, bit, ir.Constant(_I32, 0)), undefined, _LANE_ZERO)
+@intrinsic
+def copy_exactly(typing_context, out, values, count, add):
+    """out <- values, or added to out if `add`: `count` numbers from each address and none behind them."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_values = _pointers(builder, arguments[:2], _F32, _F32)
+        count, add = arguments[2:]
+        first = _number(0)
+        for lanes in (LANES, 4, 1):
+            kind = ir.VectorType(_F32, lanes) if lanes > 1 else _F32
+
+            def at(base, step, kind=kind):
+                return builder.bitcast(builder.gep(base, [step]), kind.as_pointer())
+
+            def one_step(step, nothing, at=at):
+                value, old = builder.load(at(p_values, step)), builder.load(at(p_out, step))
+                value.align = old.align = 4
+                builder.store(builder.select(add, builder.fadd(old, value), value), at(p_out, step)).align = 4
+                return nothing
+
+            last = builder.sub(count, builder.srem(count, _number(lanes)))
+            _loop(builder, first, last, lanes, [], one_step)
+            first = last
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.boolean), codegen
+
+
+# ---- Winograd's transforms, for a vector of tiles ----------------------------------------------------------------------------------------
+
+
+def _combine(builder, *terms):
+    """The sum of factor * value over the terms (factor, value), multiplied and added in this order."""
+    total = None
+    for factor, value in terms:
+        scaled = value if abs(factor) == 1 else builder.fmul(value, ir.Constant(_VECTOR, [float(abs(factor))] * LANES), flags=("contract",))
+        if total is None:
+            total = scaled if factor > 0 else builder.fsub(_ZEROS, scaled, flags=("contract",))
+        else:
+            total = (builder.fadd if factor > 0 else builder.fsub)(total, scaled, flags=("contract",))
+    return total
+
+
+def _transform_input(builder, d):
+    """B^T d: six inputs of a line -> their six points."""
+    p, q = _combine(builder, (1, d[4]), (-4, d[2])), _combine(builder, (1, d[3]), (-4, d[1]))
+    r, s = _combine(builder, (1, d[4]), (-1, d[2])), _combine(builder, (1, d[3]), (-1, d[1]))
+    return [_combine(builder, (1, d[4]), (4, d[0]), (-5, d[2])), _combine(builder, (1, p), (1, q)), _combine(builder, (1, p), (-1, q)),
+            _combine(builder, (1, r), (2, s)), _combine(builder, (1, r), (-2, s)), _combine(builder, (1, d[5]), (4, d[1]), (-5, d[3]))]
+
+
+def _transform_output(builder, m):
+    """A^T m: six points of a line -> its four outputs."""
+    p, q = _combine(builder, (1, m[1]), (1, m[2])), _combine(builder, (1, m[1]), (-1, m[2]))
+    r, s = _combine(builder, (1, m[3]), (1, m[4])), _combine(builder, (1, m[3]), (-1, m[4]))
+    return [_combine(builder, (1, m[0]), (1, p), (1, r)), _combine(builder, (1, q), (2, s)), _combine(builder, (1, p), (4, r)),
+            _combine(builder, (1, m[5]), (1, q), (8, s))]
+
+
+def _pick(builder, a, b, places):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(places)), places))
+
+
+@intrinsic
+def winograd_input(typing_context, points, stride, lines, width):
+    """points (36, LANES, `stride` floats apart) <- LANES tiles side by side in lines (6, `width`): tile t reads columns 4 t to 4 t + 5."""
+    def codegen(context, builder, signature, arguments):
+        p_points, p_lines = _pointers(builder, (arguments[0], arguments[2]), _F32, _F32)
+        stride, width = arguments[1], arguments[3]
+        # Down the columns first, on rows as they lie in memory; then across, tiles in lanes.
+        columns = []
+        for j in range(5):
+            rows = [_load(builder, p_lines, builder.add(builder.mul(width, _number(i)), _number(j * LANES))) for i in range(6)]
+            columns.append(_transform_input(builder, rows))
+        half = [4 * i for i in range(LANES // 2)]
+        for i in range(6):
+            line = [columns[j][i] for j in range(5)]
+            d = []
+            for k in range(4):
+                left, right = (_pick(builder, line[j], line[j + 1], [k + place for place in half]) for j in (0, 2))
+                d.append(_pick(builder, left, right, list(range(LANES))))
+            for k in range(2):  # columns 4 and 5 of a tile are 0 and 1 of the next
+                d.append(_pick(builder, d[k], line[4], [*range(1, LANES), LANES + k]))
+            for j, point in enumerate(_transform_input(builder, d)):
+                _store(builder, point, p_points, builder.mul(stride, _number(6 * i + j)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+def _outputs(builder, p_sums, stride):
+    """The 4 x 4 outputs of LANES tiles from sums (36, LANES, `stride` floats apart): line by line, as functions to call when needed."""
+    across = []
+    for j in range(6):
+        across.append(_transform_output(builder, [_load(builder, p_sums, builder.mul(stride, _number(6 * i + j))) for i in range(6)]))
+    return [[across[j][i] for j in range(6)] for i in range(4)]
+
+
+def _interleave(builder, four):
+    """Four vectors, tiles in lanes -> four vectors in the order of columns."""
+    low = [_pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2) for v in (i, LANES + i)]) for k in (0, 2)]
+    high = [_pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2, LANES) for v in (i, LANES + i)]) for k in (0, 2)]
+    result = []
+    for left, right in (low, high):
+        for begin in (0, LANES // 2):
+            places = [v for i in range(begin, begin + LANES // 2, 2) for v in (i, i + 1, LANES + i, LANES + i + 1)]
+            result.append(_pick(builder, left, right, places))
+    return result
+
+
+@intrinsic
+def winograd_output(typing_context, stage, sums, stride):
+    """stage (4, 4 LANES) <- the outputs of LANES tiles from sums (36, LANES, `stride` floats apart), no less than 0."""
+    def codegen(context, builder, signature, arguments):
+        p_stage, p_sums = _pointers(builder, arguments[:2], _F32, _F32)
+        for i, line in enumerate(_outputs(builder, p_sums, arguments[2])):
+            outputs = _transform_output(builder, line)
+            outputs = [builder.select(builder.fcmp_ordered("<", value, _ZEROS), _ZEROS, value) for value in outputs]
+            for j, vector in enumerate(_interleave(builder, outputs)):
+                _store(builder, vector, p_stage, _number((4 * i + j) * LANES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
+def winograd_finish(typing_context, stage, sums, sums_of_v, stride, bias, relu, relevance, least):
+    """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (see finish_vectors) from the points of y and of z, `stride` floats apart.
+
+    Returns whether a ratio is negative.
+    """
+    signature = types.boolean(*[types.intp] * 4, types.float32, types.boolean, types.boolean, types.float32)
+
+    def codegen(context, builder, signature, arguments):
+        p_stage, p_y, p_z = _pointers(builder, arguments[:3], _F32, _F32, _F32)
+        stride, bias, relu, relevance, least = arguments[3:]
+        finish = _Finish(builder, bias, relu, relevance, least)
+        found = _NOTHING
+        for i, (line_y, line_z) in enumerate(zip(_outputs(builder, p_y, stride), _outputs(builder, p_z, stride), strict=True)):
+            results = [finish(y, z) for y, z in zip(_transform_output(builder, line_y), _transform_output(builder, line_z), strict=True)]
+            for _, ratio in results:
+                found = builder.or_(found, builder.fcmp_ordered("<", ratio, _ZEROS))
+            for part in range(2):
+                for j, vector in enumerate(_interleave(builder, [result[part] for result in results])):
+                    _store(builder, vector, p_stage, _number((16 * part + 4 * i + j) * LANES))
+        return _any(builder, found)
+
+    return signature, codegen

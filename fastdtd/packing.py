@@ -1,0 +1,296 @@
+"""Weights as kernels read them: packed once for each model and rules, and shared by all plans.
+
+Here it is decided by which algorithm a convolution goes, forward and back, from its shape and rule alone, so that the same picture gives
+the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd import graph as g
+from fastdtd.graph import Array, Graph, Shape
+from fastdtd.kernels import codes
+from fastdtd.rules import Assigned, relevance_carriers
+
+
+def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
+    """For each convolution its PackedConv2d, for each dense layer the sum z of its weights V where that is all of z."""
+    carriers = relevance_carriers(graph, rules)
+    packed: dict[str, Any] = {}
+    for layer in graph:
+        if isinstance(layer, g.Conv2d):
+            packed[layer.name] = _pack_conv2d(layer, graph, rules[layer.name], layer.inputs[0] in carriers, kernels)
+        elif isinstance(layer, g.Dense):
+            rule = rules[layer.name]
+            ones = rule.features == codes.ONES
+            packed[layer.name] = read_only(rule.share_weights(layer.weight)[0].sum(1, dtype=np.float64).astype(np.float32) if ones
+                                           else np.zeros(len(layer.weight), np.float32))
+    return packed
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+# ---- What a convolution's kernels read besides tensors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """How one convolution (a direction of a layer, a phase of its way back) reads its input: see kernels/cpu/conv2d.py.
+
+    planes (P, 2) are where each plane begins, `shifts` holds for each tap the plane that it reads and how far down and right of a place.
+    A block has `rows` x `columns` places, its planes more_rows and more_columns beyond that.
+    """
+
+    planes: npt.NDArray[np.int64]
+    shifts: list[tuple[int, int, int]]
+    rows: int
+    columns: int
+    more_rows: int
+    more_columns: int
+
+    def offsets(self, copies: int) -> npt.NDArray[np.int32]:
+        """Of each row of the product, (copies, taps) one behind the other, in a scratch array of that many copies of all planes."""
+        width = self.columns + self.more_columns
+        size = (self.rows + self.more_rows) * width
+        taps = np.array([plane * size + down * width + right for plane, down, right in self.shifts], np.int64)
+        return (np.arange(copies)[:, None] * (len(self.planes) * size) + taps).ravel().astype(np.int32)
+
+    def elements(self, copies: int) -> int:
+        return copies * len(self.planes) * (self.rows + self.more_rows) * (self.columns + self.more_columns)
+
+    def places(self) -> int:
+        """Of a block, counted along the rows of its planes."""
+        return self.rows * (self.columns + self.more_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class DirectForward:
+    """For conv2d_forward."""
+
+    features: int | None
+    blocks: Blocks
+    weights: Array
+    offsets: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int32]
+    copies: int  # of channels of a group; 0: the tensor itself is read
+    constant: Array
+
+    def units(self, rows: int, columns: int) -> int:
+        """Blocks in the layer's output."""
+        return -(-rows // self.blocks.rows) * -(-columns // self.blocks.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class DirectBack:
+    """For conv2d_redistribute."""
+
+    features: int | None
+    weights: Array
+    rows: int  # of each group's matrix
+    offsets: npt.NDArray[np.int32]
+    planes: npt.NDArray[np.int64]
+    phases: npt.NDArray[np.int64]
+    elements: int  # of scratch memory for planes
+    places: int  # of the largest block
+
+    def units(self) -> int:
+        """Blocks in the layer's input."""
+        _, _, rows, columns, _, _, _, _, _, block_rows, block_columns, _, _, before = (int(v) for v in self.phases[-1])
+        return before + -(-rows // block_rows) * -(-columns // block_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Winograd:
+    """For winograd2d_forward (two products, of W and of V) and winograd2d_redistribute (one): (products, 36, panels, channels, rows)."""
+
+    weights: Array
+    channels: int
+    products: int
+    padding: tuple[int, int]  # top, left
+
+    def offsets(self, block: int) -> npt.NDArray[np.int32]:
+        return read_only(np.arange(self.channels, dtype=np.int32) * np.int32(block))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedConv2d:
+    forward: DirectForward | Winograd
+    back: DirectBack | Winograd
+
+
+# ---- Packing -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, kernels: ModuleType) -> PackedConv2d:
+    shares = rule.share_weights(layer.weight)
+    in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+    forward: DirectForward | Winograd
+    back: DirectBack | Winograd
+    suits = (layer.weight.shape[2:] == (3, 3) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+             and rule.features == codes.NONNEGATIVE)
+    if suits and kernels.winograd2d_pays(in_shape[0], out_shape[0], *out_shape[1:], 2):
+        forward = _pack_winograd((layer.weight, shares[0]), layer.padding[:2], kernels)
+    else:
+        forward = _pack_forward(layer, rule, shares, in_shape, out_shape, kernels)
+    if suits and not carries and kernels.winograd2d_pays(out_shape[0], in_shape[0], *in_shape[1:], 1):
+        turned = shares[0][:, :, ::-1, ::-1].swapaxes(0, 1)
+        back = _pack_winograd((turned,), (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
+    else:
+        back = _pack_back(layer, rule, shares, in_shape, kernels)
+    return PackedConv2d(forward, back)
+
+
+def _pack_winograd(weights: tuple[Array, ...], padding: tuple[int, int], kernels: ModuleType) -> Winograd:
+    packed = []
+    for weight in weights:
+        points = kernels.winograd2d_weights(weight)
+        packed.append(np.empty(kernels.conv2d_packed_shape(*points.shape), np.float32))
+        kernels.conv2d_pack(packed[-1], points)
+    return Winograd(read_only(np.stack(packed)), weights[0].shape[1], len(weights), padding)
+
+
+def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, out_shape: Shape,
+                  kernels: ModuleType) -> DirectForward:
+    weight = layer.weight
+    outputs, per_group, *kernel = weight.shape
+    # For each copy of the input that the features need: its weights, and which of them add to z. y and z come from one product where
+    # z's terms are terms of y; else y has a copy of its own.
+    copies: list[tuple[Array, int]] = {
+        codes.NONNEGATIVE: [(weight, 1)],
+        codes.SIGNED: [(weight, 1), (weight, -1)],
+        codes.BOX: [(weight, 0), *((share, 2) for share in shares)],
+        codes.ONES: [(weight, 0)],
+    }[rule.features or codes.NONNEGATIVE]
+    in_place = reads_in_place(layer) and len(copies) == 1
+    if in_place:
+        columns = kernels.conv2d_block_shape(1, out_shape[1] * out_shape[2], 0, 0, per_group)[1]
+        blocks = Blocks(np.zeros((0, 2), np.int64), [], 1, columns, 0, 0)
+        offsets = np.arange(per_group, dtype=np.int32) * np.int32(in_shape[1] * in_shape[2])
+    else:
+        reach = [(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1])
+                 for i in range(kernel[0]) for j in range(kernel[1])]
+        blocks = _blocks(reach, layer.stride, out_shape[1:], per_group * len(copies), kernels)
+        offsets = blocks.offsets(per_group * len(copies))
+    matrices = np.concatenate([w.reshape(layer.groups, outputs // layer.groups, -1) for w, _ in copies], 2)
+    panels = kernels.conv2d_split_panels(outputs // layer.groups)
+    packed = np.empty((layer.groups, panels, matrices.shape[2], kernels.SPLIT_ROWS), np.float32)
+    packed_offsets = np.empty(packed.shape[:3], np.int32)
+    bounds = np.empty((layer.groups, panels, 1 + 2**kernels.SPLIT_ROWS), np.int32)
+    sides = np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies))
+    kernels.conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides)
+    return DirectForward(rule.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
+                         0 if in_place else per_group * len(copies), read_only(_constant(layer, rule, shares, in_shape, out_shape)))
+
+
+def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, kernels: ModuleType) -> DirectBack:
+    outputs, per_group, *kernel = layer.weight.shape
+    from_group = outputs // layer.groups
+    weights: list[Array] = []
+    offsets: list[npt.NDArray[np.int32]] = []
+    planes: list[npt.NDArray[np.int64]] = []
+    phases: list[tuple[int, ...]] = []
+    used = used_offsets = used_planes = before = elements = places = 0
+    for down in range(layer.stride[0]):
+        for right in range(layer.stride[1]):
+            phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
+            (top, grid_rows, tap_rows), (left, grid_columns, tap_columns) = phase
+            if not grid_rows * grid_columns:
+                continue
+            if reads_in_place(layer):
+                grid_rows, grid_columns = 1, grid_rows * grid_columns
+            reached = [(i, j) for i in tap_rows for j in tap_columns]
+            read = _blocks([(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached], (1, 1), (grid_rows, grid_columns),
+                           from_group, kernels)
+            phases.append((top, left, grid_rows, grid_columns, used_planes, used_planes + len(read.planes), len(reached), used,
+                           used_offsets, read.rows, read.columns, read.more_rows, read.more_columns, before))
+            if reached:
+                index = [i * kernel[1] + j for i, j in reached]
+                transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
+                matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
+                weights.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
+                kernels.conv2d_pack(weights[-1], matrices)
+                used += weights[-1].size
+            offsets.append(read.offsets(from_group))
+            planes.append(read.planes)
+            used_offsets += len(offsets[-1])
+            used_planes += len(read.planes)
+            before += -(-grid_rows // read.rows) * -(-grid_columns // read.columns)
+            elements, places = max(elements, read.elements(from_group)), max(places, read.places())
+    return DirectBack(rule.features, read_only(np.concatenate([part.ravel() for part in weights]) if weights else np.zeros(1, np.float32)),
+                      per_group * len(shares), read_only(np.concatenate(offsets)), read_only(np.concatenate(planes)),
+                      read_only(np.array(phases, np.int64)), elements, places)
+
+
+def reads_in_place(layer: g.Conv2d) -> bool:
+    """Whether each output reads the one place of the input that it lies at."""
+    return layer.weight.shape[2:] == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0, 0, 0)
+
+
+def _blocks(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int, kernels: ModuleType) -> Blocks:
+    """For places (rows, columns) whose taps read the input at place * stride + tap, in so many channels."""
+    if not taps:
+        rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)
+        return Blocks(np.zeros((0, 2), np.int64), [], rows, columns, 0, 0)
+    first: dict[tuple[int, int], tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the least of them
+    for y, x in taps:
+        remainder = y % stride[0], x % stride[1]
+        top, left = first.get(remainder, (y, x))
+        first[remainder] = min(y, top), min(x, left)
+    number = {remainder: i for i, remainder in enumerate(first)}
+    shifts = []
+    for y, x in taps:
+        remainder = y % stride[0], x % stride[1]
+        top, left = first[remainder]
+        shifts.append((number[remainder], (y - top) // stride[0], (x - left) // stride[1]))
+    more_rows, more_columns = max(down for _, down, _ in shifts), max(right for _, _, right in shifts)
+    rows, columns = grid
+    taller, wider = rows + more_rows, columns + more_columns
+    if len(first) * taller * wider > len(taps) * rows * columns or (rows > 1 and 2 * wider > 3 * columns):  # planes would hold too much
+        first = dict(enumerate(taps))  # type: ignore[arg-type]  # a plane for each tap
+        shifts = [(i, 0, 0) for i in range(len(taps))]
+        more_rows = more_columns = 0
+    rows, columns = kernels.conv2d_block_shape(rows, columns, more_rows, more_columns, channels * len(first))
+    return Blocks(_table(list(first.values()), 2), shifts, rows, columns, more_rows, more_columns)
+
+
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:
+    return read_only(np.array(rows, np.int64).reshape(-1, columns))
+
+
+def _phase(remainder: int, axis: int, layer: g.Conv2d, size: int) -> tuple[int, int, list[int]]:
+    """Inputs i of one axis with (i + padding) mod stride = remainder: the first, how many, and the taps of the kernel that reach them."""
+    stride, padding, dilation = layer.stride[axis], layer.padding[axis], layer.dilation[axis]
+    first = (remainder - padding) % stride
+    count = max(0, -((first - size) // stride))
+    return first, count, [tap for tap in range(layer.weight.shape[2 + axis]) if tap * dilation % stride == remainder]
+
+
+def _offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
+    """Which output, relative to an input's number within its phase, reads that input through this tap."""
+    return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
+
+
+def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, out_shape: Shape) -> Array:
+    """(K, OH * OW): z under ONES, which depends on the place alone, through the taps that fall inside the input."""
+    if rule.features != codes.ONES:
+        return np.zeros((1, 1), np.float32)
+    each = shares[0].sum(1, dtype=np.float64)
+    inside = []
+    for axis in (0, 1):
+        tap, place = np.ogrid[:layer.weight.shape[2 + axis], :out_shape[1 + axis]]
+        at = place * layer.stride[axis] + tap * layer.dilation[axis] - layer.padding[axis]
+        inside.append(((at >= 0) & (at < in_shape[1 + axis])).astype(np.float64))
+    sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), inside[0])
+    return np.asarray(sums.reshape(len(each), -1), np.float32)

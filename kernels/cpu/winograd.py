@@ -1,0 +1,253 @@
+"""Winograd's convolution F(4x4, 3x3) for 3x3 kernels of stride 1: 36 products for 16 outputs, where the definition takes 144.
+
+Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016. Outputs are cut into tiles of 4 x 4. A tile reads 6 x 6
+inputs; transformed, these are 36 points. At each point the channels are summed by an ordinary matrix product over many tiles, and the 36
+sums are transformed back. The points' matrices are made once, from W, from V and, for the way back, from V^T with its taps turned round.
+
+The numbers that are summed here are non-negative (features NONNEGATIVE), so the transforms' cancellations stay small beside them. Only
+where an output sees nothing but zeros would they matter: a tile's other inputs leave rounding there, by which x may not be divided. Such
+outputs are found beforehand and set.
+
+Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and these by `shares` of
+the outputs; a call does the units first..last-1. Vectors run along tiles. Scratch, per worker: lines holds 6 rows of input, points
+(36, channels, block) the transformed input, sums (36, rows, block) the products of `panels_together` panels, stage rows of outputs, seen
+the largest input of all channels and then the list of outputs that see none.
+"""
+
+import numpy as np
+from fastdtd.kernels.cpu.conv2d import _copy_plane, _copy_product
+from fastdtd.kernels.cpu.elementwise import LEAST, finish, ratio_of
+from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.microkernel import (
+    LANES,
+    MULTIPLY_TILE,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    copy_exactly,
+    winograd_finish,
+    winograd_input,
+    winograd_output,
+)
+
+WINOGRAD_POINTS = 36
+_SUMS_BYTES = 1 << 19  # sums stay in the second-level cache
+_TRANSFORM = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
+                       [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
+_ZERO = np.float32(0)
+
+
+# ---- Sizes and weights, for the plan ---------------------------------------------------------------------------------------------------
+
+
+def winograd2d_weights(weight):
+    """(36, K, C) float32: what the points' products multiply with, of weight (K, C, 3, 3)."""
+    points = np.einsum("ij,kcjl,ml->imkc", _TRANSFORM, weight.astype(np.float64), _TRANSFORM, optimize=True)
+    return np.ascontiguousarray(points.reshape(WINOGRAD_POINTS, *weight.shape[:2]), np.float32)
+
+
+def winograd2d_tiles(height, width):
+    """Tiles of one image."""
+    return -(-height // 4) * -(-width // 4)
+
+
+def winograd2d_pays(depth, rows, height, width, products):
+    """Whether this is faster than conv2d for a sum over `depth` channels to so many rows (docs/kernels.md has the measurements)."""
+    return depth >= 8 and rows >= 8 and height * width >= 36
+
+
+def winograd2d_block(channels, panels, products, tiles):
+    """Tiles of a block, and how many panels (of each product) are multiplied before they are transformed back."""
+    block = 2 * TILE_COLUMNS if channels >= 256 else TILE_COLUMNS
+    block = min(block, -(-tiles // LANES) * LANES)
+    together = _SUMS_BYTES // (4 * WINOGRAD_POINTS * products * TILE_ROWS * block)
+    return block, min(max(together, 1), panels)
+
+
+def winograd2d_scratch(channels, panels, block, width):
+    """Floats of the scratch arrays lines, points, sums, stage, seen."""
+    rows, lines = panels * TILE_ROWS, 6 * (4 * min(-(-width // 4), block) + 2) + 6 * LANES
+    seen = 6 * 6 * block + 16 * block + block // LANES + 2
+    return lines, WINOGRAD_POINTS * _stride(channels, block), WINOGRAD_POINTS * _stride(rows, block), 2 * 16 * LANES, seen
+
+
+@kernel
+def _stride(rows, block):
+    """Floats from one point to the next: not a multiple of what the first-level cache maps to one place."""
+    return rows * block + LANES
+
+
+_TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
+
+
+# ---- Parts of both directions ------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _piece(tile, last, tiles_across, tiles_of_image):
+    """Tiles from `tile` on that lie in one row of one image: image, row, column, how many."""
+    n, within = tile // tiles_of_image, tile % tiles_of_image
+    row, column = within // tiles_across, within % tiles_across
+    return n, row, column, min(tiles_across - column, last - tile)
+
+
+@kernel
+def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points, points_stride, p_offsets, depth, block, count):
+    """sums (36, rows of `panels` panels, block) <- panels of packed (36, all_panels, depth, TILE_ROWS) times points (36, depth, block)."""
+    for point in range(WINOGRAD_POINTS):
+        for panel in range(panels):
+            a = p_packed + 4 * (point * all_panels + panel) * depth * TILE_ROWS
+            for j in range(0, count, TILE_COLUMNS):
+                tile, b = p_sums + 4 * (point * sums_stride + panel * TILE_ROWS * block + j), p_points + 4 * (point * points_stride + j)
+                if count - j <= LANES:
+                    _TILE_1(tile, block, a, p_offsets, b, depth)
+                elif count - j <= 2 * LANES:
+                    _TILE_2(tile, block, a, p_offsets, b, depth)
+                else:
+                    _TILE_3(tile, block, a, p_offsets, b, depth)
+
+
+@kernel
+def _store(p_out, p_stage, channels, channel, height, across, tile, count, tiles_across, tiles_of_image, accumulate):
+    """Rows of so many tiles go from the stage (4, 4 LANES) to where they belong in out (N, channels, height, across)."""
+    done = 0
+    while done < count:
+        n, row, column, length = _piece(tile + done, tile + count, tiles_across, tiles_of_image)
+        for i in range(min(4, height - 4 * row)):
+            to = ((n * channels + channel) * height + 4 * row + i) * across + 4 * column
+            copy_exactly(p_out + 4 * to, p_stage + 16 * (i * LANES + done), min(4 * length, across - 4 * column), accumulate)
+        done += length
+
+
+@kernel
+def _note_largest(seen, at, lines, count):
+    """seen[at:] <- the larger of it and of lines, `count` numbers."""
+    for i in range(count):
+        seen[at + i] = max(seen[at + i], lines[i])
+
+
+@kernel
+def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_image):
+    """marks[first_mark:] <- where each vector of tiles has its list, then the lists: places in the stage whose 3 x 3 inputs are 0."""
+    vectors = -(-count // LANES)
+    used, t, at = first_mark + vectors + 1, 0, 0
+    marks[first_mark] = used
+    while t < count:
+        _, _, _, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
+        width = 4 * length + 2
+        for lane in range(length):
+            for i in range(4):
+                for j in range(4):
+                    largest = _ZERO
+                    for p in range(3):
+                        for q in range(3):
+                            largest = max(largest, seen[at + (i + p) * width + 4 * lane + j + q])
+                    if largest == _ZERO:
+                        marks[used] = i * 4 * LANES + 4 * ((t + lane) % LANES) + j
+                        used += 1
+            marks[first_mark + (t + lane) // LANES + 1] = used
+        t, at = t + length, at + 6 * width
+    return used > first_mark + vectors + 1
+
+
+# ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, sums, stage, seen,
+                       x_channel, a_channel, channels, top, left, block, panels_together, shares, relu, relevance, first, last):
+    """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z.
+
+    packed (2, 36, panels, C, TILE_ROWS) is of winograd2d_weights of W and of V, offsets (C,) are c * block; top and left are paddings.
+    """
+    outputs, height, across = ratio.shape[1:]
+    tiles_across = -(-across // 4)
+    tiles_of_image = -(-height // 4) * tiles_across
+    all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[2]
+    points_stride, sums_stride = _stride(channels, block), _stride(2 * panels_together * TILE_ROWS, block)
+    p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
+    p_packed, p_packed_v = packed[0].ctypes.data, packed[1].ctypes.data
+    p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
+    marks = seen.view(np.int32)
+    for unit in range(first, last):
+        share, tile = unit % shares, unit // shares * block
+        count = min(block, all_tiles - tile)
+        for i in range(36 * block):
+            seen[i] = _ZERO
+        for channel in range(channels):
+            t = at = 0
+            while t < count:
+                n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
+                width = 4 * length + 2
+                _copy_plane(lines, 0, 6, width, a, n * a.shape[1] + a_channel + channel, 4 * row - top, 4 * column - left, 1, 1, 0,
+                            _ZERO, _ZERO)
+                _note_largest(seen, at, lines, 6 * width)
+                for i in range(0, length, LANES):
+                    winograd_input(p_points + 4 * (channel * block + t + i), points_stride, p_lines + 16 * i, width)
+                t, at = t + length, at + 6 * width
+        any_blind = _list_blind(marks, 36 * block, seen, tile, count, tiles_across, tiles_of_image)
+        absorbs = False
+        end = panels * (share + 1) // shares
+        for panel in range(panels * share // shares, end, panels_together):
+            together = min(panels_together, end - panel)
+            weights, p_sums_z = 4 * panel * channels * TILE_ROWS, p_sums + 4 * together * TILE_ROWS * block
+            _multiply_points(p_sums, sums_stride, p_packed + weights, panels, together, p_points, points_stride, offsets.ctypes.data,
+                             channels, block, count)
+            _multiply_points(p_sums_z, sums_stride, p_packed_v + weights, panels, together, p_points, points_stride, offsets.ctypes.data,
+                             channels, block, count)
+            for i in range(min(together * TILE_ROWS, outputs - panel * TILE_ROWS)):
+                k = panel * TILE_ROWS + i
+                for t in range(0, count, LANES):
+                    at = 4 * (i * block + t)
+                    absorbs |= winograd_finish(p_stage, p_sums + at, p_sums_z + at, sums_stride, bias[k], relu != 0, relevance != 0, LEAST)
+                    if any_blind:
+                        value = finish(bias[k], relu)
+                        share = ratio_of(value, _ZERO, relevance)
+                        for j in range(marks[36 * block + t // LANES], marks[36 * block + t // LANES + 1]):
+                            stage[marks[j]] = value
+                            stage[16 * LANES + marks[j]] = share
+                            absorbs |= share < _ZERO
+                    now = min(LANES, count - t)
+                    _store(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across, tiles_of_image, False)
+                    _store(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across, tiles_of_image, False)
+        if absorbs:
+            for n in range(tile // tiles_of_image, (tile + count - 1) // tiles_of_image + 1):
+                dead[n] = 1
+
+
+@kernel
+def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums, stage,
+                            c_in_channel, c_channel, inputs, top, left, block, panels_together, shares, accumulate, first, last):
+    """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
+
+    packed (36, panels, K, TILE_ROWS) is of winograd2d_weights of V^T, taps turned round; offsets (K,) are k * block; top and left are the
+    paddings of that convolution: 2 less the layer's own.
+    """
+    outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
+    tiles_across = -(-across // 4)
+    tiles_of_image = -(-height // 4) * tiles_across
+    all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[1]
+    points_stride, sums_stride = _stride(outputs, block), _stride(panels_together * TILE_ROWS, block)
+    p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
+    for unit in range(first, last):
+        share, tile = unit % shares, unit // shares * block
+        count = min(block, all_tiles - tile)
+        for k in range(outputs):
+            t = 0
+            while t < count:
+                n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
+                width = 4 * length + 2
+                _copy_product(lines, 0, 6, width, ratio, n * outputs + k, c, n * c.shape[1] + c_channel + k, 4 * row - top,
+                              4 * column - left)
+                for i in range(0, length, LANES):
+                    winograd_input(p_points + 4 * (k * block + t + i), points_stride, p_lines + 16 * i, width)
+                t += length
+        end = panels * (share + 1) // shares
+        for panel in range(panels * share // shares, end, panels_together):
+            together = min(panels_together, end - panel)
+            _multiply_points(p_sums, sums_stride, packed.ctypes.data + 4 * panel * outputs * TILE_ROWS, panels, together, p_points,
+                             points_stride, offsets.ctypes.data, outputs, block, count)
+            for i in range(min(together * TILE_ROWS, inputs - panel * TILE_ROWS)):
+                for t in range(0, count, LANES):
+                    winograd_output(p_stage, p_sums + 4 * (i * block + t), sums_stride)
+                    _store(c_in.ctypes.data, p_stage, c_in.shape[1], c_in_channel + panel * TILE_ROWS + i, height, across, tile + t,
+                           min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
