@@ -384,7 +384,7 @@ class Plan:
         """Tiles of a block, panels of a group, shares of a block, units, scratch."""
         kernels = self._kernels
         tiles, panels = self.batch * kernels.winograd2d_tiles(height, width), packed.weights.shape[-3]
-        block, together = kernels.winograd2d_block(packed.channels, panels, packed.products, tiles)
+        block, together = kernels.winograd2d_block(panels, packed.products, tiles)
         blocks = -(-tiles // block)
         shares = self._shares_of(blocks, panels)
         sizes = kernels.winograd2d_scratch(packed.channels, packed.products * together, block, width)

@@ -44,6 +44,8 @@ SPLIT_ROWS, SPLIT_VECTORS = 4, 3  # 12 accumulators in use at a time
 SPLIT_COLUMNS = LANES * SPLIT_VECTORS
 SPLIT_ORDER = tuple(i ^ i >> 1 for i in range(2**SPLIT_ROWS))  # from class to class one row changes sides: few registers are exchanged
 _UNROLL = 4
+_LINE = 16  # floats of a cache line
+_AHEAD = 1024  # floats of the weights to come, which are often too many for the second-level cache
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_F32, LANES)
@@ -77,6 +79,12 @@ def _splat(builder, scalar):
 def _multiply_add(builder, total, a, b):
     # "contract" makes one fused multiply-add where the processor has it, and works where it has not.
     return builder.fadd(total, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
+
+
+def _prefetch(builder, pointer):
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+    builder.call(function, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
 
 
 def _loop(builder, first, last, stride, values, body):
@@ -132,6 +140,9 @@ def _make_multiply_tile(vectors):
                 return result
 
             def several_steps(step, sums):
+                for line in range(0, _UNROLL * TILE_ROWS, _LINE):
+                    ahead = builder.add(builder.mul(step, _number(TILE_ROWS)), _number(line + _AHEAD))
+                    _prefetch(builder, builder.gep(p_a, [ahead]))
                 for i in range(_UNROLL):
                     sums = one_step(builder.add(step, _number(i)), sums)
                 return sums
@@ -174,6 +185,7 @@ def _make_multiply_split(vectors):
 
                 def one_step(step, part):
                     row_a = builder.mul(step, _number(SPLIT_ROWS))
+                    _prefetch(builder, builder.gep(p_a, [builder.add(row_a, _number(_AHEAD))]))
                     row_b = builder.sext(builder.load(builder.gep(p_offsets, [step])), _I64)
                     columns = [_load(builder, p_b, builder.add(row_b, _number(j * LANES))) for j in range(vectors)]
                     result = []

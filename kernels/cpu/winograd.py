@@ -55,10 +55,10 @@ def winograd2d_pays(depth, rows, height, width, products):
     return depth >= 8 and rows >= 8 and height * width >= 36
 
 
-def winograd2d_block(channels, panels, products, tiles):
+def winograd2d_block(panels, products, tiles):
     """Tiles of a block, and how many panels (of each product) are multiplied before they are transformed back."""
-    block = 2 * TILE_COLUMNS if channels >= 256 else TILE_COLUMNS
-    block = min(block, -(-tiles // LANES) * LANES)
+    blocks = -(-tiles // TILE_COLUMNS)
+    block = -(-tiles // (blocks * LANES)) * LANES
     together = _SUMS_BYTES // (4 * WINOGRAD_POINTS * products * TILE_ROWS * block)
     return block, min(max(together, 1), panels)
 
