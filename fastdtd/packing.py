@@ -86,6 +86,8 @@ class DirectForward:
     bounds: npt.NDArray[np.int32]
     copies: int  # of channels of a group; 0: the tensor itself is read
     constant: Array
+    pattern: npt.NDArray[np.int64]
+    least: Array
 
     def units(self, rows: int, columns: int) -> int:
         """Blocks in the layer's output."""
@@ -97,18 +99,13 @@ class DirectBack:
     """For conv2d_redistribute."""
 
     features: int | None
+    blocks: Blocks
     weights: Array
     rows: int  # of each group's matrix
     offsets: npt.NDArray[np.int32]
-    planes: npt.NDArray[np.int64]
     phases: npt.NDArray[np.int64]
-    elements: int  # of scratch memory for planes
-    places: int  # of the largest block
-
-    def units(self) -> int:
-        """Blocks in the layer's input."""
-        _, _, rows, columns, _, _, _, _, _, block_rows, block_columns, _, _, before = (int(v) for v in self.phases[-1])
-        return before + -(-rows // block_rows) * -(-columns // block_columns)
+    units: int  # blocks in the layer's input
+    copies: int  # of channels of a group
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +140,7 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, k
     if suits and kernels.winograd2d_pays(in_shape[0], out_shape[0], *out_shape[1:], 2):
         forward = _pack_winograd((layer.weight, shares[0]), layer.padding[:2], kernels)
     else:
-        forward = _pack_forward(layer, rule, shares, in_shape, out_shape, kernels)
+        forward = _pack_forward(layer, rule, shares, graph, kernels)
     if suits and not carries and kernels.winograd2d_pays(out_shape[0], in_shape[0], *in_shape[1:], 1):
         turned = shares[0][:, :, ::-1, ::-1].swapaxes(0, 1)
         back = _pack_winograd((turned,), (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
@@ -161,16 +158,14 @@ def _pack_winograd(weights: tuple[Array, ...], padding: tuple[int, int], kernels
     return Winograd(read_only(np.stack(packed)), weights[0].shape[1], len(weights), padding)
 
 
-def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, out_shape: Shape,
-                  kernels: ModuleType) -> DirectForward:
-    weight = layer.weight
+def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: Graph, kernels: ModuleType) -> DirectForward:
+    weight, in_shape, out_shape = layer.weight, graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     outputs, per_group, *kernel = weight.shape
-    # For each copy of the input that the features need: its weights, and which of them add to z. y and z come from one product where
-    # z's terms are terms of y; else y has a copy of its own.
+    # For each copy of the input that the features need: its weights, and which of them add to z. Where none do, z comes of a constant.
     copies: list[tuple[Array, int]] = {
         codes.NONNEGATIVE: [(weight, 1)],
         codes.SIGNED: [(weight, 1), (weight, -1)],
-        codes.BOX: [(weight, 0), *((share, 2) for share in shares)],
+        codes.BOX: [(weight, 0)],
         codes.ONES: [(weight, 0)],
     }[rule.features or codes.NONNEGATIVE]
     in_place = reads_in_place(layer) and len(copies) == 1
@@ -190,47 +185,50 @@ def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape
     bounds = np.empty((layer.groups, panels, 1 + 2**kernels.SPLIT_ROWS), np.int32)
     sides = np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies))
     kernels.conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides)
+    constant, pattern = _constant(layer, rule, shares, graph)
+    # What rounding leaves of a z that is a difference may not be divided by.
+    least = np.maximum(1e-6 * np.abs(constant).max((1, 2)) if rule.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
     return DirectForward(rule.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
-                         0 if in_place else per_group * len(copies), read_only(_constant(layer, rule, shares, in_shape, out_shape)))
+                         0 if in_place else per_group * len(copies), read_only(constant), pattern, read_only(least.astype(np.float32)))
 
 
 def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, kernels: ModuleType) -> DirectBack:
     outputs, per_group, *kernel = layer.weight.shape
     from_group = outputs // layer.groups
-    weights: list[Array] = []
-    offsets: list[npt.NDArray[np.int32]] = []
-    planes: list[npt.NDArray[np.int64]] = []
-    phases: list[tuple[int, ...]] = []
-    used = used_offsets = used_planes = before = elements = places = 0
+    in_place = reads_in_place(layer)
+    grids: list[tuple[int, int, int, int]] = []  # first row and column, rows, columns
+    taps: list[list[tuple[int, int]]] = []  # of the kernel, that reach each phase
     for down in range(layer.stride[0]):
         for right in range(layer.stride[1]):
             phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
             (top, grid_rows, tap_rows), (left, grid_columns, tap_columns) = phase
-            if not grid_rows * grid_columns:
-                continue
-            if reads_in_place(layer):
-                grid_rows, grid_columns = 1, grid_rows * grid_columns
-            reached = [(i, j) for i in tap_rows for j in tap_columns]
-            read = _blocks([(_offset(top, i, 0, layer), _offset(left, j, 1, layer)) for i, j in reached], (1, 1), (grid_rows, grid_columns),
-                           from_group, kernels)
-            phases.append((top, left, grid_rows, grid_columns, used_planes, used_planes + len(read.planes), len(reached), used,
-                           used_offsets, read.rows, read.columns, read.more_rows, read.more_columns, before))
-            if reached:
-                index = [i * kernel[1] + j for i, j in reached]
-                transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
-                matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
-                weights.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
-                kernels.conv2d_pack(weights[-1], matrices)
-                used += weights[-1].size
-            offsets.append(read.offsets(from_group))
-            planes.append(read.planes)
-            used_offsets += len(offsets[-1])
-            used_planes += len(read.planes)
-            before += -(-grid_rows // read.rows) * -(-grid_columns // read.columns)
-            elements, places = max(elements, read.elements(from_group)), max(places, read.places())
-    return DirectBack(rule.features, read_only(np.concatenate([part.ravel() for part in weights]) if weights else np.zeros(1, np.float32)),
-                      per_group * len(shares), read_only(np.concatenate(offsets)), read_only(np.concatenate(planes)),
-                      read_only(np.array(phases, np.int64)), elements, places)
+            if grid_rows * grid_columns:
+                grids.append((top, left, 1, grid_rows * grid_columns) if in_place else (top, left, grid_rows, grid_columns))
+                taps.append([(i, j) for i in tap_rows for j in tap_columns])
+    reads = [(_offset(grid[0], i, 0, layer), _offset(grid[1], j, 1, layer)) for grid, own in zip(grids, taps, strict=True) for i, j in own]
+    rows, columns = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
+    blocks = _blocks(reads, (1, 1), (rows, columns), from_group, kernels)
+    all_offsets = blocks.offsets(from_group).reshape(from_group, -1)
+
+    weights: list[Array] = []
+    offsets: list[npt.NDArray[np.int32]] = []
+    phases: list[tuple[int, ...]] = []
+    used = used_offsets = before = 0
+    for grid, own in zip(grids, taps, strict=True):
+        phases.append((*grid, len(own), used, used_offsets))
+        if own:
+            index = [i * kernel[1] + j for i, j in own]
+            transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
+            matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
+            weights.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
+            kernels.conv2d_pack(weights[-1], matrices)
+            used += weights[-1].size
+        offsets.append(all_offsets[:, before:before + len(own)].ravel())
+        used_offsets, before = used_offsets + len(offsets[-1]), before + len(own)
+    flat = np.concatenate([part.ravel() for part in weights]) if weights else np.zeros(1, np.float32)
+    units = -(-rows // blocks.rows) * -(-columns // blocks.columns)
+    return DirectBack(rule.features, blocks, read_only(flat), per_group * len(shares), read_only(np.concatenate(offsets)),
+                      _table(phases, 7), units, from_group)
 
 
 def reads_in_place(layer: g.Conv2d) -> bool:
@@ -282,15 +280,35 @@ def _offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
     return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
 
 
-def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, out_shape: Shape) -> Array:
-    """(K, OH * OW): z under ONES, which depends on the place alone, through the taps that fall inside the input."""
-    if rule.features != codes.ONES:
-        return np.zeros((1, 1), np.float32)
-    each = shares[0].sum(1, dtype=np.float64)
+def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: Graph) -> tuple[Array, npt.NDArray[np.int64]]:
+    """z under ONES, z - y under BOX: (K, patterns, OW), and which pattern each row has (OH,).
+
+    They depend on the place alone, by the taps that fall inside the input. Most rows are alike.
+    """
+    in_shape, (_, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+    if rule.features not in (codes.BOX, codes.ONES):
+        return np.zeros((1, 1, 1), np.float32), _table([(0,)] * rows, 1).ravel()
+    if rule.features == codes.ONES:
+        each = shares[0].sum(1, dtype=np.float64)
+    else:
+        low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(len(layer.weight) // layer.groups, 0)[..., None, None]
+                     for bound in bounds_of(graph, layer.inputs[0]))
+        each = (shares[1] * high - shares[0] * low).sum(1)
     inside = []
     for axis in (0, 1):
-        tap, place = np.ogrid[:layer.weight.shape[2 + axis], :out_shape[1 + axis]]
+        tap, place = np.ogrid[:layer.weight.shape[2 + axis], :(rows, columns)[axis]]
         at = place * layer.stride[axis] + tap * layer.dilation[axis] - layer.padding[axis]
         inside.append(((at >= 0) & (at < in_shape[1 + axis])).astype(np.float64))
-    sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), inside[0])
-    return np.asarray(sums.reshape(len(each), -1), np.float32)
+    if reads_in_place(layer):  # all places of a channel in one row
+        inside = [np.ones((1, 1)), np.ones((1, rows * columns))]
+    patterns, pattern = np.unique(inside[0], axis=1, return_inverse=True)
+    sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), patterns)
+    return sums.astype(np.float32), read_only(pattern.reshape(-1).astype(np.int64))
+
+
+def bounds_of(graph: Graph, name: str) -> tuple[Array, Array]:
+    """Of each channel of a tensor, (C,) each; zeros where it has none."""
+    domain, channels = graph.domains[name], graph.shapes[name][0]
+    if domain.low is None or domain.high is None:
+        return (read_only(np.zeros(channels, np.float32)),) * 2
+    return read_only(domain.low), read_only(domain.high)

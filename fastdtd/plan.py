@@ -24,7 +24,7 @@ from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
-from fastdtd.packing import DirectBack, DirectForward, Winograd, read_only, reads_in_place
+from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place
 from fastdtd.rules import Assigned, relevance_carriers
 
 _ALIGNMENT = 16  # floats: one cache line
@@ -220,10 +220,7 @@ class Plan:
         return (layer.name, False) if relu is None else (relu, True)
 
     def _bounds(self, name: str) -> tuple[Array, Array]:
-        domain, channels = self._graph.domains[name], self._graph.shapes[name][0]
-        if domain.low is None or domain.high is None:
-            return (read_only(np.zeros(channels, np.float32)),) * 2
-        return read_only(domain.low), read_only(domain.high)
+        return bounds_of(self._graph, name)
 
     def _tape(self, layer: Layer, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
         shape = self._graph.shapes[layer.name]
@@ -345,17 +342,16 @@ class Plan:
             ], units)
             return
         assert isinstance(packed, DirectForward)
-        low, high = self._bounds(layer.inputs[0])
         blocks, in_place = packed.blocks, packed.copies == 0
         units = packed.units(*((1, height * width) if in_place else (height, width)))
         shares = self._shares(units, packed.weights.shape[0] * packed.weights.shape[1])
         self._step(kernels.conv2d_forward, [
             self._in_a_row(x.use, in_place), self._in_a_row(ratio, in_place), dead, self._in_a_row(a.use, in_place), packed.weights,
-            packed.offsets, packed.bounds, _bias(layer), packed.constant, low, high, blocks.planes,
+            packed.offsets, packed.bounds, _bias(layer), packed.constant, packed.pattern, packed.least, blocks.planes,
             self._scratch_of("block", blocks.elements(packed.copies)),
             self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
-            x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns, shares,
-            packed.features, relu, carries,
+            x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
+            layer.weight.shape[1], shares, packed.features, relu, carries,
         ], self.batch * units * shares)
 
     def _emit_convolution_back(self, layer: g.Conv2d, c_in: _Tensor, c: _Tensor, ratio: _Use, a: _Tensor, carries: bool,
@@ -371,14 +367,17 @@ class Plan:
             return
         assert isinstance(packed, DirectBack)
         in_place = reads_in_place(layer)
-        shares = self._shares(packed.units(), layer.groups * kernels.conv2d_packed_shape(1, packed.rows, 1)[1])
+        blocks = packed.blocks
+        shares = self._shares(packed.units, layer.groups * kernels.conv2d_packed_shape(1, packed.rows, 1)[1])
         low, high = self._bounds(layer.inputs[0])
         self._step(kernels.conv2d_redistribute, [
             *(self._in_a_row(use, in_place) for use in (c_in.use, c.use, ratio, a.use)),
-            packed.weights, packed.offsets, low, high, packed.phases, packed.planes,
-            self._scratch_of("block", packed.elements), self._scratch_of("results", kernels.conv2d_results_elements(packed.places)),
-            c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, shares, packed.features, carries, accumulate,
-        ], self.batch * packed.units() * shares)
+            packed.weights, packed.offsets, low, high, packed.phases, blocks.planes,
+            self._scratch_of("block", blocks.elements(packed.copies)),
+            self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
+            c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, blocks.rows, blocks.columns,
+            blocks.more_rows, blocks.more_columns, shares, packed.features, carries, accumulate,
+        ], self.batch * packed.units * shares)
 
     def _winograd(self, packed: Winograd, height: int, width: int) -> tuple[int, int, int, int, list[_Scratch]]:
         """Tiles of a block, panels of a group, shares of a block, units, scratch."""

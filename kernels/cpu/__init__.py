@@ -13,6 +13,7 @@ from fastdtd.kernels.cpu.conv2d import (
 )
 from fastdtd.kernels.cpu.dense import DENSE_FEATURES, dense_forward, dense_redistribute
 from fastdtd.kernels.cpu.elementwise import (
+    LEAST,
     absorb_redistribute,
     add_forward,
     add_redistribute,
@@ -36,6 +37,7 @@ from fastdtd.kernels.cpu.winograd import (
 __all__ = [
     "CONV2D_COLUMNS",
     "DENSE_FEATURES",
+    "LEAST",
     "SPLIT_ROWS",
     "absorb_redistribute",
     "add_forward",
@@ -58,6 +60,11 @@ __all__ = [
     "pool2d_redistribute",
     "relu_forward",
     "relu_redistribute",
-    "winograd2d_block", "winograd2d_forward", "winograd2d_pays", "winograd2d_redistribute", "winograd2d_scratch", "winograd2d_tiles",
+    "winograd2d_block",
+    "winograd2d_forward",
+    "winograd2d_pays",
+    "winograd2d_redistribute",
+    "winograd2d_scratch",
+    "winograd2d_tiles",
     "winograd2d_weights",
 ]

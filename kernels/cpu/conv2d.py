@@ -23,7 +23,7 @@ does the units first..last-1, so threads can share it.
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
-from fastdtd.kernels.cpu.elementwise import LEAST, finish, ratio_of
+from fastdtd.kernels.cpu.elementwise import finish, ratio_of_least
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
     LANES,
@@ -133,11 +133,10 @@ def _inside(first, step, size, count):
 
 
 @kernel
-def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down, step_right, part, low, high):
+def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down, step_right, part):
     """block[at:], rows of `width` <- plane number `channel` of a (flat *, H, W) at first + index * step, 0 outside.
 
-    part says what is taken of each value a: 0: a, 1: max(a, 0), 2: min(a, 0), 3: a - low, 4: high - a. The last two are 0 where a lies
-    beyond its bound, as a mean can by rounding.
+    part says what is taken of each value a: 0: a, 1: max(a, 0), 2: min(a, 0).
     """
     height, across = a.shape[2:]
     flat = a.reshape(a.size)
@@ -164,15 +163,9 @@ def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down,
         elif part == 1:
             for i in range(count):
                 block[to + i] = max(flat[source + i * step_right], _ZERO)
-        elif part == 2:
-            for i in range(count):
-                block[to + i] = min(flat[source + i * step_right], _ZERO)
-        elif part == 3:
-            for i in range(count):
-                block[to + i] = max(flat[source + i * step_right] - low, _ZERO)
         else:
             for i in range(count):
-                block[to + i] = max(high - flat[source + i * step_right], _ZERO)
+                block[to + i] = min(flat[source + i * step_right], _ZERO)
         for i in range(to + count, at + (r + 1) * width):
             block[i] = _ZERO
     for i in range(at + bottom * width, at + rows * width):
@@ -254,22 +247,24 @@ def _storable(columns, to, limit):
 
 
 @kernel
-def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, low, high, planes, block, results,
-                   x_channel, a_channel, step_down, step_right, block_rows, block_columns, more_rows, more_columns, shares,
+def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, pattern, least, planes, block, results,
+                   x_channel, a_channel, step_down, step_right, block_rows, block_columns, more_rows, more_columns, channels, shares,
                    features, relu, relevance, first, last):
     """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something (elementwise.ratio_of).
 
-    packed, offsets, bounds are of conv2d_pack_split. Its depth runs over the copies that the features need (a; its two signs; a and its
-    distances from both bounds), the channels of a group, the taps. planes (P, 2) holds where each plane of a channel begins, relative to a
-    place's own position; with none the tensor itself is read. bias is (K,); low, high are bounds of each channel of a, read under BOX;
-    constant (K, OH * OW) is z under ONES, which depends on the place alone. block and results are flat scratch.
+    packed, offsets, bounds are of conv2d_pack_split. Its depth runs over the copies that the features need (two of both signs under SIGNED,
+    else one), the channels of a group (`channels`), the taps. planes (P, 2) holds where each plane of a channel begins, relative to a
+    place's own position; with none the tensor itself is read. bias is (K,).
+
+    Under ONES z depends on the place alone, and under BOX (W+ (a - low) - W- (high - a) = W a - W+ low - W- high) it is y without its bias
+    and such a constant: constant (K, patterns, OW), pattern (OH,) says which of them a row has. A smaller z than least (K,) counts as
+    none. block and results are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     size = height * across
     groups, panels = packed.shape[:2]
-    channels, per_group = len(low) // groups, outputs // groups
-    copies = 3 if features == BOX else 2 if features == SIGNED else 1
-    with_positive = features in (NONNEGATIVE, SIGNED)
+    per_group, copies = outputs // groups, 2 if features == SIGNED else 1
+    split = features in (NONNEGATIVE, SIGNED)
     direct = len(planes) == 0
     width, plane_rows = block_columns + more_columns, block_rows + more_rows
     blocks_across = -(-across // block_columns)
@@ -292,12 +287,11 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, l
                 copied = g
                 at = 0
                 for copy in range(copies):
-                    part = copy if copies == 1 or (features == BOX and copy == 0) else copy + (2 if features == BOX else 1)
                     for channel in range(g * channels, (g + 1) * channels):
                         for i in range(len(planes)):
                             _copy_plane(block, at, plane_rows, width, a, n * a.shape[1] + a_channel + channel,
-                                        y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right, part,
-                                        low[channel], high[channel])
+                                        y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right,
+                                        copy + 1 if copies == 2 else 0)
                             at += plane_rows * width
             p_b = block.ctypes.data
             if direct:
@@ -311,18 +305,21 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, l
                     to = (y + row) * across + left
                     positive = i * stride + row * width
                     negative = positive + SPLIT_ROWS * stride
-                    at_x, at_ratio, at_constant = (n * x.shape[1] + x_channel + k) * size + to, (n * outputs + k) * size + to, k * size + to
-                    p_z = p_constant + 4 * at_constant if features == ONES else p_results + 4 * positive
+                    at_x, at_ratio = (n * x.shape[1] + x_channel + k) * size + to, (n * outputs + k) * size + to
+                    at_constant = (k * constant.shape[1] + pattern[y + row]) * across + left
+                    p_z = p_results + 4 * positive if split else p_constant + 4 * at_constant
                     whole = _storable(columns, to, limit)
                     absorbs |= finish_vectors(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, whole, bias[k],
-                                              with_positive, relu != 0, relevance != 0, LEAST)
+                                              split, features == BOX, relu != 0, relevance != 0, least[k])
                     for q in range(whole, columns):
-                        z = flat_constant[at_constant + q] if features == ONES else results[positive + q]
                         value = results[negative + q]
-                        if with_positive:
+                        z = results[positive + q] if split else flat_constant[at_constant + q]
+                        if split:
                             value += z
+                        elif features == BOX:
+                            z += value
                         value = finish(value + bias[k], relu)
-                        r = ratio_of(value, z, relevance)
+                        r = ratio_of_least(value, z, relevance, least[k])
                         flat_x[at_x + q] = value
                         flat_ratio[at_ratio + q] = r
                         absorbs |= r < _ZERO
@@ -335,81 +332,83 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, l
 
 @kernel
 def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, planes, block, results,
-                        c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, shares, features, relevance, accumulate,
-                        first, last):
+                        c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, block_rows, block_columns, more_rows,
+                        more_columns, shares, features, relevance, accumulate, first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
 
     packed is flat: the panels of one phase behind those of another, made of the transposed V; where an input has two features (SIGNED,
     BOX), its row for the second follows that for the first. A phase without taps is reached by no output: it gets zero.
 
-    phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its range in `planes`; its number of
-    taps; where its weights begin in packed and its rows in offsets; rows and columns of its blocks and what their planes have more of
-    each; how many blocks the phases before it have. block and results are flat scratch.
+    phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its number of taps; where its weights
+    begin in packed and its rows in offsets. All phases read the same planes; a block is so many places of each phase. block and results
+    are flat scratch.
     """
     inputs, outputs = len(low), ratio.shape[1]
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
     panels = -(-per_group * parts // TILE_ROWS)
-    end_phase = phases[-1]
-    blocks_of_image = end_phase[13] + -(-end_phase[2] // end_phase[9]) * -(-end_phase[3] // end_phase[10])
+    blocks_down = blocks_across = 1
+    for phase in range(len(phases)):
+        blocks_down = max(blocks_down, -(-phases[phase, 2] // block_rows))
+        blocks_across = max(blocks_across, -(-phases[phase, 3] // block_columns))
+    blocks = blocks_down * blocks_across
+    width, plane_rows = block_columns + more_columns, block_rows + more_rows
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
     flat_in, flat_a = c_in.reshape(c_in.size), a.reshape(a.size)
     p_in, p_results, p_packed = c_in.ctypes.data, results.ctypes.data, packed.ctypes.data
     for unit in range(first, last):
-        n, within = unit // (blocks_of_image * shares), unit % (blocks_of_image * shares)
-        share, index, phase = within % shares, within // shares, 0
-        while phase + 1 < len(phases) and phases[phase + 1, 13] <= index:
-            phase += 1
-        (top, start, grid_rows, grid_columns, first_plane, last_plane, taps, begin, begin_offsets, block_rows, block_columns, more_rows,
-         more_columns, before) = phases[phase]
-        blocks_across = -(-grid_columns // block_columns)
-        y, left = (index - before) // blocks_across * block_rows, (index - before) % blocks_across * block_columns
-        rows, columns = min(block_rows, grid_rows - y), min(block_columns, grid_columns - left)
-        width, plane_rows = block_columns + more_columns, block_rows + more_rows
-        places = (rows - 1) * width + columns
-        stride = places + TILE_COLUMNS
-        # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
-        limit = (y + rows) * across if columns == across and stride_down == 1 else 0
-        depth, copied = from_group * taps, -1
+        n, within = unit // (blocks * shares), unit % (blocks * shares)
+        share, index = within % shares, within // shares
+        y, left = index // blocks_across * block_rows, index % blocks_across * block_columns
+        copied = -1
         for panel in range(groups * panels * share // shares, groups * panels * (share + 1) // shares):
             g, within_group = panel // panels, panel % panels
             if g != copied:
                 copied = g
                 at = 0
                 for k in range(g * from_group, (g + 1) * from_group):
-                    for i in range(first_plane, last_plane):
+                    for i in range(len(planes)):
                         _copy_product(block, at, plane_rows, width, ratio, n * outputs + k, c, n * c.shape[1] + c_channel + k,
                                       y + planes[i, 0], left + planes[i, 1])
                         at += plane_rows * width
-            if depth:
-                _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * TILE_ROWS),
-                               offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places)
-            else:
-                results[:TILE_ROWS * stride] = _ZERO
-            for i in range(0, min(TILE_ROWS, per_group * parts - within_group * TILE_ROWS), parts):
-                channel = g * per_group + (within_group * TILE_ROWS + i) // parts
-                for row in range(rows):
-                    place = (top + (y + row) * stride_down) * across + start + left * stride_right
-                    to = (n * c_in.shape[1] + c_in_channel + channel) * height * across + place
-                    positive = i * stride + row * width
-                    negative = positive + (parts - 1) * stride
-                    whole = 0
-                    if as_it_is and stride_right == 1 and accumulate:
-                        whole = columns // LANES * LANES
-                        add_vectors(p_in + 4 * to, p_in + 4 * to, p_results + 4 * positive, whole)
-                    elif as_it_is and stride_right == 1:
-                        whole = _storable(columns, place, limit)
-                        copy_vectors(p_in + 4 * to, p_results + 4 * positive, 0, whole)
-                    at_a = (n * a.shape[1] + a_channel + channel) * height * across + place
-                    for q in range(whole, columns):
-                        result, i_in = results[positive + q], to + q * stride_right
-                        if not as_it_is:
-                            v = flat_a[at_a + q * stride_right]
-                            if features == BOX:
-                                result = max(v - low[channel], _ZERO) * result + max(high[channel] - v, _ZERO) * results[negative + q]
-                            else:
-                                result = result if v >= _ZERO else results[negative + q]
-                                if relevance:
-                                    result *= abs(v)
-                        flat_in[i_in] = result + flat_in[i_in] if accumulate else result
+            for phase in range(len(phases)):
+                top, start, grid_rows, grid_columns, taps, begin, begin_offsets = phases[phase]
+                rows, columns = min(block_rows, grid_rows - y), min(block_columns, grid_columns - left)
+                if rows <= 0 or columns <= 0:
+                    continue
+                places, depth = (rows - 1) * width + columns, from_group * taps
+                stride = places + TILE_COLUMNS
+                # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
+                limit = (y + rows) * across if columns == across and stride_down == 1 else 0
+                if depth:
+                    _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * TILE_ROWS),
+                                   offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places)
+                else:
+                    results[:TILE_ROWS * stride] = _ZERO
+                for i in range(0, min(TILE_ROWS, per_group * parts - within_group * TILE_ROWS), parts):
+                    channel = g * per_group + (within_group * TILE_ROWS + i) // parts
+                    for row in range(rows):
+                        place = (top + (y + row) * stride_down) * across + start + left * stride_right
+                        to = (n * c_in.shape[1] + c_in_channel + channel) * height * across + place
+                        positive = i * stride + row * width
+                        negative = positive + (parts - 1) * stride
+                        whole = 0
+                        if as_it_is and stride_right == 1 and accumulate:
+                            whole = columns // LANES * LANES
+                            add_vectors(p_in + 4 * to, p_in + 4 * to, p_results + 4 * positive, whole)
+                        elif as_it_is and stride_right == 1:
+                            whole = _storable(columns, place, limit)
+                            copy_vectors(p_in + 4 * to, p_results + 4 * positive, 0, whole)
+                        at_a = (n * a.shape[1] + a_channel + channel) * height * across + place
+                        for q in range(whole, columns):
+                            result, i_in = results[positive + q], to + q * stride_right
+                            if not as_it_is:
+                                v = flat_a[at_a + q * stride_right]
+                                if features == BOX:
+                                    result = max(v - low[channel], _ZERO) * result + max(high[channel] - v, _ZERO) * results[negative + q]
+                                else:
+                                    result = result if v >= _ZERO else results[negative + q]
+                                    if relevance:
+                                        result *= abs(v)
+                            flat_in[i_in] = result + flat_in[i_in] if accumulate else result

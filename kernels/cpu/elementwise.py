@@ -27,8 +27,14 @@ def ratio_of(x, z, relevance):
 
     Where z is zero nothing can be redistributed. What is lost there is kept as a negative number, -|x| or -1, for `absorb`.
     """
+    return ratio_of_least(x, z, relevance, LEAST)
+
+
+@kernel
+def ratio_of_least(x, z, relevance, least):
+    """As ratio_of, where a z up to `least` counts as zero."""
     share = _ONE if relevance else abs(x)
-    return share / z if z > LEAST else -share
+    return share / z if z > least else -share
 
 
 @kernel

@@ -249,21 +249,23 @@ class _Finish:
 
 
 @intrinsic
-def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, with_positive, relu, relevance, least):
-    """x <- y = negative (+ positive, if with_positive) + bias, through a ReLU if relu; ratio <- |x| / z with z = positive.
+def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, split, shifted, relu, relevance, least):
+    """x <- y + bias, through a ReLU if relu; ratio <- |x| / z.
+
+    z = positive (+ y if shifted) and y = negative (+ positive if split).
 
     As elementwise.finish and ratio_of; `count` numbers from each address, rounded up to LANES. Returns whether a ratio is negative.
     """
-    signature = types.boolean(*[types.intp] * 5, types.float32, types.boolean, types.boolean, types.boolean, types.float32)
+    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 4, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_x, p_ratio, p_positive, p_negative = _pointers(builder, arguments[:4], _F32, _F32, _F32, _F32)
-        count, bias, with_positive, relu, relevance, least = arguments[4:]
+        count, bias, split, shifted, relu, relevance, least = arguments[4:]
         finish = _Finish(builder, bias, relu, relevance, least)
 
         def one_step(step, found):
             z, y = _load(builder, p_positive, step), _load(builder, p_negative, step)
-            value, ratio = finish(builder.select(with_positive, builder.fadd(z, y), y), z)
+            value, ratio = finish(builder.select(split, builder.fadd(z, y), y), builder.select(shifted, builder.fadd(z, y), z))
             _store(builder, value, p_x, step)
             _store(builder, ratio, p_ratio, step)
             return [builder.or_(found[0], builder.fcmp_ordered("<", ratio, _ZEROS))]
