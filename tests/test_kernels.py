@@ -16,8 +16,9 @@ from fastdtd.kernels import cpu
 from fastdtd.kernels.cpu.microkernel import (
     LANES,
     MULTIPLY_SPLIT,
+    MULTIPLY_SPLIT_ROW,
     MULTIPLY_TILE,
-    SPLIT_COLUMNS,
+    ROW_VECTORS,
     SPLIT_ROWS,
     SPLIT_VECTORS,
     TILE_COLUMNS,
@@ -202,19 +203,24 @@ def test_multiply_split(depth, rows, vectors):
     rng = np.random.default_rng(depth)
     w, b = rng.standard_normal((1, rows, depth), np.float32), rng.standard_normal(2000, np.float32)
     w[rng.random(w.shape) < 0.2] = 0
-    offsets = rng.integers(0, len(b) - SPLIT_COLUMNS, depth).astype(np.int32)
+    offsets = rng.integers(0, len(b) - cpu.CONV2D_COLUMNS, depth).astype(np.int32)
     sides = rng.choice([1, -1, 2, 0], depth)
-    panels = cpu.conv2d_split_panels(rows)
-    packed, packed_offsets = np.full((1, panels, depth, SPLIT_ROWS), np.nan, np.float32), np.full((1, panels, depth), -1, np.int32)
-    bounds = np.full((1, panels, 1 + 2**SPLIT_ROWS), -1, np.int32)
+    shape = cpu.conv2d_split_shape(1, rows, depth)
+    panels, panel_rows = shape[1], shape[3]
+    assert panel_rows == (1 if rows == 1 else SPLIT_ROWS)
+    product = MULTIPLY_SPLIT[vectors - 1]
+    if rows == 1:
+        product, vectors = MULTIPLY_SPLIT_ROW[vectors // 2], (2, ROW_VECTORS)[vectors // 2]
+    packed, packed_offsets = np.full(shape, np.nan, np.float32), np.full(shape[:3], -1, np.int32)
+    bounds = np.full((1, panels, cpu.conv2d_split_bounds(panel_rows)), -1, np.int32)
     cpu.conv2d_pack_split(packed, packed_offsets, bounds, w, offsets, sides)
     columns = vectors * LANES
     seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
     positive = np.where((sides == 2) | (sides * w[0] > 0), w[0], 0)
     for panel in range(panels):
-        tiles = np.full((2, SPLIT_ROWS, SPLIT_COLUMNS), np.nan, np.float32)
-        _called(MULTIPLY_SPLIT[vectors - 1], 5)(tiles, packed[0, panel], packed_offsets[0, panel], bounds[0, panel], b, 0)
-        here = slice(panel * SPLIT_ROWS, (panel + 1) * SPLIT_ROWS)
+        tiles = np.full((2, panel_rows, cpu.CONV2D_COLUMNS), np.nan, np.float32)
+        _called(product, 5)(tiles, packed[0, panel], packed_offsets[0, panel], bounds[0, panel], b, 0)
+        here = slice(panel * panel_rows, (panel + 1) * panel_rows)
         for tile, weight in zip(tiles, (positive, w[0] - positive), strict=True):
             expected = weight[here].astype(float) @ seen
             np.testing.assert_allclose(tile[:len(expected), :columns], expected, atol=1e-5 * depth)

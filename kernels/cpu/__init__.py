@@ -9,7 +9,8 @@ from fastdtd.kernels.cpu.conv2d import (
     conv2d_packed_shape,
     conv2d_redistribute,
     conv2d_results_elements,
-    conv2d_split_panels,
+    conv2d_split_bounds,
+    conv2d_split_shape,
 )
 from fastdtd.kernels.cpu.dense import DENSE_FEATURES, dense_forward, dense_redistribute
 from fastdtd.kernels.cpu.elementwise import (
@@ -22,7 +23,6 @@ from fastdtd.kernels.cpu.elementwise import (
     relu_forward,
     relu_redistribute,
 )
-from fastdtd.kernels.cpu.microkernel import SPLIT_ROWS
 from fastdtd.kernels.cpu.pool2d import max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block,
@@ -38,7 +38,6 @@ __all__ = [
     "CONV2D_COLUMNS",
     "DENSE_FEATURES",
     "LEAST",
-    "SPLIT_ROWS",
     "absorb_redistribute",
     "add_forward",
     "add_redistribute",
@@ -50,7 +49,8 @@ __all__ = [
     "conv2d_packed_shape",
     "conv2d_redistribute",
     "conv2d_results_elements",
-    "conv2d_split_panels",
+    "conv2d_split_bounds",
+    "conv2d_split_shape",
     "copy_forward",
     "dense_forward",
     "dense_redistribute",

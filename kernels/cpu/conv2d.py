@@ -27,8 +27,11 @@ from fastdtd.kernels.cpu.elementwise import finish, ratio_of_least
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
     LANES,
+    MULTIPLY_ROW,
     MULTIPLY_SPLIT,
+    MULTIPLY_SPLIT_ROW,
     MULTIPLY_TILE,
+    ROW_VECTORS,
     SPLIT_COLUMNS,
     SPLIT_ORDER,
     SPLIT_ROWS,
@@ -40,7 +43,7 @@ from fastdtd.kernels.cpu.microkernel import (
     multiply_vectors,
 )
 
-CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS)  # of a tile; tiles read this far beyond the last place
+CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)  # of a tile; tiles read this far beyond the last place
 _BLOCK_BYTES = 1 << 18  # a block of planes stays in the second-level cache beside the weights that stream past it
 _BLOCK_PLACES = 1536  # and so do its results
 _ZERO = np.float32(0)
@@ -70,13 +73,20 @@ def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
 
 
 def conv2d_packed_shape(groups, rows, depth):
-    """Shape of packed weights for a matrix of (rows, depth) in each group."""
-    return groups, -(-rows // TILE_ROWS), depth, TILE_ROWS
+    """Shape of packed weights for a matrix of (rows, depth) in each group: a panel is a tile's rows, or the matrix' only row."""
+    panel_rows = 1 if rows == 1 else TILE_ROWS
+    return groups, -(-rows // panel_rows), depth, panel_rows
 
 
-def conv2d_split_panels(rows):
-    """How many panels conv2d_pack_split makes of so many rows."""
-    return -(-rows // SPLIT_ROWS)
+def conv2d_split_shape(groups, rows, depth):
+    """Shape of the weights of conv2d_pack_split."""
+    panel_rows = 1 if rows == 1 else SPLIT_ROWS
+    return groups, -(-rows // panel_rows), depth, panel_rows
+
+
+def conv2d_split_bounds(panel_rows):
+    """How many bounds each of their panels has."""
+    return 1 + 2**panel_rows
 
 
 # ---- Packing weights -------------------------------------------------------------------------------------------------------------------
@@ -84,38 +94,40 @@ def conv2d_split_panels(rows):
 
 @kernel
 def conv2d_pack(packed, matrices):
-    """packed (groups, panels, depth, TILE_ROWS) <- matrices (groups, rows, depth), with rows of zeros to fill the last panel."""
+    """packed (groups, panels, depth, panel rows) <- matrices (groups, rows, depth), with rows of zeros to fill the last panel."""
     groups, rows, depth = matrices.shape
+    panel_rows = packed.shape[3]
     for g in range(groups):
         for panel in range(packed.shape[1]):
-            for i in range(TILE_ROWS):
-                row = panel * TILE_ROWS + i
+            for i in range(panel_rows):
+                row = panel * panel_rows + i
                 for d in range(depth):
                     packed[g, panel, d, i] = matrices[g, row, d] if row < rows else _ZERO
 
 
 @kernel
 def conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides):
-    """Sort each panel's entries by class for multiply_split: packed (groups, panels, depth, SPLIT_ROWS), packed_offsets (.., depth) and
+    """Sort each panel's entries by class for multiply_split: packed (groups, panels, depth, panel rows), packed_offsets (.., depth) and
     bounds (groups, panels, 1 + classes) <- matrices (groups, rows, depth) and offsets (depth,).
 
     sides (depth,) says what of an entry is positive: 1: positive weights, -1: negative ones, 2: all, 0: none.
     """
     groups, rows, depth = matrices.shape
+    panel_rows = packed.shape[3]
     for g in range(groups):
         for panel in range(packed.shape[1]):
             to, bounds[g, panel, 0] = 0, 0
-            for i in range(len(_BITS)):
+            for i in range(1 << panel_rows):
                 for d in range(depth):
                     positive_rows = 0
-                    for row in range(SPLIT_ROWS):
-                        k = panel * SPLIT_ROWS + row
+                    for row in range(panel_rows):
+                        k = panel * panel_rows + row
                         weight = matrices[g, k, d] if k < rows else _ZERO
                         if sides[d] == 2 or sides[d] * weight > _ZERO:
                             positive_rows |= 1 << row
                     if positive_rows == _BITS[i]:
-                        for row in range(SPLIT_ROWS):
-                            k = panel * SPLIT_ROWS + row
+                        for row in range(panel_rows):
+                            k = panel * panel_rows + row
                             packed[g, panel, to, row] = matrices[g, k, d] if k < rows else _ZERO
                         packed_offsets[g, panel, to] = offsets[d]
                         to += 1
@@ -199,6 +211,8 @@ def _copy_product(block, at, rows, width, ratio, ratio_channel, c, c_channel, fi
 
 _SPLIT_1, _SPLIT_2, _SPLIT_3 = MULTIPLY_SPLIT
 _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
+_ROW_NARROW, _ROW_WIDE = MULTIPLY_ROW
+_SPLIT_ROW_NARROW, _SPLIT_ROW_WIDE = MULTIPLY_SPLIT_ROW
 
 
 @kernel
@@ -209,8 +223,15 @@ def _tile_width(places, most):
 
 
 @kernel
-def _multiply_split(results, stride, a, offsets, bounds, b, places):
-    """P and N of one panel for so many places, (2, SPLIT_ROWS, stride) from the address `results` on."""
+def _multiply_split(results, stride, a, offsets, bounds, b, places, panel_rows):
+    """P and N of one panel for so many places, (2, panel_rows, stride) from the address `results` on."""
+    if panel_rows == 1:
+        whole = places // (ROW_VECTORS * LANES) * ROW_VECTORS * LANES
+        for j in range(0, whole, ROW_VECTORS * LANES):
+            _SPLIT_ROW_WIDE(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+        for j in range(whole, places, 2 * LANES):
+            _SPLIT_ROW_NARROW(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+        return
     width = _tile_width(places, SPLIT_COLUMNS)
     for j in range(0, places, width):
         columns = min(width, places - j)
@@ -223,8 +244,15 @@ def _multiply_split(results, stride, a, offsets, bounds, b, places):
 
 
 @kernel
-def _multiply_tile(results, stride, a, offsets, b, depth, places):
-    """The product of one panel for so many places, (TILE_ROWS, stride) from the address `results` on."""
+def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
+    """The product of one panel for so many places, (panel_rows, stride) from the address `results` on."""
+    if panel_rows == 1:
+        whole = places // (ROW_VECTORS * LANES) * ROW_VECTORS * LANES
+        for j in range(0, whole, ROW_VECTORS * LANES):
+            _ROW_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        for j in range(whole, places, 2 * LANES):
+            _ROW_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        return
     width = _tile_width(places, TILE_COLUMNS)
     for j in range(0, places, width):
         columns = min(width, places - j)
@@ -262,7 +290,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     size = height * across
-    groups, panels = packed.shape[:2]
+    groups, panels, depth, panel_rows = packed.shape
     per_group, copies = outputs // groups, 2 if features == SIGNED else 1
     split = features in (NONNEGATIVE, SIGNED)
     direct = len(planes) == 0
@@ -277,7 +305,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
         y, left = index // blocks_across * block_rows, index % blocks_across * block_columns
         rows, columns = min(block_rows, height - y), min(block_columns, across - left)
         places = (rows - 1) * width + columns
-        stride = places + SPLIT_COLUMNS
+        stride = places + CONV2D_COLUMNS
         # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
         limit = (y + rows) * across if columns == across else 0
         absorbs, copied = False, -1
@@ -296,15 +324,14 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
             p_b = block.ctypes.data
             if direct:
                 p_b = a.ctypes.data + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
-            entries = panel * packed.shape[2]
-            _multiply_split(p_results, stride, packed.ctypes.data + 4 * entries * SPLIT_ROWS, offsets.ctypes.data + 4 * entries,
-                            bounds.ctypes.data + 4 * panel * bounds.shape[2], p_b, places)
-            for i in range(min(SPLIT_ROWS, per_group - within_group * SPLIT_ROWS)):
-                k = g * per_group + within_group * SPLIT_ROWS + i
+            _multiply_split(p_results, stride, packed.ctypes.data + 4 * panel * depth * panel_rows, offsets.ctypes.data + 4 * panel * depth,
+                            bounds.ctypes.data + 4 * panel * bounds.shape[2], p_b, places, panel_rows)
+            for i in range(min(panel_rows, per_group - within_group * panel_rows)):
+                k = g * per_group + within_group * panel_rows + i
                 for row in range(rows):
                     to = (y + row) * across + left
                     positive = i * stride + row * width
-                    negative = positive + SPLIT_ROWS * stride
+                    negative = positive + panel_rows * stride
                     at_x, at_ratio = (n * x.shape[1] + x_channel + k) * size + to, (n * outputs + k) * size + to
                     at_constant = (k * constant.shape[1] + pattern[y + row]) * across + left
                     p_z = p_results + 4 * positive if split else p_constant + 4 * at_constant
@@ -347,7 +374,8 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
-    panels = -(-per_group * parts // TILE_ROWS)
+    panel_rows = 1 if per_group * parts == 1 else TILE_ROWS
+    panels = -(-per_group * parts // panel_rows)
     blocks_down = blocks_across = 1
     for phase in range(len(phases)):
         blocks_down = max(blocks_down, -(-phases[phase, 2] // block_rows))
@@ -378,16 +406,16 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
                 if rows <= 0 or columns <= 0:
                     continue
                 places, depth = (rows - 1) * width + columns, from_group * taps
-                stride = places + TILE_COLUMNS
+                stride = places + CONV2D_COLUMNS
                 # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
                 limit = (y + rows) * across if columns == across and stride_down == 1 else 0
                 if depth:
-                    _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * TILE_ROWS),
-                                   offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places)
+                    _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * panel_rows),
+                                   offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places, panel_rows)
                 else:
-                    results[:TILE_ROWS * stride] = _ZERO
-                for i in range(0, min(TILE_ROWS, per_group * parts - within_group * TILE_ROWS), parts):
-                    channel = g * per_group + (within_group * TILE_ROWS + i) // parts
+                    results[:panel_rows * stride] = _ZERO
+                for i in range(0, min(panel_rows, per_group * parts - within_group * panel_rows), parts):
+                    channel = g * per_group + (within_group * panel_rows + i) // parts
                     for row in range(rows):
                         place = (top + (y + row) * stride_down) * across + start + left * stride_right
                         to = (n * c_in.shape[1] + c_in_channel + channel) * height * across + place

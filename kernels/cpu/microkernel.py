@@ -42,6 +42,7 @@ LANES, TILE_ROWS, TILE_VECTORS = _tile()
 TILE_COLUMNS = LANES * TILE_VECTORS
 SPLIT_ROWS, SPLIT_VECTORS = 4, 3  # 12 accumulators in use at a time
 SPLIT_COLUMNS = LANES * SPLIT_VECTORS
+ROW_VECTORS = TILE_ROWS * TILE_VECTORS // 3
 SPLIT_ORDER = tuple(i ^ i >> 1 for i in range(2**SPLIT_ROWS))  # from class to class one row changes sides: few registers are exchanged
 _UNROLL = 4
 _LINE = 16  # floats of a cache line
@@ -122,7 +123,7 @@ def _pointers(builder, addresses, *kinds):
 # ---- Products --------------------------------------------------------------------------------------------------------------------------
 
 
-def _make_multiply_tile(vectors):
+def _make_multiply_tile(rows, vectors):
     @intrinsic
     def multiply(typing_context, tile, tile_stride, a, offsets, b, depth):
         def codegen(context, builder, signature, arguments):
@@ -130,27 +131,27 @@ def _make_multiply_tile(vectors):
             p_tile, p_a, p_offsets, p_b = _pointers(builder, (tile, a, offsets, b), _F32, _F32, _I32, _F32)
 
             def one_step(step, sums):
-                row_a = builder.mul(step, _number(TILE_ROWS))
+                row_a = builder.mul(step, _number(rows))
                 row_b = builder.sext(builder.load(builder.gep(p_offsets, [step])), _I64)
                 columns = [_load(builder, p_b, builder.add(row_b, _number(j * LANES))) for j in range(vectors)]
                 result = []
-                for i in range(TILE_ROWS):
+                for i in range(rows):
                     weight = _splat(builder, builder.load(builder.gep(p_a, [builder.add(row_a, _number(i))])))
                     result += [_multiply_add(builder, sums[i * vectors + j], weight, columns[j]) for j in range(vectors)]
                 return result
 
             def several_steps(step, sums):
-                for line in range(0, _UNROLL * TILE_ROWS, _LINE):
-                    ahead = builder.add(builder.mul(step, _number(TILE_ROWS)), _number(line + _AHEAD))
+                for line in range(0, _UNROLL * rows, _LINE):
+                    ahead = builder.add(builder.mul(step, _number(rows)), _number(line + _AHEAD))
                     _prefetch(builder, builder.gep(p_a, [ahead]))
                 for i in range(_UNROLL):
                     sums = one_step(builder.add(step, _number(i)), sums)
                 return sums
 
             whole = builder.sub(depth, builder.srem(depth, _number(_UNROLL)))
-            sums = _loop(builder, _number(0), whole, _UNROLL, [_ZEROS] * (TILE_ROWS * vectors), several_steps)
+            sums = _loop(builder, _number(0), whole, _UNROLL, [_ZEROS] * (rows * vectors), several_steps)
             sums = _loop(builder, whole, depth, 1, sums, one_step)
-            for i in range(TILE_ROWS):
+            for i in range(rows):
                 for j in range(vectors):
                     place = builder.add(builder.mul(tile_stride, _number(i)), _number(j * LANES))
                     _store(builder, sums[i * vectors + j], p_tile, place)
@@ -158,7 +159,7 @@ def _make_multiply_tile(vectors):
 
         return types.void(*[types.intp] * 6), codegen
 
-    multiply.__doc__ = f"""tile (TILE_ROWS, {vectors * LANES}) = a (depth, TILE_ROWS)^T times b.
+    multiply.__doc__ = f"""tile ({rows}, {vectors * LANES}) = a (depth, {rows})^T times b.
 
     Rows of tile are tile_stride floats apart; row d of b starts offsets[d] (int32) floats behind b. tile, a, offsets and b are addresses.
     Each number of the tile is one chain of multiply-adds in the order of depth, so it does not depend on where in a tile, or in which
@@ -167,29 +168,28 @@ def _make_multiply_tile(vectors):
     return multiply
 
 
-def _make_multiply_split(vectors):
+def _make_multiply_split(rows, vectors):
     @intrinsic
     def multiply(typing_context, tiles, tile_stride, a, offsets, bounds, b):
         def codegen(context, builder, signature, arguments):
             tiles, tile_stride, *others = arguments
             p_tiles, p_a, p_offsets, p_bounds, p_b = _pointers(builder, (tiles, *others), _F32, _F32, _I32, _I32, _F32)
-            sums = [_ZEROS] * (2 * SPLIT_ROWS * vectors)
+            sums = [_ZEROS] * (2 * rows * vectors)
 
             def bound(i):
                 return builder.sext(builder.load(builder.gep(p_bounds, [_number(i)])), _I64)
 
             first = bound(0)
-            for i, positive_rows in enumerate(SPLIT_ORDER):
-                in_use = [(row + (0 if positive_rows >> row & 1 else SPLIT_ROWS)) * vectors + j
-                          for row in range(SPLIT_ROWS) for j in range(vectors)]
+            for i, positive_rows in enumerate(SPLIT_ORDER[:2**rows]):
+                in_use = [(row + (0 if positive_rows >> row & 1 else rows)) * vectors + j for row in range(rows) for j in range(vectors)]
 
                 def one_step(step, part):
-                    row_a = builder.mul(step, _number(SPLIT_ROWS))
+                    row_a = builder.mul(step, _number(rows))
                     _prefetch(builder, builder.gep(p_a, [builder.add(row_a, _number(_AHEAD))]))
                     row_b = builder.sext(builder.load(builder.gep(p_offsets, [step])), _I64)
                     columns = [_load(builder, p_b, builder.add(row_b, _number(j * LANES))) for j in range(vectors)]
                     result = []
-                    for row in range(SPLIT_ROWS):
+                    for row in range(rows):
                         weight = _splat(builder, builder.load(builder.gep(p_a, [builder.add(row_a, _number(row))])))
                         result += [_multiply_add(builder, part[row * vectors + j], weight, columns[j]) for j in range(vectors)]
                     return result
@@ -198,7 +198,7 @@ def _make_multiply_split(vectors):
                 for place, value in zip(in_use, _loop(builder, first, last, 1, [sums[place] for place in in_use], one_step), strict=True):
                     sums[place] = value
                 first = last
-            for i in range(2 * SPLIT_ROWS):
+            for i in range(2 * rows):
                 for j in range(vectors):
                     place = builder.add(builder.mul(tile_stride, _number(i)), _number(j * LANES))
                     _store(builder, sums[i * vectors + j], p_tiles, place)
@@ -206,16 +206,18 @@ def _make_multiply_split(vectors):
 
         return types.void(*[types.intp] * 6), codegen
 
-    multiply.__doc__ = f"""tiles (2, SPLIT_ROWS, {vectors * LANES}) = P and N; rows are tile_stride floats apart.
+    multiply.__doc__ = f"""tiles (2, {rows}, {vectors * LANES}) = P and N; rows are tile_stride floats apart.
 
-    Entries of a (depth, SPLIT_ROWS) are sorted by class: those from bounds[i] to bounds[i + 1] (int32) are added to P in the rows whose
+    Entries of a (depth, {rows}) are sorted by class: those from bounds[i] to bounds[i + 1] (int32) are added to P in the rows whose
     bits are set in SPLIT_ORDER[i], to N in the others. Addresses and offsets as in multiply_tile, and sums too: one chain each.
     """
     return multiply
 
 
-MULTIPLY_TILE = tuple(_make_multiply_tile(vectors) for vectors in range(1, TILE_VECTORS + 1))
-MULTIPLY_SPLIT = tuple(_make_multiply_split(vectors) for vectors in range(1, SPLIT_VECTORS + 1))
+MULTIPLY_TILE = tuple(_make_multiply_tile(TILE_ROWS, vectors) for vectors in range(1, TILE_VECTORS + 1))
+MULTIPLY_SPLIT = tuple(_make_multiply_split(SPLIT_ROWS, vectors) for vectors in range(1, SPLIT_VECTORS + 1))
+MULTIPLY_ROW = tuple(_make_multiply_tile(1, vectors) for vectors in (2, ROW_VECTORS))  # for a matrix of one row: depthwise convolution
+MULTIPLY_SPLIT_ROW = tuple(_make_multiply_split(1, vectors) for vectors in (2, ROW_VECTORS))
 
 
 # ---- Finishing -------------------------------------------------------------------------------------------------------------------------
