@@ -9,7 +9,7 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -157,11 +157,11 @@ class Plan:
 
     def forward(self, submit: Callable[..., Any] | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
-        _run(self._forward, submit)
+        _run(self._forward, self._kernels, submit)
 
     def back(self, submit: Callable[..., Any] | None = None) -> None:
         """start -> relevance and ledger."""
-        _run(self._back, submit)
+        _run(self._back, self._kernels, submit)
 
     # -- Where tensors live
 
@@ -476,21 +476,42 @@ class _Scratch:
     name: str
 
 
-def _run(calls: list[list[Callable[[], None]]], submit: Callable[..., Any] | None) -> None:
+class _Barrier:
+    """Lets `workers` threads go on when all have arrived, again and again; broken once and for all by the first that fails."""
+
+    def __init__(self, kernels: ModuleType, workers: int) -> None:
+        self._kernels, self._workers = kernels, workers
+        self._counter = np.zeros(1, np.int64)
+
+    def wait(self) -> bool:
+        """Returns whether all have come; otherwise the barrier is broken."""
+        arrival = self._kernels.arrive(self._counter)
+        target = min(-(-arrival // self._workers) * self._workers, _BROKEN)
+        while not self._kernels.has_come(self._counter, target):
+            time.sleep(0)
+        return bool(self._counter[0] < _BROKEN)
+
+    def abort(self) -> None:
+        self._counter[0] = _BROKEN
+
+
+_BROKEN = 1 << 62
+
+
+def _run(calls: list[list[Callable[[], None]]], kernels: ModuleType, submit: Callable[..., Any] | None) -> None:
     if len(calls) == 1:
         for call in calls[0]:
             call()
         return
     assert submit is not None
-    barrier = threading.Barrier(len(calls))
+    barrier = _Barrier(kernels, len(calls))
 
     def work(own: list[Callable[[], None]]) -> None:
         try:
             for call in own:
                 call()
-                barrier.wait()
-        except threading.BrokenBarrierError:
-            return  # who broke it says why
+                if not barrier.wait():
+                    return  # who broke it says why
         except BaseException:
             barrier.abort()
             raise

@@ -52,7 +52,7 @@ def winograd2d_tiles(height, width):
 
 def winograd2d_pays(depth, rows, height, width, products):
     """Whether this is faster than conv2d for a sum over `depth` channels to so many rows (docs/kernels.md has the measurements)."""
-    return depth >= 8 and rows >= 8 and height * width >= 36
+    return depth >= 8 and rows >= 8 and height * width >= 81
 
 
 def winograd2d_block(panels, products, tiles):
