@@ -110,10 +110,11 @@ class DirectBack:
 
 @dataclass(frozen=True, eq=False)
 class Winograd:
-    """For winograd2d_forward (two products, of W and of V) and winograd2d_redistribute (one): (products, 36, panels, channels, rows)."""
+    """For winograd2d_forward (two products, of W and of V) and winograd2d_redistribute (one)."""
 
-    weights: Array
-    channels: int
+    weights: Array  # (products, groups * 36, panels, channels, rows)
+    channels: int  # of a group that are summed over
+    groups: int
     products: int
     padding: tuple[int, int]  # top, left
 
@@ -135,27 +136,28 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, k
     in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     forward: DirectForward | Winograd
     back: DirectBack | Winograd
-    suits = (layer.weight.shape[2:] == (3, 3) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+    suits = (layer.weight.shape[2:] == (3, 3) and layer.stride == layer.dilation == (1, 1)
              and rule.features == codes.NONNEGATIVE)
-    if suits and kernels.winograd2d_pays(in_shape[0], out_shape[0], *out_shape[1:], 2):
-        forward = _pack_winograd((layer.weight, shares[0]), layer.padding[:2], kernels)
+    channels, outputs = in_shape[0] // layer.groups, out_shape[0] // layer.groups
+    if suits and kernels.winograd2d_pays(channels, outputs, *out_shape[1:]):
+        forward = _pack_winograd((layer.weight, shares[0]), layer.groups, layer.padding[:2], kernels)
     else:
         forward = _pack_forward(layer, rule, shares, graph, kernels)
-    if suits and not carries and kernels.winograd2d_pays(out_shape[0], in_shape[0], *in_shape[1:], 1):
-        turned = shares[0][:, :, ::-1, ::-1].swapaxes(0, 1)
-        back = _pack_winograd((turned,), (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
+    if suits and not carries and kernels.winograd2d_pays(outputs, channels, *in_shape[1:]):
+        turned = shares[0].reshape(layer.groups, outputs, channels, 3, 3)[..., ::-1, ::-1].swapaxes(1, 2)
+        back = _pack_winograd((turned,), layer.groups, (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
     else:
         back = _pack_back(layer, rule, shares, in_shape, kernels)
     return PackedConv2d(forward, back)
 
 
-def _pack_winograd(weights: tuple[Array, ...], padding: tuple[int, int], kernels: ModuleType) -> Winograd:
+def _pack_winograd(weights: tuple[Array, ...], groups: int, padding: tuple[int, int], kernels: ModuleType) -> Winograd:
     packed = []
     for weight in weights:
-        points = kernels.winograd2d_weights(weight)
+        points = kernels.winograd2d_weights(weight.reshape(groups, -1, *weight.shape[-3:]))
         packed.append(np.empty(kernels.conv2d_packed_shape(*points.shape), np.float32))
         kernels.conv2d_pack(packed[-1], points)
-    return Winograd(read_only(np.stack(packed)), weights[0].shape[1], len(weights), padding)
+    return Winograd(read_only(np.stack(packed)), weights[0].shape[-3], groups, len(weights), padding)
 
 
 def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: Graph, kernels: ModuleType) -> DirectForward:

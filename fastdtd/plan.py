@@ -337,8 +337,8 @@ class Plan:
         if isinstance(packed, Winograd):
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(kernels.winograd2d_forward, [
-                x.use, ratio, dead, a.use, packed.weights, packed.offsets(block), _bias(layer), *scratch, x.channel, a.channel,
-                packed.channels, *packed.padding, block, together, shares, relu, carries,
+                x.use, ratio, dead, a.use, layer.weight, packed.weights, packed.offsets(block), _bias(layer), *scratch,
+                x.channel, a.channel, packed.channels, packed.groups, *packed.padding, block, together, shares, relu, carries,
             ], units)
             return
         assert isinstance(packed, DirectForward)
@@ -362,7 +362,7 @@ class Plan:
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(kernels.winograd2d_redistribute, [
                 c_in.use, c.use, ratio, packed.weights[0], packed.offsets(block), *scratch[:-1], c_in.channel, c.channel, channels,
-                *packed.padding, block, together, shares, accumulate,
+                packed.groups, *packed.padding, block, together, shares, accumulate,
             ], units)
             return
         assert isinstance(packed, DirectBack)
@@ -384,7 +384,7 @@ class Plan:
         kernels = self._kernels
         tiles, panels = self.batch * kernels.winograd2d_tiles(height, width), packed.weights.shape[-3]
         block, together = kernels.winograd2d_block(panels, packed.products, tiles)
-        blocks = -(-tiles // block)
+        blocks = -(-tiles // block) * packed.groups
         shares = self._shares_of(blocks, panels)
         sizes = kernels.winograd2d_scratch(packed.channels, packed.products * together, block, width)
         scratch = [self._scratch_of(f"winograd {name}", size)

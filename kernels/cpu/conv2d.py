@@ -28,10 +28,12 @@ from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
     LANES,
     MULTIPLY_ROW,
+    MULTIPLY_SIX,
     MULTIPLY_SPLIT,
     MULTIPLY_SPLIT_ROW,
     MULTIPLY_TILE,
     ROW_VECTORS,
+    SIX_VECTORS,
     SPLIT_COLUMNS,
     SPLIT_ORDER,
     SPLIT_ROWS,
@@ -55,7 +57,7 @@ _BITS = np.array(SPLIT_ORDER, np.int64)
 
 def conv2d_results_elements(places):
     """Floats of the scratch array `results` for blocks of so many places, counted along rows of planes."""
-    return (places + 2 * CONV2D_COLUMNS) * max(2 * SPLIT_ROWS, 2 * TILE_ROWS)
+    return (places + 2 * CONV2D_COLUMNS) * max(2 * SPLIT_ROWS, TILE_ROWS, 6)
 
 
 def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
@@ -73,8 +75,8 @@ def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
 
 
 def conv2d_packed_shape(groups, rows, depth):
-    """Shape of packed weights for a matrix of (rows, depth) in each group: a panel is a tile's rows, or the matrix' only row."""
-    panel_rows = 1 if rows == 1 else TILE_ROWS
+    """Shape of packed weights for a matrix of (rows, depth) in each group: a panel has a tile's rows, or those of a small matrix."""
+    panel_rows = rows if rows in (1, 6) else TILE_ROWS
     return groups, -(-rows // panel_rows), depth, panel_rows
 
 
@@ -211,6 +213,7 @@ def _copy_product(block, at, rows, width, ratio, ratio_channel, c, c_channel, fi
 
 _SPLIT_1, _SPLIT_2, _SPLIT_3 = MULTIPLY_SPLIT
 _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
+_SIX_NARROW, _SIX_WIDE = MULTIPLY_SIX
 _ROW_NARROW, _ROW_WIDE = MULTIPLY_ROW
 _SPLIT_ROW_NARROW, _SPLIT_ROW_WIDE = MULTIPLY_SPLIT_ROW
 
@@ -252,6 +255,13 @@ def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
             _ROW_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
         for j in range(whole, places, 2 * LANES):
             _ROW_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        return
+    if panel_rows == 6:
+        whole = places // (SIX_VECTORS * LANES) * SIX_VECTORS * LANES
+        for j in range(0, whole, SIX_VECTORS * LANES):
+            _SIX_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        for j in range(whole, places, LANES):
+            _SIX_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
         return
     width = _tile_width(places, TILE_COLUMNS)
     for j in range(0, places, width):
@@ -374,7 +384,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
-    panel_rows = 1 if per_group * parts == 1 else TILE_ROWS
+    panel_rows = per_group * parts if per_group * parts in (1, 6) else TILE_ROWS
     panels = -(-per_group * parts // panel_rows)
     blocks_down = blocks_across = 1
     for phase in range(len(phases)):

@@ -216,6 +216,8 @@ def _make_multiply_split(rows, vectors):
 
 MULTIPLY_TILE = tuple(_make_multiply_tile(TILE_ROWS, vectors) for vectors in range(1, TILE_VECTORS + 1))
 MULTIPLY_SPLIT = tuple(_make_multiply_split(SPLIT_ROWS, vectors) for vectors in range(1, SPLIT_VECTORS + 1))
+SIX_VECTORS = TILE_ROWS * TILE_VECTORS // 6
+MULTIPLY_SIX = tuple(_make_multiply_tile(6, vectors) for vectors in (1, SIX_VECTORS))  # both features of three channels: pictures
 MULTIPLY_ROW = tuple(_make_multiply_tile(1, vectors) for vectors in (2, ROW_VECTORS))  # for a matrix of one row: depthwise convolution
 MULTIPLY_SPLIT_ROW = tuple(_make_multiply_split(1, vectors) for vectors in (2, ROW_VECTORS))
 
@@ -429,22 +431,33 @@ def winograd_output(typing_context, stage, sums, stride):
 def winograd_finish(typing_context, stage, sums, sums_of_v, stride, bias, relu, relevance, least):
     """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (see finish_vectors) from the points of y and of z, `stride` floats apart.
 
-    Returns whether a ratio is negative.
+    A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1 where a ratio is
+    negative, plus 2 where one is NaN.
     """
-    signature = types.boolean(*[types.intp] * 4, types.float32, types.boolean, types.boolean, types.float32)
+    signature = types.int64(*[types.intp] * 4, types.float32, types.boolean, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_stage, p_y, p_z = _pointers(builder, arguments[:3], _F32, _F32, _F32)
         stride, bias, relu, relevance, least = arguments[3:]
         finish = _Finish(builder, bias, relu, relevance, least)
-        found = _NOTHING
-        for i, (line_y, line_z) in enumerate(zip(_outputs(builder, p_y, stride), _outputs(builder, p_z, stride), strict=True)):
-            results = [finish(y, z) for y, z in zip(_transform_output(builder, line_y), _transform_output(builder, line_z), strict=True)]
-            for _, ratio in results:
+        all_z = [_transform_output(builder, line) for line in _outputs(builder, p_z, stride)]
+        largest = all_z[0][0]
+        for z in (z for line in all_z for z in line):
+            largest = builder.select(builder.fcmp_ordered(">", z, largest), z, largest)
+        small = _combine(builder, (2.0**-8, largest))
+        found = doubtful = _NOTHING
+        for i, (line_y, line_z) in enumerate(zip(_outputs(builder, p_y, stride), all_z, strict=True)):
+            results = []
+            for y, z in zip(_transform_output(builder, line_y), line_z, strict=True):
+                x, ratio = finish(y, z)
                 found = builder.or_(found, builder.fcmp_ordered("<", ratio, _ZEROS))
+                doubt = builder.and_(builder.fcmp_ordered("<", z, small), builder.fcmp_ordered(">", x, _combine(builder, (8, z))))
+                doubtful = builder.or_(doubtful, doubt)
+                results.append((x, builder.select(doubt, ir.Constant(_VECTOR, [float("nan")] * LANES), ratio)))
             for part in range(2):
                 for j, vector in enumerate(_interleave(builder, [result[part] for result in results])):
                     _store(builder, vector, p_stage, _number((16 * part + 4 * i + j) * LANES))
-        return _any(builder, found)
+        found, doubtful = builder.zext(_any(builder, found), _I64), builder.zext(_any(builder, doubtful), _I64)
+        return builder.add(found, builder.shl(doubtful, _number(1)))
 
     return signature, codegen

@@ -5,13 +5,13 @@ inputs; transformed, these are 36 points. At each point the channels are summed 
 sums are transformed back. The points' matrices are made once, from W, from V and, for the way back, from V^T with its taps turned round.
 
 The numbers that are summed here are non-negative (features NONNEGATIVE), so the transforms' cancellations stay small beside them. Only
-where an output sees nothing but zeros would they matter: a tile's other inputs leave rounding there, by which x may not be divided. Such
-outputs are found beforehand and set.
+where z is zero, or far below others of its tile, would they matter: what rounding leaves there of the others is nothing to divide by. So
+outputs that see nothing but zeros are found beforehand and set, and other doubtful ones are summed once more by the definition.
 
-Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and these by `shares` of
-the outputs; a call does the units first..last-1. Vectors run along tiles. Scratch, per worker: lines holds 6 rows of input, points
-(36, channels, block) the transformed input, sums (36, rows, block) the products of `panels_together` panels, stage rows of outputs, seen
-the largest input of all channels and then the list of outputs that see none.
+Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and these by groups and
+by `shares` of a group's outputs; a call does the units first..last-1. Vectors run along tiles. Scratch, per worker: lines holds 6 rows
+of input, points (36, channels, block) the transformed input, sums (36, rows, block) the products of `panels_together` panels, stage rows
+of outputs, seen the largest input of all channels and then the list of outputs that see none.
 """
 
 import numpy as np
@@ -40,9 +40,9 @@ _ZERO = np.float32(0)
 
 
 def winograd2d_weights(weight):
-    """(36, K, C) float32: what the points' products multiply with, of weight (K, C, 3, 3)."""
-    points = np.einsum("ij,kcjl,ml->imkc", _TRANSFORM, weight.astype(np.float64), _TRANSFORM, optimize=True)
-    return np.ascontiguousarray(points.reshape(WINOGRAD_POINTS, *weight.shape[:2]), np.float32)
+    """(groups * 36, K, C) float32: what the points' products multiply with, of weight (groups, K, C, 3, 3)."""
+    points = np.einsum("ij,gkcjl,ml->gimkc", _TRANSFORM, weight.astype(np.float64), _TRANSFORM, optimize=True)
+    return np.ascontiguousarray(points.reshape(-1, *weight.shape[1:3]), np.float32)
 
 
 def winograd2d_tiles(height, width):
@@ -50,7 +50,7 @@ def winograd2d_tiles(height, width):
     return -(-height // 4) * -(-width // 4)
 
 
-def winograd2d_pays(depth, rows, height, width, products):
+def winograd2d_pays(depth, rows, height, width):
     """Whether this is faster than conv2d for a sum over `depth` channels to so many rows (docs/kernels.md has the measurements)."""
     return depth >= 8 and rows >= 8 and height * width >= 81
 
@@ -149,17 +149,46 @@ def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_ima
     return used > first_mark + vectors + 1
 
 
+@kernel
+def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_across, tiles_of_image, height, across, top, left, relu,
+                  relevance):
+    """Output k of the tiles in the stage, where its ratio is NaN: by the definition. Returns whether one of these ratios is negative."""
+    absorbs = False
+    for at in range(16 * LANES):
+        lane = at % (4 * LANES) // 4
+        if lane >= count or not np.isnan(stage[16 * LANES + at]):
+            continue
+        n, row, column, _ = _piece(tile + lane, tile + count, tiles_across, tiles_of_image)
+        y_out, x_out = 4 * row + at // (4 * LANES), 4 * column + at % 4
+        if y_out >= height or x_out >= across:
+            continue
+        y = z = _ZERO
+        for channel in range(weight.shape[1]):
+            for i in range(max(0, top - y_out), min(3, a.shape[2] + top - y_out)):
+                for j in range(max(0, left - x_out), min(3, a.shape[3] + left - x_out)):
+                    term = weight[k, channel, i, j] * a[n, a_channel + channel, y_out + i - top, x_out + j - left]
+                    y += term
+                    z += max(term, _ZERO)
+        value = finish(y + bias, relu)
+        stage[at], stage[16 * LANES + at] = value, ratio_of(value, z, relevance)
+        absorbs |= stage[16 * LANES + at] < _ZERO
+    return absorbs
+
+
 # ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, sums, stage, seen,
-                       x_channel, a_channel, channels, top, left, block, panels_together, shares, relu, relevance, first, last):
+def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, points, sums, stage, seen,
+                       x_channel, a_channel, channels, groups, top, left, block, panels_together, shares, relu, relevance,
+                       first, last):
     """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z.
 
-    packed (2, 36, panels, C, TILE_ROWS) is of winograd2d_weights of W and of V, offsets (C,) are c * block; top and left are paddings.
+    packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_weights of W and of V, for C channels of a group; offsets (C,) are
+    c * block; top and left are paddings.
     """
     outputs, height, across = ratio.shape[1:]
+    per_group = outputs // groups
     tiles_across = -(-across // 4)
     tiles_of_image = -(-height // 4) * tiles_across
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[2]
@@ -169,7 +198,7 @@ def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, 
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
     marks = seen.view(np.int32)
     for unit in range(first, last):
-        share, tile = unit % shares, unit // shares * block
+        share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
         count = min(block, all_tiles - tile)
         for i in range(36 * block):
             seen[i] = _ZERO
@@ -178,7 +207,8 @@ def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, 
             while t < count:
                 n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
                 width = 4 * length + 2
-                _copy_plane(lines, 0, 6, width, a, n * a.shape[1] + a_channel + channel, 4 * row - top, 4 * column - left, 1, 1, 0)
+                _copy_plane(lines, 0, 6, width, a, n * a.shape[1] + a_channel + g * channels + channel, 4 * row - top,
+                            4 * column - left, 1, 1, 0)
                 _note_largest(seen, at, lines, 6 * width)
                 for i in range(0, length, LANES):
                     winograd_input(p_points + 4 * (channel * block + t + i), points_stride, p_lines + 16 * i, width)
@@ -188,16 +218,18 @@ def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, 
         end = panels * (share + 1) // shares
         for panel in range(panels * share // shares, end, panels_together):
             together = min(panels_together, end - panel)
-            weights, p_sums_z = 4 * panel * channels * TILE_ROWS, p_sums + 4 * together * TILE_ROWS * block
+            weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * channels * TILE_ROWS
+            p_sums_z = p_sums + 4 * together * TILE_ROWS * block
             _multiply_points(p_sums, sums_stride, p_packed + weights, panels, together, p_points, points_stride, offsets.ctypes.data,
                              channels, block, count)
             _multiply_points(p_sums_z, sums_stride, p_packed_v + weights, panels, together, p_points, points_stride, offsets.ctypes.data,
                              channels, block, count)
-            for i in range(min(together * TILE_ROWS, outputs - panel * TILE_ROWS)):
-                k = panel * TILE_ROWS + i
+            for i in range(min(together * TILE_ROWS, per_group - panel * TILE_ROWS)):
+                k = g * per_group + panel * TILE_ROWS + i
                 for t in range(0, count, LANES):
                     at = 4 * (i * block + t)
-                    absorbs |= winograd_finish(p_stage, p_sums + at, p_sums_z + at, sums_stride, bias[k], relu != 0, relevance != 0, LEAST)
+                    found = winograd_finish(p_stage, p_sums + at, p_sums_z + at, sums_stride, bias[k], relu != 0, relevance != 0, LEAST)
+                    absorbs |= found & 1 != 0
                     if any_blind:
                         value = finish(bias[k], relu)
                         share = ratio_of(value, _ZERO, relevance)
@@ -206,6 +238,9 @@ def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, 
                             stage[16 * LANES + marks[j]] = share
                             absorbs |= share < _ZERO
                     now = min(LANES, count - t)
+                    if found & 2:
+                        absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now, tiles_across,
+                                                 tiles_of_image, height, across, top, left, relu, relevance)
                     _store(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across, tiles_of_image, False)
                     _store(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across, tiles_of_image, False)
         if absorbs:
@@ -215,38 +250,41 @@ def winograd2d_forward(x, ratio, dead, a, packed, offsets, bias, lines, points, 
 
 @kernel
 def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums, stage,
-                            c_in_channel, c_channel, inputs, top, left, block, panels_together, shares, accumulate, first, last):
+                            c_in_channel, c_channel, inputs, groups, top, left, block, panels_together, shares, accumulate,
+                            first, last):
     """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
 
-    packed (36, panels, K, TILE_ROWS) is of winograd2d_weights of V^T, taps turned round; offsets (K,) are k * block; top and left are the
-    paddings of that convolution: 2 less the layer's own.
+    packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_weights of V^T, taps turned round, for K outputs of a group; offsets (K,)
+    are k * block; top and left are the paddings of that convolution: 2 less the layer's own.
     """
-    outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
+    outputs, height, across = ratio.shape[1] // groups, c_in.shape[2], c_in.shape[3]
+    per_group = inputs // groups
     tiles_across = -(-across // 4)
     tiles_of_image = -(-height // 4) * tiles_across
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[1]
     points_stride, sums_stride = _stride(outputs, block), _stride(panels_together * TILE_ROWS, block)
     p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
     for unit in range(first, last):
-        share, tile = unit % shares, unit // shares * block
+        share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
         count = min(block, all_tiles - tile)
         for k in range(outputs):
             t = 0
             while t < count:
                 n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
                 width = 4 * length + 2
-                _copy_product(lines, 0, 6, width, ratio, n * outputs + k, c, n * c.shape[1] + c_channel + k, 4 * row - top,
-                              4 * column - left)
+                _copy_product(lines, 0, 6, width, ratio, (n * groups + g) * outputs + k, c, n * c.shape[1] + c_channel + g * outputs + k,
+                              4 * row - top, 4 * column - left)
                 for i in range(0, length, LANES):
                     winograd_input(p_points + 4 * (k * block + t + i), points_stride, p_lines + 16 * i, width)
                 t += length
         end = panels * (share + 1) // shares
         for panel in range(panels * share // shares, end, panels_together):
             together = min(panels_together, end - panel)
-            _multiply_points(p_sums, sums_stride, packed.ctypes.data + 4 * panel * outputs * TILE_ROWS, panels, together, p_points,
-                             points_stride, offsets.ctypes.data, outputs, block, count)
-            for i in range(min(together * TILE_ROWS, inputs - panel * TILE_ROWS)):
+            weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * outputs * TILE_ROWS
+            _multiply_points(p_sums, sums_stride, packed.ctypes.data + weights, panels, together, p_points, points_stride,
+                             offsets.ctypes.data, outputs, block, count)
+            for i in range(min(together * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 for t in range(0, count, LANES):
                     winograd_output(p_stage, p_sums + 4 * (i * block + t), sums_stride)
-                    _store(c_in.ctypes.data, p_stage, c_in.shape[1], c_in_channel + panel * TILE_ROWS + i, height, across, tile + t,
-                           min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
+                    _store(c_in.ctypes.data, p_stage, c_in.shape[1], c_in_channel + g * per_group + panel * TILE_ROWS + i, height, across,
+                           tile + t, min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
