@@ -152,12 +152,11 @@ def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, k
 
 
 def _pack_winograd(weights: tuple[Array, ...], groups: int, padding: tuple[int, int], kernels: ModuleType) -> Winograd:
-    packed = []
-    for weight in weights:
-        points = kernels.winograd2d_weights(weight.reshape(groups, -1, *weight.shape[-3:]))
-        packed.append(np.empty(kernels.conv2d_packed_shape(*points.shape), np.float32))
-        kernels.conv2d_pack(packed[-1], points)
-    return Winograd(read_only(np.stack(packed)), weights[0].shape[-3], groups, len(weights), padding)
+    rows, channels = weights[0].size // (9 * groups * weights[0].shape[-3]), weights[0].shape[-3]
+    packed = np.empty((len(weights), *kernels.winograd2d_packed_shape(groups, rows, channels)), np.float32)
+    for to, weight in zip(packed, weights, strict=True):
+        kernels.winograd2d_pack(to, read_only(weight.reshape(groups, rows, channels, 3, 3)))
+    return Winograd(read_only(packed), channels, groups, len(weights), padding)
 
 
 def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: Graph, kernels: ModuleType) -> DirectForward:

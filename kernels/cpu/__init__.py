@@ -28,11 +28,12 @@ from fastdtd.kernels.cpu.pool2d import max_pool2d_forward, max_pool2d_redistribu
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block,
     winograd2d_forward,
+    winograd2d_pack,
+    winograd2d_packed_shape,
     winograd2d_pays,
     winograd2d_redistribute,
     winograd2d_scratch,
     winograd2d_tiles,
-    winograd2d_weights,
 )
 
 __all__ = [
@@ -65,9 +66,10 @@ __all__ = [
     "relu_redistribute",
     "winograd2d_block",
     "winograd2d_forward",
+    "winograd2d_pack",
+    "winograd2d_packed_shape",
     "winograd2d_pays",
     "winograd2d_redistribute",
     "winograd2d_scratch",
     "winograd2d_tiles",
-    "winograd2d_weights",
 ]

@@ -39,10 +39,28 @@ _ZERO = np.float32(0)
 # ---- Sizes and weights, for the plan ---------------------------------------------------------------------------------------------------
 
 
-def winograd2d_weights(weight):
-    """(groups * 36, K, C) float32: what the points' products multiply with, of weight (groups, K, C, 3, 3)."""
-    points = np.einsum("ij,gkcjl,ml->gimkc", _TRANSFORM, weight.astype(np.float64), _TRANSFORM, optimize=True)
-    return np.ascontiguousarray(points.reshape(-1, *weight.shape[1:3]), np.float32)
+def winograd2d_packed_shape(groups, rows, depth):
+    """Shape of packed weights for 3 x 3 kernels from `depth` channels to `rows` in each group."""
+    return groups * WINOGRAD_POINTS, -(-rows // TILE_ROWS), depth, TILE_ROWS
+
+
+@kernel
+def winograd2d_pack(packed, weight):
+    """packed (groups * 36, panels, C, TILE_ROWS) <- G w G^T of weight (groups, K, C, 3, 3), with rows of zeros to fill the last panel."""
+    groups, outputs, channels = weight.shape[:3]
+    for g in range(groups):
+        for panel in range(packed.shape[1]):
+            for channel in range(channels):
+                for row in range(TILE_ROWS):
+                    k = panel * TILE_ROWS + row
+                    for i in range(6):
+                        for j in range(6):
+                            total = 0.0
+                            for p in range(3):
+                                for q in range(3):
+                                    if k < outputs:
+                                        total += _TRANSFORM[i, p] * weight[g, k, channel, p, q] * _TRANSFORM[j, q]
+                            packed[g * WINOGRAD_POINTS + 6 * i + j, panel, channel, row] = total
 
 
 def winograd2d_tiles(height, width):
@@ -184,7 +202,7 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                        first, last):
     """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z.
 
-    packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_weights of W and of V, for C channels of a group; offsets (C,) are
+    packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_pack from W and from V, for C channels of a group; offsets (C,) are
     c * block; top and left are paddings.
     """
     outputs, height, across = ratio.shape[1:]
@@ -254,7 +272,7 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
                             first, last):
     """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
 
-    packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_weights of V^T, taps turned round, for K outputs of a group; offsets (K,)
+    packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_pack from V^T, taps turned round, for K outputs of a group; offsets (K,)
     are k * block; top and left are the paddings of that convolution: 2 less the layer's own.
     """
     outputs, height, across = ratio.shape[1] // groups, c_in.shape[2], c_in.shape[3]
