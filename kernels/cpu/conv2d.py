@@ -40,6 +40,7 @@ from fastdtd.kernels.cpu.microkernel import (
     TILE_COLUMNS,
     TILE_ROWS,
     add_vectors,
+    copy_every_second,
     copy_vectors,
     finish_vectors,
     multiply_vectors,
@@ -48,6 +49,7 @@ from fastdtd.kernels.cpu.microkernel import (
 CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)  # of a tile; tiles read this far beyond the last place
 _BLOCK_BYTES = 1 << 18  # a block of planes stays in the second-level cache beside the weights that stream past it
 _BLOCK_PLACES = 1536  # and so do its results
+_FEW_PLACES = 8 * SPLIT_COLUMNS  # fewer are not worth a pass over all weights
 _ZERO = np.float32(0)
 _BITS = np.array(SPLIT_ORDER, np.int64)
 
@@ -64,12 +66,12 @@ def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
     """Places of a block (down, across) for a grid of places (rows, columns) that reads so many planes, so much taller and wider."""
     fitting = _BLOCK_BYTES // (4 * planes)
     across = columns
-    if columns > 2 * CONV2D_COLUMNS and (columns > _BLOCK_PLACES or (1 + more_rows) * (columns + more_columns) > fitting):
-        across = min(max(2 * CONV2D_COLUMNS, fitting // (1 + more_rows) - more_columns), _BLOCK_PLACES)
+    if columns > _FEW_PLACES and (columns > _BLOCK_PLACES or (1 + more_rows) * (columns + more_columns) > fitting):
+        across = min(max(_FEW_PLACES, fitting // (1 + more_rows) - more_columns), _BLOCK_PLACES)
         across = -(-columns // -(-columns // across))
-        across = min(-(-across // CONV2D_COLUMNS) * CONV2D_COLUMNS, columns)
+        across = min(-(-across // LANES) * LANES, columns)
     width = across + more_columns
-    down = max(fitting // width - more_rows, -(-2 * CONV2D_COLUMNS // width))
+    down = max(fitting // width - more_rows, -(-_FEW_PLACES // width))
     down = max(min(down, rows, _BLOCK_PLACES // width), 1)
     return -(-rows // -(-rows // down)), across  # blocks of equal height
 
@@ -169,8 +171,7 @@ def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down,
             # Whole vectors: what is stored behind the row's end is stored over below, or belongs to the next row.
             copy_vectors(block.ctypes.data + 4 * to, flat.ctypes.data + 4 * source, 0, count)
         elif part == 0 and step_right == 2:
-            for i in range(count):
-                block[to + i] = flat[source + 2 * i]
+            copy_every_second(block.ctypes.data + 4 * to, flat.ctypes.data + 4 * source, count)
         elif part == 0:
             for i in range(count):
                 block[to + i] = flat[source + i * step_right]

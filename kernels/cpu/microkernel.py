@@ -304,6 +304,24 @@ multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
 
 
 @intrinsic
+def copy_every_second(typing_context, out, values, count):
+    """out <- values[0], values[2], ...: `count` numbers, rounded up to LANES."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_values = _pointers(builder, arguments[:2], _F32, _F32)
+
+        def one_step(step, nothing):
+            source = builder.shl(step, _number(1))
+            pair = [_load(builder, p_values, builder.add(source, _number(j * LANES))) for j in range(2)]
+            _store(builder, _pick(builder, *pair, list(range(0, 2 * LANES, 2))), p_out, step)
+            return nothing
+
+        _loop(builder, _number(0), arguments[2], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
 def copy_exactly(typing_context, out, values, count, add):
     """out <- values, or added to out if `add`: `count` numbers from each address and none behind them."""
     def codegen(context, builder, signature, arguments):
