@@ -5,12 +5,13 @@ VENV := .venv
 PEERS := .venv-peers
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers check models clean
+.PHONY: help demo test test-peers compare check models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
 	@echo "make test        the tests, without any deep-learning framework"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
+	@echo "make compare     measure against PyTorch and zennit, about 20 minutes; writes benchmarks/results and the table in README.md"
 	@echo "make check       ruff and mypy"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
@@ -24,6 +25,9 @@ test: $(VENV)/ready-dev
 
 test-peers: $(PEERS)/ready
 	$(PEERS)/bin/pytest tests/peers
+
+compare: $(PEERS)/ready
+	$(PEERS)/bin/python benchmarks/compare.py --save --readme
 
 check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .

@@ -15,9 +15,9 @@ for _name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):
 sys.modules["torchvision.models.resnet"].Bottleneck = type("Bottleneck", (), {})
 sys.modules["torchvision.models.resnet"].BasicBlock = type("BasicBlock", (), {})
 from zennit.attribution import Gradient  # noqa: E402  # after the placeholder that it imports
-from zennit.core import Composite  # noqa: E402  # as above
+from zennit.core import BasicHook, Composite, Stabilizer  # noqa: E402  # as above
 from zennit.layer import Sum  # noqa: E402  # as above
-from zennit.rules import Flat, Norm, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
+from zennit.rules import Flat, NoMod, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
 
 from fastdtd import graph as g  # noqa: E402  # as above
 
@@ -73,21 +73,42 @@ class Net(nn.Module):
         return tensors[self.graph.output].flatten(1)
 
 
+class SumPlus(BasicHook):
+    """Relevance of a sum in proportion to its positive terms: z+ on the reals, the same as zennit's Norm where none is negative."""
+
+    def __init__(self, stabilizer):
+        stabilizer = Stabilizer.ensure(stabilizer)
+        super().__init__(input_modifiers=[lambda x: x.clamp(min=0)], param_modifiers=[NoMod()], output_modifiers=[lambda y: y],
+                         gradient_mapper=lambda gradient, outputs: [gradient / stabilizer(y) for y in outputs],
+                         reducer=lambda inputs, gradients: inputs[0] * gradients[0])
+
+
+class ZennitExplainer:
+    """zennit's relevance of a Graph, biases left out; rules: names by layer, as Explainer.rules has them."""
+
+    def __init__(self, graph, rules, dtype):
+        self.net = Net(graph).to(dtype).requires_grad_(False)
+        hooks = {}
+        for layer, part in zip(graph, self.net.parts, strict=True):
+            hooks[part] = {"z+": lambda: ZPlus(stabilizer=1e-12, zero_params="bias"), "w2": lambda: WSquare(1e-12, zero_params="bias"),
+                           "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype), "winner": lambda: None,
+                           None: Pass}[rules.get(layer.name)]()
+            if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
+                hooks[part] = SumPlus(stabilizer=1e-12)
+        self.composite = Composite(module_map=lambda ctx, name, module: hooks.get(module))
+
+    def __call__(self, x, targets):
+        """x: a tensor (N, C, H, W) of the dtype. Returns relevance and scores."""
+        chosen = torch.as_tensor(targets)
+        with Gradient(self.net, self.composite) as attribute:
+            scores, relevance = attribute(x, lambda y: nn.functional.one_hot(chosen, y.shape[1]) * y.clamp(min=0))
+        return relevance.detach(), scores.detach()
+
+
 def zennit_relevance(graph, rules, batch, targets, dtype=torch.float64):
-    """Relevance (N, C, H, W) by zennit, biases left out; rules: names by layer, as Explainer.rules has them."""
-    net = Net(graph).to(dtype).requires_grad_(False)
-    hooks = {}
-    for layer, part in zip(graph, net.parts, strict=True):
-        hooks[part] = {"z+": lambda: ZPlus(stabilizer=1e-12, zero_params="bias"), "w2": lambda: WSquare(1e-12, zero_params="bias"),
-                       "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype), "winner": lambda: None,
-                       None: Pass}[rules.get(layer.name)]()
-        if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
-            hooks[part] = Norm(stabilizer=1e-12)
-    composite = Composite(module_map=lambda ctx, name, module: hooks.get(module))
-    x = torch.tensor(np.asarray(batch), dtype=dtype)
-    with Gradient(net, composite) as attribute:
-        scores, relevance = attribute(x, lambda y: nn.functional.one_hot(torch.tensor(targets), y.shape[1]) * y.clamp(min=0))
-    return relevance.detach().numpy(), scores.detach().numpy()
+    """Relevance (N, C, H, W) and scores by zennit, as arrays."""
+    relevance, scores = ZennitExplainer(graph, rules, dtype)(torch.tensor(np.asarray(batch), dtype=dtype), targets)
+    return relevance.numpy(), scores.numpy()
 
 
 def box_rule(graph, layer, dtype):

@@ -1,0 +1,305 @@
+"""How fast is an explanation, next to PyTorch's forward pass and to zennit's explanation? And is it right?
+
+    make compare                                   # everything, about 20 minutes; makes .venv-peers first
+    .venv-peers/bin/python benchmarks/compare.py --only speed --nets VGG-16 --batches 8
+    .venv-peers/bin/python benchmarks/compare.py --save --readme
+
+Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by more than 1e-3 is
+not timed, and the script ends with an error. Then the three run in turns, so that what else the machine does meets all of them; times are
+medians over the turns, ratios are medians of the turns' ratios. --save writes benchmarks/results/, --readme the table in README.md.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "peers")]
+
+import numpy as np  # noqa: E402  # after the paths
+from networks import NETWORKS, pictures  # noqa: E402  # as above
+
+import fastdtd  # noqa: E402  # as above
+from fastdtd import graph as g  # noqa: E402  # as above
+from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
+
+MOST_DISAGREEMENT = 1e-3
+SECTIONS = ("speed", "memory", "threads", "bits", "growth", "start")
+
+
+def explainer_of(graph, threads=None):
+    return fastdtd.Explainer(Model(graph, Preprocessing(None)), threads=threads)
+
+
+# ---- Right before fast -------------------------------------------------------------------------------------------------------------------
+
+
+def averaged(graph):
+    """The same network with average pools: no winner of a max-pool that turns on the last bit."""
+    return g.Graph(tuple(g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
+                         if isinstance(layer, g.MaxPool2d) else layer for layer in graph), graph.input_shape, graph.box)
+
+
+def disagreement(graph):
+    """(scores, relevance, smallest relevance) of one picture, the first two relative to PyTorch and zennit in float64."""
+    from torch_nets import zennit_relevance
+    explainer, picture = explainer_of(graph), pictures(graph, 1)
+    e = explainer(picture)
+    relevance, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, e.target)
+    return (float(abs(e.output - scores).max() / abs(scores).max()),
+            float(np.linalg.norm(e.relevance - relevance) / np.linalg.norm(relevance)), float(e.relevance.min()))
+
+
+# ---- Speed -------------------------------------------------------------------------------------------------------------------------------
+
+
+def contenders(graph, batch, threads):
+    """Functions of no arguments: PyTorch's forward pass, our explanation, zennit's."""
+    import torch
+    from torch_nets import Net, ZennitExplainer
+    torch.set_num_threads(threads)
+    explainer, images = explainer_of(graph, threads), pictures(graph, batch)
+    net, tensor = Net(graph).eval(), torch.tensor(images)
+    for module in net.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True
+    targets = explainer(images).target
+    zennit = ZennitExplainer(graph, {name: rule.name for name, rule in explainer.rules.items()}, torch.float32)
+
+    def forward():
+        with torch.inference_mode():
+            return net(tensor)
+
+    return {"PyTorch": forward, "fastdtd": lambda: explainer(images, targets), "zennit": lambda: zennit(tensor, targets)}
+
+
+def measure(functions, seconds):
+    """Seconds of each call, in turns, for about so long. The slowest has at least 3 turns, and no more than a third of the others."""
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turn < 9:
+        for name, function in functions.items():
+            if name == "zennit" and turn % 3:
+                continue
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+        turn += 1
+    return times
+
+
+def speed(options):
+    rows = []
+    for name in options.nets:
+        graph = NETWORKS[name]()
+        errors = disagreement(graph)
+        exact = disagreement(averaged(graph))
+        print(f"{name}: scores within {errors[0]:.1e}, relevance within {errors[1]:.1e} ({exact[1]:.1e} with average pools, where no "
+              f"winner turns on the last bit), least relevance {errors[2]:.1e}", flush=True)
+        if max(errors[:2]) > MOST_DISAGREEMENT or max(exact[:2]) > MOST_DISAGREEMENT or errors[2] < 0:
+            sys.exit(f"{name} disagrees with PyTorch or zennit by more than {MOST_DISAGREEMENT}: not timed")
+        for batch in options.batches:
+            times = measure(contenders(graph, batch, options.threads), options.seconds)
+            medians = {who: statistics.median(values) / batch * 1e3 for who, values in times.items()}
+            ratio = statistics.median(ours / theirs for ours, theirs in zip(times["fastdtd"], times["PyTorch"], strict=True))
+            spreads = {who: (np.percentile(values, 75) - np.percentile(values, 25)) / statistics.median(values)
+                       for who, values in times.items()}
+            rows.append({"net": name, "batch": batch, "milliseconds": medians, "spread": spreads, "to PyTorch": ratio,
+                         "zennit to ours": medians["zennit"] / medians["fastdtd"], "turns": len(times["fastdtd"]),
+                         "scores": errors[0], "relevance": errors[1], "relevance with average pools": exact[1]})
+            print(f"  batch {batch}: " + ", ".join(f"{who} {medians[who]:.2f} ms (spread {spreads[who]:.0%})" for who in medians)
+                  + f"; to PyTorch {ratio:.2f}, zennit to ours {rows[-1]['zennit to ours']:.1f}", flush=True)
+    return rows
+
+
+def table(rows):
+    """Markdown."""
+    lines = ["| network | batch | PyTorch, forward pass only | **fastdtd, whole explanation** | ratio | zennit, same explanation | times ours |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        t = row["milliseconds"]
+        lines.append(f"| {row['net']} | {row['batch']} | {t['PyTorch']:.3g} ms | **{t['fastdtd']:.3g} ms** | {row['to PyTorch']:.2f} | "
+                     f"{t['zennit']:.3g} ms | {row['zennit to ours']:.1f} |")
+    for batch in sorted({row["batch"] for row in rows}, reverse=True):
+        own = [row for row in rows if row["batch"] == batch]
+        lines.append(f"| *geometric mean* | {batch} | | | {geometric_mean(row['to PyTorch'] for row in own):.2f} | | "
+                     f"{geometric_mean(row['zennit to ours'] for row in own):.1f} |")
+    return "\n".join(lines)
+
+
+def geometric_mean(values):
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
+# ---- Memory, threads, bits, growth, start ------------------------------------------------------------------------------------------------
+
+
+def in_own_process(what, *arguments):
+    """What the function `what` of this file returns in a process of its own."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import compare, json; "
+            f"print(json.dumps(compare.{what}(*{arguments!r})))")
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def peak_memory(who, name, batch, threads):
+    graph = NETWORKS[name]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if who == "fastdtd":
+        explainer_of(graph, threads)(pictures(graph, batch))
+    else:
+        import torch
+        from torch_nets import ZennitExplainer
+        torch.set_num_threads(threads)
+        explainer_rules = {key: rule.name for key, rule in fastdtd.rules.assign(graph, "dtd").items()}
+        ZennitExplainer(graph, explainer_rules, torch.float32)(torch.tensor(pictures(graph, batch)), [0] * batch)
+    return {"peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "of which weights and interpreter MiB": before}
+
+
+def memory(options):
+    result = {who: in_own_process("peak_memory", who, "VGG-16", 8, options.threads) for who in ("fastdtd", "zennit")}
+    result["ratio"] = result["fastdtd"]["peak MiB"] / result["zennit"]["peak MiB"]
+    print(f"peak memory, VGG-16, batch 8: {result}", flush=True)
+    return result
+
+
+def threads(options):
+    result = {}
+    for name in ("SqueezeNet 1.1", "VGG-16"):
+        graph = NETWORKS[name]()
+        images = pictures(graph, 8)
+        one, two = explainer_of(graph, 1), explainer_of(graph, 2)
+        times = measure({"one": lambda one=one, images=images: one(images), "two": lambda two=two, images=images: two(images)},
+                        options.seconds)
+        result[name] = statistics.median(a / b for a, b in zip(times["one"], times["two"], strict=True))
+    print(f"two threads over one, batch 8: {result}", flush=True)
+    return result
+
+
+def bits(options):
+    """Whether the same picture gives the same bits alone, in batches, at any place, with any number of threads."""
+    result = {}
+    for name in options.nets:
+        graph = NETWORKS[name]()
+        images = pictures(graph, 5)
+        alone = np.concatenate([explainer_of(graph, 1)(images[i:i + 1]).relevance for i in range(5)])
+        others = [explainer_of(graph, 1)(images).relevance, explainer_of(graph, 2)(images).relevance,
+                  explainer_of(graph, 3)(images[::-1]).relevance[::-1],
+                  np.concatenate([explainer_of(graph, 2)(images[i:i + 1]).relevance for i in range(5)])]
+        result[name] = all(np.array_equal(alone, other) for other in others)
+    print(f"same bits in any batch, place and number of threads: {result}", flush=True)
+    return result
+
+
+def growth(options):
+    result = {}
+    for name, few, many in (("LeNet", 64, 4096), ("SqueezeNet 1.1", 8, 256)):
+        graph = NETWORKS[name]()
+        explainer, images = explainer_of(graph, options.threads), pictures(graph, many)
+        explainer(images[:few])
+        small, large = [], []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(many // few // 4):
+                explainer(images[:few])
+            small.append((time.perf_counter() - start) / (many // few // 4) / few)
+            start = time.perf_counter()
+            explainer(images)
+            large.append((time.perf_counter() - start) / many)
+        result[name] = statistics.median(b / a for a, b in zip(small, large, strict=True))
+    print(f"time an image, large set over small set: {result}", flush=True)
+    return result
+
+
+def start(options):
+    def process(code):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - begin
+
+    heatmap = "import fastdtd; from fastdtd.model_file import MODELS; m = fastdtd.load('squeezenet1_1'); " \
+              "fastdtd.Explainer(m)(m.preprocess(MODELS / 'coffee.png'))"
+    process(heatmap)
+    result = {"python alone": statistics.median(process("pass") for _ in range(5)),
+              "import fastdtd": statistics.median(process("import fastdtd") for _ in range(5)),
+              "first heatmap, warm cache": statistics.median(process(heatmap) for _ in range(5))}
+    with tempfile.TemporaryDirectory() as cache:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", heatmap], check=True, env=os.environ | {"NUMBA_CACHE_DIR": cache})
+        result["first heatmap, empty cache"] = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as cache:
+        begin = time.perf_counter()
+        runs = [subprocess.Popen([sys.executable, "-c", heatmap], env=os.environ | {"NUMBA_CACHE_DIR": cache}) for _ in range(8)]
+        result["8 processes, empty cache, all well"] = all(run.wait() == 0 for run in runs)
+        result["8 processes, empty cache"] = time.perf_counter() - begin
+    print(f"seconds: {result}", flush=True)
+    return result
+
+
+# ---- The script --------------------------------------------------------------------------------------------------------------------------
+
+
+def machine(options):
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        model = found.group(1) if found else model
+    from fastdtd.kernels.cpu.microkernel import LANES
+    versions = {name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit")}
+    return {"processor": model, "target": _numba_target(), "threads": options.threads, "float lanes": LANES,
+            "python": platform.python_version(), **versions, "date": datetime.date.today().isoformat()}
+
+
+def _numba_target():
+    import llvmlite.binding as llvm
+    return llvm.get_host_cpu_name()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 1])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=20, help="about how long each net and batch is measured")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/compare-<processor>.json")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args()
+    result = {"machine": machine(options)}
+    print(result["machine"], flush=True)
+    for section in options.only:
+        result[section] = globals()[section](options)
+    if "speed" in result:
+        print(table(result["speed"]))
+    if options.save:
+        path = ROOT / "benchmarks" / "results" / f"compare-{result['machine']['target']}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    if options.readme:
+        write_readme(result)
+
+
+def write_readme(result):
+    path, m = ROOT / "README.md", result["machine"]
+    begin, end = "<!-- table by benchmarks/compare.py -->", "<!-- end of table -->"
+    before, rest = path.read_text().split(begin)
+    text = (f"{table(result['speed'])}\n\nMilliseconds an image, {m['threads']} threads, float32, random weights; {m['processor']} "
+            f"({m['target']}), PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+if __name__ == "__main__":
+    main()
