@@ -32,6 +32,7 @@ from fastdtd.kernels.cpu.microkernel import (
     MULTIPLY_SPLIT,
     MULTIPLY_SPLIT_ROW,
     MULTIPLY_TILE,
+    MULTIPLY_TWO,
     ROW_VECTORS,
     SIX_VECTORS,
     SPLIT_COLUMNS,
@@ -78,7 +79,7 @@ def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
 
 def conv2d_packed_shape(groups, rows, depth):
     """Shape of packed weights for a matrix of (rows, depth) in each group: a panel has a tile's rows, or those of a small matrix."""
-    panel_rows = rows if rows in (1, 6) else TILE_ROWS
+    panel_rows = rows if rows in (1, 2, 6) else TILE_ROWS
     return groups, -(-rows // panel_rows), depth, panel_rows
 
 
@@ -215,6 +216,7 @@ def _copy_product(block, at, rows, width, ratio, ratio_channel, c, c_channel, fi
 _SPLIT_1, _SPLIT_2, _SPLIT_3 = MULTIPLY_SPLIT
 _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
 _SIX_NARROW, _SIX_WIDE = MULTIPLY_SIX
+_TWO_NARROW, _TWO_WIDE = MULTIPLY_TWO
 _ROW_NARROW, _ROW_WIDE = MULTIPLY_ROW
 _SPLIT_ROW_NARROW, _SPLIT_ROW_WIDE = MULTIPLY_SPLIT_ROW
 
@@ -256,6 +258,13 @@ def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
             _ROW_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
         for j in range(whole, places, 2 * LANES):
             _ROW_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        return
+    if panel_rows == 2:
+        whole = places // (ROW_VECTORS * LANES) * ROW_VECTORS * LANES
+        for j in range(0, whole, ROW_VECTORS * LANES):
+            _TWO_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        for j in range(whole, places, 2 * LANES):
+            _TWO_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
         return
     if panel_rows == 6:
         whole = places // (SIX_VECTORS * LANES) * SIX_VECTORS * LANES
@@ -385,7 +394,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
-    panel_rows = per_group * parts if per_group * parts in (1, 6) else TILE_ROWS
+    panel_rows = per_group * parts if per_group * parts in (1, 2, 6) else TILE_ROWS
     panels = -(-per_group * parts // panel_rows)
     blocks_down = blocks_across = 1
     for phase in range(len(phases)):

@@ -218,6 +218,7 @@ MULTIPLY_TILE = tuple(_make_multiply_tile(TILE_ROWS, vectors) for vectors in ran
 MULTIPLY_SPLIT = tuple(_make_multiply_split(SPLIT_ROWS, vectors) for vectors in range(1, SPLIT_VECTORS + 1))
 SIX_VECTORS = TILE_ROWS * TILE_VECTORS // 6
 MULTIPLY_SIX = tuple(_make_multiply_tile(6, vectors) for vectors in (1, SIX_VECTORS))  # both features of three channels: pictures
+MULTIPLY_TWO = tuple(_make_multiply_tile(2, vectors) for vectors in (2, ROW_VECTORS))  # and of one
 MULTIPLY_ROW = tuple(_make_multiply_tile(1, vectors) for vectors in (2, ROW_VECTORS))  # for a matrix of one row: depthwise convolution
 MULTIPLY_SPLIT_ROW = tuple(_make_multiply_split(1, vectors) for vectors in (2, ROW_VECTORS))
 
