@@ -127,7 +127,7 @@ def speed(options):
 
 def table(rows):
     """Markdown."""
-    lines = ["| network | batch | PyTorch, forward pass only | **fastdtd, whole explanation** | ratio | zennit, same explanation | times ours |",
+    lines = ["| network | batch | PyTorch, forward only | **fastdtd, whole explanation** | ratio | zennit, same explanation | times ours |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         t = row["milliseconds"]

@@ -1,4 +1,4 @@
-"""The command line: `fastdtd explain`, `convert` and `show`."""
+"""The command line: `fastdtd explain`, `convert`, `show` and `warmup`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Which pixels does a network's prediction come from?
   fastdtd convert net.onnx net.h5 --labels names.txt
   fastdtd show net.h5                              its layers and the rule each will get
   fastdtd explain net.h5 pictures/ -o out          a heatmap and an overlay for each picture
+  fastdtd warmup                                   compile ahead what is otherwise compiled on first use
 
 `fastdtd COMMAND --help` says more and gives examples.
 """
@@ -36,6 +37,7 @@ examples:
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
   fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
+  fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX (one file) or from Caffe (.prototxt and .caffemodel).
@@ -56,6 +58,26 @@ examples:
   fastdtd show squeezenet1_1
   fastdtd show net.h5 --rule 'conv1=w2'
 """
+_WARMUP = """\
+Compile all kernels ahead, so that nobody waits for it later: when a container image is built, say.
+
+Kernels are otherwise compiled when they are first used, which can take half a minute, and kept on disk: beside fastdtd's own files or,
+where these cannot be written, in your cache folder. Environment variables say otherwise, and must then be set for this command and for
+those that follow it alike:
+
+  NUMBA_CACHE_DIR      another folder. When kernels are used it need not be writable, only hold what this command put there.
+  NUMBA_CPU_NAME,      the processor to compile for (default: this one). Kernels for one processor are no use to another, so an image that
+  NUMBA_CPU_FEATURES   is built here and used there names one that both have. `generic` alone runs everywhere, slowly.
+"""
+_WARMUP_EXAMPLES = """\
+examples:
+  fastdtd warmup
+  NUMBA_CACHE_DIR=/opt/kernels fastdtd warmup
+
+in a Dockerfile, for any x86 processor with AVX2 (nearly all since 2015):
+  ENV NUMBA_CACHE_DIR=/opt/kernels NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
+  RUN fastdtd warmup
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastdtd: {error}", file=sys.stderr)
         return 1
     except MemoryError:
-        print("fastdtd: out of memory; fewer --threads or a smaller --batch take less", file=sys.stderr)
+        print("fastdtd: out of memory; --memory 1GiB, fewer --threads or a smaller --batch take less", file=sys.stderr)
         return 1
     except OSError as error:  # almost surely of standard output, for results have errors of their own
         if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
@@ -110,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance", help="what to write (default: %(default)s)")
     explain.add_argument("--batch", metavar="N", type=int, default=16, help="pictures at a time (default: %(default)s)")
     explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
+    explain.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
+                         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread)")
 
     convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX or Caffe network")
     convert.set_defaults(run=_convert)
@@ -133,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     show.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
     _add_rules(show)
+
+    warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
+    warmup.set_defaults(run=_warmup)
     return parser
 
 
@@ -187,7 +214,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
-    explainer = Explainer(model, dict(options.rule) or "dtd", threads=options.threads)
+    explainer = Explainer(model, dict(options.rule) or "dtd", threads=options.threads, memory=options.memory)
     width = min(40, max(len(picture.name) for picture in pictures))
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
@@ -259,6 +286,13 @@ def _show(options: argparse.Namespace) -> int:
     print(f"weights   {_parameters(graph):,} parameters")
     for key, value in model.provenance.items():
         print(f"{key:<9} {value}")
+    return 0
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    from fastdtd.compiling import warm_up
+
+    print(f"all kernels are compiled and kept in {warm_up()}")
     return 0
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import kernels
+from fastdtd.compiling import load_kernels
 from fastdtd.errors import InputError
 from fastdtd.graph import Array
 from fastdtd.model import Model
@@ -28,6 +32,7 @@ Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 _ARENA_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
 _MOST_IMAGES = 32
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class ExplanationWarning(UserWarning):
@@ -78,14 +83,25 @@ class Explainer:
         See `fastdtd.rules.assign`: "dtd" is the method as published, each layer's rule following from its input domain.
     device : "cpu"
     threads : int or None
-        None: as many as this process may use.
+        None: as many as this process may use. However many callers there are, no more threads than these compute at a time; but with one,
+        each call is computed by the thread that makes it.
+    memory : str, int or None
+        The most memory that activations, tapes and scratch may take, of all calls together and of what is kept for the next: a text such
+        as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer images are explained at a time, and if need be all
+        threads work on one; the results are the same bits. Weights, pictures and explanations are not counted. None: whatever is fastest,
+        which is at most 256 MiB, or one image, for each thread.
+
+    Attributes
+    ----------
+    batch : int
+        Images that a thread, or all threads where they must share one image's memory, take at a time.
 
     Raises
     ------
     RuleError
         A rule that does not exist or does not fit.
     InputError
-        An unknown device or a number of threads below 1.
+        An unknown device, a number of threads below 1, or a limit of memory that is none, or in which not one image can be explained.
 
     References
     ----------
@@ -93,25 +109,34 @@ class Explainer:
     Recognition 65:211-222, 2017.
     """
 
-    def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None):
+    def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
+                 memory: str | int | None = None):
         if device not in kernels.DEVICES:
             raise InputError(f"device {device!r} is unknown; required: one of {', '.join(map(repr, kernels.DEVICES))}")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; required: a whole number from 1, or None for all processors")
+        limit = math.inf if memory is None else _bytes(memory)
         self.model = model
         self.rules = assign(model.graph, rules)
         self.threads = threads or _usable_processors()
-        self._kernels = kernels.load(device)
-        self._packed = pack(model.graph, self.rules, self._kernels)
-        self._idle: list[Plan] = []  # the last used last
-        self._without_threads()
+        device_kernels = load_kernels(device)
+        packed = pack(model.graph, self.rules, device_kernels)
+        self._plans = _Plans(partial(Plan, model.graph, self.rules, device_kernels, packed), self.threads, limit)
+        self._forget_threads()
         if hasattr(os, "register_at_fork"):  # threads and who holds a lock do not come along into a forked process
-            forked = weakref.WeakMethod(self._without_threads)
+            forked = weakref.WeakMethod(self._forget_threads)
             os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
-        one = self._new_plan(1, 1)
-        self._kept_bytes = self.threads * max(one.nbytes, _ARENA_BYTES)
-        self.batch = max(1, min(_MOST_IMAGES, _ARENA_BYTES // one.nbytes))
-        self._give_back(one)
+        one = self._plans.nbytes(1, 1)
+        if one > limit:
+            raise InputError(f"one picture takes {_rounded_up(one)} for activations, tapes and scratch, and memory is limited to "
+                             f"{memory!r}; raise the limit, or use a network with a smaller input")
+        self._plans.kept = everything = min(limit, self.threads * max(one, _ARENA_BYTES))
+        self._apart = self.threads * one <= limit  # is there room for a picture in each thread?
+        self._workers = self.threads  # on one plan, where they work together
+        if limit < math.inf and (scratch := self._plans.nbytes(1, 2) - one):  # of each further worker
+            self._workers = min(self.threads, 1 + int(limit - one) // scratch)
+        self._batch_together = self._plans.most_images(self._workers, everything)
+        self.batch = self._plans.most_images(1, everything // self.threads) if self._apart else self._batch_together
 
     def __call__(self, batch: npt.ArrayLike, target: Target = None) -> Explanation:
         """Explain each picture of a batch.
@@ -145,9 +170,8 @@ class Explainer:
         e = Explanation(np.empty_like(pictures), np.empty((count, outputs), np.float32), np.empty(count, np.int64),
                         np.empty(count, np.float32), {name: np.zeros(count) for name in names})
 
-        def explain(first: int, last: int, workers: int = 1) -> None:
-            plan = self._take_plan(last - first, workers)
-            submit = self._threads().submit if workers > 1 else None
+        def explain(plan: Plan, first: int, last: int) -> None:
+            submit = self._threads().submit if plan.workers > 1 else None
             part = slice(first, last)
             plan.input[:] = pictures[part]
             plan.forward(submit)
@@ -161,7 +185,6 @@ class Explainer:
             e.relevance[part] = plan.relevance
             for column, name in enumerate(plan.ledger_layers):
                 e.ledger[name][part] = plan.ledger[:, column]
-            self._give_back(plan)
 
         self._share_out(explain, count)
         if not (np.isfinite(e.output).all() and np.isfinite(e.relevance).all()):
@@ -175,48 +198,48 @@ class Explainer:
                           f"{e.output[picture, which]:.4g}", ExplanationWarning, stacklevel=2)
         return e
 
-    def _share_out(self, explain: Callable[..., None], count: int) -> None:
-        """Whole images to each thread; all threads to a batch of fewer images than threads."""
-        if self.threads == 1 or count >= self.threads:
-            parts = -(-count // self.batch)
-            parts = -(-parts // self.threads) * self.threads if count > 1 else parts  # as many for each thread
-            edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
-            ranges = [(a, b) for a, b in pairwise(edges) if b > a]
-            if self.threads == 1:
-                for first, last in ranges:
-                    explain(first, last)
-                return
-            futures = [self._threads().submit(explain, first, last) for first, last in ranges]
+    def _share_out(self, explain: Callable[[Plan, int, int], None], count: int) -> None:
+        """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many."""
+        apart = self._apart and count >= self.threads
+        workers, most = (1, self.batch) if apart else (self._workers, self._batch_together)
+        parts = -(-count // most)
+        if apart and count > 1:
+            parts = -(-parts // self.threads) * self.threads  # as many for each thread
+        edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
+        elsewhere = self._threads() if apart and self.threads > 1 else None
+        failed = False
+
+        def run(loan: list[Plan], first: int, last: int) -> None:
+            nonlocal failed
+            plan, done = loan.pop(), False
             try:
-                for future in futures:
-                    future.result()
+                explain(plan, first, last)
+                done = True
             finally:
-                for future in futures:
-                    future.cancel()
-        elif count:
-            with self._alone:
-                explain(0, count, self.threads)
+                failed |= not done
+                self._plans.give_back(plan, done)
 
-    def _new_plan(self, batch: int, workers: int) -> Plan:
-        return Plan(self.model.graph, self.rules, self._kernels, self._packed, batch, workers)
+        running: list[tuple[Future[None], list[Plan]]] = []
+        try:
+            for first, last in pairwise(edges):
+                if first == last or failed:
+                    continue
+                loan = [self._plans.take(last - first, workers)]  # `run` takes it out: a plan that is known here would keep its memory
+                if elsewhere is None:
+                    run(loan, first, last)
+                else:
+                    running.append((elsewhere.submit(run, loan, first, last), loan))
+            for future, _ in running:
+                future.result()
+        finally:
+            for future, loan in running:
+                if future.cancel():
+                    self._plans.give_back(loan.pop(), False)
 
-    def _take_plan(self, batch: int, workers: int) -> Plan:
-        with self._lock:
-            for i in reversed(range(len(self._idle))):
-                if (self._idle[i].batch, self._idle[i].workers) == (batch, workers):
-                    return self._idle.pop(i)
-        return self._new_plan(batch, workers)
-
-    def _give_back(self, plan: Plan) -> None:
-        with self._lock:
-            self._idle.append(plan)
-            while sum(idle.nbytes for idle in self._idle) > self._kept_bytes:
-                self._idle.pop(0)
-
-    def _without_threads(self) -> None:
+    def _forget_threads(self) -> None:
         self._lock = threading.Lock()
-        self._alone = threading.Lock()  # plans whose threads wait for each other, one at a time
         self._executor: ThreadPoolExecutor | None = None
+        self._plans.forget_users()
 
     def _threads(self) -> ThreadPoolExecutor:
         """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot start."""
@@ -279,6 +302,102 @@ class Explainer:
         if not alone and len(indices) != count:
             raise InputError(f"{len(indices)} targets were given for {count} pictures; required: one for all, or one for each")
         return np.resize(np.array(indices, np.int64), count)
+
+
+class _Plans:
+    """Plans, made when they are needed and kept for whoever asks next, within limits of memory and threads.
+
+    Who waits for a plan holds none, and who runs one waits for nobody, so everyone who waits gets a turn.
+
+    Parameters
+    ----------
+    make : callable
+        (batch, workers) -> Plan
+    threads : int
+        How many may work at a time on all plans together. With 1, each caller works in a thread of its own, and there may be any number.
+    limit : int or infinity
+        Bytes of all plans, used and idle.
+    """
+
+    def __init__(self, make: Callable[[int, int], Plan], threads: int, limit: float) -> None:
+        self._make, self._limit = make, limit
+        self._most_workers = threads if threads > 1 else math.inf
+        self.kept = limit  # bytes of idle plans
+        self.idle: list[Plan] = []  # the last used last
+        self._nbytes: dict[tuple[int, int], int] = {}
+        self.forget_users()
+
+    def forget_users(self) -> None:
+        """Nobody uses a plan or waits for one: at first, and in a forked process."""
+        self._turn, self._change = threading.Lock(), threading.Condition()
+        self.used_bytes = self.used_workers = 0
+
+    def nbytes(self, batch: int, workers: int) -> int:
+        """What a plan takes. Found by making one: that takes address space, and memory only when it runs."""
+        if (batch, workers) not in self._nbytes:
+            plan = self._make(batch, workers)
+            with self._change:
+                self._nbytes[batch, workers] = plan.nbytes
+                self._keep(plan)
+        return self._nbytes[batch, workers]
+
+    def most_images(self, workers: int, room: float) -> int:
+        """How many images at a time a plan of `room` bytes holds, at least 1."""
+        images = int(max(1, min(_MOST_IMAGES, room // self.nbytes(1, 1))))
+        while images > 1 and self._limit < math.inf and self.nbytes(images, workers) > room:
+            images -= 1
+        return images
+
+    def take(self, batch: int, workers: int) -> Plan:
+        """A plan for the caller alone, once there are threads and memory for it; who asks first gets it first."""
+        nbytes = self.nbytes(batch, workers)
+        with self._turn, self._change:
+            self._change.wait_for(lambda: not self.used_workers or (self.used_workers + workers <= self._most_workers
+                                                                    and self.used_bytes + nbytes <= self._limit))
+            self.used_bytes += nbytes
+            self.used_workers += workers
+            i = next((i for i in reversed(range(len(self.idle))) if (self.idle[i].batch, self.idle[i].workers) == (batch, workers)), None)
+            plan = None if i is None else self.idle.pop(i)
+            self._keep()
+        try:
+            return plan or self._make(batch, workers)
+        except BaseException:
+            self._release(batch, workers)
+            raise
+
+    def give_back(self, plan: Plan, sound: bool = True) -> None:
+        """After use. A plan that is not sound, for its work was cut short, is not used again."""
+        self._release(plan.batch, plan.workers, *([plan] if sound else []))
+
+    def _release(self, batch: int, workers: int, *plans: Plan) -> None:
+        with self._change:
+            self.used_bytes -= self._nbytes[batch, workers]
+            self.used_workers -= workers
+            self._keep(*plans)
+            self._change.notify_all()
+
+    def _keep(self, *plans: Plan) -> None:
+        """Put plans among the idle ones; those not used for longest go where there is no room for all."""
+        self.idle += plans
+        while sum(plan.nbytes for plan in self.idle) > min(self.kept, self._limit - self.used_bytes):
+            self.idle.pop(0)
+
+
+def _bytes(memory: str | int) -> int:
+    """A limit of memory as a number of bytes."""
+    size = 0
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        size = memory
+    elif isinstance(memory, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", memory, re.ASCII | re.IGNORECASE)):
+        size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size < 1:
+        raise InputError(f"memory is {memory!r}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in '2GiB', or a "
+                         "whole number of bytes")
+    return size
+
+
+def _rounded_up(nbytes: int) -> str:
+    return f"{math.ceil(nbytes / 2**20)}MiB" if nbytes > 2**20 else f"{math.ceil(nbytes / 2**10)}KiB"
 
 
 def _usable_processors() -> int:

@@ -172,7 +172,7 @@ def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: G
     in_place = reads_in_place(layer) and len(copies) == 1
     if in_place:
         columns = kernels.conv2d_block_shape(1, out_shape[1] * out_shape[2], 0, 0, per_group)[1]
-        blocks = Blocks(np.zeros((0, 2), np.int64), [], 1, columns, 0, 0)
+        blocks = Blocks(_table([], 2), [], 1, columns, 0, 0)
         offsets = np.arange(per_group, dtype=np.int32) * np.int32(in_shape[1] * in_shape[2])
     else:
         reach = [(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1])
@@ -184,7 +184,7 @@ def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: G
     packed_offsets = np.empty(packed.shape[:3], np.int32)
     bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
     sides = np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies))
-    kernels.conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides)
+    kernels.conv2d_pack_split(packed, packed_offsets, bounds, np.ascontiguousarray(matrices), offsets, sides)
     constant, pattern = _constant(layer, rule, shares, graph)
     # What rounding leaves of a z that is a difference may not be divided by.
     least = np.maximum(1e-6 * np.abs(constant).max((1, 2)) if rule.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
@@ -221,7 +221,7 @@ def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: S
             transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
             matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
             weights.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
-            kernels.conv2d_pack(weights[-1], matrices)
+            kernels.conv2d_pack(weights[-1], np.ascontiguousarray(matrices))
             used += weights[-1].size
         offsets.append(all_offsets[:, before:before + len(own)].ravel())
         used_offsets, before = used_offsets + len(offsets[-1]), before + len(own)
@@ -240,7 +240,7 @@ def _blocks(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[in
     """For places (rows, columns) whose taps read the input at place * stride + tap, in so many channels."""
     if not taps:
         rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)
-        return Blocks(np.zeros((0, 2), np.int64), [], rows, columns, 0, 0)
+        return Blocks(_table([], 2), [], rows, columns, 0, 0)
     first: dict[tuple[int, int], tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the least of them
     for y, x in taps:
         remainder = y % stride[0], x % stride[1]
@@ -261,6 +261,13 @@ def _blocks(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[in
         more_rows = more_columns = 0
     rows, columns = kernels.conv2d_block_shape(rows, columns, more_rows, more_columns, channels * len(first))
     return Blocks(_table(list(first.values()), 2), shifts, rows, columns, more_rows, more_columns)
+
+
+def window_blocks(layer: g.MaxPool2d, graph: Graph, kernels: ModuleType) -> tuple[Blocks, npt.NDArray[np.int32]]:
+    """How max_pool2d_forward reads its input, and where in a plane each tap of a window lies, from the window's place on."""
+    taps = [(i - layer.padding[0], j - layer.padding[1]) for i in range(layer.kernel[0]) for j in range(layer.kernel[1])]
+    blocks = _blocks(taps, layer.stride, graph.shapes[layer.name][1:], 1, kernels)
+    return blocks, read_only(np.array([i * graph.shapes[layer.inputs[0]][2] + j for i, j in taps], np.int32))
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> npt.NDArray[np.int64]:

@@ -24,7 +24,7 @@ from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
-from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place
+from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place, window_blocks
 from fastdtd.rules import Assigned, relevance_carriers
 
 _ALIGNMENT = 16  # floats: one cache line
@@ -152,8 +152,9 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arena."""
-        return self._arena.nbytes
+        """Memory of the arena and of all workers' scratch."""
+        scratch = sum(elements + int(self._kernels.CONV2D_COLUMNS) for elements in self._scratch.values())
+        return self._arena.nbytes + 4 * self.workers * scratch
 
     def forward(self, submit: Callable[..., Any] | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
@@ -242,9 +243,9 @@ class Plan:
             case g.Dense() if rule:
                 ratio, dead = self._tape(layer)
                 self._step(kernels.dense_forward, [
-                    x.use, ratio, dead, a.use, layer.weight, _bias(layer), self._packed[layer.name], low, high, x.channel, a.channel,
-                    rule.features, relu, carries,
-                ], channels)
+                    x.use, ratio, dead, a.use, layer.weight, _bias(layer), self._packed[layer.name], low, high,
+                    self._scratch_of("dense", 4 * kernels.DENSE_ROWS), x.channel, a.channel, rule.features, relu, carries,
+                ], -(-channels // kernels.DENSE_ROWS))
             case g.Add() if rule:
                 ratio, dead = self._tape(layer)
                 b = self._activation(layer.inputs[1])
@@ -254,8 +255,12 @@ class Plan:
                 ], batch * channels)
             case g.MaxPool2d() if rule and rule.features is None:
                 winner, _ = self._tape(layer, np.int32)
+                blocks, places = window_blocks(layer, self._graph, kernels)
                 self._step(kernels.max_pool2d_forward, [
-                    x.use, winner, a.use, x.channel, a.channel, *layer.kernel, *layer.stride, *layer.padding[:2],
+                    x.use, winner, a.use, blocks.planes, read_only(blocks.offsets(1)), places,
+                    self._scratch_of("block", kernels.max_pool2d_elements(len(blocks.planes), blocks.rows + blocks.more_rows,
+                                                                          blocks.columns + blocks.more_columns, blocks.columns)),
+                    x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
                 ], batch * channels)
             case g.Pool2d() | g.GlobalAveragePool() if rule:
                 ratio, dead = self._tape(layer)

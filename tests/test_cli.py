@@ -1,5 +1,6 @@
 """The command line, as people call it: what it prints, where, and with which exit status."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -11,10 +12,17 @@ from PIL import Image
 import fastdtd
 from fastdtd import cli, runner
 from fastdtd import graph as g
+from fastdtd.compiling import warm_up
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import save
 
 COMMAND = [sys.executable, "-c", "import sys; from fastdtd.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """All on disk, for commands say it when they compile some."""
+    return warm_up()
 
 
 @pytest.fixture
@@ -111,6 +119,15 @@ def test_rule(run):
         assert (status, "is no LAYER=RULE" in err[-1]) == (2, True)
 
 
+def test_memory(run):
+    plenty = run("explain", "net.h5", "pictures")
+    assert run("explain", "net.h5", "pictures", "--memory", "1MiB") == run("explain", "net.h5", "pictures", "--memory=2GB") == plenty
+
+
+def test_warmup(run, kernels):
+    assert run("warmup") == (0, [f"all kernels are compiled and kept in {kernels}"], [])
+
+
 def test_outputs(run, place):
     assert run("explain", "net.h5", "pictures/red.png", "--outputs", "overlay")[0] == 0
     assert [p.name for p in (place / "out").iterdir()] == ["red.png.overlay.png"]
@@ -122,6 +139,8 @@ def test_outputs(run, place):
     (["net.h5", "pictures", "--threads", "0"], "threads is 0"),
     (["net.h5", "pictures", "--threads", "-2"], "threads is -2"),
     (["net.h5", "pictures", "--batch", "0"], "batch is 0"),
+    (["net.h5", "pictures", "--memory", "2"], "memory is '2'; required: a number with one of the units"),
+    (["net.h5", "pictures", "--memory", "0.5KiB"], "one picture takes "),
     (["none.h5", "pictures"], "'none.h5' does not exist"),
     (["alexnet", "pictures"], "(embedded: squeezenet1_1)"),
     (["pictures", "pictures"], "is a directory"),
@@ -160,7 +179,7 @@ def test_calls_that_cannot_be_understood(run):
 
 
 def test_help(run):
-    for command in ([], ["explain"], ["convert"], ["show"]):
+    for command in ([], ["explain"], ["convert"], ["show"], ["warmup"]):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, [])
         assert max(map(len, out)) <= 140
@@ -172,7 +191,6 @@ def test_progress_bar(place):
     for module in ("pty", "fcntl", "termios"):
         pytest.importorskip(module)
     import fcntl
-    import os
     import pty
     import termios
 
@@ -214,7 +232,7 @@ def test_standard_output_that_cannot_be_written(place, command):
 def test_names_that_the_terminal_cannot_show(place):
     (place / "pictures" / "red.png").rename(place / "pictures" / "größe.png")
     result = subprocess.run([*COMMAND, "explain", "net.h5", "pictures"], capture_output=True, check=True,
-                            env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
+                            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
     assert result.stderr == b""
     assert b"gr\\xf6\\xdfe.png" in result.stdout
 

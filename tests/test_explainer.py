@@ -1,10 +1,13 @@
 """Whole explanations: against the oracle, and what must hold for every network (conservation, no negative relevance, the same bits)."""
 
 import os
+import re
 import signal
 import threading
 import time
 import warnings
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import naive
 import numpy as np
@@ -13,16 +16,18 @@ from graphs import graphs, graphs_and_rules, pictures
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from fastdtd import explainer as explainer_module
 from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.explainer import Explainer, ExplanationWarning
 from fastdtd.model import Model, Preprocessing
+from fastdtd.plan import Plan
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-def explainer(graph, rules="dtd", threads=1):
-    return Explainer(Model(graph, Preprocessing(None)), rules, threads=threads)
+def explainer(graph, rules="dtd", threads=1, memory=None):
+    return Explainer(Model(graph, Preprocessing(None)), rules, threads=threads, memory=memory)
 
 
 def explain(made, batch, target=None):
@@ -185,9 +190,11 @@ def test_use_in_a_forked_process(count):
     made = explainer(small(), threads=2)
     batch = pictures(made.model.graph, count)
     expected = explain(made, batch).relevance
+    plan = made._plans.take(1, 2)  # as if another thread were at work
     child = os.fork()
     if not child:
         os._exit(0 if (explain(made, batch).relevance == expected).all() else 1)
+    made._plans.give_back(plan)
     deadline = time.monotonic() + 30
     done, status = 0, 0
     while not done and time.monotonic() < deadline:
@@ -200,19 +207,20 @@ def test_use_in_a_forked_process(count):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works(monkeypatch):
+def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
     made = explainer(small(), threads=3)
     batch = pictures(made.model.graph, 2)
     expected = explain(made, batch).relevance
-    plan = made._take_plan(2, 3)
+    plan = made._plans.take(2, 3)
 
     def fail():
         raise MemoryError("on purpose")
 
     plan._forward[1][0] = fail
-    made._give_back(plan)
+    made._plans.give_back(plan)
     with pytest.raises(MemoryError, match="on purpose"):
         explain(made, batch)
+    assert nothing_is_taken(made)
     assert (explain(made, batch).relevance == expected).all()
 
 
@@ -234,10 +242,254 @@ def test_threads_that_cannot_start_are_an_error_and_no_hang(monkeypatch):
 
 def test_memory_of_batch_sizes_that_are_over_is_given_back():
     made = explainer(small())
-    made._kept_bytes = 3 * made._take_plan(1, 1).nbytes
+    made._plans.kept = 3 * made._plans.nbytes(1, 1)
     for count in range(1, 20):
         explain(made, pictures(made.model.graph, count))
-    assert sum(plan.nbytes for plan in made._idle) <= made._kept_bytes
+    assert sum(plan.nbytes for plan in made._plans.idle) <= made._plans.kept
+
+
+# ---- Limited memory, many callers --------------------------------------------------------------------------------------------------------
+
+
+class Watched(Plan):
+    """A Plan that is counted: its memory from when it first runs until it is gone, and its threads while it runs."""
+
+    def forward(self, submit=None):
+        with self.lock:
+            self.running.append(self.workers)
+            self.most_workers.append(sum(self.running))
+            self.sizes.add((self.batch, self.workers))
+            self.touched.add(self)
+            for _ in range(20):
+                used = sum(plan.nbytes for plan in self.touched)
+                if self.limit is None or used <= self.limit:
+                    break
+                time.sleep(0.001)  # another thread may be about to forget the plan that it gave back
+            self.most_bytes.append(used)
+        super().forward(submit)
+
+    def back(self, submit=None):
+        super().back(submit)
+        with self.lock:
+            self.running.remove(self.workers)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    for name, value in (("touched", weakref.WeakSet()), ("running", []), ("most_bytes", [0]), ("most_workers", [0]), ("sizes", set()),
+                        ("limit", None), ("lock", threading.Lock())):
+        monkeypatch.setattr(Watched, name, value, raising=False)
+    monkeypatch.setattr(explainer_module, "Plan", Watched)
+    return Watched
+
+
+def eventually(condition):
+    """Whether it comes true, in a thread that may take its time."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def nothing_is_taken(made):
+    return eventually(lambda: made._plans.used_bytes == made._plans.used_workers == 0)
+
+
+def one_image(graph, threads=1):
+    """What a plan for one image takes."""
+    return Explainer(Model(graph, Preprocessing(None)), threads=threads)._plans.nbytes(1, threads)
+
+
+@settings(many, max_examples=30)
+@given(graphs(), st.data())
+def test_same_bits_in_any_memory(graph, data):
+    describe(graph)
+    least = max(one_image(graph, n) for n in (1, 2, 3))
+    batch = pictures(graph, 7)
+    expected = explain(explainer(graph), batch)
+    for threads in (1, 2, 3):
+        made = explainer(graph, threads=threads, memory=data.draw(st.integers(least, 8 * least)))
+        for count in (7, 2):
+            e = explain(made, batch[:count])
+            assert (e.relevance == expected.relevance[:count]).all()
+            assert (e.output == expected.output[:count]).all()
+            assert all((lost == expected.ledger[name][:count]).all() for name, lost in e.ledger.items())
+
+
+def test_what_fits_into_memory(watched):
+    """(batch, workers) of the plans that explain 12 images: as many images as fit, each in one thread, else in all."""
+    graph = small()
+    one, together = one_image(graph), one_image(graph, 3)
+    for memory, sizes in ((None, {(4, 1)}), (100 * one, {(4, 1)}), (8 * one, {(2, 1)}), (3 * one, {(1, 1)}), (together, {(1, 3)}),
+                          (3 * one - 1, {(2, 3)})):
+        for plans in (watched.sizes, watched.touched, watched.most_bytes):
+            plans.clear()
+        watched.limit = memory
+        made = explainer(graph, threads=3, memory=memory)
+        explain(made, pictures(graph, 12))
+        assert watched.sizes == sizes
+        assert memory is None or max(watched.most_bytes) <= memory
+
+
+def test_memory_in_which_nothing_fits():
+    graph = small()
+    one = one_image(graph)
+    for threads in (1, 3):
+        with pytest.raises(InputError, match=r"one picture takes \d+KiB .*, and memory is limited to '0.1KB'; raise the limit") as error:
+            explainer(graph, threads=threads, memory="0.1KB")
+        with pytest.raises(InputError, match=f"limited to {one - 1}; raise"):
+            explainer(graph, threads=threads, memory=one - 1)
+        assert explain(explainer(graph, threads=threads, memory=one), pictures(graph, 4)).relevance.any()
+    wanted = re.search(r"takes (\S+)", str(error.value))[1]
+    explainer(graph, memory=wanted)  # what it asks for is enough
+
+
+@pytest.mark.parametrize(("memory", "number"), [
+    ("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), (" 64kib ", 64 << 10), ("3GB", 3 * 10**9), ("500MB", 5 * 10**8), ("7KB", 7000), (12345, 12345),
+])
+def test_amounts_of_memory(memory, number):
+    assert explainer_module._bytes(memory) == number
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("images", [None, 1, 2, 3.5, 10])
+def test_many_callers_of_all_sizes(watched, threads, images):
+    """Right results, no more memory or threads than allowed, errors where they belong, and nobody waits forever."""
+    graph = small()
+    memory = images and int(images * one_image(graph, threads))
+    made = explainer(graph, threads=threads, memory=memory)
+    batch = pictures(graph, 9)
+    expected = explain(explainer(graph), batch).relevance
+    for plans in (watched.touched, watched.most_bytes, watched.most_workers):
+        plans.clear()
+    watched.limit, wrong = memory, []
+
+    def call(count):
+        for i in range(15):
+            if i % 5 == 4:
+                with pytest.raises(InputError):
+                    made(batch[:count], 99)
+            elif not (made(batch[:count], 0).relevance == expected[:count]).all():
+                wrong.append(count)
+
+    callers = [threading.Thread(target=call, args=(count,), daemon=True) for count in (1, 2, 3, 9, 1, 5, 4, 1)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert not any(caller.is_alive() for caller in callers), "some wait forever"
+    assert not wrong
+    assert memory is None or max(watched.most_bytes) <= memory
+    assert threads == 1 or max(watched.most_workers) <= threads
+    assert nothing_is_taken(made)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_call_that_fails_gives_back_its_threads_and_memory(watched, monkeypatch, threads, count):
+    graph = small()
+    made = explainer(graph, threads=threads, memory=2 * one_image(graph, 2))
+    batch = pictures(graph, 6)
+    expected = explain(made, batch)
+    with monkeypatch.context() as patch:
+        def fail(*_):
+            raise KeyboardInterrupt("on purpose")
+
+        patch.setattr(watched, "back", fail)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt, match="on purpose"):
+                explain(made, batch[:count])
+            assert nothing_is_taken(made)
+    watched.running.clear()
+    assert (explain(made, batch).relevance == expected.relevance).all()
+
+
+def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
+    graph = small()
+    made = explainer(graph, threads=2, memory=2 * one_image(graph))
+    batch = np.repeat(pictures(graph, 1), 100, 0)
+    monkeypatch.setattr(watched, "back", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explain(made, batch)
+    assert len(watched.most_bytes) < 50
+
+
+def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
+    made, futures = explainer(small(), threads=2), []
+
+    class Late:
+        """Begins the first call when it gets the second, and never the second."""
+
+        def submit(self, function, *arguments):
+            futures.append((Future(), function, arguments))
+            if len(futures) == 2:
+                future, function, arguments = futures[0]
+                arguments[0][0].input = None
+                try:
+                    function(*arguments)
+                except TypeError as error:
+                    future.set_exception(error)
+            return futures[-1][0]
+
+    monkeypatch.setattr(made, "_threads", Late)
+    with pytest.raises(TypeError):
+        explain(made, pictures(made.model.graph, 2))
+    assert futures[1][0].cancelled()
+    assert nothing_is_taken(made)
+
+
+def test_a_plan_that_cannot_be_made_takes_no_memory(monkeypatch):
+    graph = small()
+    made = explainer(graph, memory=2 * one_image(graph))
+    batch = pictures(graph, 2)
+    expected = explain(made, batch)
+    made._plans.idle.clear()
+    with monkeypatch.context() as patch:
+        def refuse(*_):
+            raise InputError("more than there is")
+
+        patch.setattr(made._plans, "_make", refuse)
+        for _ in range(3):
+            with pytest.raises(InputError, match="more than there is"):
+                explain(made, batch)
+            assert nothing_is_taken(made)
+    assert (explain(made, batch).relevance == expected.relevance).all()
+
+
+@pytest.mark.parametrize(("threads", "callers"), [(1, 2), (2, 1)])
+def test_who_works_side_by_side(threads, callers):
+    """Our threads; with one, callers bring their own and need not wait for each other."""
+    made, both = explainer(small(), threads=threads), threading.Barrier(2, timeout=30)
+    batch = pictures(made.model.graph, threads)
+    expected = explain(made, batch, 0).relevance
+    for _ in range(2):
+        plan = made._plans._make(1, 1)
+        plan._forward[0].insert(0, both.wait)  # goes on when another plan is there too
+        made._plans.idle.append(plan)
+    with ThreadPoolExecutor(callers) as executor:
+        results = list(executor.map(lambda _: made(batch, 0).relevance, range(callers)))
+    assert all((relevance == expected).all() for relevance in results)
+
+
+def test_who_needs_much_is_not_overtaken():
+    made, order = explainer(small(), threads=2), []
+
+    def call(workers):
+        plan = made._plans.take(1, workers)
+        order.append(workers)
+        made._plans.give_back(plan)
+
+    plan = made._plans.take(1, 1)
+    callers = [threading.Thread(target=call, args=(workers,), daemon=True) for workers in (2, 1)]
+    callers[0].start()
+    assert eventually(made._plans._turn.locked)
+    callers[1].start()  # there would be room for it now
+    time.sleep(0.05)
+    assert order == []
+    made._plans.give_back(plan)
+    for caller in callers:
+        caller.join(30)
+    assert order == [2, 1]
 
 
 def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
@@ -259,3 +511,11 @@ def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
 def test_bad_options(options):
     with pytest.raises(InputError):
         Explainer(Model(small(), Preprocessing(None)), **options)
+
+
+@pytest.mark.parametrize("memory", [
+    "", "2", "GiB", "2G", "2 GB B", "-1GB", "1e3MB", "nanMB", "infGB", "0GiB", "\N{SUPERSCRIPT TWO}GB", 0, -1, True, 1.5, b"2GiB", [2],
+])
+def test_what_is_no_amount_of_memory(memory):
+    with pytest.raises(InputError, match=r"memory is .*; required: a number with one of the units"):
+        explainer(small(), memory=memory)

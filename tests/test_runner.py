@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastdtd import files, heatmap, images, runner
 from fastdtd import graph as g
+from fastdtd.compiling import warm_up
 from fastdtd.errors import InputError, OutputError
 from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
@@ -37,6 +38,12 @@ def dying(change):
 os.replace, os.unlink = dying(os.replace), dying(os.unlink)
 pathlib.Path.unlink = lambda path: os.unlink(path)  # Python 3.10's holds on to the os.unlink that it was imported with
 """ + COMMAND
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """All on disk: what runs write, and say, is theirs alone."""
+    warm_up()
 
 
 def small_model(resize="stretch", box=(0.0, 1.0), seed=0):

@@ -24,7 +24,8 @@ from fastdtd.kernels.cpu.elementwise import (
     relu_forward,
     relu_redistribute,
 )
-from fastdtd.kernels.cpu.pool2d import max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
+from fastdtd.kernels.cpu.microkernel import DENSE_ROWS
+from fastdtd.kernels.cpu.pool2d import max_pool2d_elements, max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block,
     winograd2d_forward,
@@ -39,6 +40,7 @@ from fastdtd.kernels.cpu.winograd import (
 __all__ = [
     "CONV2D_COLUMNS",
     "DENSE_FEATURES",
+    "DENSE_ROWS",
     "LEAST",
     "absorb_redistribute",
     "add_forward",
@@ -58,6 +60,7 @@ __all__ = [
     "dense_forward",
     "dense_redistribute",
     "has_come",
+    "max_pool2d_elements",
     "max_pool2d_forward",
     "max_pool2d_redistribute",
     "pool2d_forward",

@@ -150,8 +150,8 @@ def _inside(first, step, size, count):
 
 
 @kernel
-def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down, step_right, part):
-    """block[at:], rows of `width` <- plane number `channel` of a (flat *, H, W) at first + index * step, 0 outside.
+def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down, step_right, part, outside):
+    """block[at:], rows of `width` <- plane number `channel` of a (flat *, H, W) at first + index * step, `outside` beside it.
 
     part says what is taken of each value a: 0: a, 1: max(a, 0), 2: min(a, 0).
     """
@@ -162,12 +162,12 @@ def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down,
     if right <= left:
         top = bottom = rows
     for i in range(at, at + top * width):
-        block[i] = _ZERO
+        block[i] = outside
     for r in range(top, bottom):
         to, count = at + r * width + left, right - left
         source = (channel * height + first_y + r * step_down) * across + first_x + left * step_right
         for i in range(at + r * width, to):
-            block[i] = _ZERO
+            block[i] = outside
         if part == 0 and step_right == 1:
             # Whole vectors: what is stored behind the row's end is stored over below, or belongs to the next row.
             copy_vectors(block.ctypes.data + 4 * to, flat.ctypes.data + 4 * source, 0, count)
@@ -183,9 +183,9 @@ def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down,
             for i in range(count):
                 block[to + i] = min(flat[source + i * step_right], _ZERO)
         for i in range(to + count, at + (r + 1) * width):
-            block[i] = _ZERO
+            block[i] = outside
     for i in range(at + bottom * width, at + rows * width):
-        block[i] = _ZERO
+        block[i] = outside
 
 
 @kernel
@@ -339,7 +339,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                         for i in range(len(planes)):
                             _copy_plane(block, at, plane_rows, width, a, n * a.shape[1] + a_channel + channel,
                                         y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right,
-                                        copy + 1 if copies == 2 else 0)
+                                        copy + 1 if copies == 2 else 0, _ZERO)
                             at += plane_rows * width
             p_b = block.ctypes.data
             if direct:

@@ -4,21 +4,136 @@ Not with parallel=True: its cached code has crashed when many processes start at
 """
 
 import hashlib
+import os
+import pickle
+import re
+import sys
+import uuid
 from pathlib import Path
 
+import llvmlite
+import numba
 from numba import njit
+from numba.core import config
 
-_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))).hexdigest()
+try:
+    from numba.core.caching import NullCache
+    from numba.core.compiler import CompileResult
+    from numba.core.serialize import dumps
+    from numba.misc.appdirs import AppDirs
+except ImportError:  # a Numba that is another inside: its own cache has to do, and says nothing
+    NullCache = None
+
+_FOLDER = Path(__file__).parent
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_FOLDER.parent.rglob("*.py")))).hexdigest()
+_SEAL_BYTES = hashlib.sha256().digest_size
+
+
+def on_compile():
+    """Called before a kernel is compiled because it is not on disk. To be replaced by who wants to know; see `kernels.load`."""
+
+
+def on_unkept(reason):
+    """Called when a compiled kernel cannot be kept on disk, with the folders that were tried and what is wrong with each."""
+
+
+# ---- On disk -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _folders():
+    """Where kernels are kept: where NUMBA_CACHE_DIR says; without it beside their sources or, failing that, in the user's cache."""
+    place = f"fastdtd_{hashlib.sha256(os.fsencode(_FOLDER)).hexdigest()[:16]}"
+    if config.CACHE_DIR:
+        return [Path(config.CACHE_DIR, place)]
+    return [_FOLDER / "__pycache__", Path(AppDirs("numba", appauthor=False).user_cache_dir, place)]
+
+
+class _KernelCache(NullCache or object):
+    """One kernel's compiled code on disk: asked by Numba's dispatcher before it compiles, and told after.
+
+    Numba's own cache is not safe here. It numbers its files, and two processes that compile at once can give one number to the code of two
+    signatures; here a file is named after what it holds, so all who write it write the same. It trusts its files, and one that was cut off
+    is an exception in every later process (numba issue 10434); here a seal tells. It takes a kernel's code for current as long as the
+    kernel's own file is unchanged; but kernels are made of parts, constants and tiles of other files, and new weights packed for old code
+    overrun memory, so here all sources must be as they were. And it reads only where it can write, so that what was compiled into an image
+    is compiled again by every user who may not write there.
+    """
+
+    def __init__(self, function):
+        self._stem = re.sub("[<>]", "", f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}.{sys.implementation.cache_tag}")
+        self._found_in = None
+
+    @property
+    def cache_path(self):
+        return self._found_in
+
+    def load_overload(self, sig, target_context):
+        """The code for a signature, or None: then it is compiled."""
+        target_context.refresh()
+        name, key = self._name_and_key(sig, target_context.codegen())
+        for folder in _folders():
+            try:
+                content = (folder / name).read_bytes()
+            except OSError:
+                continue
+            code = content[_SEAL_BYTES:]
+            if content[:_SEAL_BYTES] == _seal(key, code):
+                self._found_in = str(folder)
+                return CompileResult._rebuild(target_context, *pickle.loads(code))
+        on_compile()
+        return None
+
+    def save_overload(self, sig, data):
+        """Keep the code for a signature, in the first folder that takes it."""
+        if data.library.has_dynamic_globals:  # it holds addresses of this process
+            return
+        name, key = self._name_and_key(sig, data.codegen)
+        code = dumps(data._reduce())
+        problems = []
+        for folder in _folders():
+            try:
+                _write(folder / name, _seal(key, code) + code)
+            except OSError as error:
+                problems.append(f"{folder}: {error.strerror}")
+            else:
+                self._found_in = str(folder)
+                return
+        on_unkept("; ".join(problems))
+
+    def _name_and_key(self, sig, codegen):
+        """A file's name, for each signature and processor another, and all that must be the same for its code to be right."""
+        what_for = repr((self._stem, sig, codegen.magic_tuple()))
+        name = f"{self._stem}.{hashlib.sha256(what_for.encode()).hexdigest()[:16]}.nbc"
+        return name, repr((numba.__version__, llvmlite.__version__, sys.version, _SOURCES, what_for))
+
+
+def _seal(key, code):
+    return hashlib.sha256(key.encode() + code).digest()
+
+
+def _write(path, content):
+    """The whole file or none: other processes read and write it at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# ---- Decorators --------------------------------------------------------------------------------------------------------------------------
 
 
 def _compiled(**options):
     def decorate(function):
-        dispatcher = njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-        # Numba takes a kernel's cached code for current as long as the kernel's own file is unchanged. But kernels are made of parts,
-        # constants and tiles of other files, and new weights packed for old code overrun memory: all sources must be as they were.
-        cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-        if cache_file is not None:
-            cache_file._source_stamp = _SOURCES
+        if NullCache is None:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        if function.__closure__:  # functions that one function makes: told apart by name, in the cache and among the symbols of cached code
+            constants = dumps([cell.cell_contents for cell in function.__closure__])
+            function.__qualname__ += f"-{hashlib.sha256(constants).hexdigest()[:8]}"
+        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
+        dispatcher._cache = _KernelCache(function)
         return dispatcher
     return decorate
 

@@ -349,6 +349,131 @@ def copy_exactly(typing_context, out, values, count, add):
     return types.void(types.intp, types.intp, types.intp, types.boolean), codegen
 
 
+# ---- Dense layers ------------------------------------------------------------------------------------------------------------------------
+
+DENSE_ROWS = 4 if LANES == 16 else 2
+
+
+def _total(builder, vector):
+    """The sum of a vector's lanes."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        low, high = (_pick(builder, vector, vector, list(range(first, first + lanes))) for first in (0, lanes))
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+def _make_dense_dots(images):
+    @intrinsic
+    def dots(typing_context, sums, w, w_stride, a, a_stride, count):
+        def codegen(context, builder, signature, arguments):
+            sums, w, w_stride, a, a_stride, count = arguments
+            p_sums, p_w, p_a = _pointers(builder, (sums, w, a), _F32, _F32, _F32)
+
+            def one_step(step, totals):
+                values = [_load(builder, p_a, builder.add(builder.mul(a_stride, _number(n)), step)) for n in range(images)]
+                result = []
+                for k in range(DENSE_ROWS):
+                    place = builder.add(builder.mul(w_stride, _number(k)), step)
+                    weight = _load(builder, p_w, place)
+                    _prefetch(builder, builder.gep(p_w, [builder.add(place, _number(_AHEAD))]))
+                    positive = builder.select(builder.fcmp_ordered(">", weight, _ZEROS), weight, _ZEROS)
+                    for n in range(images):
+                        at = 2 * (k * images + n)
+                        result += [_multiply_add(builder, totals[at], weight, values[n]),
+                                   _multiply_add(builder, totals[at + 1], positive, values[n])]
+                return result
+
+            totals = _loop(builder, _number(0), count, LANES, [_ZEROS] * (2 * DENSE_ROWS * images), one_step)
+            for i, total in enumerate(totals):
+                builder.store(_total(builder, total), builder.gep(p_sums, [_number(i)]))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), codegen
+
+    dots.__doc__ = f"""sums (DENSE_ROWS, {images}, 2) <- w a and max(w, 0) a for rows of w and {images} rows of a, over `count` numbers.
+
+    Addresses; rows are w_stride and a_stride floats apart; count is a multiple of LANES. Each sum has one order, whatever the others are.
+    """
+    return dots
+
+
+DENSE_DOTS = tuple(_make_dense_dots(images) for images in (1, 2))
+
+
+@intrinsic
+def add_four_shares(typing_context, out, w_0, w_1, w_2, w_3, s_0, s_1, s_2, s_3, count):
+    """out += s_0 max(w_0, 0) + ... + s_3 max(w_3, 0), one after the other; `count` numbers from each address, a multiple of LANES."""
+    def codegen(context, builder, signature, arguments):
+        p_out, *p_w = _pointers(builder, arguments[:5], *[_F32] * 5)
+        shares = [_splat(builder, share) for share in arguments[5:9]]
+
+        def one_step(step, nothing):
+            total = _load(builder, p_out, step)
+            for pointer, share in zip(p_w, shares, strict=True):
+                weight = _load(builder, pointer, step)
+                total = _multiply_add(builder, total, share, builder.select(builder.fcmp_ordered(">", weight, _ZEROS), weight, _ZEROS))
+            _store(builder, total, p_out, step)
+            return nothing
+
+        _loop(builder, _number(0), arguments[9], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5, *[types.float32] * 4, types.intp), codegen
+
+
+# ---- Max-pools ---------------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def max_windows(typing_context, best, winner, block, offsets, places, taps, count, first, step):
+    """best <- the largest number of each window, winner (int32) <- its place: `count` windows, rounded up to LANES.
+
+    Window i reads block[offsets[t] + i] for each tap t; that number's place is first + i * step + places[t]. offsets, places: int32. A
+    number must exceed those before it by more than rounding does, or the first of them wins.
+    """
+    def codegen(context, builder, signature, arguments):
+        best, winner, block, offsets, places, taps, count, first, step_right = arguments
+        p_best, p_winner, p_block, p_offsets, p_places = _pointers(builder, (best, winner, block, offsets, places), _F32, _I32, _F32, _I32,
+                                                                   _I32)
+        integers = ir.VectorType(_I32, LANES)
+        magnitude = ir.Constant(integers, [0x7fffffff] * LANES)
+
+        def splat(value):
+            undefined = ir.Constant(integers, ir.Undefined)
+            return builder.shuffle_vector(builder.insert_element(undefined, value, ir.Constant(_I32, 0)), undefined, _LANE_ZERO)
+
+        lanes = builder.mul(ir.Constant(integers, list(range(LANES))), splat(builder.trunc(step_right, _I32)))
+
+        def one_vector(step, nothing):
+            def one_tap(tap, so_far):
+                largest, place = so_far
+                offset = builder.sext(builder.load(builder.gep(p_offsets, [tap])), _I64)
+                value = _load(builder, p_block, builder.add(offset, step))
+                size = builder.bitcast(builder.and_(builder.bitcast(largest, integers), magnitude), _VECTOR)
+                larger = builder.fcmp_ordered(">", builder.fsub(value, largest), _combine(builder, (_TIE, size)))
+                here = splat(builder.load(builder.gep(p_places, [tap])))
+                return [builder.select(larger, value, largest), builder.select(larger, here, place)]
+
+            start = [ir.Constant(_VECTOR, [_LOWEST] * LANES), ir.Constant(integers, [0] * LANES)]
+            largest, place = _loop(builder, _number(0), taps, 1, start, one_tap)
+            base = splat(builder.trunc(builder.add(first, builder.mul(step, step_right)), _I32))
+            _store(builder, largest, p_best, step)
+            pointer = builder.bitcast(builder.gep(p_winner, [step]), integers.as_pointer())
+            builder.store(builder.add(place, builder.add(base, lanes)), pointer).align = 4
+            return nothing
+
+        _loop(builder, _number(0), count, LANES, [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 9), codegen
+
+
+_TIE = 2.0**-19  # several times what rounding makes of equal numbers
+_LOWEST = -3.4028234663852886e38
+
+
 # ---- Winograd's transforms, for a vector of tiles ----------------------------------------------------------------------------------------
 
 

@@ -5,10 +5,14 @@ Every window holds at least one number that is not padding (graph.py sees to it)
 """
 
 import numpy as np
+from fastdtd.kernels.codes import NONNEGATIVE
+from fastdtd.kernels.cpu.conv2d import _copy_plane
 from fastdtd.kernels.cpu.elementwise import feature_sum, give, ratio_of
-from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.jit import kernel, kernel_reordering
+from fastdtd.kernels.cpu.microkernel import LANES, copy_exactly, max_windows
 
 _ZERO = np.float32(0)
+_NOTHING = np.float32(-np.inf)  # beside the input
 
 
 @kernel
@@ -24,28 +28,52 @@ def _end_place(offset, stride, size, places):
 
 
 @kernel
-def max_pool2d_forward(x, winner, a, x_channel, a_channel, kernel_down, kernel_right, stride_down, stride_right, top, left, first, last):
-    """x <- the largest number of each window; winner (N, C, OH, OW) int32 <- where in the plane it lies, the first of equals."""
-    channels, rows, columns = winner.shape[1:]
-    height, width = a.shape[2:]
+def _is_whole(rows, columns, kernel_down, kernel_right, height, width, top, left):
+    """Whether the one window is the whole plane."""
+    return rows == columns == 1 and kernel_down == height and kernel_right == width and top == left == 0
+
+
+@kernel_reordering
+def _total(flat, begin, count):
+    total = _ZERO
+    for i in range(begin, begin + count):
+        total += flat[i]
+    return total
+
+
+@kernel
+def max_pool2d_forward(x, winner, a, planes, offsets, places, block, x_channel, a_channel, step_down, step_right, block_rows, block_columns,
+                       more_rows, more_columns, first, last):
+    """x <- the largest number of each window; winner (N, C, OH, OW) int32 <- where in the plane it lies, the first of equals.
+
+    Numbers that rounding may have made unequal count as equal: else in an evenly coloured area noise would pick the winners. Windows read
+    planes as the taps of a convolution do (conv2d.py): offsets (T,) is where each tap lies in the block, from a window's own place on,
+    places (T,) where in the plane of a. block is flat scratch.
+    """
+    channels, height, across = winner.shape[1:]
+    width, plane_rows = block_columns + more_columns, block_rows + more_rows
+    used = len(planes) * plane_rows * width + LANES
+    p_best, p_place = block.ctypes.data + 4 * used, block.ctypes.data + 4 * (used + block_columns + LANES)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        for y in range(rows):
-            best, place = x[n, x_channel + k, y], winner[n, k, y]
-            best[:] = -np.inf
-            place[:] = 0
-            for i in range(kernel_down):
-                line = y * stride_down + i - top
-                if line < 0 or line >= height:
-                    continue
-                source = a[n, a_channel + k, line]
-                for j in range(kernel_right):
-                    begin, end = _first_place(j - left, stride_right), _end_place(j - left, stride_right, width, columns)
-                    for q in range(begin, end):
-                        column = q * stride_right + j - left
-                        if source[column] > best[q]:
-                            best[q] = source[column]
-                            place[q] = line * width + column
+        to_x, to_winner = (n * x.shape[1] + x_channel + k) * height * across, unit * height * across
+        for y in range(0, height, block_rows):
+            for left in range(0, across, block_columns):
+                rows, columns = min(block_rows, height - y), min(block_columns, across - left)
+                for i in range(len(planes)):
+                    _copy_plane(block, i * plane_rows * width, plane_rows, width, a, n * a.shape[1] + a_channel + k,
+                                y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right, 0, _NOTHING)
+                for row in range(rows):
+                    to = (y + row) * across + left
+                    max_windows(p_best, p_place, block.ctypes.data + 4 * row * width, offsets.ctypes.data, places.ctypes.data, len(offsets),
+                                columns, (y + row) * step_down * a.shape[3] + left * step_right, step_right)
+                    copy_exactly(x.ctypes.data + 4 * (to_x + to), p_best, columns, False)
+                    copy_exactly(winner.ctypes.data + 4 * (to_winner + to), p_place, columns, False)
+
+
+def max_pool2d_elements(planes, rows, columns, block_columns):
+    """Floats of max_pool2d_forward's scratch array for so many planes."""
+    return planes * rows * columns + LANES + 2 * (block_columns + LANES)
 
 
 @kernel
@@ -72,9 +100,17 @@ def pool2d_forward(x, ratio, dead, a, low, high, x_channel, a_channel, kernel_do
     """
     channels, rows, columns = ratio.shape[1:]
     height, width = a.shape[2:]
+    flat_a = a.reshape(a.size)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
         absorbs = False
+        if features == NONNEGATIVE and not maximum and _is_whole(rows, columns, kernel_down, kernel_right, height, width, top, left):
+            z_all = _total(flat_a, (n * a.shape[1] + a_channel + k) * height * width, height * width)
+            x[n, x_channel + k, 0, 0] = z_all / np.float32(height * width)
+            ratio[n, k, 0, 0] = ratio_of(x[n, x_channel + k, 0, 0], z_all, relevance)
+            if ratio[n, k, 0, 0] < _ZERO:
+                dead[n] = 1
+            continue
         for y in range(rows):
             out, z = x[n, x_channel + k, y], ratio[n, k, y]
             out[:] = -np.inf if maximum else _ZERO
@@ -115,8 +151,16 @@ def pool2d_redistribute(c_in, c, ratio, a, low, high, c_in_channel, c_channel, a
     """
     channels, rows, columns = ratio.shape[1:]
     height, width = a.shape[2:]
+    flat_in = c_in.reshape(c_in.size)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
+        if features == NONNEGATIVE and not relevance and not accumulate and _is_whole(rows, columns, kernel_down, kernel_right, height,
+                                                                                      width, top, left):
+            begin = (n * c_in.shape[1] + c_in_channel + k) * height * width
+            everywhere = ratio[n, k, 0, 0] * c[n, c_channel + k, 0, 0]
+            for i in range(begin, begin + height * width):
+                flat_in[i] = everywhere
+            continue
         for y in range(rows):
             share, factor = ratio[n, k, y], c[n, c_channel + k, y]
             for q in range(columns):

@@ -226,7 +226,7 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                 n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
                 width = 4 * length + 2
                 _copy_plane(lines, 0, 6, width, a, n * a.shape[1] + a_channel + g * channels + channel, 4 * row - top,
-                            4 * column - left, 1, 1, 0)
+                            4 * column - left, 1, 1, 0, _ZERO)
                 _note_largest(seen, at, lines, 6 * width)
                 for i in range(0, length, LANES):
                     winograd_input(p_points + 4 * (channel * block + t + i), points_stride, p_lines + 16 * i, width)

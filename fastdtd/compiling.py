@@ -1,0 +1,100 @@
+"""Kernels are compiled when they are first used and kept on disk. What users are told of that, and how it is done ahead."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastdtd import graph as g
+from fastdtd import kernels
+from fastdtd.errors import OutputError
+from fastdtd.packing import pack
+from fastdtd.plan import Plan
+from fastdtd.rules import assign
+
+_LOG = logging.getLogger("fastdtd")  # warnings are shown on standard error unless the application says otherwise
+_unkept: list[str] = []  # why kernels could not be kept, in this process
+_ADVICE = "set NUMBA_CACHE_DIR to a folder that can be written and has room"
+
+
+def load_kernels(device: str) -> ModuleType:
+    """The kernels of `device`, which tell of their compilation, once in a process, through the logger "fastdtd"."""
+    module: ModuleType = kernels.load(device, _say_compiling, _say_unkept)
+    return module
+
+
+@functools.cache
+def _say_compiling() -> None:
+    _LOG.warning("fastdtd: compiling kernels for this processor, once; this can take half a minute")
+
+
+def _say_unkept(reason: str) -> None:
+    if not _unkept:
+        _LOG.warning("fastdtd: compiled kernels cannot be kept, so each process will compile them (%s); %s", reason, _ADVICE)
+    _unkept.append(reason)
+
+
+def warm_up(device: str = "cpu") -> str:
+    """Compile all kernels that any network can need, and keep them on disk.
+
+    Returns
+    -------
+    str
+        The folder in which they are. NUMBA_CACHE_DIR in the environment says where else.
+
+    Raises
+    ------
+    OutputError
+        No folder takes them.
+    """
+    module = kernels.load(device, _say_compiling, _unkept.append)
+    graph = _network()
+    rules = assign(graph, {"proportional": "proportional"})
+    plan = Plan(graph, rules, module, pack(graph, rules, module), batch=1, workers=2)
+    with ThreadPoolExecutor(1) as executor:
+        plan.input[:] = 0.5
+        plan.forward(executor.submit)
+        plan.start[:] = 1
+        plan.back(executor.submit)
+    if _unkept:
+        raise OutputError(f"compiled kernels cannot be kept ({_unkept[0]}); {_ADVICE}")
+    return str(module.conv2d_forward.stats.cache_path)
+
+
+def _network() -> g.Graph:
+    """A network that needs every kernel, with layers of many shapes, for the plan picks kernels by shape.
+
+    tests/test_compiling.py sees to it that none is forgotten.
+    """
+    def conv(name: str, source: str, outputs: int, inputs: int, kernel: int = 3, **options: Any) -> tuple[g.Conv2d, g.ReLU]:
+        weight = np.full((outputs, inputs, kernel, kernel), 0.01)
+        padding = (kernel // 2,) * 4
+        return g.Conv2d(name, (source,), weight, padding=padding, **options), g.ReLU(f"{name}/relu", (name,))
+
+    layers = (
+        *conv("first", g.INPUT, 64, 3, 7, stride=(2, 2)),
+        g.MaxPool2d("winner", ("first/relu",), (3, 3), (2, 2)),
+        *conv("plain", "winner", 64, 64),
+        *conv("depthwise", "plain/relu", 64, 1, groups=64),
+        *conv("grouped", "depthwise/relu", 64, 16, groups=4),
+        *conv("pointwise", "grouped/relu", 64, 64, 1),
+        *conv("wide", "pointwise/relu", 64, 64, 5, dilation=(2, 2), stride=(2, 1)),
+        g.Add("sum", ("pointwise/relu", "winner")),
+        g.Concat("twice", ("sum", "sum")),  # only one of the two can lie in its memory
+        g.ReLU("positive", ("twice",)),
+        g.MaxPool2d("proportional", ("positive",), (2, 2), (2, 2)),
+        g.AveragePool2d("average", ("sum",), (2, 2), (2, 2)),  # gives back before "positive" does, to a part of "twice"
+        g.GlobalAveragePool("mean", ("wide/relu",)),
+        g.Flatten("flat", ("proportional",)),
+        g.Flatten("flat average", ("average",)),
+        g.Concat("joined", ("mean", "flat", "flat average")),
+    )
+    shape = (3, 64, 64)
+    shapes = g.Graph(layers, shape).shapes
+    head = g.Dense("scores", ("joined",), np.full((10, shapes["joined"][0]), 0.01))
+    return g.Graph((*layers, head), shape, (np.zeros(3, np.float32), np.ones(3, np.float32)))
