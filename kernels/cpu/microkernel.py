@@ -470,7 +470,7 @@ def max_windows(typing_context, best, winner, block, offsets, places, taps, coun
     return types.void(*[types.intp] * 9), codegen
 
 
-_TIE = 2.0**-19  # several times what rounding makes of equal numbers
+_TIE = 2.0**-23  # the last bit: more would choose otherwise than exact arithmetic more often than it helps
 _LOWEST = -3.4028234663852886e38
 
 
