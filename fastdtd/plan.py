@@ -105,6 +105,7 @@ class Plan:
         self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
         self.step_layers: list[str] = []  # which layer each step belongs to
+        self._conditions: dict[int, npt.NDArray[np.uint8]] = {}  # steps for which there is nothing to do where this is all zero
         self._scratch: dict[str, int] = {}
         self._relu_behind = _fusible_relus(graph)
         self._relevance_carriers = relevance_carriers(graph, rules)
@@ -149,6 +150,7 @@ class Plan:
         self.output, self.start = self.output[:, :, 0, 0], self.start[:, :, 0, 0]
         bound = [self._bind(worker, workers) for worker in range(workers)]
         self._forward, self._back = [calls[:middle] for calls in bound], [calls[middle:] for calls in bound]
+        self._conditions = {step - middle: dead for step, dead in self._conditions.items()}
 
     @property
     def nbytes(self) -> int:
@@ -158,11 +160,14 @@ class Plan:
 
     def forward(self, submit: Callable[..., Any] | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
-        _run(self._forward, self._kernels, submit)
+        for _, dead in self._tapes.values():
+            dead[:] = 0
+        _run(self._forward, {}, self._kernels, submit)
 
     def back(self, submit: Callable[..., Any] | None = None) -> None:
         """start -> relevance and ledger."""
-        _run(self._back, self._kernels, submit)
+        self.ledger[:] = 0
+        _run(self._back, self._conditions, self._kernels, submit)
 
     # -- Where tensors live
 
@@ -288,6 +293,7 @@ class Plan:
         if layer.name in self.ledger_layers:
             ratio, dead = self._tape(layer)
             column = self.ledger_layers.index(layer.name)
+            self._conditions[len(self._steps)] = dead
             self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, column, c.channel], batch)
         match layer:
             case g.Conv2d() if rule:
@@ -490,10 +496,10 @@ class _Barrier:
 
     def wait(self) -> bool:
         """Returns whether all have come; otherwise the barrier is broken."""
-        arrival = self._kernels.arrive(self._counter)
-        target = min(-(-arrival // self._workers) * self._workers, _BROKEN)
-        while not self._kernels.has_come(self._counter, target):
+        arrival = self._kernels.meet(self._counter, self._workers, 0)
+        while arrival and self._counter[0] < _BROKEN:
             time.sleep(0)
+            arrival = self._kernels.meet(self._counter, self._workers, arrival)
         return bool(self._counter[0] < _BROKEN)
 
     def abort(self) -> None:
@@ -503,18 +509,20 @@ class _Barrier:
 _BROKEN = 1 << 62
 
 
-def _run(calls: list[list[Callable[[], None]]], kernels: ModuleType, submit: Callable[..., Any] | None) -> None:
+def _run(calls: list[list[Callable[[], None]]], conditions: dict[int, npt.NDArray[np.uint8]], kernels: ModuleType,
+         submit: Callable[..., Any] | None) -> None:
+    wanted = [step for step in range(len(calls[0])) if step not in conditions or conditions[step].any()]
     if len(calls) == 1:
-        for call in calls[0]:
-            call()
+        for step in wanted:
+            calls[0][step]()
         return
     assert submit is not None
     barrier = _Barrier(kernels, len(calls))
 
     def work(own: list[Callable[[], None]]) -> None:
         try:
-            for call in own:
-                call()
+            for step in wanted:
+                own[step]()
                 if not barrier.wait():
                     return  # who broke it says why
         except BaseException:

@@ -1,6 +1,6 @@
 """Numba kernels for processors: compiled on first use, single-threaded, free of the GIL."""
 
-from fastdtd.kernels.cpu.barrier import arrive, has_come
+from fastdtd.kernels.cpu.barrier import meet
 from fastdtd.kernels.cpu.conv2d import (
     CONV2D_COLUMNS,
     conv2d_block_shape,
@@ -45,7 +45,6 @@ __all__ = [
     "absorb_redistribute",
     "add_forward",
     "add_redistribute",
-    "arrive",
     "clear_redistribute",
     "conv2d_block_shape",
     "conv2d_forward",
@@ -59,10 +58,10 @@ __all__ = [
     "copy_forward",
     "dense_forward",
     "dense_redistribute",
-    "has_come",
     "max_pool2d_elements",
     "max_pool2d_forward",
     "max_pool2d_redistribute",
+    "meet",
     "pool2d_forward",
     "pool2d_redistribute",
     "relu_forward",

@@ -2,6 +2,9 @@
 
 Python's own barrier takes 20 to 50 microseconds, as long as many a step. This one takes less than one where the others arrive soon. Where
 they do not (fewer processors than threads), the caller gives the processor away between two looks.
+
+Threads that went back to Python at the same moment would meet again at the GIL, where all but one are put to sleep, for as long. So they
+leave one after the other, each when the one before it has had the time to call its next kernel.
 """
 
 from fastdtd.kernels.cpu.jit import kernel
@@ -9,7 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_LOOKS = 2000  # about 50 microseconds
+_LOOKS = 10_000  # some 50 microseconds or more
+_APART = 700  # looks, about as long as Python needs to call a kernel
 
 
 @intrinsic
@@ -23,15 +27,19 @@ def _add(typing_context, address, value):
 
 
 @kernel
-def arrive(counter):
-    """counter (1,) int64 += 1; returns which arrival this is, from 1 on."""
-    return _add(counter.ctypes.data, 1) + 1
-
-
-@kernel
-def has_come(counter, target):
-    """Whether the counter reaches the target while it is watched for a while."""
+def meet(counter, workers, arrival):
+    """Arrive at counter (1,) int64, or go on waiting as the arrival of that number (from 1 on; 0: a new one), until as many arrivals of
+    this round as there are workers have come. Returns 0 then, or after a while the arrival's number.
+    """
+    p_counter = counter.ctypes.data
+    if arrival == 0:
+        arrival = _add(p_counter, 1) + 1
+    target = -(-arrival // workers) * workers
     looks = 0
-    while looks < _LOOKS and _add(counter.ctypes.data, 0) < target:
+    while looks < _LOOKS and _add(p_counter, 0) < target:
         looks += 1
-    return looks < _LOOKS
+    if looks == _LOOKS:
+        return arrival
+    for _ in range((target - arrival) * _APART):
+        looks += _add(p_counter, 0) < target
+    return 0

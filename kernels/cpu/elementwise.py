@@ -64,13 +64,11 @@ def give(result, a, features, low, high, relevance):
 
 @kernel
 def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
-    """ledger[n, column] <- what z = 0 kept from being redistributed; those ratios become 0. Units are images."""
+    """ledger[n, column] <- what z = 0 kept from being redistributed, where dead[n]; those ratios become 0. Units are images."""
     channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
     for n in range(first, last):
-        ledger[n, column] = 0
         if not dead[n]:
             continue
-        dead[n] = 0
         lost = np.float64(0)
         for k in range(channels):
             r, factor = ratio[n, k].reshape(places), c[n, c_channel + k].reshape(places)
