@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fastdtd import kernels
 from fastdtd.compiling import load_kernels
 from fastdtd.errors import InputError
-from fastdtd.graph import Array
+from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
 from fastdtd.plan import Plan
@@ -31,6 +31,7 @@ Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
 _ARENA_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
 _MOST_IMAGES = 32
+_SMALL_NETWORK = 1 << 25  # multiply-adds of one product of all layers; half a millisecond or less
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -132,6 +133,7 @@ class Explainer:
                              f"{memory!r}; raise the limit, or use a network with a smaller input")
         self._plans.kept = everything = min(limit, self.threads * max(one, _ARENA_BYTES))
         self._apart = self.threads * one <= limit  # is there room for a picture in each thread?
+        self._small = _multiply_adds(model.graph) < _SMALL_NETWORK
         self._workers = self.threads  # on one plan, where they work together
         if limit < math.inf and (scratch := self._plans.nbytes(1, 2) - one):  # of each further worker
             self._workers = min(self.threads, 1 + int(limit - one) // scratch)
@@ -199,14 +201,17 @@ class Explainer:
         return e
 
     def _share_out(self, explain: Callable[[Plan, int, int], None], count: int) -> None:
-        """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many."""
-        apart = self._apart and count >= self.threads
+        """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many.
+
+        Threads that share an image meet after each layer: a small network is done before that pays.
+        """
+        apart = self._apart and (count >= self.threads or self._small)
         workers, most = (1, self.batch) if apart else (self._workers, self._batch_together)
         parts = -(-count // most)
         if apart and count > 1:
             parts = -(-parts // self.threads) * self.threads  # as many for each thread
         edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
-        elsewhere = self._threads() if apart and self.threads > 1 else None
+        elsewhere = self._threads() if apart and self.threads > 1 and count > 1 else None
         failed = False
 
         def run(loan: list[Plan], first: int, last: int) -> None:
@@ -398,6 +403,12 @@ def _bytes(memory: str | int) -> int:
 
 def _rounded_up(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**20)}MiB" if nbytes > 2**20 else f"{math.ceil(nbytes / 2**10)}KiB"
+
+
+def _multiply_adds(graph: Graph) -> int:
+    """Of the convolutions and dense layers, for one picture, forward."""
+    return sum(layer.weight.size // len(layer.weight) * math.prod(graph.shapes[layer.name]) for layer in graph
+               if isinstance(layer, (Conv2d, Dense)))
 
 
 def _usable_processors() -> int:

@@ -4,6 +4,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _threads_share_small_networks_too(monkeypatch):
+    """Users' threads do not, for it does not pay; but tests' networks are small, and sharing is to be tested."""
+    monkeypatch.setattr("fastdtd.explainer._SMALL_NETWORK", 0)
+
+
 @pytest.fixture(scope="session")
 def data():
     """The folder of trained nets and pictures that tests may use; they are too large for the repository."""

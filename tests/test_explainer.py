@@ -519,3 +519,14 @@ def test_bad_options(options):
 def test_what_is_no_amount_of_memory(memory):
     with pytest.raises(InputError, match=r"memory is .*; required: a number with one of the units"):
         explainer(small(), memory=memory)
+
+
+def test_a_small_network_is_left_to_one_thread(monkeypatch):
+    """And gives the same bits."""
+    graph = small()
+    batch = pictures(graph, 1, seed=0)
+    shared = explainer(graph, threads=2)
+    monkeypatch.setattr("fastdtd.explainer._SMALL_NETWORK", 1 << 25)
+    alone = explainer(graph, threads=2)
+    np.testing.assert_array_equal(alone(batch).relevance, shared(batch).relevance)
+    assert (alone._executor, shared._executor is None) == (None, False)
