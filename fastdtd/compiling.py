@@ -72,7 +72,8 @@ def _network() -> g.Graph:
     tests/test_compiling.py sees to it that none is forgotten.
     """
     def conv(name: str, source: str, outputs: int, inputs: int, kernel: int = 3, **options: Any) -> tuple[g.Conv2d, g.ReLU]:
-        weight, bias = np.full((outputs, inputs, kernel, kernel), 0.01), np.zeros(outputs)
+        weight = np.full((outputs, inputs, kernel, kernel), 0.01, np.float32)
+        bias = np.zeros(outputs, np.float32)
         weight[0], bias[0] = -weight[0], 100  # active though no input speaks for it: something to absorb
         padding = (kernel // 2,) * 4
         return g.Conv2d(name, (source,), weight, bias, padding=padding, **options), g.ReLU(f"{name}/relu", (name,))
