@@ -35,6 +35,7 @@ from fastdtd import graph as g  # noqa: E402  # as above
 from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
 
 MOST_DISAGREEMENT = 1e-3
+_PAUSE = 0.1  # seconds
 SECTIONS = ("speed", "memory", "threads", "bits", "growth", "start")
 
 
@@ -85,7 +86,11 @@ def contenders(graph, batch, threads):
 
 
 def measure(functions, seconds):
-    """Seconds of each call, in turns, for about so long. The slowest has at least 3 turns, and no more than a third of the others."""
+    """Seconds of each call, in turns, for about so long. zennit, the slowest, has a third of the turns, and 3 at least.
+
+    Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that the next one needs;
+    and a call that does not count, for it finds caches full of another's data.
+    """
     times = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -94,6 +99,9 @@ def measure(functions, seconds):
         for name, function in functions.items():
             if name == "zennit" and turn % 3:
                 continue
+            time.sleep(_PAUSE)
+            if name != "zennit":
+                function()
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
