@@ -89,7 +89,7 @@ def measure(functions, seconds):
     """Seconds of each call, in turns, for about so long. zennit, the slowest, has a third of the turns, and 3 at least.
 
     Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that the next one needs;
-    and a call that does not count, for it finds caches full of another's data.
+    and as long a run that does not count, for it finds cold caches and threads that sleep, or share a processor.
     """
     times = {name: [] for name in functions}
     for function in functions.values():
@@ -100,7 +100,8 @@ def measure(functions, seconds):
             if name == "zennit" and turn % 3:
                 continue
             time.sleep(_PAUSE)
-            if name != "zennit":
+            warm = time.perf_counter() + _PAUSE
+            while name != "zennit" and time.perf_counter() < warm:
                 function()
             start = time.perf_counter()
             function()
