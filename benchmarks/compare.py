@@ -266,7 +266,7 @@ def machine(options):
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = found.group(1) if found else model
-    from fastdtd.kernels.cpu.microkernel import LANES
+    from fastdtd.kernels.cpu.vector_code import LANES
     versions = {name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit")}
     return {"processor": model, "target": _numba_target(), "threads": options.threads, "float lanes": LANES,
             "python": platform.python_version(), **versions, "date": datetime.date.today().isoformat()}

@@ -263,8 +263,8 @@ def _blocks(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[in
     return Blocks(_table(list(first.values()), 2), shifts, rows, columns, more_rows, more_columns)
 
 
-def window_blocks(layer: g.MaxPool2d, graph: Graph, kernels: ModuleType) -> tuple[Blocks, npt.NDArray[np.int32]]:
-    """How max_pool2d_forward reads its input, and where in a plane each tap of a window lies, from the window's place on."""
+def window_blocks(layer: g.Pool2d, graph: Graph, kernels: ModuleType) -> tuple[Blocks, npt.NDArray[np.int32]]:
+    """How a forward pool reads its input, and where in a plane each tap of a window lies, from the window's place on."""
     taps = [(i - layer.padding[0], j - layer.padding[1]) for i in range(layer.kernel[0]) for j in range(layer.kernel[1])]
     blocks = _blocks(taps, layer.stride, graph.shapes[layer.name][1:], 1, kernels)
     return blocks, read_only(np.array([i * graph.shapes[layer.inputs[0]][2] + j for i, j in taps], np.int32))

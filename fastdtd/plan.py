@@ -249,8 +249,8 @@ class Plan:
                 ratio, dead = self._tape(layer)
                 self._step(kernels.dense_forward, [
                     x.use, ratio, dead, a.use, layer.weight, _bias(layer), self._packed[layer.name], low, high,
-                    self._scratch_of("dense", 4 * kernels.DENSE_ROWS), x.channel, a.channel, rule.features, relu, carries,
-                ], -(-channels // kernels.DENSE_ROWS))
+                    self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, rule.features, relu, carries,
+                ], channels)
             case g.Add() if rule:
                 ratio, dead = self._tape(layer)
                 b = self._activation(layer.inputs[1])
@@ -263,16 +263,17 @@ class Plan:
                 blocks, places = window_blocks(layer, self._graph, kernels)
                 self._step(kernels.max_pool2d_forward, [
                     x.use, winner, a.use, blocks.planes, read_only(blocks.offsets(1)), places,
-                    self._scratch_of("block", kernels.max_pool2d_elements(len(blocks.planes), blocks.rows + blocks.more_rows,
-                                                                          blocks.columns + blocks.more_columns, blocks.columns)),
-                    x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
+                    self._scratch_of("block", blocks.elements(1)), x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns,
+                    blocks.more_rows, blocks.more_columns,
                 ], batch * channels)
             case g.Pool2d() | g.GlobalAveragePool() if rule:
                 ratio, dead = self._tape(layer)
-                kernel, stride, padding, count_padding = self._window(layer)
+                _, stride, _, _ = self._window(layer)
+                planes, offsets, shape = self._window_reads(layer)
                 self._step(kernels.pool2d_forward, [
-                    x.use, ratio, dead, a.use, low, high, x.channel, a.channel, *kernel, *stride, *padding,
-                    isinstance(layer, g.MaxPool2d), count_padding, rule.features, carries,
+                    x.use, ratio, dead, a.use, low, planes, offsets, *self._window_counts(layer),
+                    self._scratch_of("block", len(planes) * (shape[0] + shape[2]) * (shape[1] + shape[3])), x.channel, a.channel, *stride,
+                    *shape, isinstance(layer, g.MaxPool2d), rule.features, carries,
                 ], batch * channels)
             case g.ReLU():
                 self._step(kernels.relu_forward, [x.use, a.use, x.channel, a.channel, channels], batch * channels)
@@ -303,9 +304,10 @@ class Plan:
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
                 weights = {"w2": codes.SQUARED, "flat": codes.FLAT}.get(rule.name, codes.POSITIVE)
+                sums, shares = kernels.dense_redistribute_elements(batch, len(layer.weight))
                 self._step(kernels.dense_redistribute, [
-                    c_in.use, c.use, ratio, a.use, layer.weight, low, high, c_in.channel, c.channel, a.channel, rule.features, weights,
-                    carries, accumulate,
+                    c_in.use, c.use, ratio, a.use, layer.weight, low, high, self._scratch_of("results", sums),
+                    self._scratch_of("block", shares), c_in.channel, c.channel, a.channel, rule.features, weights, carries, accumulate,
                 ], -(-channels // kernels.DENSE_FEATURES))
             case g.Add() if rule:
                 for name in layer.inputs:
@@ -326,9 +328,11 @@ class Plan:
                 kernel, stride, padding, _ = self._window(layer)
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation_for(rule, source)
+                block, results = kernels.pool2d_redistribute_elements(kernel, stride, padding, self._graph.shapes[source][1:],
+                                                                      self._graph.shapes[layer.name][1:])
                 self._step(kernels.pool2d_redistribute, [
-                    c_in.use, c.use, ratio, a.use, low, high, c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2],
-                    rule.features, carries, accumulate,
+                    c_in.use, c.use, ratio, a.use, low, self._scratch_of("block", block), self._scratch_of("results", results),
+                    c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], rule.features, carries, accumulate,
                 ], batch * channels)
             case g.ReLU():
                 accumulate = self._accumulates(source)
@@ -413,6 +417,27 @@ class Plan:
             return size, (1, 1), (0, 0, 0, 0), False
         assert isinstance(layer, g.Pool2d)
         return layer.kernel, layer.stride, layer.padding, isinstance(layer, g.AveragePool2d) and layer.count_include_pad
+
+    def _window_reads(self, layer: Layer) -> tuple[Any, Any, tuple[int, int, int, int]]:
+        """planes, offsets and the shape of a block of pool2d_forward; no planes where the one window holds the whole input."""
+        kernel, _, padding, _ = self._window(layer)
+        if kernel == self._graph.shapes[layer.inputs[0]][1:] and self._graph.shapes[layer.name][1:] == (1, 1) and not any(padding):
+            return read_only(np.zeros((0, 2), np.int64)), read_only(np.zeros(0, np.int32)), (1, 1, 0, 0)
+        assert isinstance(layer, g.Pool2d)
+        blocks, _ = window_blocks(layer, self._graph, self._kernels)
+        return blocks.planes, read_only(blocks.offsets(1)), (blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns)
+
+    def _window_counts(self, layer: Layer) -> list[Array]:
+        """How many numbers each window counts down, and how many across: their product is a mean's divisor. 1 for a maximum."""
+        kernel, stride, padding, count_padding = self._window(layer)
+        counts = []
+        for axis in (0, 1):
+            size, places = self._graph.shapes[layer.inputs[0]][1 + axis], self._graph.shapes[layer.name][1 + axis]
+            begin = np.arange(places) * stride[axis] - padding[axis]
+            end = np.minimum(begin + kernel[axis], size + (padding[2 + axis] if count_padding else 0))
+            count = end - (begin if count_padding else np.maximum(begin, 0))
+            counts.append(read_only((np.ones(places) if isinstance(layer, g.MaxPool2d) else count).astype(np.float32)))
+        return counts
 
     def _shares(self, blocks: int, panels: int) -> int:
         """Into how many units each block of each image is cut, so that all workers have the same to do."""

@@ -205,7 +205,7 @@ def test_many_processes_at_once(warmed, tmp_path):
 def test_processors_have_kernels_of_their_own(warmed, tmp_path):
     """Those of one are not used on another, and do not displace them."""
     warm = shutil.copytree(warmed, tmp_path / "warm")
-    code = WITH_RELU + "from fastdtd.kernels.cpu.microkernel import LANES; print(LANES)"
+    code = WITH_RELU + "from fastdtd.kernels.cpu.vector_code import LANES; print(LANES)"
     generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     before = kept(warm)
     here = run(code, warm)

@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from fastdtd.kernels import cpu
 from fastdtd.kernels.cpu.microkernel import (
-    LANES,
     MULTIPLY_SPLIT,
-    MULTIPLY_SPLIT_ROW,
     MULTIPLY_TILE,
     ROW_VECTORS,
     SPLIT_ROWS,
@@ -24,13 +22,21 @@ from fastdtd.kernels.cpu.microkernel import (
     TILE_COLUMNS,
     TILE_ROWS,
     TILE_VECTORS,
+    multiply_row,
+    multiply_six,
+    multiply_split_row,
+    multiply_two,
 )
+from fastdtd.kernels.cpu.vector_code import LANES
 from numba import njit
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import MODELS, load
+from fastdtd.packing import pack
+from fastdtd.plan import Plan
+from fastdtd.rules import assign
 
 COFFEE = MODELS / "coffee.png"
 RULES = [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"), ("flat", "real")]
@@ -111,6 +117,7 @@ def test_convolution(case, rule, hidden):
 
 DENSE = [(features, outputs, *rule) for features, outputs in [(1, 1), (3, 5), (17, 40)] for rule in RULES]
 DENSE += [(cpu.DENSE_FEATURES + 3, 4, rule, "") for rule in ("zB", "w2", "flat", "z+")]  # several units
+DENSE += [(21, 71, *rule) for rule in RULES]  # several blocks of outputs
 
 
 @pytest.mark.parametrize(("features", "outputs", "rule", "hidden"), DENSE)
@@ -118,7 +125,23 @@ def test_dense(features, outputs, rule, hidden):
     w, bias = weights(0, outputs, features), 1 + 0.1 * weights(1, outputs, 1)[:, 0]
     w[0] = -np.abs(w[0])
     bias[0] = 3.0
-    check(lambda source: g.Dense("tested", (source,), w, bias), (features, 1, 1), rule, hidden, threads=2)
+    check(lambda source: g.Dense("tested", (source,), w, bias), (features, 1, 1), rule, hidden, count=7, threads=2)
+
+
+def test_dense_gives_the_same_bits_in_any_batch():
+    """Images are taken in groups, on both ways; one of them alone has its weights read in other pieces."""
+    features, outputs = 2100, 70
+    w, hidden = weights(0, outputs, features), weights(1, features, 6)
+    layers = (g.Flatten("flat", (g.INPUT,)), g.Dense("hidden", ("flat",), hidden), g.ReLU("r", ("hidden",)), g.Dense("tested", ("r",), w),
+              g.ReLU("s", ("tested",)), g.Dense("scores", ("s",), np.abs(weights(2, 3, outputs))))
+    explainer = Explainer(Model(g.Graph(layers, (6, 1, 1), (-1.0, 2.0)), Preprocessing(None)), threads=1)
+    batch = np.random.default_rng(1).uniform(-1, 2, (11, 6, 1, 1)).astype(np.float32)
+    together = explainer(batch, 1)
+    for count in (1, 2, 5):
+        for first in range(0, 11 - count):
+            part = explainer(batch[first:first + count], 1)
+            np.testing.assert_array_equal(part.output, together.output[first:first + count])
+            np.testing.assert_array_equal(part.relevance, together.relevance[first:first + count])
 
 
 POOLS = {  # (shape), kernel, stride, padding, ceil mode
@@ -130,6 +153,11 @@ POOLS = {  # (shape), kernel, stride, padding, ceil mode
     "stride over kernel, ceil": ((2, 11, 10), (2, 1), (3, 4), (1, 0, 0, 0), True),
     "whole input": ((3, 4, 5), (4, 5), (1, 1), (0, 0, 0, 0), False),
     "one pixel": ((1, 1, 1), (1, 1), (1, 1), (0, 0, 0, 0), False),
+    "several vectors": ((2, 7, 37), (3, 3), (1, 1), (1, 1, 1, 1), False),
+    "several vectors, halves": ((2, 9, 71), (3, 2), (2, 2), (1, 1, 1, 0), False),
+    "several vectors, thirds": ((2, 8, 83), (3, 5), (2, 3), (1, 2, 0, 1), True),
+    "whole input, several vectors": ((2, 7, 11), (7, 11), (1, 1), (0, 0, 0, 0), False),
+    "input within the kernel": ((2, 3, 4), (5, 6), (1, 1), (1, 1, 1, 1), False),
 }
 
 
@@ -139,6 +167,27 @@ POOLS = {  # (shape), kernel, stride, padding, ceil mode
 def test_average_pool(case, rule, hidden, count_include_pad):
     shape, *fields = POOLS[case]
     check(lambda source: g.AveragePool2d("tested", (source,), *fields, count_include_pad), shape, rule, hidden)
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real"), ("flat", "relu")])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 13, 13), (1, 1, 1)])
+def test_global_average_pool(shape, rule, hidden):
+    check(lambda source: g.GlobalAveragePool("tested", (source,)), shape, rule, hidden)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_averages_hide_no_overflow(bad, padding):
+    """What stands for padding inside the kernel is no number that could come from outside."""
+    layer = g.AveragePool2d("tested", (g.INPUT,), (3, 3), (1, 1), (padding,) * 4)
+    graph = g.Graph((layer, g.Flatten("flat", ("tested",))), (1, 3, 3), (-1.0, 2.0))
+    rules = assign(graph)
+    plan = Plan(graph, rules, cpu, pack(graph, rules, cpu), 1)
+    plan.input[:] = 1
+    plan.input[0, 0, 1, 1] = bad
+    with np.errstate(invalid="ignore"):
+        plan.forward()
+    np.testing.assert_array_equal(plan.output.ravel(), np.full(plan.output.size, bad, np.float32))
 
 
 @pytest.mark.parametrize(("rule", "hidden"), list(itertools.product(["winner", "proportional"], ["", "relu", "real"])))
@@ -168,18 +217,20 @@ def check_winner(layer, shape, hidden):
     assert "tested" not in e.ledger
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real")])
-def test_add(rule, hidden):
-    check(lambda source: g.Add("tested", (source, source)), (3, 5, 4), rule, hidden)
+def test_add(rule, hidden, threads):
+    """With two threads one picture's channels are cut in the middle."""
+    check(lambda source: g.Add("tested", (source, source)), (3, 5, 4), rule, hidden, count=3 - threads, threads=threads)
 
 
-def _called(product, addresses):
-    """`product` (an intrinsic) on arrays and integers: as many of its arguments as `addresses` says are arrays."""
-    names = [f"p{i}" for i in range(addresses)]
-    arguments = [f"{name}.ctypes.data" for name in names] + ["depth"] * (product in MULTIPLY_TILE)
-    arguments.insert(1, "p0.shape[-1]")
+def _called(product, last, columns=None):
+    """`product` (an intrinsic) as a function of arrays; its last argument is an array or an integer, and strips take so many columns."""
+    end = "end.ctypes.data" if last == "array" else "end"
+    strip = "" if columns is None else f", {columns}"
     scope = {"product": product}
-    exec(f"def call({', '.join(names)}, depth):\n    product({', '.join(arguments)})", scope)
+    exec("def call(tile, a, offsets, b, end):\n    product(tile.ctypes.data, tile.shape[-1], a.ctypes.data, offsets.ctypes.data, "
+         f"b.ctypes.data, {end}{strip})", scope)
     return njit(scope["call"])
 
 
@@ -190,11 +241,25 @@ def test_multiply_tile(depth, vectors):
     a, b = rng.standard_normal((depth, TILE_ROWS), np.float32), rng.standard_normal(2000, np.float32)
     offsets = rng.integers(0, len(b) - TILE_COLUMNS, depth).astype(np.int32)
     tile = np.full((TILE_ROWS, TILE_COLUMNS), np.nan, np.float32)
-    _called(MULTIPLY_TILE[vectors - 1], 4)(tile, a, offsets, b, depth)
+    _called(MULTIPLY_TILE[vectors - 1], "integer")(tile, a, offsets, b, depth)
     columns = vectors * LANES
     rows = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
     np.testing.assert_allclose(tile[:, :columns], a.T.astype(float) @ rows, atol=1e-5 * depth)
     assert np.isnan(tile[:, columns:]).all()
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 2 + ROW_VECTORS])
+@pytest.mark.parametrize(("rows", "product"), [(1, multiply_row), (2, multiply_two), (6, multiply_six)])
+def test_multiply_strips(rows, product, vectors):
+    rng = np.random.default_rng(vectors)
+    depth, columns = 9, vectors * LANES
+    a, b = rng.standard_normal((depth, rows), np.float32), rng.standard_normal(2000, np.float32)
+    offsets = rng.integers(0, 1000, depth).astype(np.int32)
+    tile = np.full((rows, columns + ROW_VECTORS * LANES), np.nan, np.float32)
+    _called(product, "integer", columns - 1)(tile, a, offsets, b, depth)
+    seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
+    np.testing.assert_allclose(tile[:, :columns], a.T.astype(float) @ seen, atol=1e-5 * depth)
+    assert np.isnan(tile[:, columns + LANES:]).all()
 
 
 @pytest.mark.parametrize("depth", [1, 3, 64, 300])
@@ -209,18 +274,18 @@ def test_multiply_split(depth, rows, vectors):
     shape = cpu.conv2d_split_shape(1, rows, depth)
     panels, panel_rows = shape[1], shape[3]
     assert panel_rows == (1 if rows == 1 else SPLIT_ROWS)
-    product = MULTIPLY_SPLIT[vectors - 1]
-    if rows == 1:
-        product, vectors = MULTIPLY_SPLIT_ROW[vectors // 2], (2, ROW_VECTORS)[vectors // 2]
+    columns = vectors * LANES
+    multiply = _called(MULTIPLY_SPLIT[vectors - 1], "array") if rows > 1 else _called(multiply_split_row, "array", columns)
+    if rows == 1 and vectors % 2:
+        columns += LANES  # strips end with whole tiles, of two vectors
     packed, packed_offsets = np.full(shape, np.nan, np.float32), np.full(shape[:3], -1, np.int32)
     bounds = np.full((1, panels, cpu.conv2d_split_bounds(panel_rows)), -1, np.int32)
     cpu.conv2d_pack_split(packed, packed_offsets, bounds, w, offsets, sides)
-    columns = vectors * LANES
     seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
     positive = np.where((sides == 2) | (sides * w[0] > 0), w[0], 0)
     for panel in range(panels):
         tiles = np.full((2, panel_rows, cpu.CONV2D_COLUMNS), np.nan, np.float32)
-        _called(product, 5)(tiles, packed[0, panel], packed_offsets[0, panel], bounds[0, panel], b, 0)
+        multiply(tiles, packed[0, panel], packed_offsets[0, panel], b, bounds[0, panel])
         here = slice(panel * panel_rows, (panel + 1) * panel_rows)
         for tile, weight in zip(tiles, (positive, w[0] - positive), strict=True):
             expected = weight[here].astype(float) @ seen
@@ -237,7 +302,7 @@ def test_other_processors_give_the_same(features, lanes, tmp_path):
     script = f"""
 import numpy as np
 from fastdtd import Explainer, load
-from fastdtd.kernels.cpu.microkernel import LANES
+from fastdtd.kernels.cpu.vector_code import LANES
 assert LANES == {lanes}, LANES
 model = load("squeezenet1_1")
 np.save({str(tmp_path / "relevance.npy")!r}, Explainer(model)(model.preprocess({str(COFFEE)!r})).relevance)

@@ -13,7 +13,13 @@ from fastdtd.kernels.cpu.conv2d import (
     conv2d_split_bounds,
     conv2d_split_shape,
 )
-from fastdtd.kernels.cpu.dense import DENSE_FEATURES, dense_forward, dense_redistribute
+from fastdtd.kernels.cpu.dense import (
+    DENSE_FEATURES,
+    dense_forward,
+    dense_forward_elements,
+    dense_redistribute,
+    dense_redistribute_elements,
+)
 from fastdtd.kernels.cpu.elementwise import (
     LEAST,
     absorb_redistribute,
@@ -24,8 +30,13 @@ from fastdtd.kernels.cpu.elementwise import (
     relu_forward,
     relu_redistribute,
 )
-from fastdtd.kernels.cpu.microkernel import DENSE_ROWS
-from fastdtd.kernels.cpu.pool2d import max_pool2d_elements, max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute
+from fastdtd.kernels.cpu.pool2d import (
+    max_pool2d_forward,
+    max_pool2d_redistribute,
+    pool2d_forward,
+    pool2d_redistribute,
+    pool2d_redistribute_elements,
+)
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block,
     winograd2d_forward,
@@ -40,7 +51,6 @@ from fastdtd.kernels.cpu.winograd import (
 __all__ = [
     "CONV2D_COLUMNS",
     "DENSE_FEATURES",
-    "DENSE_ROWS",
     "LEAST",
     "absorb_redistribute",
     "add_forward",
@@ -57,13 +67,15 @@ __all__ = [
     "conv2d_split_shape",
     "copy_forward",
     "dense_forward",
+    "dense_forward_elements",
     "dense_redistribute",
-    "max_pool2d_elements",
+    "dense_redistribute_elements",
     "max_pool2d_forward",
     "max_pool2d_redistribute",
     "meet",
     "pool2d_forward",
     "pool2d_redistribute",
+    "pool2d_redistribute_elements",
     "relu_forward",
     "relu_redistribute",
     "winograd2d_block",

@@ -23,29 +23,25 @@ does the units first..last-1, so threads can share it.
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
-from fastdtd.kernels.cpu.elementwise import finish, ratio_of_least
+from fastdtd.kernels.cpu.elementwise import finish, finish_vectors, ratio_of_least
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
-    LANES,
-    MULTIPLY_ROW,
-    MULTIPLY_SIX,
     MULTIPLY_SPLIT,
-    MULTIPLY_SPLIT_ROW,
     MULTIPLY_TILE,
-    MULTIPLY_TWO,
     ROW_VECTORS,
-    SIX_VECTORS,
     SPLIT_COLUMNS,
     SPLIT_ORDER,
     SPLIT_ROWS,
     TILE_COLUMNS,
     TILE_ROWS,
-    add_vectors,
-    copy_every_second,
-    copy_vectors,
-    finish_vectors,
-    multiply_vectors,
+    multiply_row,
+    multiply_six,
+    multiply_split_row,
+    multiply_two,
 )
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product
+from fastdtd.kernels.cpu.rows import add_vectors, copy_vectors, keep_sign_vectors
+from fastdtd.kernels.cpu.vector_code import LANES
 
 CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)  # of a tile; tiles read this far beyond the last place
 _BLOCK_BYTES = 1 << 18  # a block of planes stays in the second-level cache beside the weights that stream past it
@@ -139,86 +135,11 @@ def conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides):
                 bounds[g, panel, i + 1] = to
 
 
-# ---- Copying a block of planes -----------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def _inside(first, step, size, count):
-    """Of the positions first, first + step, ... (count of them): the number of the first inside 0..size-1, and of the first behind it."""
-    begin = min(max(-(first // step), 0), count)
-    return begin, max(min(-((first - size) // step), count), begin)
-
-
-@kernel
-def _copy_plane(block, at, rows, width, a, channel, first_y, first_x, step_down, step_right, part, outside):
-    """block[at:], rows of `width` <- plane number `channel` of a (flat *, H, W) at first + index * step, `outside` beside it.
-
-    part says what is taken of each value a: 0: a, 1: max(a, 0), 2: min(a, 0).
-    """
-    height, across = a.shape[2:]
-    flat = a.reshape(a.size)
-    top, bottom = _inside(first_y, step_down, height, rows)
-    left, right = _inside(first_x, step_right, across, width)
-    if right <= left:
-        top = bottom = rows
-    for i in range(at, at + top * width):
-        block[i] = outside
-    for r in range(top, bottom):
-        to, count = at + r * width + left, right - left
-        source = (channel * height + first_y + r * step_down) * across + first_x + left * step_right
-        for i in range(at + r * width, to):
-            block[i] = outside
-        if part == 0 and step_right == 1:
-            # Whole vectors: what is stored behind the row's end is stored over below, or belongs to the next row.
-            copy_vectors(block.ctypes.data + 4 * to, flat.ctypes.data + 4 * source, 0, count)
-        elif part == 0 and step_right == 2:
-            copy_every_second(block.ctypes.data + 4 * to, flat.ctypes.data + 4 * source, count)
-        elif part == 0:
-            for i in range(count):
-                block[to + i] = flat[source + i * step_right]
-        elif part == 1:
-            for i in range(count):
-                block[to + i] = max(flat[source + i * step_right], _ZERO)
-        else:
-            for i in range(count):
-                block[to + i] = min(flat[source + i * step_right], _ZERO)
-        for i in range(to + count, at + (r + 1) * width):
-            block[i] = outside
-    for i in range(at + bottom * width, at + rows * width):
-        block[i] = outside
-
-
-@kernel
-def _copy_product(block, at, rows, width, ratio, ratio_channel, c, c_channel, first_y, first_x):
-    """As _copy_plane with step 1, of the product ratio * c of two planes."""
-    height, across = c.shape[2:]
-    top, bottom = _inside(first_y, 1, height, rows)
-    left, right = _inside(first_x, 1, across, width)
-    if right <= left:
-        top = bottom = rows
-    for i in range(at, at + top * width):
-        block[i] = _ZERO
-    for r in range(top, bottom):
-        to, source = at + r * width + left, (first_y + r) * across + first_x + left
-        for i in range(at + r * width, to):
-            block[i] = _ZERO
-        multiply_vectors(block.ctypes.data + 4 * to, ratio.ctypes.data + 4 * (ratio_channel * height * across + source),
-                         c.ctypes.data + 4 * (c_channel * height * across + source), right - left)
-        for i in range(to + right - left, at + (r + 1) * width):
-            block[i] = _ZERO
-    for i in range(at + bottom * width, at + rows * width):
-        block[i] = _ZERO
-
-
 # ---- Tiles -------------------------------------------------------------------------------------------------------------------------------
 
 
 _SPLIT_1, _SPLIT_2, _SPLIT_3 = MULTIPLY_SPLIT
 _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
-_SIX_NARROW, _SIX_WIDE = MULTIPLY_SIX
-_TWO_NARROW, _TWO_WIDE = MULTIPLY_TWO
-_ROW_NARROW, _ROW_WIDE = MULTIPLY_ROW
-_SPLIT_ROW_NARROW, _SPLIT_ROW_WIDE = MULTIPLY_SPLIT_ROW
 
 
 @kernel
@@ -232,46 +153,30 @@ def _tile_width(places, most):
 def _multiply_split(results, stride, a, offsets, bounds, b, places, panel_rows):
     """P and N of one panel for so many places, (2, panel_rows, stride) from the address `results` on."""
     if panel_rows == 1:
-        whole = places // (ROW_VECTORS * LANES) * ROW_VECTORS * LANES
-        for j in range(0, whole, ROW_VECTORS * LANES):
-            _SPLIT_ROW_WIDE(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
-        for j in range(whole, places, 2 * LANES):
-            _SPLIT_ROW_NARROW(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+        multiply_split_row(results, stride, a, offsets, b, bounds, places)
         return
     width = _tile_width(places, SPLIT_COLUMNS)
     for j in range(0, places, width):
         columns = min(width, places - j)
         if columns <= LANES:
-            _SPLIT_1(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+            _SPLIT_1(results + 4 * j, stride, a, offsets, b + 4 * j, bounds)
         elif columns <= 2 * LANES:
-            _SPLIT_2(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+            _SPLIT_2(results + 4 * j, stride, a, offsets, b + 4 * j, bounds)
         else:
-            _SPLIT_3(results + 4 * j, stride, a, offsets, bounds, b + 4 * j)
+            _SPLIT_3(results + 4 * j, stride, a, offsets, b + 4 * j, bounds)
 
 
 @kernel
 def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
     """The product of one panel for so many places, (panel_rows, stride) from the address `results` on."""
     if panel_rows == 1:
-        whole = places // (ROW_VECTORS * LANES) * ROW_VECTORS * LANES
-        for j in range(0, whole, ROW_VECTORS * LANES):
-            _ROW_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
-        for j in range(whole, places, 2 * LANES):
-            _ROW_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        multiply_row(results, stride, a, offsets, b, depth, places)
         return
     if panel_rows == 2:
-        whole = places // (ROW_VECTORS * LANES) * ROW_VECTORS * LANES
-        for j in range(0, whole, ROW_VECTORS * LANES):
-            _TWO_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
-        for j in range(whole, places, 2 * LANES):
-            _TWO_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        multiply_two(results, stride, a, offsets, b, depth, places)
         return
     if panel_rows == 6:
-        whole = places // (SIX_VECTORS * LANES) * SIX_VECTORS * LANES
-        for j in range(0, whole, SIX_VECTORS * LANES):
-            _SIX_WIDE(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
-        for j in range(whole, places, LANES):
-            _SIX_NARROW(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+        multiply_six(results, stride, a, offsets, b, depth, places)
         return
     width = _tile_width(places, TILE_COLUMNS)
     for j in range(0, places, width):
@@ -319,6 +224,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
     blocks = -(-height // block_rows) * blocks_across
     flat_x, flat_ratio, flat_constant = x.reshape(x.size), ratio.reshape(ratio.size), constant.reshape(constant.size)
     p_x, p_ratio, p_constant, p_results = x.ctypes.data, ratio.ctypes.data, constant.ctypes.data, results.ctypes.data
+    p_a, p_block = a.ctypes.data, block.ctypes.data
     for unit in range(first, last):
         n, within = unit // (blocks * shares), unit % (blocks * shares)
         share, index = within % shares, within // shares
@@ -337,13 +243,15 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                 for copy in range(copies):
                     for channel in range(g * channels, (g + 1) * channels):
                         for i in range(len(planes)):
-                            _copy_plane(block, at, plane_rows, width, a, n * a.shape[1] + a_channel + channel,
-                                        y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right,
-                                        copy + 1 if copies == 2 else 0, _ZERO)
+                            p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
+                            copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
+                                       y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right, _ZERO)
+                            if copies == 2:
+                                keep_sign_vectors(p_block + 4 * at, plane_rows * width, copy == 0)
                             at += plane_rows * width
-            p_b = block.ctypes.data
+            p_b = p_block
             if direct:
-                p_b = a.ctypes.data + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
+                p_b = p_a + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
             _multiply_split(p_results, stride, packed.ctypes.data + 4 * panel * depth * panel_rows, offsets.ctypes.data + 4 * panel * depth,
                             bounds.ctypes.data + 4 * panel * bounds.shape[2], p_b, places, panel_rows)
             for i in range(min(panel_rows, per_group - within_group * panel_rows)):
@@ -356,8 +264,8 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                     at_constant = (k * constant.shape[1] + pattern[y + row]) * across + left
                     p_z = p_results + 4 * positive if split else p_constant + 4 * at_constant
                     whole = _storable(columns, to, limit)
-                    absorbs |= finish_vectors(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, whole, bias[k],
-                                              split, features == BOX, relu != 0, relevance != 0, least[k])
+                    absorbs |= finish_vectors(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, min(whole, columns),
+                                              bias[k], split, features == BOX, relu != 0, relevance != 0, least[k])
                     for q in range(whole, columns):
                         value = results[negative + q]
                         z = results[positive + q] if split else flat_constant[at_constant + q]
@@ -405,6 +313,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
     flat_in, flat_a = c_in.reshape(c_in.size), a.reshape(a.size)
     p_in, p_results, p_packed = c_in.ctypes.data, results.ctypes.data, packed.ctypes.data
+    p_ratio, p_c, p_block, size = ratio.ctypes.data, c.ctypes.data, block.ctypes.data, c.shape[2] * c.shape[3]
     for unit in range(first, last):
         n, within = unit // (blocks * shares), unit % (blocks * shares)
         share, index = within % shares, within // shares
@@ -417,8 +326,9 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
                 at = 0
                 for k in range(g * from_group, (g + 1) * from_group):
                     for i in range(len(planes)):
-                        _copy_product(block, at, plane_rows, width, ratio, n * outputs + k, c, n * c.shape[1] + c_channel + k,
-                                      y + planes[i, 0], left + planes[i, 1])
+                        copy_product(p_block + 4 * at, plane_rows, width, p_ratio + 4 * (n * outputs + k) * size,
+                                     p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], y + planes[i, 0],
+                                     left + planes[i, 1], _ZERO)
                         at += plane_rows * width
             for phase in range(len(phases)):
                 top, start, grid_rows, grid_columns, taps, begin, begin_offsets = phases[phase]
@@ -431,7 +341,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
                 limit = (y + rows) * across if columns == across and stride_down == 1 else 0
                 if depth:
                     _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * panel_rows),
-                                   offsets.ctypes.data + 4 * begin_offsets, block.ctypes.data, depth, places, panel_rows)
+                                   offsets.ctypes.data + 4 * begin_offsets, p_block, depth, places, panel_rows)
                 else:
                     results[:panel_rows * stride] = _ZERO
                 for i in range(0, min(panel_rows, per_group * parts - within_group * panel_rows), parts):

@@ -2,183 +2,307 @@
 
 V is made from W in registers, so no second copy of the weights is held. Tensors are flat, (N, *, 1, 1), used from a given feature on;
 weight is (K, F).
+
+Both ways read a piece of a few weight rows for several images at once, and ask for the piece that follows: the processor by itself asks too
+late. A block of rows is read piece by piece, each piece for all images, so that with many images it comes from the cache. Whatever the
+piece, the block or the images beside it, each sum is one chain of multiply-adds (in each lane, on the way forward).
 """
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, FLAT, NONNEGATIVE, ONES, POSITIVE, SQUARED
+from fastdtd.kernels.codes import BOX, FLAT, NONNEGATIVE, ONES, SIGNED, SQUARED
 from fastdtd.kernels.cpu.elementwise import finish, ratio_of
-from fastdtd.kernels.cpu.jit import kernel, kernel_reordering
-from fastdtd.kernels.cpu.microkernel import DENSE_DOTS, DENSE_ROWS, LANES, add_four_shares
+from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.vector_code import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    ZEROS,
+    combine_lanes,
+    load_vector,
+    loop_over,
+    multiply_add,
+    negative,
+    number,
+    pointers,
+    positive,
+    prefetch,
+    splat,
+    store_vector,
+)
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-DENSE_FEATURES = 2048  # of one unit of redistribution: a piece of a weight row and of c_in stay in the first-level cache
+DENSE_FEATURES = 512  # of one unit of redistribution
+_STRIDE = DENSE_FEATURES + 64  # of sums: rows that are a power of two apart would drive each other from the first-level cache
+_IMAGES = 4 if LANES == 16 else 2  # that share a weight in a register: as many as there are registers for sums
+_ROWS, _ROWS_BACK = 2, 4  # outputs whose weights are read at once
+_BLOCK_ROWS = 32
+_PIECE, _PIECE_ALONE = 1024, 1 << 14  # features: those of a few images stay in the first-level cache, those of one in the second
 
 _ZERO = np.float32(0)
-_DOTS_1, _DOTS_2 = DENSE_DOTS
 
 
-@kernel_reordering
-def _dot(w, a):
-    y = _ZERO
-    for i in range(len(a)):
-        y += w[i] * a[i]
-    return y
+# ---- Vector code -------------------------------------------------------------------------------------------------------------------------
 
 
-@kernel_reordering
-def _dot_signed(w, a):
-    """(sum of w a, sum of its positive terms): the latter is z for non-negative and for signed features alike."""
-    y, z = _ZERO, _ZERO
-    for i in range(len(a)):
-        term = w[i] * a[i]
-        y += term
-        z += max(term, _ZERO)
-    return y, z
+def _make_add_products(images, bounded):
+    @intrinsic
+    def add_products(typing_context, sums, w, w_stride, following, a, a_stride, low, high, box, count):
+        def codegen(context, builder, signature, arguments):
+            p_sums, p_w, p_following, p_a, p_low, p_high = pointers(builder, [arguments[i] for i in (0, 1, 3, 4, 6, 7)], *[F32] * 6)
+            w_stride, a_stride, box, count = [arguments[i] for i in (2, 5, 8, 9)]
+            places = [number(i * LANES) for i in range(2 * _ROWS * images)]
+
+            def one_vector(step, sums, load, store):
+                rows = [builder.add(step, builder.mul(w_stride, number(i))) for i in range(_ROWS)]
+                for row in rows:
+                    prefetch(builder, builder.gep(p_following, [row]))
+                weights = [load(p_w, row) for row in rows]
+                more, less = [positive(builder, weight) for weight in weights], [negative(builder, weight) for weight in weights]
+                if bounded:
+                    lowest, highest = (builder.select(box, load(p, step), ZEROS) for p in (p_low, p_high))
+                sums = list(sums)
+                for n in range(images):
+                    above = value = load(p_a, builder.add(step, builder.mul(a_stride, number(n))))
+                    if bounded:
+                        above, below = positive(builder, builder.fsub(value, lowest)), negative(builder, builder.fsub(value, highest))
+                    for i in range(_ROWS):
+                        y, z = 2 * (i * images + n), 2 * (i * images + n) + 1
+                        sums[y] = multiply_add(builder, sums[y], weights[i], value)
+                        sums[z] = multiply_add(builder, sums[z], more[i], above)
+                        if bounded:
+                            sums[z] = multiply_add(builder, sums[z], less[i], below)
+                return sums
+
+            results = loop_over(builder, count, [load_vector(builder, p_sums, place) for place in places], one_vector)
+            for vector, place in zip(results, places, strict=True):
+                store_vector(builder, vector, p_sums, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8, types.boolean, types.intp), codegen
+
+    z_of = "max(w, 0) (a - low) + max(-w, 0) (high - a), with bounds of 0 unless `box`" if bounded else "max(w, 0) a"
+    add_products.__doc__ = f"""sums ({_ROWS}, {images}, 2, LANES) += lane by lane y, the sum of w a, and z, that of {z_of}.
+
+    {_ROWS} rows of w and {images} of a, w_stride and a_stride floats apart, `count` numbers of each. Weights at `following`, laid out as
+    those at w, are fetched into the cache.
+    """
+    return add_products
 
 
-@kernel_reordering
-def _dot_box(w, a, low, high):
-    y, z = _ZERO, _ZERO
-    for i in range(len(a)):
-        y += w[i] * a[i]
-        z += w[i] * (max(a[i] - low[i], _ZERO) if w[i] > _ZERO else min(a[i] - high[i], _ZERO))
-    return y, z
+def _make_add_rows(images, share):
+    @intrinsic
+    def add_rows(typing_context, sums, w, w_stride, shares, all_images, first_image, count):
+        def codegen(context, builder, signature, arguments):
+            p_sums, p_w, p_shares, p_rows = pointers(builder, [arguments[i] for i in (0, 1, 3, 3)], F32, F32, F32, I32)
+            w_stride, all_images, first_image, count = [arguments[i] for i in (2, 4, 5, 6)]
+            lines = [builder.mul(builder.add(all_images, number(1)), number(i)) for i in range(2 * _ROWS_BACK)]
+            numbers = [builder.sext(builder.load(builder.gep(p_rows, [builder.add(line, all_images)])), I64) for line in lines]
+            rows = [builder.mul(number, w_stride) for number in numbers]
+            factors = [[splat(builder, builder.load(builder.gep(p_shares, [builder.add(line, builder.add(first_image, number(n)))])))
+                        for line in lines[:_ROWS_BACK]] for n in range(images)]
+
+            def one_vector(step, nothing, load, store):
+                for row in rows[_ROWS_BACK:]:
+                    prefetch(builder, builder.gep(p_w, [builder.add(step, row)]))
+                weights = [share(builder, load(p_w, builder.add(step, row))) for row in rows[:_ROWS_BACK]]
+                for n in range(images):
+                    at = builder.add(step, number(n * _STRIDE))
+                    total = load(p_sums, at)
+                    for weight, factor in zip(weights, factors[n], strict=True):
+                        total = multiply_add(builder, total, factor, weight)
+                    store(total, p_sums, at)
+                return nothing
+
+            loop_over(builder, count, [], one_vector)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), codegen
+
+    add_rows.__doc__ = f"""sums ({images}, _STRIDE) += s V, {_ROWS_BACK} rows of w one after the other, {images} images, `count` numbers.
+
+    shares ({2 * _ROWS_BACK}, all_images + 1) has a line for each row: s of all images, then (int32) its number. The second half of the
+    lines are the rows that follow; their weights are fetched into the cache.
+    """
+    return add_rows
+
+
+_PRODUCTS, _PRODUCTS_OF_SEVERAL, _BOUNDED, _BOUNDED_OF_SEVERAL = (
+    _make_add_products(images, bounded) for bounded in (False, True) for images in (1, _IMAGES))
+_POSITIVE, _POSITIVE_OF_SEVERAL = (_make_add_rows(images, positive) for images in (1, _IMAGES))
+_NEGATIVE, _NEGATIVE_OF_SEVERAL = (
+    _make_add_rows(images, lambda builder, w: positive(builder, builder.fsub(ZEROS, w))) for images in (1, _IMAGES))
+_SQUARES = _make_add_rows(1, lambda builder, w: builder.fmul(w, w))
+
+
+@intrinsic
+def _sum_of_lanes(typing_context, vector):
+    """The sum of LANES numbers from an address."""
+    def codegen(context, builder, signature, arguments):
+        pointer, = pointers(builder, arguments, F32)
+        return combine_lanes(builder, load_vector(builder, pointer, number(0)), ir.IRBuilder.fadd)
+
+    return types.float32(types.intp), codegen
+
+
+@kernel
+def _group(images, n):
+    """How many images from n on are done together."""
+    return _IMAGES if images - n >= _IMAGES else 1
+
+
+# ---- Forward ---------------------------------------------------------------------------------------------------------------------------
+
+
+def dense_forward_elements(images):
+    """Floats of the scratch array `sums` of dense_forward."""
+    return _BLOCK_ROWS * images * 2 * LANES
 
 
 @kernel
 def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_channel, a_channel, features, relu, relevance, first, last):
-    """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z. Units are DENSE_ROWS outputs.
+    """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z. Units are outputs.
 
-    constant (K,) is z under ONES, where it does not depend on a; sums is scratch.
+    constant (K,) is z under ONES, where it does not depend on a. sums is flat scratch: for each group of images y and z of a block's
+    outputs, lane by lane.
     """
-    images, (outputs, count) = ratio.shape[0], weight.shape
-    flat = a.reshape(a.shape[0], a.shape[1])
-    whole = count // LANES * LANES
-    for unit in range(first, last):
-        begin, end = unit * DENSE_ROWS, min((unit + 1) * DENSE_ROWS, outputs)
-        fast = features == NONNEGATIVE and end - begin == DENSE_ROWS and whole > 0
-        for n in range(images):
-            if fast and n % 2 == 0:
-                p_a, p_w = flat[n, a_channel:].ctypes.data, weight[begin].ctypes.data
-                if n + 1 < images:
-                    _DOTS_2(sums.ctypes.data, p_w, count, p_a, flat.shape[1], whole)
-                else:
-                    _DOTS_1(sums.ctypes.data, p_w, count, p_a, 0, whole)
-            together = 2 if n // 2 * 2 + 1 < images else 1
-            for k in range(begin, end):
-                w, values = weight[k], flat[n, a_channel:a_channel + count]
-                if fast:
-                    at = 2 * ((k - begin) * together + n % 2)
-                    y, z = sums[at], sums[at + 1]
-                    for i in range(whole, count):
-                        y += w[i] * values[i]
-                        z += max(w[i], _ZERO) * values[i]
-                elif features == BOX:
-                    y, z = _dot_box(w, values, low, high)
-                elif features == ONES:
-                    y, z = _dot(w, values), constant[k]
-                else:
-                    y, z = _dot_signed(w, values)
-                value = finish(y + bias[k], relu)
-                x[n, x_channel + k, 0, 0] = value
-                ratio[n, k, 0, 0] = ratio_of(value, z, relevance)
-                if ratio[n, k, 0, 0] < _ZERO:
-                    dead[n] = 1
-
-
-@kernel
-def _add_share(out, s, w, a, low, high, features, weights, relevance):
-    """out += s * V's row, for the features that each input has."""
-    if weights == SQUARED:
-        for i in range(len(out)):
-            out[i] += s * (w[i] * w[i])
-    elif weights == FLAT:
-        for i in range(len(out)):
-            out[i] += s
-    elif features == BOX:
-        for i in range(len(out)):
-            out[i] += s * w[i] * (max(a[i] - low[i], _ZERO) if w[i] > _ZERO else min(a[i] - high[i], _ZERO))
-    elif relevance:
-        for i in range(len(out)):
-            out[i] += s * max(w[i] * a[i], _ZERO)
-    elif features == NONNEGATIVE:
-        for i in range(len(out)):
-            out[i] += s * max(w[i], _ZERO)
-    else:
-        for i in range(len(out)):
-            out[i] += s * max(w[i] if a[i] >= _ZERO else -w[i], _ZERO)
-
-
-@kernel
-def _speaks(ratio, c, c_channel, k):
-    """Whether output k has anything to redistribute in any image: true of few, of those behind a ReLU and of one class of many."""
-    speaks = False
-    for n in range(ratio.shape[0]):
-        speaks |= ratio[n, k, 0, 0] * c[n, c_channel + k, 0, 0] != _ZERO
-    return speaks
-
-
-@kernel
-def _add_rows(flat_in, c_in_channel, ratio, c, c_channel, weight, begin, end):
-    """flat_in[n] += the rows of V = max(W, 0), times ratio * c, in the order of outputs; features begin..end-1. Four rows at a time."""
-    images, (outputs, count) = ratio.shape[0], weight.shape
-    whole = (end - begin) // LANES * LANES
-    k = 0
-    while True:
-        k_0 = k
-        while k_0 < outputs and not _speaks(ratio, c, c_channel, k_0):
-            k_0 += 1
-        if k_0 >= outputs:
-            return
-        k_1 = k_0 + 1
-        while k_1 < outputs and not _speaks(ratio, c, c_channel, k_1):
-            k_1 += 1
-        k_2 = k_1 + 1
-        while k_2 < outputs and not _speaks(ratio, c, c_channel, k_2):
-            k_2 += 1
-        k_3 = k_2 + 1
-        while k_3 < outputs and not _speaks(ratio, c, c_channel, k_3):
-            k_3 += 1
-        k = k_3 + 1
-        p_w, p_in = weight.ctypes.data + 4 * begin, flat_in.ctypes.data
-        w_0 = p_w + 4 * k_0 * count  # a row that is not there is row k_0, times nothing
-        w_1 = p_w + 4 * k_1 * count if k_1 < outputs else w_0
-        w_2 = p_w + 4 * k_2 * count if k_2 < outputs else w_0
-        w_3 = p_w + 4 * k_3 * count if k_3 < outputs else w_0
-        for n in range(images):
-            s_0 = ratio[n, k_0, 0, 0] * c[n, c_channel + k_0, 0, 0]
-            s_1 = ratio[n, k_1, 0, 0] * c[n, c_channel + k_1, 0, 0] if k_1 < outputs else _ZERO
-            s_2 = ratio[n, k_2, 0, 0] * c[n, c_channel + k_2, 0, 0] if k_2 < outputs else _ZERO
-            s_3 = ratio[n, k_3, 0, 0] * c[n, c_channel + k_3, 0, 0] if k_3 < outputs else _ZERO
-            to = n * flat_in.shape[1] + c_in_channel + begin
-            add_four_shares(p_in + 4 * to, w_0, w_1, w_2, w_3, s_0, s_1, s_2, s_3, whole)
-            for i in range(begin + whole, end):
-                total = flat_in[n, c_in_channel + i] + s_0 * max(weight[k_0, i], _ZERO)
-                if k_1 < outputs:
-                    total += s_1 * max(weight[k_1, i], _ZERO)
-                if k_2 < outputs:
-                    total += s_2 * max(weight[k_2, i], _ZERO)
-                if k_3 < outputs:
-                    total += s_3 * max(weight[k_3, i], _ZERO)
-                flat_in[n, c_in_channel + i] = total
-
-
-@kernel
-def dense_redistribute(c_in, c, ratio, a, weight, low, high, c_in_channel, c_channel, a_channel, features, weights, relevance,
-                       accumulate, first, last):
-    """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u. Units are DENSE_FEATURES inputs."""
     images, outputs, count = ratio.shape[0], weight.shape[0], weight.shape[1]
-    flat_a, flat_in = a.reshape(a.shape[0], a.shape[1]), c_in.reshape(c_in.shape[0], c_in.shape[1])
+    flat_x, flat_ratio = x.reshape(x.size), ratio.reshape(ratio.size)
+    p_sums, p_a, p_weight, p_low, p_high = sums.ctypes.data, a.ctypes.data, weight.ctypes.data, low.ctypes.data, high.ctypes.data
+    bounded, box = features in (SIGNED, BOX), features == BOX
+    piece, of_image = _PIECE_ALONE if images == 1 else _PIECE, 4 * _BLOCK_ROWS * 2 * LANES
+    for block in range(first, last, _BLOCK_ROWS):
+        rows = min(_BLOCK_ROWS, last - block)
+        sums[:_BLOCK_ROWS * images * 2 * LANES] = _ZERO
+        for begin in range(0, count, piece):
+            p_w, length, bounds = p_weight + 4 * (block * count + begin), min(piece, count - begin), 4 * begin
+            behind = p_w + 4 * (piece if begin + piece < count else rows * count - begin)  # the block's next piece, or the next block
+            n = 0
+            while n < images:
+                together = _group(images, n)
+                values = p_a + 4 * (n * a.shape[1] + a_channel + begin)
+                for row in range(0, rows, _ROWS):
+                    w, stride = p_w + 4 * row * count, count if row + _ROWS <= rows else 0  # the last row of an odd number, twice
+                    following = w if n else w + 4 * _ROWS * count if row + _ROWS < rows else behind
+                    to = p_sums + n * of_image + 4 * row * together * 2 * LANES
+                    if bounded and together == 1:
+                        _BOUNDED(to, w, stride, following, values, a.shape[1], p_low + bounds, p_high + bounds, box, length)
+                    elif bounded:
+                        _BOUNDED_OF_SEVERAL(to, w, stride, following, values, a.shape[1], p_low + bounds, p_high + bounds, box, length)
+                    elif together == 1:
+                        _PRODUCTS(to, w, stride, following, values, a.shape[1], 0, 0, box, length)
+                    else:
+                        _PRODUCTS_OF_SEVERAL(to, w, stride, following, values, a.shape[1], 0, 0, box, length)
+                n += together
+        n = 0
+        while n < images:
+            together = _group(images, n)
+            for row in range(rows):
+                k = block + row
+                for i in range(together):
+                    y = p_sums + n * of_image + 4 * (row * together + i) * 2 * LANES
+                    value = finish(_sum_of_lanes(y) + bias[k], relu)
+                    z = constant[k] if features == ONES else _sum_of_lanes(y + 4 * LANES)
+                    r = ratio_of(value, z, relevance)
+                    flat_x[(n + i) * x.shape[1] + x_channel + k] = value
+                    flat_ratio[(n + i) * outputs + k] = r
+                    if r < _ZERO:
+                        dead[n + i] = 1
+            n += together
+
+
+# ---- Redistribute ----------------------------------------------------------------------------------------------------------------------
+
+
+def dense_redistribute_elements(images, outputs):
+    """Floats of the scratch arrays `sums` and `shares` of dense_redistribute."""
+    return 2 * images * _STRIDE, (outputs + 2 * _ROWS_BACK) * (images + 1)
+
+
+@kernel
+def _list_shares(shares, ratio, c, c_channel):
+    """shares <- a line for each output whose s = ratio * c is not zero in all images: s, then its number. Returns how many there are.
+
+    Few have any: outputs behind a ReLU, and one class of many. Lines of nothing follow, to fill the last group of rows and to follow it.
+    """
+    images, outputs = ratio.shape[0], ratio.shape[1]
+    flat_ratio, flat_c, numbers = ratio.reshape(ratio.size), c.reshape(c.size), shares.view(np.int32)
+    count = 0
+    for k in range(outputs):
+        line, speaks = count * (images + 1), False
+        for n in range(images):
+            s = flat_ratio[n * outputs + k] * flat_c[n * c.shape[1] + c_channel + k]
+            shares[line + n] = s
+            speaks |= s != _ZERO
+        numbers[line + images] = k
+        count += speaks
+    for i in range(count, count + 2 * _ROWS_BACK):
+        for n in range(images):
+            shares[i * (images + 1) + n] = _ZERO
+        numbers[i * (images + 1) + images] = 0
+    return count
+
+
+@kernel
+def _add_rows(p_sums, p_w, stride, p_shares, count, images, second, weights, length):
+    """sums (images, _STRIDE) += s V of the listed rows, V of the first feature or of the second."""
+    for block in range(0, count, _BLOCK_ROWS):
+        n = 0
+        while n < images:
+            to, together = p_sums + 4 * n * _STRIDE, 1 if weights == SQUARED else _group(images, n)
+            for i in range(block, min(block + _BLOCK_ROWS, count), _ROWS_BACK):
+                lines = p_shares + 4 * i * (images + 1)
+                if weights == SQUARED:
+                    _SQUARES(to, p_w, stride, lines, images, n, length)
+                elif second and together == 1:
+                    _NEGATIVE(to, p_w, stride, lines, images, n, length)
+                elif second:
+                    _NEGATIVE_OF_SEVERAL(to, p_w, stride, lines, images, n, length)
+                elif together == 1:
+                    _POSITIVE(to, p_w, stride, lines, images, n, length)
+                else:
+                    _POSITIVE_OF_SEVERAL(to, p_w, stride, lines, images, n, length)
+            n += together
+
+
+@kernel
+def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, shares, c_in_channel, c_channel, a_channel, features, weights, relevance,
+                       accumulate, first, last):
+    """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u. Units are DENSE_FEATURES inputs.
+
+    sums (features of an input, images, _STRIDE) and shares (see _list_shares) are flat scratch.
+    """
+    images, count = ratio.shape[0], weight.shape[1]
+    parts, part = 2 if features in (SIGNED, BOX) else 1, images * _STRIDE
+    flat_a, flat_in = a.reshape(a.size), c_in.reshape(c_in.size)
+    listed = _list_shares(shares, ratio, c, c_channel)
     for unit in range(first, last):
-        begin, end = unit * DENSE_FEATURES, min((unit + 1) * DENSE_FEATURES, count)
-        if not accumulate:
+        begin = unit * DENSE_FEATURES
+        length = min(DENSE_FEATURES, count - begin)
+        sums[:parts * part] = _ZERO
+        if weights == FLAT:
             for n in range(images):
-                flat_in[n, c_in_channel + begin:c_in_channel + end] = _ZERO
-        if features == NONNEGATIVE and weights == POSITIVE and not relevance:
-            _add_rows(flat_in, c_in_channel, ratio, c, c_channel, weight, begin, end)
-            continue
-        for k in range(outputs):
-            for n in range(images):
-                s = ratio[n, k, 0, 0] * c[n, c_channel + k, 0, 0]
-                if s != _ZERO:  # true of few: outputs behind a ReLU, and one class of many
-                    _add_share(flat_in[n, c_in_channel + begin:c_in_channel + end], s, weight[k, begin:end],
-                               flat_a[n, a_channel + begin:a_channel + end], low[begin:end], high[begin:end], features, weights, relevance)
+                total = _ZERO
+                for i in range(listed):
+                    total += shares[i * (images + 1) + n]
+                sums[n * _STRIDE:n * _STRIDE + length] = total
+        else:
+            for second in range(parts):
+                _add_rows(sums.ctypes.data + 4 * second * part, weight.ctypes.data + 4 * begin, count, shares.ctypes.data, listed, images,
+                          second, weights, length)
+        for n in range(images):
+            at_a, at_in = n * a.shape[1] + a_channel + begin, n * c_in.shape[1] + c_in_channel + begin
+            value, out = flat_a[at_a:at_a + length], flat_in[at_in:at_in + length]
+            one = sums[n * _STRIDE:n * _STRIDE + length]
+            other = sums[(parts - 1) * part + n * _STRIDE:(parts - 1) * part + n * _STRIDE + length]
+            for i in range(length):
+                result = one[i]
+                if features == BOX:
+                    result = max(value[i] - low[begin + i], _ZERO) * result + max(high[begin + i] - value[i], _ZERO) * other[i]
+                elif features == SIGNED:
+                    result = result if value[i] >= _ZERO else other[i]
+                if relevance and features in (NONNEGATIVE, SIGNED):
+                    result *= abs(value[i])
+                out[i] = result + out[i] if accumulate else result

@@ -1,11 +1,32 @@
 """What happens to one number at a time: the ratio of every rule, ReLU and addition, and what a layer absorbs.
 
 Tensors are (N, *, H, W) and used from a given channel on; a call does the units first..last-1, one unit being one channel of one image.
+The channels of an image lie one behind the other in each tensor, so what needs to know no channel does all of them in one loop.
 """
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.vector_code import (
+    BITS,
+    F32,
+    INTEGERS,
+    LANES,
+    NO_LANE,
+    VECTOR,
+    ZEROS,
+    any_lane,
+    lanes_before,
+    load_vector,
+    loop_range,
+    number,
+    pointers,
+    splat,
+    store_vector,
+)
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -59,23 +80,83 @@ def give(result, a, features, low, high, relevance):
     return result
 
 
+# ---- The same for vectors ----------------------------------------------------------------------------------------------------------------
+
+
+class Finish:
+    """Emits finish and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
+
+    def __init__(self, builder, bias, relu, relevance, least):
+        self.builder, self.relu, self.relevance = builder, splat(builder, relu, BITS), relevance
+        self.bias, self.least = splat(builder, bias), splat(builder, least)
+
+    def __call__(self, y, z):
+        builder = self.builder
+        y = builder.fadd(y, self.bias)
+        y = builder.select(builder.and_(builder.fcmp_ordered("<", y, ZEROS), self.relu), ZEROS, y)
+        magnitude = builder.and_(builder.bitcast(y, INTEGERS), ir.Constant(INTEGERS, [0x7fffffff] * LANES))
+        share = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), builder.bitcast(magnitude, VECTOR))
+        ratio = builder.select(builder.fcmp_ordered(">", z, self.least), builder.fdiv(share, z), builder.fsub(ZEROS, share))
+        return y, ratio
+
+
+@intrinsic
+def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, split, shifted, relu, relevance, least):
+    """x <- y + bias, through a ReLU if relu; ratio <- |x| / z.
+
+    z = positive (+ y if shifted) and y = negative (+ positive if split).
+
+    `count` numbers; up to LANES - 1 behind the last are written over. Returns whether a ratio is negative.
+    """
+    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 4, types.float32)
+
+    def codegen(context, builder, signature, arguments):
+        p_x, p_ratio, p_positive, p_negative = pointers(builder, arguments[:4], F32, F32, F32, F32)
+        count, bias, split, shifted, relu, relevance, least = arguments[4:]
+        finish = Finish(builder, bias, relu, relevance, least)
+
+        def one_step(step, found):
+            z, y = load_vector(builder, p_positive, step), load_vector(builder, p_negative, step)
+            value, ratio = finish(builder.select(split, builder.fadd(z, y), y), builder.select(shifted, builder.fadd(z, y), z))
+            store_vector(builder, value, p_x, step)
+            store_vector(builder, ratio, p_ratio, step)
+            absorbs = builder.and_(builder.fcmp_ordered("<", ratio, ZEROS), lanes_before(builder, builder.sub(count, step)))
+            return [builder.or_(found[0], absorbs)]
+
+        return any_lane(builder, loop_range(builder, number(0), count, LANES, [NO_LANE], one_step)[0])
+
+    return signature, codegen
+
+
 # ---- Kernels ---------------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _together(unit, last, channels):
+    """How many units from this one on are channels of one image."""
+    return min(last - unit, channels - unit % channels)
+
+
+@kernel
+def _run(flat, begin, count):
+    """So many numbers in a row. A loop over them vectorises; one over flat[begin + i] does not, for begin + i could be negative."""
+    return flat[begin:begin + count]
 
 
 @kernel
 def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
     """ledger[n, column] <- what z = 0 kept from being redistributed, where dead[n]; those ratios become 0. Units are images."""
-    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+    numbers, places = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
+    flat_ratio, flat_c = ratio.reshape(ratio.size), c.reshape(c.size)
     for n in range(first, last):
         if not dead[n]:
             continue
         lost = np.float64(0)
-        for k in range(channels):
-            r, factor = ratio[n, k].reshape(places), c[n, c_channel + k].reshape(places)
-            for i in range(places):
-                if r[i] < _ZERO:
-                    lost -= np.float64(r[i]) * np.float64(factor[i])
-                    r[i] = _ZERO
+        r, factor = _run(flat_ratio, n * numbers, numbers), _run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
+        for i in range(numbers):
+            if r[i] < _ZERO:
+                lost -= np.float64(r[i]) * np.float64(factor[i])
+                r[i] = _ZERO
         ledger[n, column] = lost
 
 
@@ -90,24 +171,36 @@ def clear_redistribute(c_in, begin, end, first, last):
 def relu_forward(x, a, x_channel, a_channel, channels, first, last):
     """x <- max(a, 0)."""
     places = a.shape[2] * a.shape[3]
-    for unit in range(first, last):
+    flat_x, flat_a = x.reshape(x.size), a.reshape(a.size)
+    unit = first
+    while unit < last:
         n, k = unit // channels, unit % channels
-        out, value = x[n, x_channel + k].reshape(places), a[n, a_channel + k].reshape(places)
-        for i in range(places):
+        together = _together(unit, last, channels)
+        count = together * places
+        out = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
+        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        for i in range(count):
             out[i] = max(value[i], _ZERO)
+        unit += together
 
 
 @kernel
 def relu_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, relevance, accumulate, first, last):
     """c_in <- c where a > 0, else 0; relevance passes everywhere."""
     places = a.shape[2] * a.shape[3]
-    for unit in range(first, last):
+    flat_in, flat_c, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), a.reshape(a.size)
+    unit = first
+    while unit < last:
         n, k = unit // channels, unit % channels
-        out, value = c_in[n, c_in_channel + k].reshape(places), a[n, a_channel + k].reshape(places)
-        factor = c[n, c_channel + k].reshape(places)
-        for i in range(places):
+        together = _together(unit, last, channels)
+        count = together * places
+        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
+        factor = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
+        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        for i in range(count):
             result = factor[i] if relevance or value[i] > _ZERO else _ZERO
             out[i] = result + out[i] if accumulate else result
+        unit += together
 
 
 @kernel
@@ -129,12 +222,17 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
                 x_channel, a_channel, b_channel, features, relu, relevance, first, last):
     """x <- a + b, through a ReLU if `relu`; ratio <- |x| / z with z the sum of both features."""
     channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    for unit in range(first, last):
+    flat_x, flat_ratio, flat_a, flat_b = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size), b.reshape(b.size)
+    unit = first
+    while unit < last:
         n, k = unit // channels, unit % channels
-        out, to_ratio = x[n, x_channel + k].reshape(places), ratio[n, k].reshape(places)
-        p, q = a[n, a_channel + k].reshape(places), b[n, b_channel + k].reshape(places)
+        together = 1 if features == BOX else _together(unit, last, channels)  # each channel has its own bounds
+        count = together * places
+        out, to_ratio = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, count), _run(flat_ratio, unit * places, count)
+        p = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        q = _run(flat_b, (n * b.shape[1] + b_channel + k) * places, count)
         absorbs = False
-        for i in range(places):
+        for i in range(count):
             z = feature_sum(p[i], features, low_a[k], high_a[k]) + feature_sum(q[i], features, low_b[k], high_b[k])
             value = finish(p[i] + q[i], relu)
             r = ratio_of(value, z, relevance)
@@ -143,6 +241,7 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
             absorbs |= r < _ZERO
         if absorbs:
             dead[n] = 1
+        unit += together
 
 
 @kernel
@@ -150,10 +249,16 @@ def add_redistribute(c_in, c, ratio, a, low, high,
                      c_in_channel, c_channel, a_channel, features, relevance, accumulate, first, last):
     """The share of one of the two inputs, a: c_in <- ratio * c, for the features that it has."""
     channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    for unit in range(first, last):
+    flat_in, flat_c, flat_ratio, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    unit = first
+    while unit < last:
         n, k = unit // channels, unit % channels
-        out, value = c_in[n, c_in_channel + k].reshape(places), a[n, a_channel + k].reshape(places)
-        factor, r = c[n, c_channel + k].reshape(places), ratio[n, k].reshape(places)
-        for i in range(places):
+        together = 1 if features == BOX else _together(unit, last, channels)
+        count = together * places
+        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
+        factor, r = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), _run(flat_ratio, unit * places, count)
+        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        for i in range(count):
             result = give(r[i] * factor[i], value[i], features, low[k], high[k], relevance)
             out[i] = result + out[i] if accumulate else result
+        unit += together

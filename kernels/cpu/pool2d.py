@@ -1,44 +1,201 @@
-"""Pools and their redistribution: one output row at a time, one tap of the window after the other, so that inner loops run along rows.
+"""Pools and their redistribution: windows side by side in the lanes of a vector.
+
+Forward, windows read padded planes through a table of offsets, as the taps of a convolution do (conv2d.py): a tap of neighbouring windows
+is neighbouring numbers. On the way back each input sums the shares of the windows that hold it. Under a stride t, the inputs of a row whose
+windows lie side by side are every t-th: its phases.
 
 Tensors are (N, *, H, W) and used from a given channel on; a call does the units first..last-1, one unit being one channel of one image.
-Every window holds at least one number that is not padding (graph.py sees to it).
+Every window holds at least one number that is not padding (graph.py sees to it). block and results are flat scratch.
 """
 
 import numpy as np
-from fastdtd.kernels.codes import NONNEGATIVE
-from fastdtd.kernels.cpu.conv2d import _copy_plane
-from fastdtd.kernels.cpu.elementwise import feature_sum, give, ratio_of
-from fastdtd.kernels.cpu.jit import kernel, kernel_reordering
-from fastdtd.kernels.cpu.microkernel import LANES, copy_exactly, max_windows
+from fastdtd.kernels.codes import BOX, ONES, SIGNED
+from fastdtd.kernels.cpu.elementwise import LEAST, Finish, ratio_of
+from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product
+from fastdtd.kernels.cpu.rows import add_at, copy_exactly, fill_exactly, spread
+from fastdtd.kernels.cpu.vector_code import (
+    F32,
+    I32,
+    I64,
+    INTEGERS,
+    LANES,
+    NO_LANE,
+    VECTOR,
+    ZEROS,
+    any_lane,
+    combine_lanes,
+    larger,
+    load_vector,
+    loop_over,
+    loop_range,
+    multiply_add,
+    number,
+    pointers,
+    positive,
+    progression,
+    splat,
+)
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 _ZERO = np.float32(0)
-_NOTHING = np.float32(-np.inf)  # beside the input
+_NEVER = np.float32(-np.inf)  # beside the input of a maximum
+_NO_NUMBER = np.uint32(0xffffffff).view(np.float32)  # beside that of a sum: a NaN that no arithmetic makes, so that real ones are kept
+_TIE = 0.75 * 2.0**-23  # of a number's size: what rounds to its last bit
+_LOWEST = -3.4028234663852886e38
+_ALL_BITS = ir.Constant(INTEGERS, [-1] * LANES)
 
 
-@kernel
-def _first_place(offset, stride):
-    """The first place whose tap at this offset from place * stride is not before the input."""
-    return max(-(offset // stride), 0)
+# ---- Vector code -------------------------------------------------------------------------------------------------------------------------
 
 
-@kernel
-def _end_place(offset, stride, size, places):
-    """One behind the last place whose tap at this offset is not behind the input."""
-    return min(-((offset - size) // stride), places)
+@intrinsic
+def _find_winners(typing_context, x, winner, block, offsets, places, taps, count, first, step):
+    """x <- the largest number of each window, winner (int32) <- its place: `count` windows.
+
+    Window i reads block[offsets[t] + i] for each tap t; that number's place is first + i * step + places[t]. offsets, places: int32. A
+    number has to exceed those before it by more than the last bit, or the first of them wins.
+    """
+    def codegen(context, builder, signature, arguments):
+        p_x, p_winner, p_block, p_offsets, p_places = pointers(builder, arguments[:5], F32, I32, F32, I32, I32)
+        taps, count, first, stride = arguments[5:]
+        magnitude, nowhere = ir.Constant(INTEGERS, [0x7fffffff] * LANES), ir.Constant(INTEGERS, [0] * LANES)
+        tie, lowest = ir.Constant(VECTOR, [_TIE] * LANES), ir.Constant(VECTOR, [_LOWEST] * LANES)
+
+        def one_vector(step, nothing, load, store):
+            def one_tap(tap, so_far):
+                largest, limit, place = so_far
+                value = _load_tap(builder, p_block, p_offsets, tap, step)
+                wins = builder.fcmp_ordered(">", value, limit)
+                size = builder.bitcast(builder.and_(builder.bitcast(value, INTEGERS), magnitude), VECTOR)
+                own_limit = multiply_add(builder, value, tie, size)  # need not wait for the taps before
+                here = splat(builder, builder.load(builder.gep(p_places, [tap])), INTEGERS)
+                return [builder.select(wins, new, old) for new, old in ((value, largest), (own_limit, limit), (here, place))]
+
+            largest, _, place = loop_range(builder, number(0), taps, 1, [lowest, lowest, nowhere], one_tap)
+            own_places = progression(builder, builder.add(first, builder.mul(step, stride)), stride)
+            store(largest, p_x, step)
+            store(builder.add(place, own_places), p_winner, step)
+            return nothing
+
+        loop_over(builder, count, [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 9), codegen
 
 
-@kernel
-def _is_whole(rows, columns, kernel_down, kernel_right, height, width, top, left):
-    """Whether the one window is the whole plane."""
-    return rows == columns == 1 and kernel_down == height and kernel_right == width and top == left == 0
+def _load_tap(builder, p_block, p_offsets, tap, step):
+    return load_vector(builder, p_block, builder.add(step, builder.sext(builder.load(builder.gep(p_offsets, [tap])), I64)))
 
 
-@kernel_reordering
-def _total(flat, begin, count):
-    total = _ZERO
-    for i in range(begin, begin + count):
-        total += flat[i]
-    return total
+class _Window:
+    """What a window becomes: the sum or the largest of its numbers, and z, the sum of max(number - shift, 0) or how many there are."""
+
+    def __init__(self, builder, shift, counted, maximum):
+        self.builder, self.shift, self.counted, self.maximum = builder, splat(builder, shift), counted, maximum
+        self.empty = [builder.select(maximum, ir.Constant(VECTOR, [float("-inf")] * LANES), ZEROS), ZEROS]
+        self.no_number = builder.bitcast(_ALL_BITS, VECTOR)
+
+    def add(self, so_far, value):
+        builder, (y, z) = self.builder, so_far
+        is_number = builder.icmp_signed("!=", builder.bitcast(value, INTEGERS), _ALL_BITS)
+        one = builder.select(is_number, ir.Constant(VECTOR, [1.0] * LANES), ZEROS)
+        feature = builder.select(self.counted, one, positive(builder, builder.fsub(value, self.shift)))
+        total = builder.fadd(y, builder.select(is_number, value, ZEROS))
+        return [builder.select(self.maximum, larger(builder, value, y), total), builder.fadd(z, feature)]
+
+
+@intrinsic
+def _reduce_windows(typing_context, x, ratio, block, offsets, taps, count, down, across, shift, counted, maximum, relevance):
+    """x <- the sum (or maximum) of each window over down * across[i] (float32), ratio <- |x| / z: `count` windows that read as those of
+    _find_winners. Returns whether a ratio is negative."""
+    signature = types.boolean(*[types.intp] * 6, types.float32, types.intp, types.float32, *[types.boolean] * 3)
+
+    def codegen(context, builder, signature, arguments):
+        p_x, p_ratio, p_block, p_offsets, p_across = pointers(builder, [*arguments[:4], arguments[7]], F32, F32, F32, I32, F32)
+        taps, count, down, shift, counted, maximum, relevance = [arguments[i] for i in (4, 5, 6, 8, 9, 10, 11)]
+        window, down = _Window(builder, shift, counted, maximum), splat(builder, down)
+        finish = Finish(builder, ir.Constant(F32, 0.0), ir.Constant(ir.IntType(1), 0), relevance, ir.Constant(F32, float(LEAST)))
+
+        def one_vector(step, found, load, store):
+            y, z = loop_range(builder, number(0), taps, 1, window.empty,
+                         lambda tap, so_far: window.add(so_far, _load_tap(builder, p_block, p_offsets, tap, step)))
+            value, ratio = finish(builder.fdiv(y, builder.fmul(down, load(p_across, step))), z)
+            store(value, p_x, step)
+            store(ratio, p_ratio, step)
+            return [builder.or_(found[0], builder.fcmp_ordered("<", ratio, ZEROS))]
+
+        return any_lane(builder, loop_over(builder, count, [NO_LANE], one_vector)[0])
+
+    return signature, codegen
+
+
+@intrinsic
+def _reduce_plane(typing_context, y, z, plane, count, shift, counted, maximum):
+    """y <- the sum (or maximum) of `count` numbers, z <- the sum of their features."""
+    def codegen(context, builder, signature, arguments):
+        p_y, p_z, p_plane = pointers(builder, arguments[:3], F32, F32, F32)
+        window, maximum = _Window(builder, *arguments[4:]), arguments[6]
+        y, z = loop_over(builder, arguments[3], window.empty,
+                         lambda step, so_far, load, store: window.add(so_far, load(p_plane, step, window.no_number)))
+        total, largest = combine_lanes(builder, y, ir.IRBuilder.fadd), combine_lanes(builder, y, larger)
+        builder.store(builder.select(maximum, largest, total), p_y)
+        builder.store(combine_lanes(builder, z, ir.IRBuilder.fadd), p_z)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4, types.float32, types.boolean, types.boolean), codegen
+
+
+@intrinsic
+def _sum_shares(typing_context, out, shares, down, width, across, count, add):
+    """out <- the sum of `down` rows (`width` apart) of `across` numbers, all of them backwards from `shares`, or added to out if `add`.
+
+    For `count` inputs side by side.
+    """
+    def codegen(context, builder, signature, arguments):
+        p_out, p_shares = pointers(builder, arguments[:2], F32, F32)
+        down, width, across, count, add = arguments[2:]
+
+        def one_vector(step, nothing, load, store):
+            def one_row(i, total):
+                row = builder.sub(step, builder.mul(i, width))
+                return loop_range(builder, number(0), across, 1, total,
+                             lambda j, total: [builder.fadd(total[0], load_vector(builder, p_shares, builder.sub(row, j)))])
+
+            total, = loop_range(builder, number(0), down, 1, [ZEROS], one_row)
+            store(builder.select(add, builder.fadd(load(p_out, step), total), total), p_out, step)
+            return nothing
+
+        loop_over(builder, count, [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6, types.boolean), codegen
+
+
+@intrinsic
+def _give_features(typing_context, out, results, a, count, shift, gate, add):
+    """out <- results * max(a - shift, 0) or, if `gate`, results where a >= 0, else 0; or added to out if `add`: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_results, p_a = pointers(builder, arguments[:3], F32, F32, F32)
+        count, shift, gate, add = arguments[3], splat(builder, arguments[4]), *arguments[5:]
+
+        def one_vector(step, nothing, load, store):
+            result, value = load(p_results, step), load(p_a, step)
+            gated = builder.select(builder.fcmp_ordered("<", value, ZEROS), ZEROS, result)
+            scaled = builder.fmul(result, positive(builder, builder.fsub(value, shift)))
+            result = builder.select(gate, gated, scaled)
+            store(builder.select(add, builder.fadd(load(p_out, step), result), result), p_out, step)
+            return nothing
+
+        loop_over(builder, count, [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4, types.float32, types.boolean, types.boolean), codegen
+
+
+# ---- Max-pools by winner -----------------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -46,137 +203,147 @@ def max_pool2d_forward(x, winner, a, planes, offsets, places, block, x_channel, 
                        more_rows, more_columns, first, last):
     """x <- the largest number of each window; winner (N, C, OH, OW) int32 <- where in the plane it lies, the first of equals.
 
-    Numbers that rounding may have made unequal count as equal: else in an evenly coloured area noise would pick the winners. Windows read
-    planes as the taps of a convolution do (conv2d.py): offsets (T,) is where each tap lies in the block, from a window's own place on,
-    places (T,) where in the plane of a. block is flat scratch.
+    Numbers that rounding may have made unequal count as equal: else in an evenly coloured area noise would pick the winners. planes (P, 2)
+    is where each plane begins relative to a window's own position, offsets (T,) where each tap lies in the block, from a window's own place
+    on, places (T,) where in the plane of a.
     """
     channels, height, across = winner.shape[1:]
     width, plane_rows = block_columns + more_columns, block_rows + more_rows
-    used = len(planes) * plane_rows * width + LANES
-    p_best, p_place = block.ctypes.data + 4 * used, block.ctypes.data + 4 * (used + block_columns + LANES)
+    plane, size, a_size = plane_rows * width, height * across, a.shape[2] * a.shape[3]
+    p_x, p_winner, p_a, p_block = x.ctypes.data, winner.ctypes.data, a.ctypes.data, block.ctypes.data
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        to_x, to_winner = (n * x.shape[1] + x_channel + k) * height * across, unit * height * across
+        p_plane = p_a + 4 * (n * a.shape[1] + a_channel + k) * a_size
+        to_x, to_winner = p_x + 4 * (n * x.shape[1] + x_channel + k) * size, p_winner + 4 * unit * size
         for y in range(0, height, block_rows):
             for left in range(0, across, block_columns):
-                rows, columns = min(block_rows, height - y), min(block_columns, across - left)
                 for i in range(len(planes)):
-                    _copy_plane(block, i * plane_rows * width, plane_rows, width, a, n * a.shape[1] + a_channel + k,
-                                y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right, 0, _NOTHING)
-                for row in range(rows):
-                    to = (y + row) * across + left
-                    max_windows(p_best, p_place, block.ctypes.data + 4 * row * width, offsets.ctypes.data, places.ctypes.data, len(offsets),
-                                columns, (y + row) * step_down * a.shape[3] + left * step_right, step_right)
-                    copy_exactly(x.ctypes.data + 4 * (to_x + to), p_best, columns, False)
-                    copy_exactly(winner.ctypes.data + 4 * (to_winner + to), p_place, columns, False)
-
-
-def max_pool2d_elements(planes, rows, columns, block_columns):
-    """Floats of max_pool2d_forward's scratch array for so many planes."""
-    return planes * rows * columns + LANES + 2 * (block_columns + LANES)
+                    copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3], y * step_down + planes[i, 0],
+                               left * step_right + planes[i, 1], step_down, step_right, _NEVER)
+                for row in range(min(block_rows, height - y)):
+                    to = 4 * ((y + row) * across + left)
+                    _find_winners(to_x + to, to_winner + to, p_block + 4 * row * width, offsets.ctypes.data, places.ctypes.data,
+                                  len(offsets), min(block_columns, across - left), (y + row) * step_down * a.shape[3] + left * step_right,
+                                  step_right)
 
 
 @kernel
 def max_pool2d_redistribute(c_in, c, winner, c_in_channel, c_channel, accumulate, first, last):
     """c_in <- c for each window's winner, 0 for the others."""
-    channels, places = winner.shape[1], winner.shape[2] * winner.shape[3]
-    flat = c_in.reshape(c_in.shape[0], c_in.shape[1], c_in.shape[2] * c_in.shape[3])
+    channels, places, size = winner.shape[1], winner.shape[2] * winner.shape[3], c_in.shape[2] * c_in.shape[3]
+    p_in, p_c, p_winner = c_in.ctypes.data, c.ctypes.data, winner.ctypes.data
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        out, place, factor = flat[n, c_in_channel + k], winner[n, k].reshape(places), c[n, c_channel + k].reshape(places)
+        to = p_in + 4 * (n * c_in.shape[1] + c_in_channel + k) * size
         if not accumulate:
-            out[:] = _ZERO
-        for i in range(places):
-            out[place[i]] += factor[i]
+            fill_exactly(to, _ZERO, size, False)
+        add_at(to, p_winner + 4 * unit * places, p_c + 4 * (n * c.shape[1] + c_channel + k) * places, places)
+
+
+# ---- Averages, and max-pools in proportion -----------------------------------------------------------------------------------------------
 
 
 @kernel
-def pool2d_forward(x, ratio, dead, a, low, high, x_channel, a_channel, kernel_down, kernel_right, stride_down, stride_right,
-                   top, left, bottom, right, maximum, count_padding, features, relevance, first, last):
+def pool2d_forward(x, ratio, dead, a, low, planes, offsets, counted_down, counted_across, block, x_channel, a_channel,
+                   step_down, step_right, block_rows, block_columns, more_rows, more_columns, maximum, features, relevance, first, last):
     """x <- the largest number (if `maximum`) or the mean of each window; ratio <- |x| / z, z the sum of its features.
 
-    The weights of a window are equal and cancel between z and V^T, so they are left out of both. count_padding: the mean's divisor counts
-    padding, though nothing beyond it.
+    The weights of a window are equal and cancel between z and V^T, so they are left out of both. A mean's divisor is counted_down (OH,)
+    times counted_across (OW,), which are 1 for a maximum. planes and offsets as in max_pool2d_forward; no planes: the one window holds all.
     """
-    channels, rows, columns = ratio.shape[1:]
-    height, width = a.shape[2:]
-    flat_a = a.reshape(a.size)
+    channels, height, across = ratio.shape[1:]
+    width, plane_rows = block_columns + more_columns, block_rows + more_rows
+    plane, size, a_size = plane_rows * width, height * across, a.shape[2] * a.shape[3]
+    flat_x, flat_ratio = x.reshape(x.size), ratio.reshape(ratio.size)
+    p_x, p_ratio, p_a, p_block = x.ctypes.data, ratio.ctypes.data, a.ctypes.data, block.ctypes.data
+    counted, largest = features == ONES, maximum != 0
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
+        p_plane = p_a + 4 * (n * a.shape[1] + a_channel + k) * a_size
+        to_x, to_ratio = (n * x.shape[1] + x_channel + k) * size, unit * size
+        shift = low[k] if features == BOX else _ZERO
         absorbs = False
-        if features == NONNEGATIVE and not maximum and _is_whole(rows, columns, kernel_down, kernel_right, height, width, top, left):
-            z_all = _total(flat_a, (n * a.shape[1] + a_channel + k) * height * width, height * width)
-            x[n, x_channel + k, 0, 0] = z_all / np.float32(height * width)
-            ratio[n, k, 0, 0] = ratio_of(x[n, x_channel + k, 0, 0], z_all, relevance)
-            if ratio[n, k, 0, 0] < _ZERO:
-                dead[n] = 1
-            continue
-        for y in range(rows):
-            out, z = x[n, x_channel + k, y], ratio[n, k, y]
-            out[:] = -np.inf if maximum else _ZERO
-            z[:] = _ZERO
-            lines = 0
-            for i in range(kernel_down):
-                line = y * stride_down + i - top
-                lines += line < height + bottom if count_padding else 0 <= line < height
-                if line < 0 or line >= height:
-                    continue
-                source = a[n, a_channel + k, line]
-                for j in range(kernel_right):
-                    begin, end = _first_place(j - left, stride_right), _end_place(j - left, stride_right, width, columns)
-                    for q in range(begin, end):
-                        value = source[q * stride_right + j - left]
-                        out[q] = max(out[q], value) if maximum else out[q] + value
-                        z[q] += feature_sum(value, features, low[k], high[k])
-            for q in range(columns):
-                if not maximum:
-                    start = q * stride_right - left
-                    if count_padding:
-                        across = min(start + kernel_right, width + right) - start
-                    else:
-                        across = min(start + kernel_right, width) - max(start, 0)
-                    out[q] /= np.float32(lines * across)
-                z[q] = ratio_of(out[q], z[q], relevance)
-                absorbs |= z[q] < _ZERO
+        if len(planes) == 0:
+            _reduce_plane(p_x + 4 * to_x, p_ratio + 4 * to_ratio, p_plane, a_size, shift, counted, largest)
+            flat_x[to_x] /= counted_down[0] * counted_across[0]
+            flat_ratio[to_ratio] = ratio_of(flat_x[to_x], flat_ratio[to_ratio], relevance)
+            absorbs = flat_ratio[to_ratio] < _ZERO
+        for y in range(0, height if len(planes) else 0, block_rows):
+            for left in range(0, across, block_columns):
+                for i in range(len(planes)):
+                    copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3], y * step_down + planes[i, 0],
+                               left * step_right + planes[i, 1], step_down, step_right, _NO_NUMBER)
+                for row in range(min(block_rows, height - y)):
+                    to = (y + row) * across + left
+                    absorbs |= _reduce_windows(p_x + 4 * (to_x + to), p_ratio + 4 * (to_ratio + to), p_block + 4 * row * width,
+                                               offsets.ctypes.data, len(offsets), min(block_columns, across - left), counted_down[y + row],
+                                               counted_across.ctypes.data + 4 * left, shift, counted, largest, relevance != 0)
         if absorbs:
             dead[n] = 1
 
 
 @kernel
-def pool2d_redistribute(c_in, c, ratio, a, low, high, c_in_channel, c_channel, a_channel, kernel_down, kernel_right,
-                        stride_down, stride_right, top, left, features, relevance, accumulate, first, last):
-    """c_in <- the sum of ratio * c over the windows that hold a number, for the features that it has.
+def _is_whole(rows, columns, height, width, kernel_down, kernel_right, top, left):
+    """Whether the one window is the whole plane."""
+    return rows * columns == 1 and kernel_down == height and kernel_right == width and top == left == 0
 
-    ratio * c is written over ratio: it is read once for each tap.
-    """
+
+@kernel
+def _block_of_shares(places, size, kernel_size, stride, padding):
+    """Along one axis: how many zeros lie before the shares, and how long the block is: windows that an input looks for need not exist."""
+    before = (kernel_size - 1) // stride
+    return before, before + max(places, (size - 1 + padding) // stride + 1)
+
+
+def pool2d_redistribute_elements(kernel_size, stride, padding, in_shape, out_shape):
+    """Floats of the scratch arrays `block` and `results` of pool2d_redistribute."""
+    down, across = (_block_of_shares(out_shape[axis], in_shape[axis], kernel_size[axis], stride[axis], padding[axis])[1] for axis in (0, 1))
+    return down * (across + LANES) + LANES, in_shape[0] * in_shape[1] + in_shape[1] + 2 * LANES
+
+
+@kernel
+def pool2d_redistribute(c_in, c, ratio, a, low, block, results, c_in_channel, c_channel, a_channel, kernel_down, kernel_right,
+                        stride_down, stride_right, top, left, features, relevance, accumulate, first, last):
+    """c_in <- the sum of ratio * c over the windows that hold a number, for the features that it has."""
     channels, rows, columns = ratio.shape[1:]
     height, width = a.shape[2:]
-    flat_in = c_in.reshape(c_in.size)
+    size, places = height * width, rows * columns
+    whole = _is_whole(rows, columns, height, width, kernel_down, kernel_right, top, left)
+    before_down, block_rows = _block_of_shares(rows, height, kernel_down, stride_down, top)
+    before_across, block_width = _block_of_shares(columns, width, kernel_right, stride_right, left)
+    block_width += LANES
+    as_it_is = features == ONES or (features != SIGNED and not relevance)
+    straight = as_it_is and (whole or stride_right == 1)  # from the sums into c_in
+    flat_c, flat_ratio, add = c.reshape(c.size), ratio.reshape(ratio.size), accumulate != 0
+    p_in, p_block, p_row = c_in.ctypes.data, block.ctypes.data, results.ctypes.data
+    p_ratio, p_c, p_a, p_phase = ratio.ctypes.data, c.ctypes.data, a.ctypes.data, p_row + 4 * (size + LANES)
+    lines, length = (1, size) if whole else (height, width)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        if features == NONNEGATIVE and not relevance and not accumulate and _is_whole(rows, columns, kernel_down, kernel_right, height,
-                                                                                      width, top, left):
-            begin = (n * c_in.shape[1] + c_in_channel + k) * height * width
-            everywhere = ratio[n, k, 0, 0] * c[n, c_channel + k, 0, 0]
-            for i in range(begin, begin + height * width):
-                flat_in[i] = everywhere
-            continue
-        for y in range(rows):
-            share, factor = ratio[n, k, y], c[n, c_channel + k, y]
-            for q in range(columns):
-                share[q] *= factor[q]
-        if not accumulate:
-            for y in range(height):
-                c_in[n, c_in_channel + k, y] = _ZERO
-        for y in range(rows):
-            share = ratio[n, k, y]
-            for i in range(kernel_down):
-                line = y * stride_down + i - top
-                if line < 0 or line >= height:
-                    continue
-                out, value = c_in[n, c_in_channel + k, line], a[n, a_channel + k, line]
-                for j in range(kernel_right):
-                    begin, end = _first_place(j - left, stride_right), _end_place(j - left, stride_right, width, columns)
-                    for q in range(begin, end):
-                        column = q * stride_right + j - left
-                        out[column] += give(share[q], value[column], features, low[k], high[k], relevance)
+        at_c, at_a = (n * c.shape[1] + c_channel + k) * places, (n * a.shape[1] + a_channel + k) * size
+        to = (n * c_in.shape[1] + c_in_channel + k) * size
+        shift = low[k] if features == BOX else _ZERO
+        if not whole:
+            copy_product(p_block, block_rows, block_width, p_ratio + 4 * unit * places, p_c + 4 * at_c, rows, columns, -before_down,
+                         -before_across, _ZERO)
+        for line in range(lines):
+            p_line = p_in + 4 * (to + line * width)
+            p_sums, adds = (p_line, add) if straight else (p_row, False)
+            row, first_tap = (line + top) // stride_down + before_down, (line + top) % stride_down
+            down = (max(kernel_down - first_tap, 0) + stride_down - 1) // stride_down
+            if whole:
+                fill_exactly(p_sums, flat_ratio[unit] * flat_c[at_c], size, adds)
+            elif stride_right == 1:
+                _sum_shares(p_sums, p_block + 4 * (row * block_width + left + before_across), down, block_width, kernel_right, width, adds)
+            else:
+                for phase in range(stride_right):
+                    begin = (phase - left) % stride_right
+                    count = (max(width - begin, 0) + stride_right - 1) // stride_right
+                    across = (max(kernel_right - phase, 0) + stride_right - 1) // stride_right
+                    shares = row * block_width + (begin + left) // stride_right + before_across
+                    _sum_shares(p_phase, p_block + 4 * shares, down, block_width, across, count, False)
+                    spread(p_row + 4 * begin, p_phase, stride_right, count)
+            if as_it_is and not straight:
+                copy_exactly(p_line, p_row, length, add)
+            elif not as_it_is:
+                _give_features(p_line, p_row, p_a + 4 * (at_a + line * width), length, shift, not relevance, add)

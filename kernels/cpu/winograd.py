@@ -15,25 +15,35 @@ of outputs, seen the largest input of all channels and then the list of outputs 
 """
 
 import numpy as np
-from fastdtd.kernels.cpu.conv2d import _copy_plane, _copy_product
-from fastdtd.kernels.cpu.elementwise import LEAST, finish, ratio_of
+from fastdtd.kernels.cpu.elementwise import LEAST, Finish, finish, ratio_of
 from fastdtd.kernels.cpu.jit import kernel
-from fastdtd.kernels.cpu.microkernel import (
+from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product
+from fastdtd.kernels.cpu.rows import copy_exactly
+from fastdtd.kernels.cpu.vector_code import (
+    F32,
+    I64,
     LANES,
-    MULTIPLY_TILE,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    copy_exactly,
-    winograd_finish,
-    winograd_input,
-    winograd_output,
+    NO_LANE,
+    VECTOR,
+    ZEROS,
+    any_lane,
+    load_vector,
+    number,
+    pick,
+    pointers,
+    store_vector,
 )
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 WINOGRAD_POINTS = 36
 _SUMS_BYTES = 1 << 19  # sums stay in the second-level cache
 _TRANSFORM = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
                        [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
 _ZERO = np.float32(0)
+_TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
 
 
 # ---- Sizes and weights, for the plan ---------------------------------------------------------------------------------------------------
@@ -94,7 +104,133 @@ def _stride(rows, block):
     return rows * block + LANES
 
 
-_TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
+# ---- Winograd's transforms, for a vector of tiles ----------------------------------------------------------------------------------------
+
+
+def _combine(builder, *terms):
+    """The sum of factor * value over the terms (factor, value), multiplied and added in this order."""
+    total = None
+    for factor, value in terms:
+        scaled = value if abs(factor) == 1 else builder.fmul(value, ir.Constant(VECTOR, [float(abs(factor))] * LANES), flags=("contract",))
+        if total is None:
+            total = scaled if factor > 0 else builder.fsub(ZEROS, scaled, flags=("contract",))
+        else:
+            total = (builder.fadd if factor > 0 else builder.fsub)(total, scaled, flags=("contract",))
+    return total
+
+
+def _transform_input(builder, d):
+    """B^T d: six inputs of a line -> their six points."""
+    p, q = _combine(builder, (1, d[4]), (-4, d[2])), _combine(builder, (1, d[3]), (-4, d[1]))
+    r, s = _combine(builder, (1, d[4]), (-1, d[2])), _combine(builder, (1, d[3]), (-1, d[1]))
+    return [_combine(builder, (1, d[4]), (4, d[0]), (-5, d[2])), _combine(builder, (1, p), (1, q)), _combine(builder, (1, p), (-1, q)),
+            _combine(builder, (1, r), (2, s)), _combine(builder, (1, r), (-2, s)), _combine(builder, (1, d[5]), (4, d[1]), (-5, d[3]))]
+
+
+def _transform_output(builder, m):
+    """A^T m: six points of a line -> its four outputs."""
+    p, q = _combine(builder, (1, m[1]), (1, m[2])), _combine(builder, (1, m[1]), (-1, m[2]))
+    r, s = _combine(builder, (1, m[3]), (1, m[4])), _combine(builder, (1, m[3]), (-1, m[4]))
+    return [_combine(builder, (1, m[0]), (1, p), (1, r)), _combine(builder, (1, q), (2, s)), _combine(builder, (1, p), (4, r)),
+            _combine(builder, (1, m[5]), (1, q), (8, s))]
+
+
+@intrinsic
+def _input_tiles(typing_context, points, stride, lines, width):
+    """points (36, LANES, `stride` floats apart) <- LANES tiles side by side in lines (6, `width`): tile t reads columns 4 t to 4 t + 5."""
+    def codegen(context, builder, signature, arguments):
+        p_points, p_lines = pointers(builder, (arguments[0], arguments[2]), F32, F32)
+        stride, width = arguments[1], arguments[3]
+        # Down the columns first, on rows as they lie in memory; then across, tiles in lanes.
+        columns = []
+        for j in range(5):
+            rows = [load_vector(builder, p_lines, builder.add(builder.mul(width, number(i)), number(j * LANES))) for i in range(6)]
+            columns.append(_transform_input(builder, rows))
+        half = [4 * i for i in range(LANES // 2)]
+        for i in range(6):
+            line = [columns[j][i] for j in range(5)]
+            d = []
+            for k in range(4):
+                left, right = (pick(builder, line[j], line[j + 1], [k + place for place in half]) for j in (0, 2))
+                d.append(pick(builder, left, right, list(range(LANES))))
+            for k in range(2):  # columns 4 and 5 of a tile are 0 and 1 of the next
+                d.append(pick(builder, d[k], line[4], [*range(1, LANES), LANES + k]))
+            for j, point in enumerate(_transform_input(builder, d)):
+                store_vector(builder, point, p_points, builder.mul(stride, number(6 * i + j)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+def _outputs(builder, p_sums, stride):
+    """The 4 x 4 outputs of LANES tiles from sums (36, LANES, `stride` floats apart): line by line, as functions to call when needed."""
+    across = []
+    for j in range(6):
+        across.append(_transform_output(builder, [load_vector(builder, p_sums, builder.mul(stride, number(6 * i + j))) for i in range(6)]))
+    return [[across[j][i] for j in range(6)] for i in range(4)]
+
+
+def _interleave(builder, four):
+    """Four vectors, tiles in lanes -> four vectors in the order of columns."""
+    low = [pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2) for v in (i, LANES + i)]) for k in (0, 2)]
+    high = [pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2, LANES) for v in (i, LANES + i)]) for k in (0, 2)]
+    result = []
+    for left, right in (low, high):
+        for begin in (0, LANES // 2):
+            places = [v for i in range(begin, begin + LANES // 2, 2) for v in (i, i + 1, LANES + i, LANES + i + 1)]
+            result.append(pick(builder, left, right, places))
+    return result
+
+
+@intrinsic
+def _output_tiles(typing_context, stage, sums, stride):
+    """stage (4, 4 LANES) <- the outputs of LANES tiles from sums (36, LANES, `stride` floats apart), no less than 0."""
+    def codegen(context, builder, signature, arguments):
+        p_stage, p_sums = pointers(builder, arguments[:2], F32, F32)
+        for i, line in enumerate(_outputs(builder, p_sums, arguments[2])):
+            outputs = _transform_output(builder, line)
+            outputs = [builder.select(builder.fcmp_ordered("<", value, ZEROS), ZEROS, value) for value in outputs]
+            for j, vector in enumerate(_interleave(builder, outputs)):
+                store_vector(builder, vector, p_stage, number((4 * i + j) * LANES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
+def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, bias, relu, relevance, least):
+    """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (see finish_vectors) from the points of y and of z, `stride` floats apart.
+
+    A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1 where a ratio is
+    negative, plus 2 where one is NaN.
+    """
+    signature = types.int64(*[types.intp] * 4, types.float32, types.boolean, types.boolean, types.float32)
+
+    def codegen(context, builder, signature, arguments):
+        p_stage, p_y, p_z = pointers(builder, arguments[:3], F32, F32, F32)
+        stride, bias, relu, relevance, least = arguments[3:]
+        finish = Finish(builder, bias, relu, relevance, least)
+        all_z = [_transform_output(builder, line) for line in _outputs(builder, p_z, stride)]
+        largest = all_z[0][0]
+        for z in (z for line in all_z for z in line):
+            largest = builder.select(builder.fcmp_ordered(">", z, largest), z, largest)
+        small = _combine(builder, (2.0**-8, largest))
+        found = doubtful = NO_LANE
+        for i, (line_y, line_z) in enumerate(zip(_outputs(builder, p_y, stride), all_z, strict=True)):
+            results = []
+            for y, z in zip(_transform_output(builder, line_y), line_z, strict=True):
+                x, ratio = finish(y, z)
+                found = builder.or_(found, builder.fcmp_ordered("<", ratio, ZEROS))
+                doubt = builder.and_(builder.fcmp_ordered("<", z, small), builder.fcmp_ordered(">", x, _combine(builder, (8, z))))
+                doubtful = builder.or_(doubtful, doubt)
+                results.append((x, builder.select(doubt, ir.Constant(VECTOR, [float("nan")] * LANES), ratio)))
+            for part in range(2):
+                for j, vector in enumerate(_interleave(builder, [result[part] for result in results])):
+                    store_vector(builder, vector, p_stage, number((16 * part + 4 * i + j) * LANES))
+        found, doubtful = builder.zext(any_lane(builder, found), I64), builder.zext(any_lane(builder, doubtful), I64)
+        return builder.add(found, builder.shl(doubtful, number(1)))
+
+    return signature, codegen
 
 
 # ---- Parts of both directions ------------------------------------------------------------------------------------------------------------
@@ -125,7 +261,7 @@ def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points
 
 
 @kernel
-def _store(p_out, p_stage, channels, channel, height, across, tile, count, tiles_across, tiles_of_image, accumulate):
+def _store_tiles(p_out, p_stage, channels, channel, height, across, tile, count, tiles_across, tiles_of_image, accumulate):
     """Rows of so many tiles go from the stage (4, 4 LANES) to where they belong in out (N, channels, height, across)."""
     done = 0
     while done < count:
@@ -212,6 +348,7 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[2]
     points_stride, sums_stride = _stride(channels, block), _stride(2 * panels_together * TILE_ROWS, block)
     p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
+    p_a = a.ctypes.data
     p_packed, p_packed_v = packed[0].ctypes.data, packed[1].ctypes.data
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
     marks = seen.view(np.int32)
@@ -225,11 +362,11 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
             while t < count:
                 n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
                 width = 4 * length + 2
-                _copy_plane(lines, 0, 6, width, a, n * a.shape[1] + a_channel + g * channels + channel, 4 * row - top,
-                            4 * column - left, 1, 1, 0, _ZERO)
+                p_plane = p_a + 4 * (n * a.shape[1] + a_channel + g * channels + channel) * a.shape[2] * a.shape[3]
+                copy_plane(p_lines, 6, width, p_plane, a.shape[2], a.shape[3], 4 * row - top, 4 * column - left, 1, 1, _ZERO)
                 _note_largest(seen, at, lines, 6 * width)
                 for i in range(0, length, LANES):
-                    winograd_input(p_points + 4 * (channel * block + t + i), points_stride, p_lines + 16 * i, width)
+                    _input_tiles(p_points + 4 * (channel * block + t + i), points_stride, p_lines + 16 * i, width)
                 t, at = t + length, at + 6 * width
         any_blind = _list_blind(marks, 36 * block, seen, tile, count, tiles_across, tiles_of_image)
         absorbs = False
@@ -246,21 +383,23 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                 k = g * per_group + panel * TILE_ROWS + i
                 for t in range(0, count, LANES):
                     at = 4 * (i * block + t)
-                    found = winograd_finish(p_stage, p_sums + at, p_sums_z + at, sums_stride, bias[k], relu != 0, relevance != 0, LEAST)
+                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, bias[k], relu != 0, relevance != 0, LEAST)
                     absorbs |= found & 1 != 0
                     if any_blind:
                         value = finish(bias[k], relu)
-                        share = ratio_of(value, _ZERO, relevance)
+                        absorbed = ratio_of(value, _ZERO, relevance)
                         for j in range(marks[36 * block + t // LANES], marks[36 * block + t // LANES + 1]):
                             stage[marks[j]] = value
-                            stage[16 * LANES + marks[j]] = share
-                            absorbs |= share < _ZERO
+                            stage[16 * LANES + marks[j]] = absorbed
+                            absorbs |= absorbed < _ZERO
                     now = min(LANES, count - t)
                     if found & 2:
                         absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now, tiles_across,
                                                  tiles_of_image, height, across, top, left, relu, relevance)
-                    _store(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across, tiles_of_image, False)
-                    _store(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across, tiles_of_image, False)
+                    _store_tiles(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across, tiles_of_image,
+                                 False)
+                    _store_tiles(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across, tiles_of_image,
+                                 False)
         if absorbs:
             for n in range(tile // tiles_of_image, (tile + count - 1) // tiles_of_image + 1):
                 dead[n] = 1
@@ -282,6 +421,7 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[1]
     points_stride, sums_stride = _stride(outputs, block), _stride(panels_together * TILE_ROWS, block)
     p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
+    p_ratio, p_c, size = ratio.ctypes.data, c.ctypes.data, c.shape[2] * c.shape[3]
     for unit in range(first, last):
         share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
         count = min(block, all_tiles - tile)
@@ -290,10 +430,11 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
             while t < count:
                 n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
                 width = 4 * length + 2
-                _copy_product(lines, 0, 6, width, ratio, (n * groups + g) * outputs + k, c, n * c.shape[1] + c_channel + g * outputs + k,
-                              4 * row - top, 4 * column - left)
+                copy_product(p_lines, 6, width, p_ratio + 4 * ((n * groups + g) * outputs + k) * size,
+                             p_c + 4 * (n * c.shape[1] + c_channel + g * outputs + k) * size, c.shape[2], c.shape[3], 4 * row - top,
+                             4 * column - left, _ZERO)
                 for i in range(0, length, LANES):
-                    winograd_input(p_points + 4 * (k * block + t + i), points_stride, p_lines + 16 * i, width)
+                    _input_tiles(p_points + 4 * (k * block + t + i), points_stride, p_lines + 16 * i, width)
                 t += length
         end = panels * (share + 1) // shares
         for panel in range(panels * share // shares, end, panels_together):
@@ -303,6 +444,6 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
                              offsets.ctypes.data, outputs, block, count)
             for i in range(min(together * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 for t in range(0, count, LANES):
-                    winograd_output(p_stage, p_sums + 4 * (i * block + t), sums_stride)
-                    _store(c_in.ctypes.data, p_stage, c_in.shape[1], c_in_channel + g * per_group + panel * TILE_ROWS + i, height, across,
-                           tile + t, min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
+                    _output_tiles(p_stage, p_sums + 4 * (i * block + t), sums_stride)
+                    _store_tiles(c_in.ctypes.data, p_stage, c_in.shape[1], c_in_channel + g * per_group + panel * TILE_ROWS + i, height,
+                                 across, tile + t, min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)

@@ -1,0 +1,187 @@
+"""Arithmetic on rows of numbers, from address to address.
+
+"..._vectors" do whole vectors: they write (and read) up to LANES - 1 numbers behind the last, and what is there must not matter. The others
+touch nothing behind the last.
+"""
+
+from fastdtd.kernels.cpu.vector_code import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    load_vector,
+    loop_over,
+    loop_range,
+    negative,
+    number,
+    pick,
+    pointers,
+    positive,
+    splat,
+    store_vector,
+)
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+# ---- Whole vectors -----------------------------------------------------------------------------------------------------------------------
+
+
+def _make_vector_loop(operation, inputs):
+    @intrinsic
+    def loop(typing_context, out, p, q, count):
+        def codegen(context, builder, signature, arguments):
+            p_out, *sources = pointers(builder, arguments[:3], F32, F32, F32)
+
+            def one_step(step, nothing):
+                store_vector(builder, operation(builder, *(load_vector(builder, source, step) for source in sources[:inputs])), p_out, step)
+                return nothing
+
+            loop_range(builder, number(0), arguments[3], LANES, [], one_step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 4), codegen
+
+    return loop
+
+
+# out <- p, p + q, p * q: `count` numbers from each address.
+copy_vectors = _make_vector_loop(lambda builder, p: p, 1)
+add_vectors = _make_vector_loop(ir.IRBuilder.fadd, 2)
+multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
+
+
+@intrinsic
+def copy_second_vectors(typing_context, out, values, count):
+    """out <- values[0], values[2], ...: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_values = pointers(builder, arguments[:2], F32, F32)
+
+        def one_step(step, nothing):
+            source = builder.shl(step, number(1))
+            pair = [load_vector(builder, p_values, builder.add(source, number(j * LANES))) for j in range(2)]
+            store_vector(builder, pick(builder, *pair, list(range(0, 2 * LANES, 2))), p_out, step)
+            return nothing
+
+        loop_range(builder, number(0), arguments[2], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
+def fill_vectors(typing_context, out, count, value):
+    """out <- value: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        (p_out,), vector = pointers(builder, arguments[:1], F32), splat(builder, arguments[2])
+
+        def one_step(step, nothing):
+            store_vector(builder, vector, p_out, step)
+            return nothing
+
+        loop_range(builder, number(0), arguments[1], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.float32), codegen
+
+
+@intrinsic
+def keep_sign_vectors(typing_context, row, count, plus):
+    """row <- max(row, 0) if `plus`, else min(row, 0): `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        p_row, = pointers(builder, arguments[:1], F32)
+
+        def one_step(step, nothing):
+            value = load_vector(builder, p_row, step)
+            store_vector(builder, builder.select(arguments[2], positive(builder, value), negative(builder, value)), p_row, step)
+            return nothing
+
+        loop_range(builder, number(0), arguments[1], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.boolean), codegen
+
+
+# ---- Exactly so many numbers -------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def copy_exactly(typing_context, out, values, count, add):
+    """out <- values, or added to out if `add`: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_values = pointers(builder, arguments[:2], F32, F32)
+
+        def one_vector(step, nothing, load, store):
+            value = load(p_values, step)
+            store(builder.select(arguments[3], builder.fadd(load(p_out, step), value), value), p_out, step)
+            return nothing
+
+        loop_over(builder, arguments[2], [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.boolean), codegen
+
+
+@intrinsic
+def fill_exactly(typing_context, out, value, count, add):
+    """out <- value, or added to out if `add`: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        (p_out,), value, add = pointers(builder, arguments[:1], F32), splat(builder, arguments[1]), arguments[3]
+
+        def one_vector(step, nothing, load, store):
+            store(builder.select(add, builder.fadd(load(p_out, step), value), value), p_out, step)
+            return nothing
+
+        loop_over(builder, arguments[2], [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32, types.intp, types.boolean), codegen
+
+
+@intrinsic
+def copy_strided(typing_context, out, values, stride, count):
+    """out <- values[0], values[stride], ...: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_values = pointers(builder, arguments[:2], F32, F32)
+
+        def one_step(step, nothing):
+            builder.store(builder.load(builder.gep(p_values, [builder.mul(step, arguments[2])])), builder.gep(p_out, [step]))
+            return nothing
+
+        loop_range(builder, number(0), arguments[3], 1, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+@intrinsic
+def spread(typing_context, out, values, stride, count):
+    """out[i * stride] <- values[i]: `count` numbers."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_values = pointers(builder, arguments[:2], F32, F32)
+
+        def one_value(i, nothing):
+            builder.store(builder.load(builder.gep(p_values, [i])), builder.gep(p_out, [builder.mul(i, arguments[2])]))
+            return nothing
+
+        loop_range(builder, number(0), arguments[3], 1, [], one_value)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+@intrinsic
+def add_at(typing_context, out, places, values, count):
+    """out[places[i]] += values[i], places int32, `count` of them."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_places, p_values = pointers(builder, arguments[:3], F32, I32, F32)
+
+        def one_value(i, nothing):
+            pointer = builder.gep(p_out, [builder.sext(builder.load(builder.gep(p_places, [i])), I64)])
+            builder.store(builder.fadd(builder.load(pointer), builder.load(builder.gep(p_values, [i]))), pointer)
+            return nothing
+
+        loop_range(builder, number(0), arguments[3], 1, [], one_value)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen

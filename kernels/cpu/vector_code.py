@@ -1,0 +1,187 @@
+"""Pieces of LLVM code for the intrinsics that the kernels are made of: vectors, loops, and what is left at the end of a row.
+
+Numba's own vectoriser leaves half of the chip unused on products, and more on short rows. Intrinsics work on addresses and integers: an
+array that is sliced or passed to a function is a counted reference in Numba, and counting takes longer than a short loop.
+"""
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils, config
+
+
+def cpu_features():
+    """What Numba compiles for, as LLVM writes it: the environment's word (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES), else this processor."""
+    if config.CPU_FEATURES is not None:
+        return config.CPU_FEATURES
+    return "" if config.CPU_NAME == "generic" else llvm.get_host_cpu_features().flatten()
+
+
+def _lanes():
+    """Floats in a vector."""
+    features = cpu_features().split(",")
+    return 16 if "+avx512f" in features else 8 if "+avx2" in features else 4  # 4: SSE2, NEON and whatever else LLVM maps four lanes to
+
+
+LANES = _lanes()
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR, INTEGERS, BITS = (ir.VectorType(kind, LANES) for kind in (F32, I32, ir.IntType(1)))
+ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
+NO_LANE = ir.Constant(BITS, [0] * LANES)
+_LANE_NUMBERS = ir.Constant(INTEGERS, list(range(LANES)))
+
+
+# ---- Numbers and vectors -----------------------------------------------------------------------------------------------------------------
+
+
+def number(value):
+    return ir.Constant(I64, value)
+
+
+def pointers(builder, addresses, *kinds):
+    return [builder.inttoptr(address, kind.as_pointer()) for address, kind in zip(addresses, kinds, strict=True)]
+
+
+def vector_at(builder, base, offset):
+    kind = ir.VectorType(base.type.pointee, LANES)
+    return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
+
+
+def load_vector(builder, base, offset):
+    value = builder.load(vector_at(builder, base, offset))
+    value.align = 4
+    return value
+
+
+def store_vector(builder, value, base, offset):
+    builder.store(value, vector_at(builder, base, offset)).align = 4
+
+
+def splat(builder, value, kind=VECTOR):
+    """A vector with `value` in each lane."""
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(INTEGERS, [0] * LANES))
+
+
+def progression(builder, first, step):
+    """The integers (of 64 bits) first, first + step, ... as a vector of 32 bits."""
+    first, step = (splat(builder, builder.trunc(value, I32), INTEGERS) for value in (first, step))
+    return builder.add(first, builder.mul(_LANE_NUMBERS, step))
+
+
+def lanes_before(builder, count):
+    """Which lanes have a number less than `count`, a positive integer of 64 bits."""
+    return builder.icmp_signed("<", _LANE_NUMBERS, splat(builder, builder.trunc(count, I32), INTEGERS))
+
+
+def larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def positive(builder, vector):
+    return larger(builder, vector, ZEROS)
+
+
+def negative(builder, vector):
+    return builder.select(builder.fcmp_ordered("<", vector, ZEROS), vector, ZEROS)
+
+
+def pick(builder, a, b, places):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(places)), places))
+
+
+def any_lane(builder, bits):
+    return builder.icmp_unsigned("!=", builder.bitcast(bits, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
+
+
+def combine_lanes(builder, vector, operation):
+    """One number of all lanes: operation(builder, half, other half) until one is left."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        undefined, kind = ir.Constant(vector.type, ir.Undefined), ir.VectorType(I32, lanes)
+        halves = [builder.shuffle_vector(vector, undefined, ir.Constant(kind, list(range(first, first + lanes)))) for first in (0, lanes)]
+        vector = operation(builder, *halves)
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def multiply_add(builder, total, a, b):
+    # "contract" makes one fused multiply-add where the processor has it, and works where it has not.
+    return builder.fadd(total, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
+
+
+def prefetch(builder, pointer):
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+
+
+# ---- Loops -------------------------------------------------------------------------------------------------------------------------------
+
+
+def loop_range(builder, first, last, stride, values, body):
+    """for step in range(first, last, stride): values = body(step, values). Skipped where first >= last; returns the values behind it."""
+    before = builder.block
+    inside, after = builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", first, last), inside, after)
+    builder.position_at_end(inside)
+    step = builder.phi(I64)
+    step.add_incoming(first, before)
+    phis = []
+    for value in values:
+        phis.append(builder.phi(value.type))
+        phis[-1].add_incoming(value, before)
+    results = body(step, phis)
+    end = builder.block
+    following = builder.add(step, number(stride))
+    step.add_incoming(following, end)
+    for phi, value in zip(phis, results, strict=True):
+        phi.add_incoming(value, end)
+    builder.cbranch(builder.icmp_signed("<", following, last), inside, after)
+    builder.position_at_end(after)
+    merged = []
+    for old, new in zip(values, results, strict=True):
+        merged.append(builder.phi(old.type))
+        merged[-1].add_incoming(old, before)
+        merged[-1].add_incoming(new, end)
+    return merged
+
+
+def loop_over(builder, count, values, body):
+    """values = body(step, values, load, store) for each vector of `count` numbers; returns the last values.
+
+    load(base, offset, outside=zeros) reads a vector, with lanes of the vector `outside` behind the last number; store(vector, base, offset)
+    writes nothing there.
+    """
+    def load_whole(base, offset, outside=ZEROS):
+        return load_vector(builder, base, offset)
+
+    def store_whole(vector, base, offset):
+        store_vector(builder, vector, base, offset)
+
+    def last_step(step, values):
+        mask = lanes_before(builder, builder.sub(count, step))
+        return body(step, values, lambda base, offset, outside=ZEROS: _masked_load(builder, base, offset, mask, outside),
+                    lambda vector, base, offset: _masked_store(builder, vector, base, offset, mask))
+
+    whole = builder.sub(count, builder.srem(count, number(LANES)))
+    values = loop_range(builder, number(0), whole, LANES, values, lambda step, values: body(step, values, load_whole, store_whole))
+    return loop_range(builder, whole, count, LANES, values, last_step)
+
+
+def _masked_load(builder, base, offset, mask, outside):
+    pointer = vector_at(builder, base, offset)
+    function = _masked(builder, "load", VECTOR, [pointer.type, I32, BITS, VECTOR], VECTOR)
+    return builder.call(function, [pointer, ir.Constant(I32, 4), mask, outside])
+
+
+def _masked_store(builder, vector, base, offset, mask):
+    pointer = vector_at(builder, base, offset)
+    function = _masked(builder, "store", ir.VoidType(), [vector.type, pointer.type, I32, BITS], vector.type)
+    builder.call(function, [vector, pointer, ir.Constant(I32, 4), mask])
+
+
+def _masked(builder, name, result, arguments, vector):
+    kind = f"v{LANES}{'f32' if vector == VECTOR else 'i32'}"
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), f"llvm.masked.{name}.{kind}.p0{kind}")
