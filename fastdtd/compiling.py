@@ -63,7 +63,7 @@ def warm_up(device: str = "cpu") -> str:
         plan.back(executor.submit)
     if _unkept:
         raise OutputError(f"compiled kernels cannot be kept ({_unkept[0]}); {_ADVICE}")
-    return str(module.conv2d_forward.stats.cache_path)
+    return str(module.run_steps.stats.cache_path)
 
 
 def _network() -> g.Graph:

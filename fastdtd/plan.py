@@ -1,7 +1,7 @@
 """(graph, rules, kernels, batch) -> Plan: the only place that allocates, and that binds kernels to memory.
 
-A plan is two flat lists of bound calls, forward and back. Compiling it takes two looks: the first writes down each call with the buffers it
-touches, the second lays the buffers out in one arena, where those that are never alive together share memory, and binds the calls.
+A plan is a flat list of bound calls, forward and then back. Compiling it takes two looks: the first writes down each call with the buffers
+it touches, the second lays the buffers out in one arena, where those that are never alive together share memory, and binds the calls.
 
 What goes back. R = |a| c is the relevance of an activation a. Most tensors carry the factor c; a tensor that some layer reads under a rule
 whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does the network's input. docs/architecture.md says more.
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -148,9 +147,10 @@ class Plan:
             (source, graph.input_shape), (output, graph.shapes[graph.output]), (start, graph.shapes[graph.output]),
             (relevance, graph.input_shape)))
         self.output, self.start = self.output[:, :, 0, 0], self.start[:, :, 0, 0]
-        bound = [self._bind(worker, workers) for worker in range(workers)]
-        self._forward, self._back = [calls[:middle] for calls in bound], [calls[middle:] for calls in bound]
-        self._conditions = {step - middle: dead for step, dead in self._conditions.items()}
+        self._bound = [self._bind(worker) for worker in range(workers)]  # what the tables hold addresses of
+        self._tables = [np.array([(call.code, call.slots.ctypes.data, call.first, call.last) for call in calls], np.int64)
+                        for calls in self._bound]
+        self._middle = middle
 
     @property
     def nbytes(self) -> int:
@@ -162,12 +162,12 @@ class Plan:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
         for _, dead in self._tapes.values():
             dead[:] = 0
-        _run(self._forward, {}, self._kernels, submit)
+        self._run(range(self._middle), submit)
 
     def back(self, submit: Callable[..., Any] | None = None) -> None:
         """start -> relevance and ledger."""
         self.ledger[:] = 0
-        _run(self._back, self._conditions, self._kernels, submit)
+        self._run(range(self._middle, len(self._steps)), submit)
 
     # -- Where tensors live
 
@@ -487,9 +487,9 @@ class Plan:
         tensor, shape = item
         return self._bind_use(tensor.use)[:, tensor.channel:tensor.channel + shape[0]]
 
-    def _bind(self, worker: int, workers: int) -> list[Callable[[], None]]:
+    def _bind(self, worker: int) -> list[_Call]:
         scratch = {name: np.empty(elements + self._kernels.CONV2D_COLUMNS, np.float32) for name, elements in self._scratch.items()}
-        calls: list[Callable[[], None]] = []
+        calls = []
         for kernel, arguments, units in self._steps:
             bound: list[Any] = []
             for argument in arguments:
@@ -500,9 +500,40 @@ class Plan:
                         bound.append(scratch[name])
                     case _:
                         bound.append(argument)
-            first, last = units * worker // workers, units * (worker + 1) // workers
-            calls.append(partial(kernel, *bound, first, last))
+            first, last = units * worker // self.workers, units * (worker + 1) // self.workers
+            code, slots = self._kernels.bind(kernel, bound)
+            calls.append(_Call(code, slots, bound, first, last))
         return calls
+
+    # -- Making them
+
+    def _run(self, steps: Iterable[int], submit: Callable[..., Any] | None) -> None:
+        """Make the calls of these steps, each once all workers are done with the one before."""
+        wanted = np.array([step for step in steps if step not in self._conditions or self._conditions[step].any()], np.int64)
+        counter = np.zeros(1, np.int64)
+
+        def work(table: npt.NDArray[np.int64]) -> None:
+            progress = np.zeros(2, np.int64)
+            try:
+                while not self._kernels.run_steps(table, wanted, progress, counter, self.workers):
+                    time.sleep(0)
+            except BaseException:
+                counter[0] = self._kernels.BROKEN  # nobody waits for who does not come
+                raise
+
+        others: list[Future[None]] = []
+        try:
+            if self.workers > 1:
+                assert submit is not None
+                others += (submit(work, table) for table in self._tables[1:])
+            work(self._tables[0])
+        except BaseException:
+            counter[0] = self._kernels.BROKEN
+            raise
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
 
 @dataclass(frozen=True)
@@ -512,59 +543,15 @@ class _Scratch:
     name: str
 
 
-class _Barrier:
-    """Lets `workers` threads go on when all have arrived, again and again; broken once and for all by the first that fails."""
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A step of one worker, bound: addresses of code and arguments, the arguments themselves, and which units it does."""
 
-    def __init__(self, kernels: ModuleType, workers: int) -> None:
-        self._kernels, self._workers = kernels, workers
-        self._counter = np.zeros(1, np.int64)
-
-    def wait(self) -> bool:
-        """Returns whether all have come; otherwise the barrier is broken."""
-        arrival = self._kernels.meet(self._counter, self._workers, 0)
-        while arrival and self._counter[0] < _BROKEN:
-            time.sleep(0)
-            arrival = self._kernels.meet(self._counter, self._workers, arrival)
-        return bool(self._counter[0] < _BROKEN)
-
-    def abort(self) -> None:
-        self._counter[0] = _BROKEN
-
-
-_BROKEN = 1 << 62
-
-
-def _run(calls: list[list[Callable[[], None]]], conditions: dict[int, npt.NDArray[np.uint8]], kernels: ModuleType,
-         submit: Callable[..., Any] | None) -> None:
-    wanted = [step for step in range(len(calls[0])) if step not in conditions or conditions[step].any()]
-    if len(calls) == 1:
-        for step in wanted:
-            calls[0][step]()
-        return
-    assert submit is not None
-    barrier = _Barrier(kernels, len(calls))
-
-    def work(own: list[Callable[[], None]]) -> None:
-        try:
-            for step in wanted:
-                own[step]()
-                if not barrier.wait():
-                    return  # who broke it says why
-        except BaseException:
-            barrier.abort()
-            raise
-
-    others: list[Future[None]] = []
-    try:
-        others += (submit(work, own) for own in calls[1:])
-        work(calls[0])
-    except BaseException:
-        barrier.abort()
-        raise
-    finally:
-        wait(others)
-    for other in others:
-        other.result()
+    code: int
+    slots: npt.NDArray[np.int64]
+    arguments: list[Any]
+    first: int
+    last: int
 
 
 def _bias(layer: g.Conv2d | g.Dense) -> Array:

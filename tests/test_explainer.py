@@ -8,10 +8,12 @@ import time
 import warnings
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import naive
 import numpy as np
 import pytest
+from fastdtd.kernels import cpu
 from graphs import graphs, graphs_and_rules, pictures
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -213,10 +215,12 @@ def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
     expected = explain(made, batch).relevance
     plan = made._plans.take(2, 3)
 
-    def fail():
-        raise MemoryError("on purpose")
+    def run_steps(steps, *others):
+        if steps is plan._tables[1]:
+            raise MemoryError("on purpose")
+        return cpu.run_steps(steps, *others)
 
-    plan._forward[1][0] = fail
+    plan._kernels = SimpleNamespace(**vars(cpu) | {"run_steps": run_steps})
     made._plans.give_back(plan)
     with pytest.raises(MemoryError, match="on purpose"):
         explain(made, batch)
@@ -464,7 +468,7 @@ def test_who_works_side_by_side(threads, callers):
     expected = explain(made, batch, 0).relevance
     for _ in range(2):
         plan = made._plans._make(1, 1)
-        plan._forward[0].insert(0, both.wait)  # goes on when another plan is there too
+        plan.forward = lambda submit, forward=plan.forward: (both.wait(), forward(submit))  # goes on when another plan is there too
         made._plans.idle.append(plan)
     with ThreadPoolExecutor(callers) as executor:
         results = list(executor.map(lambda _: made(batch, 0).relevance, range(callers)))

@@ -56,7 +56,7 @@ def test_buffers_alive_together_do_not_overlap(case):
                 assert np.prod(use.shape) <= use.buffer.elements
                 first, _ = alive.get(use.buffer, (step, step))
                 alive[use.buffer] = (first, step)
-    middle, end = len(plan._forward[0]), len(plan._steps)
+    middle, end = plan._middle, len(plan._steps)
     for tensor, written, read in [(plan._activation(g.INPUT), -1, 0), (plan._activation(case[0].output), 0, middle),
                                   (plan._factor(case[0].output), middle, middle), (plan._factor(g.INPUT), end, end)]:
         first, last = alive.get(tensor.use.buffer, (written, read))
@@ -78,9 +78,9 @@ def test_nothing_reads_what_was_not_written(case):
     for poison in (np.nan, 1e30):
         plan._arena[:] = poison
         plan.ledger[:] = np.nan
-        for calls in plan._forward:
+        for calls in plan._bound:
             for call in calls:
-                for scratch in call.args:  # blocks and tiles
+                for scratch in call.arguments:  # blocks and tiles
                     if isinstance(scratch, np.ndarray) and scratch.flags.writeable and not np.shares_memory(scratch, plan._arena):
                         scratch[...] = 0 if scratch.dtype == np.uint8 else poison  # dead marks are the plan's memory between runs
         for ours, theirs in zip(run(plan, batch), expected, strict=True):

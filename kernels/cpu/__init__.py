@@ -1,6 +1,5 @@
 """Numba kernels for processors: compiled on first use, single-threaded, free of the GIL."""
 
-from fastdtd.kernels.cpu.barrier import meet
 from fastdtd.kernels.cpu.conv2d import (
     CONV2D_COLUMNS,
     conv2d_block_shape,
@@ -37,6 +36,7 @@ from fastdtd.kernels.cpu.pool2d import (
     pool2d_redistribute,
     pool2d_redistribute_elements,
 )
+from fastdtd.kernels.cpu.steps import BROKEN, bind, run_steps, steps_compiled
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block,
     winograd2d_forward,
@@ -49,12 +49,14 @@ from fastdtd.kernels.cpu.winograd import (
 )
 
 __all__ = [
+    "BROKEN",
     "CONV2D_COLUMNS",
     "DENSE_FEATURES",
     "LEAST",
     "absorb_redistribute",
     "add_forward",
     "add_redistribute",
+    "bind",
     "clear_redistribute",
     "conv2d_block_shape",
     "conv2d_forward",
@@ -72,12 +74,13 @@ __all__ = [
     "dense_redistribute_elements",
     "max_pool2d_forward",
     "max_pool2d_redistribute",
-    "meet",
     "pool2d_forward",
     "pool2d_redistribute",
     "pool2d_redistribute_elements",
     "relu_forward",
     "relu_redistribute",
+    "run_steps",
+    "steps_compiled",
     "winograd2d_block",
     "winograd2d_forward",
     "winograd2d_pack",

@@ -125,19 +125,18 @@ def _write(path, content):
 # ---- Decorators --------------------------------------------------------------------------------------------------------------------------
 
 
-def _compiled(**options):
-    def decorate(function):
-        if NullCache is None:
-            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-        if function.__closure__:  # functions that one function makes: told apart by name, in the cache and among the symbols of cached code
-            constants = dumps([cell.cell_contents for cell in function.__closure__])
-            function.__qualname__ += f"-{hashlib.sha256(constants).hexdigest()[:8]}"
-        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
-        dispatcher._cache = _KernelCache(function)
-        return dispatcher
-    return decorate
+def compiled(function, name=""):
+    """The kernel of a Python function, known by another name in the cache if one is given."""
+    if name:
+        function.__name__ = function.__qualname__ = name
+    if NullCache is None:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    if function.__closure__ and not name:  # functions that one function makes are told apart by name, here and among symbols of cached code
+        constants = dumps([cell.cell_contents for cell in function.__closure__])
+        function.__qualname__ += f"-{hashlib.sha256(constants).hexdigest()[:8]}"
+    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _KernelCache(function)
+    return dispatcher
 
 
-kernel = _compiled()
-# Sums may be reordered, so that they vectorise; each compiled loop still has one order, whatever the batch or the thread.
-kernel_reordering = _compiled(fastmath={"reassoc", "contract", "nsz", "nnan"})
+kernel = compiled

@@ -1,0 +1,172 @@
+"""Lists of kernel calls that native code walks through, alone or together with other threads.
+
+A call from Python costs five to ten microseconds, and threads that come back to Python meet at the interpreter's lock, where the operating
+system needs 20 to 50 to wake the next one: as long as many a kernel takes. So a plan's calls are bound once. A bound call is an address of
+code and one of memory that holds the arguments; `run_steps` needs no interpreter to make it.
+
+Threads that share a plan's steps wait for each other after each one: at a counter in memory, on which every arrival counts one up.
+"""
+
+import hashlib
+
+import numpy as np
+from fastdtd.kernels.cpu.jit import compiled, kernel
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
+
+BROKEN = 1 << 62  # a counter that stands here or higher lets all threads go, and they stop
+_LOOKS = 10_000  # some 50 microseconds or more
+_SIGNATURE = types.void(types.intp, types.intp, types.intp)
+_I64 = ir.IntType(64)
+
+_bound = {}  # (kernel, types of its arguments) -> compiled function of (slots, first, last)
+
+
+# ---- Binding -----------------------------------------------------------------------------------------------------------------------------
+
+
+def bind(function, arguments):
+    """(address of code, slots): `run_steps` can make the call function(*arguments, first, last).
+
+    slots (int64) holds addresses of the arrays among the arguments, which are to be C-contiguous; the caller keeps both alive. Others are
+    integers.
+    """
+    kinds = tuple(_kind(argument) for argument in arguments)
+    slots = []
+    for argument in arguments:
+        slots += [argument.ctypes.data, *argument.shape] if isinstance(argument, np.ndarray) else [argument]
+    return _address(_step(function, kinds)), np.array(slots, np.int64)
+
+
+def steps_compiled():
+    """What was bound in this process: (kernel, types of its arguments) -> compiled function."""
+    return dict(_bound)
+
+
+def _kind(argument):
+    if not isinstance(argument, np.ndarray):
+        return types.int64
+    assert argument.flags.c_contiguous
+    return types.Array(from_dtype(argument.dtype), argument.ndim, "C")
+
+
+def _step(function, kinds):
+    if (function, kinds) not in _bound:
+        arguments = _make_arguments(kinds)
+
+        def step(slots, first, last):
+            function(*arguments(slots), first, last)
+
+        name = f"{function.py_func.__name__}-{hashlib.sha256(repr(kinds).encode()).hexdigest()[:8]}"
+        _bound[function, kinds] = compiled(step, name)
+    return _bound[function, kinds]
+
+
+def _address(step):
+    result = step.get_compile_result(_SIGNATURE)
+    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+
+
+def _make_arguments(kinds):
+    @intrinsic
+    def arguments(typing_context, slots):
+        def codegen(context, builder, signature, values):
+            p_slots = builder.inttoptr(values[0], _I64.as_pointer())
+            at = iter(range(sum(1 + kind.ndim if isinstance(kind, types.Array) else 1 for kind in kinds)))
+
+            def following():
+                return builder.load(builder.gep(p_slots, [ir.Constant(_I64, next(at))]))
+
+            results = []
+            for kind in kinds:
+                if not isinstance(kind, types.Array):
+                    results.append(following())
+                    continue
+                address, shape = following(), [following() for _ in range(kind.ndim)]
+                results.append(_array(context, builder, kind, address, shape))
+            return context.make_tuple(builder, signature.return_type, results)
+
+        return types.Tuple(kinds)(types.intp), codegen
+
+    return arguments
+
+
+def _array(context, builder, kind, address, shape):
+    """A C-contiguous array of borrowed memory, as Numba's functions take it."""
+    item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    strides, below = [], ir.Constant(_I64, item)
+    for size in reversed(shape):
+        strides.insert(0, below)
+        below = builder.mul(below, size)
+    array = context.make_array(kind)(context, builder)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    array.data = builder.inttoptr(address, array.data.type)
+    array.itemsize = ir.Constant(_I64, item)
+    array.nitems = builder.sdiv(below, array.itemsize)
+    array.shape, array.strides = (cgutils.pack_array(builder, values, _I64) for values in (shape, strides))
+    return array._getvalue()
+
+
+# ---- Running -----------------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _call(typing_context, address, slots, first, last):
+    def codegen(context, builder, signature, arguments):
+        function = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+@intrinsic
+def _count(typing_context, counter):
+    """Adds one to the int64 at an address, in one indivisible step; returns what is there then."""
+    def codegen(context, builder, signature, arguments):
+        pointer, one = builder.inttoptr(arguments[0], _I64.as_pointer()), ir.Constant(_I64, 1)
+        return builder.add(builder.atomic_rmw("add", pointer, one, "seq_cst"), one)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def _look(typing_context, counter):
+    """The int64 at an address, as the last thread that wrote it left it."""
+    def codegen(context, builder, signature, arguments):
+        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.intp), codegen
+
+
+@kernel
+def run_steps(steps, wanted, progress, counter, workers):
+    """Make the calls steps[i] for each i in wanted, as one of so many workers that meet after each at `counter` (1,).
+
+    steps (S, 4) has addresses of code and slots, first and last of its units. progress (2,) is zero at first; where the others make this
+    one wait for long, it returns False, so that the caller can give away the processor, and with the same progress it goes on. All int64.
+    """
+    p_counter = counter.ctypes.data
+    while progress[0] < len(wanted):
+        if progress[1] == 0:
+            step = wanted[progress[0]]
+            _call(steps[step, 0], steps[step, 1], steps[step, 2], steps[step, 3])
+            if workers > 1:
+                progress[1] = _count(p_counter)
+        if workers > 1:
+            target = -(-progress[1] // workers) * workers
+            looks, seen = 0, _look(p_counter)
+            while seen < min(target, BROKEN):
+                looks += 1
+                if looks == _LOOKS:
+                    return False
+                seen = _look(p_counter)
+            if seen >= BROKEN:
+                return True
+        progress[0] += 1
+        progress[1] = 0
+    return True
