@@ -11,6 +11,7 @@ medians over the turns, ratios are medians of the turns' ratios. --save writes b
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -36,7 +37,7 @@ from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
 
 MOST_DISAGREEMENT = 1e-3
 _PAUSE = 0.1  # seconds
-SECTIONS = ("speed", "memory", "threads", "bits", "growth", "start")
+SECTIONS = ("speed", "captum", "memory", "threads", "bits", "growth", "start")
 
 
 def explainer_of(graph, threads=None):
@@ -86,7 +87,7 @@ def contenders(graph, batch, threads):
 
 
 def measure(functions, seconds):
-    """Seconds of each call, in turns, for about so long. zennit, the slowest, has a third of the turns, and 3 at least.
+    """Seconds of each call, in turns, for about so long. zennit and Captum, the slowest, have a third of the turns, and 3 at least.
 
     Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that the next one needs;
     and as long a run that does not count, for it finds cold caches and threads that sleep, or share a processor.
@@ -97,11 +98,12 @@ def measure(functions, seconds):
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 9:
         for name, function in functions.items():
-            if name == "zennit" and turn % 3:
+            slow = name in ("zennit", "Captum")
+            if slow and turn % 3:
                 continue
             time.sleep(_PAUSE)
             warm = time.perf_counter() + _PAUSE
-            while name != "zennit" and time.perf_counter() < warm:
+            while not slow and time.perf_counter() < warm:
                 function()
             start = time.perf_counter()
             function()
@@ -131,6 +133,34 @@ def speed(options):
                          "scores": errors[0], "relevance": errors[1], "relevance with average pools": exact[1]})
             print(f"  batch {batch}: " + ", ".join(f"{who} {medians[who]:.2f} ms (spread {spreads[who]:.0%})" for who in medians)
                   + f"; to PyTorch {ratio:.2f}, zennit to ours {rows[-1]['zennit to ours']:.1f}", flush=True)
+    return rows
+
+
+def captum(options):
+    """Captum's "deep Taylor" is z+ in the first layer too: so is ours here, on networks that it can do and pictures without negatives."""
+    import torch
+    from torch_nets import CaptumExplainer
+    torch.set_num_threads(options.threads)
+    rows = []
+    for name in [name for name in ("LeNet", "AlexNet", "VGG-16") if name in options.nets]:
+        graph = averaged(NETWORKS[name]())  # in float32 the two pick other winners of max-pools here and there
+        graph = g.Graph(graph.layers, graph.input_shape, (0 * graph.box[0], graph.box[1]))
+        explainer = fastdtd.Explainer(Model(graph, Preprocessing(None)), {graph.layers[0].name: "z+"}, threads=options.threads)
+        theirs = CaptumExplainer(graph)
+        for batch in options.batches:
+            images = pictures(graph, batch)
+            e, tensor = explainer(images), torch.tensor(images)
+            if (e.explained <= 0).any():
+                sys.exit(f"{name}: a score is not positive, so the two mean different things")
+            error = float(np.linalg.norm(e.relevance - theirs(tensor, e.target).numpy()) / np.linalg.norm(e.relevance))
+            if error > MOST_DISAGREEMENT:
+                sys.exit(f"{name} disagrees with Captum by {error:.1e}: not timed")
+            times = measure({"fastdtd": functools.partial(explainer, images, e.target),
+                             "Captum": functools.partial(theirs, tensor, e.target)}, options.seconds / 2)
+            medians = {who: statistics.median(values) / batch * 1e3 for who, values in times.items()}
+            rows.append({"net": name, "batch": batch, "milliseconds": medians, "relevance": error})
+            print(f"{name}, batch {batch}: fastdtd {medians['fastdtd']:.2f} ms, Captum {medians['Captum']:.2f} ms, "
+                  f"{medians['Captum'] / medians['fastdtd']:.1f} times; relevance within {error:.1e}", flush=True)
     return rows
 
 
@@ -267,7 +297,7 @@ def machine(options):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = found.group(1) if found else model
     from fastdtd.kernels.cpu.vector_code import LANES
-    versions = {name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit")}
+    versions = {name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit", "captum")}
     return {"processor": model, "target": _numba_target(), "threads": options.threads, "float lanes": LANES,
             "python": platform.python_version(), **versions, "date": datetime.date.today().isoformat()}
 

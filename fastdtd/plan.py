@@ -389,7 +389,7 @@ class Plan:
             *(self._in_a_row(use, in_place) for use in (c_in.use, c.use, ratio, a.use)),
             packed.weights, packed.offsets, low, high, packed.phases, blocks.planes,
             self._scratch_of("block", blocks.elements(packed.copies)),
-            self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
+            self._scratch_of("results", kernels.conv2d_redistribute_results_elements(blocks.places(), blocks.columns, layer.stride[1])),
             c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, blocks.rows, blocks.columns,
             blocks.more_rows, blocks.more_columns, shares, packed.features, carries, accumulate,
         ], self.batch * packed.units * shares)

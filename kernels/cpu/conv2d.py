@@ -23,7 +23,7 @@ does the units first..last-1, so threads can share it.
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
-from fastdtd.kernels.cpu.elementwise import finish, finish_vectors, ratio_of_least
+from fastdtd.kernels.cpu.elementwise import finish_row, give_row
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
     MULTIPLY_SPLIT,
@@ -40,7 +40,7 @@ from fastdtd.kernels.cpu.microkernel import (
     multiply_two,
 )
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
-from fastdtd.kernels.cpu.rows import add_vectors, copy_vectors, keep_sign_vectors
+from fastdtd.kernels.cpu.rows import copy_exactly, fill_vectors, interleave_vectors, keep_sign_vectors, spread
 from fastdtd.kernels.cpu.vector_code import LANES
 
 CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)  # of a tile; tiles read this far beyond the last place
@@ -55,8 +55,23 @@ _BITS = np.array(SPLIT_ORDER, np.int64)
 
 
 def conv2d_results_elements(places):
-    """Floats of the scratch array `results` for blocks of so many places, counted along rows of planes."""
-    return (places + 2 * CONV2D_COLUMNS) * max(2 * SPLIT_ROWS, TILE_ROWS, 6)
+    """Floats of the scratch array `results` of conv2d_forward, for blocks of so many places, counted along rows of planes."""
+    return (places + 2 * CONV2D_COLUMNS) * 2 * SPLIT_ROWS
+
+
+def conv2d_redistribute_results_elements(places, columns, stride_right):
+    """And of conv2d_redistribute, for blocks so many columns wide."""
+    return stride_right * _product_elements(places) + (2 * _line_elements(columns, stride_right) if stride_right > 1 else 0)
+
+
+@kernel
+def _product_elements(places):
+    return (places + CONV2D_COLUMNS) * max(TILE_ROWS, 6)
+
+
+@kernel
+def _line_elements(columns, stride_right):
+    return columns * stride_right + 2 * LANES
 
 
 def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
@@ -189,13 +204,6 @@ def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
             _TILE_3(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
 
 
-@kernel
-def _storable(columns, to, limit):
-    """How many of so many columns can be stored as whole vectors from `to` on, without writing at `limit` or behind it."""
-    whole = -(-columns // LANES) * LANES
-    return whole if to + whole <= limit else columns // LANES * LANES
-
-
 # ---- Forward ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -222,9 +230,9 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
     width, plane_rows = block_columns + more_columns, block_rows + more_rows
     blocks_across = -(-across // block_columns)
     blocks = -(-height // block_rows) * blocks_across
-    flat_x, flat_ratio, flat_constant = x.reshape(x.size), ratio.reshape(ratio.size), constant.reshape(constant.size)
     p_x, p_ratio, p_constant, p_results = x.ctypes.data, ratio.ctypes.data, constant.ctypes.data, results.ctypes.data
     p_a, p_block = a.ctypes.data, block.ctypes.data
+    copied = -1
     for unit in range(first, last):
         n, within = unit // (blocks * shares), unit % (blocks * shares)
         share, index = within % shares, within // shares
@@ -232,13 +240,11 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
         rows, columns = min(block_rows, height - y), min(block_columns, across - left)
         places = (rows - 1) * width + columns
         stride = places + CONV2D_COLUMNS
-        # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
-        limit = (y + rows) * across if columns == across else 0
-        absorbs, copied = False, -1
+        absorbs = False
         for panel in range(groups * panels * share // shares, groups * panels * (share + 1) // shares):
             g, within_group = panel // panels, panel % panels
-            if g != copied and not direct:
-                copied = g
+            if unit // shares * groups + g != copied and not direct:
+                copied = unit // shares * groups + g
                 at = 0
                 for copy in range(copies):
                     for channel in range(g * channels, (g + 1) * channels):
@@ -263,26 +269,26 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                     at_x, at_ratio = (n * x.shape[1] + x_channel + k) * size + to, (n * outputs + k) * size + to
                     at_constant = (k * constant.shape[1] + pattern[y + row]) * across + left
                     p_z = p_results + 4 * positive if split else p_constant + 4 * at_constant
-                    whole = _storable(columns, to, limit)
-                    absorbs |= finish_vectors(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, min(whole, columns),
-                                              bias[k], split, features == BOX, relu != 0, relevance != 0, least[k])
-                    for q in range(whole, columns):
-                        value = results[negative + q]
-                        z = results[positive + q] if split else flat_constant[at_constant + q]
-                        if split:
-                            value += z
-                        elif features == BOX:
-                            z += value
-                        value = finish(value + bias[k], relu)
-                        r = ratio_of_least(value, z, relevance, least[k])
-                        flat_x[at_x + q] = value
-                        flat_ratio[at_ratio + q] = r
-                        absorbs |= r < _ZERO
+                    absorbs |= finish_row(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, columns, bias[k], split,
+                                          features == BOX, relu != 0, relevance != 0, least[k])
         if absorbs:
             dead[n] = 1
 
 
 # ---- Redistribute ----------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _join_phases(p_line, p_row, phases, group, behind, product, left, block_columns, stride_right):
+    """A row of inputs from the rows of its phases' products, which lie `product` floats apart."""
+    if stride_right == 2 and behind - group == 2:
+        even = phases[group, 1]  # 0, or 1 where the padding is odd
+        columns = min(block_columns, max(phases[group, 3], phases[group + 1, 3]) - left)
+        interleave_vectors(p_line, p_row + 4 * even * product, p_row + 4 * (1 - even) * product, columns)
+        return
+    for phase in range(group, behind):
+        columns = min(block_columns, phases[phase, 3] - left)
+        spread(p_line + 4 * phases[phase, 1], p_row + 4 * (phase - group) * product, stride_right, columns)
 
 
 @kernel
@@ -310,19 +316,21 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
         blocks_across = max(blocks_across, -(-phases[phase, 3] // block_columns))
     blocks = blocks_down * blocks_across
     width, plane_rows = block_columns + more_columns, block_rows + more_rows
-    as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
-    flat_in, flat_a = c_in.reshape(c_in.size), a.reshape(a.size)
-    p_in, p_results, p_packed = c_in.ctypes.data, results.ctypes.data, packed.ctypes.data
+    as_it_is, plane_places = (features == NONNEGATIVE and not relevance) or features == ONES, block_rows * width
+    stride, product, line = plane_places + CONV2D_COLUMNS, _product_elements(plane_places), _line_elements(block_columns, stride_right)
+    p_in, p_a, p_results = c_in.ctypes.data, a.ctypes.data, results.ctypes.data
+    p_packed, p_offsets = packed.ctypes.data, offsets.ctypes.data
+    p_line = p_results + 4 * stride_right * product
     p_ratio, p_c, p_block, size = ratio.ctypes.data, c.ctypes.data, block.ctypes.data, c.shape[2] * c.shape[3]
+    copied = -1
     for unit in range(first, last):
         n, within = unit // (blocks * shares), unit % (blocks * shares)
         share, index = within % shares, within // shares
         y, left = index // blocks_across * block_rows, index % blocks_across * block_columns
-        copied = -1
         for panel in range(groups * panels * share // shares, groups * panels * (share + 1) // shares):
             g, within_group = panel // panels, panel % panels
-            if g != copied:
-                copied = g
+            if unit // shares * groups + g != copied:
+                copied = unit // shares * groups + g
                 at = 0
                 for k in range(g * from_group, (g + 1) * from_group):
                     for i in range(len(planes)):
@@ -330,43 +338,36 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
                                      p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], y + planes[i, 0],
                                      left + planes[i, 1], _ZERO)
                         at += plane_rows * width
-            for phase in range(len(phases)):
-                top, start, grid_rows, grid_columns, taps, begin, begin_offsets = phases[phase]
-                rows, columns = min(block_rows, grid_rows - y), min(block_columns, grid_columns - left)
-                if rows <= 0 or columns <= 0:
-                    continue
-                places, depth = (rows - 1) * width + columns, from_group * taps
-                stride = places + CONV2D_COLUMNS
-                # Vectors are stored beyond a row's end where this unit stores what belongs there afterwards.
-                limit = (y + rows) * across if columns == across and stride_down == 1 else 0
-                if depth:
-                    _multiply_tile(p_results, stride, p_packed + 4 * (begin + panel * depth * panel_rows),
-                                   offsets.ctypes.data + 4 * begin_offsets, p_block, depth, places, panel_rows)
-                else:
-                    results[:panel_rows * stride] = _ZERO
+            group = 0
+            while group < len(phases):  # a group of phases is one row of inputs, then the next below at stride_down
+                top, rows, behind = phases[group, 0], min(block_rows, phases[group, 2] - y), group + 1
+                while behind < len(phases) and phases[behind, 0] == top:
+                    behind += 1
+                for phase in range(group, behind if rows > 0 else group):
+                    columns, taps, begin, begin_offsets = phases[phase, 3] - left, phases[phase, 4], phases[phase, 5], phases[phase, 6]
+                    to, depth = p_results + 4 * (phase - group) * product, from_group * taps
+                    if columns > 0 and depth > 0:
+                        _multiply_tile(to, stride, p_packed + 4 * (begin + panel * depth * panel_rows), p_offsets + 4 * begin_offsets,
+                                       p_block, depth, (rows - 1) * width + min(block_columns, columns), panel_rows)
+                    elif columns > 0:
+                        fill_vectors(to, panel_rows * stride - CONV2D_COLUMNS, _ZERO)
                 for i in range(0, min(panel_rows, per_group * parts - within_group * panel_rows), parts):
                     channel = g * per_group + (within_group * panel_rows + i) // parts
                     for row in range(rows):
-                        place = (top + (y + row) * stride_down) * across + start + left * stride_right
-                        to = (n * c_in.shape[1] + c_in_channel + channel) * height * across + place
-                        positive = i * stride + row * width
-                        negative = positive + (parts - 1) * stride
-                        whole = 0
-                        if as_it_is and stride_right == 1 and accumulate:
-                            whole = columns // LANES * LANES
-                            add_vectors(p_in + 4 * to, p_in + 4 * to, p_results + 4 * positive, whole)
-                        elif as_it_is and stride_right == 1:
-                            whole = _storable(columns, place, limit)
-                            copy_vectors(p_in + 4 * to, p_results + 4 * positive, 0, whole)
-                        at_a = (n * a.shape[1] + a_channel + channel) * height * across + place
-                        for q in range(whole, columns):
-                            result, i_in = results[positive + q], to + q * stride_right
-                            if not as_it_is:
-                                v = flat_a[at_a + q * stride_right]
-                                if features == BOX:
-                                    result = max(v - low[channel], _ZERO) * result + max(high[channel] - v, _ZERO) * results[negative + q]
-                                else:
-                                    result = result if v >= _ZERO else results[negative + q]
-                                    if relevance:
-                                        result *= abs(v)
-                            flat_in[i_in] = result + flat_in[i_in] if accumulate else result
+                        p_one = p_results + 4 * (i * stride + row * width)
+                        p_other = p_one + 4 * (parts - 1) * stride
+                        if stride_right > 1:
+                            _join_phases(p_line, p_one, phases, group, behind, product, left, block_columns, stride_right)
+                            if parts > 1:
+                                _join_phases(p_line + 4 * line, p_other, phases, group, behind, product, left, block_columns, stride_right)
+                            p_one, p_other = p_line, p_line + 4 * (parts - 1) * line
+                        place = (top + (y + row) * stride_down) * across + left * stride_right
+                        count = min(across - left * stride_right, block_columns * stride_right)
+                        to = p_in + 4 * ((n * c_in.shape[1] + c_in_channel + channel) * height * across + place)
+                        if as_it_is:
+                            copy_exactly(to, p_one, count, accumulate != 0)
+                        else:
+                            value = p_a + 4 * ((n * a.shape[1] + a_channel + channel) * height * across + place)
+                            give_row(to, p_one, p_other, value, count, low[channel], high[channel], features == BOX, relevance != 0,
+                                     accumulate != 0)
+                group = behind

@@ -10,19 +10,17 @@ from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.vector_code import (
     BITS,
     F32,
-    INTEGERS,
     LANES,
     NO_LANE,
     VECTOR,
     ZEROS,
     any_lane,
     lanes_before,
-    load_vector,
-    loop_range,
-    number,
+    larger,
+    loop_over,
+    magnitude,
     pointers,
     splat,
-    store_vector,
 )
 from llvmlite import ir
 from numba import types
@@ -94,19 +92,16 @@ class Finish:
         builder = self.builder
         y = builder.fadd(y, self.bias)
         y = builder.select(builder.and_(builder.fcmp_ordered("<", y, ZEROS), self.relu), ZEROS, y)
-        magnitude = builder.and_(builder.bitcast(y, INTEGERS), ir.Constant(INTEGERS, [0x7fffffff] * LANES))
-        share = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), builder.bitcast(magnitude, VECTOR))
+        share = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), magnitude(builder, y))
         ratio = builder.select(builder.fcmp_ordered(">", z, self.least), builder.fdiv(share, z), builder.fsub(ZEROS, share))
         return y, ratio
 
 
 @intrinsic
-def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, split, shifted, relu, relevance, least):
-    """x <- y + bias, through a ReLU if relu; ratio <- |x| / z.
+def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, relu, relevance, least):
+    """x <- y + bias, through a ReLU if relu; ratio <- |x| / z: `count` numbers from each address. Returns whether a ratio is negative.
 
     z = positive (+ y if shifted) and y = negative (+ positive if split).
-
-    `count` numbers; up to LANES - 1 behind the last are written over. Returns whether a ratio is negative.
     """
     signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 4, types.float32)
 
@@ -115,15 +110,44 @@ def finish_vectors(typing_context, x, ratio, positive, negative, count, bias, sp
         count, bias, split, shifted, relu, relevance, least = arguments[4:]
         finish = Finish(builder, bias, relu, relevance, least)
 
-        def one_step(step, found):
-            z, y = load_vector(builder, p_positive, step), load_vector(builder, p_negative, step)
+        def one_vector(step, found, load, store):
+            z, y = load(p_positive, step), load(p_negative, step)
             value, ratio = finish(builder.select(split, builder.fadd(z, y), y), builder.select(shifted, builder.fadd(z, y), z))
-            store_vector(builder, value, p_x, step)
-            store_vector(builder, ratio, p_ratio, step)
+            store(value, p_x, step)
+            store(ratio, p_ratio, step)
             absorbs = builder.and_(builder.fcmp_ordered("<", ratio, ZEROS), lanes_before(builder, builder.sub(count, step)))
             return [builder.or_(found[0], absorbs)]
 
-        return any_lane(builder, loop_range(builder, number(0), count, LANES, [NO_LANE], one_step)[0])
+        return any_lane(builder, loop_over(builder, count, [NO_LANE], one_vector)[0])
+
+    return signature, codegen
+
+
+@intrinsic
+def give_row(typing_context, out, first, second, a, count, low, high, box, relevance, add):
+    """out <- what `count` numbers a get of V^T (ratio * c), whose part for the first feature is `first`, or added to out if `add`.
+
+    Both features if `box`, max(a - low, 0) first + max(high - a, 0) second; else the one that a has, times |a| if `relevance`.
+    """
+    signature = types.void(*[types.intp] * 5, types.float32, types.float32, *[types.boolean] * 3)
+
+    def codegen(context, builder, signature, arguments):
+        p_out, p_first, p_second, p_a = pointers(builder, arguments[:4], F32, F32, F32, F32)
+        count, box, relevance, add = arguments[4], *arguments[7:]
+        low, high = (splat(builder, bound) for bound in arguments[5:7])
+
+        def one_vector(step, nothing, load, store):
+            value, one, other = load(p_a, step), load(p_first, step), load(p_second, step)
+            both = builder.fadd(builder.fmul(larger(builder, builder.fsub(value, low), ZEROS), one),
+                                builder.fmul(larger(builder, builder.fsub(high, value), ZEROS), other))
+            own = builder.select(builder.fcmp_ordered(">=", value, ZEROS), one, other)
+            own = builder.select(relevance, builder.fmul(own, magnitude(builder, value)), own)
+            result = builder.select(box, both, own)
+            store(builder.select(add, builder.fadd(result, load(p_out, step)), result), p_out, step)
+            return nothing
+
+        loop_over(builder, count, [], one_vector)
+        return context.get_dummy_value()
 
     return signature, codegen
 

@@ -29,6 +29,7 @@ from fastdtd.kernels.cpu.vector_code import (
     load_vector,
     loop_over,
     loop_range,
+    magnitude,
     multiply_add,
     number,
     pointers,
@@ -61,7 +62,7 @@ def _find_winners(typing_context, x, winner, block, offsets, places, taps, count
     def codegen(context, builder, signature, arguments):
         p_x, p_winner, p_block, p_offsets, p_places = pointers(builder, arguments[:5], F32, I32, F32, I32, I32)
         taps, count, first, stride = arguments[5:]
-        magnitude, nowhere = ir.Constant(INTEGERS, [0x7fffffff] * LANES), ir.Constant(INTEGERS, [0] * LANES)
+        nowhere = ir.Constant(INTEGERS, [0] * LANES)
         tie, lowest = ir.Constant(VECTOR, [_TIE] * LANES), ir.Constant(VECTOR, [_LOWEST] * LANES)
 
         def one_vector(step, nothing, load, store):
@@ -69,8 +70,7 @@ def _find_winners(typing_context, x, winner, block, offsets, places, taps, count
                 largest, limit, place = so_far
                 value = _load_tap(builder, p_block, p_offsets, tap, step)
                 wins = builder.fcmp_ordered(">", value, limit)
-                size = builder.bitcast(builder.and_(builder.bitcast(value, INTEGERS), magnitude), VECTOR)
-                own_limit = multiply_add(builder, value, tie, size)  # need not wait for the taps before
+                own_limit = multiply_add(builder, value, tie, magnitude(builder, value))  # need not wait for the taps before
                 here = splat(builder, builder.load(builder.gep(p_places, [tap])), INTEGERS)
                 return [builder.select(wins, new, old) for new, old in ((value, largest), (own_limit, limit), (here, place))]
 

@@ -45,9 +45,8 @@ def _make_vector_loop(operation, inputs):
     return loop
 
 
-# out <- p, p + q, p * q: `count` numbers from each address.
+# out <- p, p * q: `count` numbers from each address.
 copy_vectors = _make_vector_loop(lambda builder, p: p, 1)
-add_vectors = _make_vector_loop(ir.IRBuilder.fadd, 2)
 multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
 
 
@@ -67,6 +66,26 @@ def copy_second_vectors(typing_context, out, values, count):
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
+def interleave_vectors(typing_context, out, even, odd, count):
+    """out[0], out[2], ... <- even, out[1], out[3], ... <- odd: `count` numbers of each."""
+    def codegen(context, builder, signature, arguments):
+        p_out, p_even, p_odd = pointers(builder, arguments[:3], F32, F32, F32)
+
+        def one_step(step, nothing):
+            pair = load_vector(builder, p_even, step), load_vector(builder, p_odd, step)
+            for half in range(2):
+                places = [place for i in range(half * LANES // 2, (half + 1) * LANES // 2) for place in (i, LANES + i)]
+                at = builder.add(builder.shl(step, number(1)), number(half * LANES))
+                store_vector(builder, pick(builder, *pair, places), p_out, at)
+            return nothing
+
+        loop_range(builder, number(0), arguments[3], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
 
 
 @intrinsic

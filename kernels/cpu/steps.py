@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 BROKEN = 1 << 62  # a counter that stands here or higher lets all threads go, and they stop
-_LOOKS = 10_000  # some 50 microseconds or more
+_LOOKS = 200_000  # some 200 microseconds: longer than most waits, for a thread that went back to Python is late
 _SIGNATURE = types.void(types.intp, types.intp, types.intp)
 _I64 = ir.IntType(64)
 

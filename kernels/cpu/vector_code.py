@@ -79,6 +79,11 @@ def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+def magnitude(builder, vector):
+    bits = builder.and_(builder.bitcast(vector, INTEGERS), ir.Constant(INTEGERS, [0x7fffffff] * LANES))
+    return builder.bitcast(bits, VECTOR)
+
+
 def positive(builder, vector):
     return larger(builder, vector, ZEROS)
 

@@ -28,6 +28,7 @@ from fastdtd.kernels.cpu.vector_code import (
     VECTOR,
     ZEROS,
     any_lane,
+    lanes_before,
     load_vector,
     number,
     pick,
@@ -198,17 +199,17 @@ def _output_tiles(typing_context, stage, sums, stride):
 
 
 @intrinsic
-def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, bias, relu, relevance, least):
+def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, relu, relevance, least):
     """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (see finish_vectors) from the points of y and of z, `stride` floats apart.
 
-    A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1 where a ratio is
-    negative, plus 2 where one is NaN.
+    A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1 where a ratio of the
+    first `count` tiles is negative, plus 2 where one is NaN.
     """
-    signature = types.int64(*[types.intp] * 4, types.float32, types.boolean, types.boolean, types.float32)
+    signature = types.int64(*[types.intp] * 5, types.float32, types.boolean, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_stage, p_y, p_z = pointers(builder, arguments[:3], F32, F32, F32)
-        stride, bias, relu, relevance, least = arguments[3:]
+        stride, count, bias, relu, relevance, least = arguments[3:]
         finish = Finish(builder, bias, relu, relevance, least)
         all_z = [_transform_output(builder, line) for line in _outputs(builder, p_z, stride)]
         largest = all_z[0][0]
@@ -227,7 +228,8 @@ def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, bias, relu, re
             for part in range(2):
                 for j, vector in enumerate(_interleave(builder, [result[part] for result in results])):
                     store_vector(builder, vector, p_stage, number((16 * part + 4 * i + j) * LANES))
-        found, doubtful = builder.zext(any_lane(builder, found), I64), builder.zext(any_lane(builder, doubtful), I64)
+        tiles = lanes_before(builder, count)
+        found, doubtful = (builder.zext(any_lane(builder, builder.and_(lanes, tiles)), I64) for lanes in (found, doubtful))
         return builder.add(found, builder.shl(doubtful, number(1)))
 
     return signature, codegen
@@ -333,6 +335,44 @@ def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_acros
 
 
 @kernel
+def _transform_inputs(points, lines, seen, a, a_channel, channels, top, left, block, tile, count, tiles_across, tiles_of_image):
+    """The points of `count` tiles, of so many channels of a. Lists the outputs that see nothing; returns whether there are any."""
+    stride, size = _stride(channels, block), a.shape[2] * a.shape[3]
+    p_a, p_lines, p_points = a.ctypes.data, lines.ctypes.data, points.ctypes.data
+    for i in range(36 * block):
+        seen[i] = _ZERO
+    for channel in range(channels):
+        t = at = 0
+        while t < count:
+            n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
+            width = 4 * length + 2
+            copy_plane(p_lines, 6, width, p_a + 4 * (n * a.shape[1] + a_channel + channel) * size, a.shape[2], a.shape[3], 4 * row - top,
+                       4 * column - left, 1, 1, _ZERO)
+            _note_largest(seen, at, lines, 6 * width)
+            for i in range(0, length, LANES):
+                _input_tiles(p_points + 4 * (channel * block + t + i), stride, p_lines + 16 * i, width)
+            t, at = t + length, at + 6 * width
+    return _list_blind(seen.view(np.int32), 36 * block, seen, tile, count, tiles_across, tiles_of_image)
+
+
+@kernel
+def _transform_products(points, lines, ratio, c, group, c_channel, outputs, top, left, block, tile, count, tiles_across, tiles_of_image):
+    """The points of `count` tiles of ratio * c, of a group's outputs; c_channel is the group's first."""
+    stride, size = _stride(outputs, block), c.shape[2] * c.shape[3]
+    p_ratio, p_c, p_lines, p_points = ratio.ctypes.data, c.ctypes.data, lines.ctypes.data, points.ctypes.data
+    for k in range(outputs):
+        t = 0
+        while t < count:
+            n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
+            width = 4 * length + 2
+            copy_product(p_lines, 6, width, p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size,
+                         p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - top, 4 * column - left, _ZERO)
+            for i in range(0, length, LANES):
+                _input_tiles(p_points + 4 * (k * block + t + i), stride, p_lines + 16 * i, width)
+            t += length
+
+
+@kernel
 def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, points, sums, stage, seen,
                        x_channel, a_channel, channels, groups, top, left, block, panels_together, shares, relu, relevance,
                        first, last):
@@ -347,28 +387,17 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
     tiles_of_image = -(-height // 4) * tiles_across
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[2]
     points_stride, sums_stride = _stride(channels, block), _stride(2 * panels_together * TILE_ROWS, block)
-    p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
-    p_a = a.ctypes.data
+    p_points, p_sums, p_stage = points.ctypes.data, sums.ctypes.data, stage.ctypes.data
     p_packed, p_packed_v = packed[0].ctypes.data, packed[1].ctypes.data
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
-    marks = seen.view(np.int32)
+    marks, transformed, any_blind = seen.view(np.int32), -1, False
     for unit in range(first, last):
         share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
         count = min(block, all_tiles - tile)
-        for i in range(36 * block):
-            seen[i] = _ZERO
-        for channel in range(channels):
-            t = at = 0
-            while t < count:
-                n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
-                width = 4 * length + 2
-                p_plane = p_a + 4 * (n * a.shape[1] + a_channel + g * channels + channel) * a.shape[2] * a.shape[3]
-                copy_plane(p_lines, 6, width, p_plane, a.shape[2], a.shape[3], 4 * row - top, 4 * column - left, 1, 1, _ZERO)
-                _note_largest(seen, at, lines, 6 * width)
-                for i in range(0, length, LANES):
-                    _input_tiles(p_points + 4 * (channel * block + t + i), points_stride, p_lines + 16 * i, width)
-                t, at = t + length, at + 6 * width
-        any_blind = _list_blind(marks, 36 * block, seen, tile, count, tiles_across, tiles_of_image)
+        if unit // shares != transformed:
+            transformed = unit // shares
+            any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, top, left, block, tile, count,
+                                          tiles_across, tiles_of_image)
         absorbs = False
         end = panels * (share + 1) // shares
         for panel in range(panels * share // shares, end, panels_together):
@@ -382,8 +411,9 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
             for i in range(min(together * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 k = g * per_group + panel * TILE_ROWS + i
                 for t in range(0, count, LANES):
-                    at = 4 * (i * block + t)
-                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, bias[k], relu != 0, relevance != 0, LEAST)
+                    at, now = 4 * (i * block + t), min(LANES, count - t)
+                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], relu != 0, relevance != 0,
+                                          LEAST)
                     absorbs |= found & 1 != 0
                     if any_blind:
                         value = finish(bias[k], relu)
@@ -392,7 +422,6 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                             stage[marks[j]] = value
                             stage[16 * LANES + marks[j]] = absorbed
                             absorbs |= absorbed < _ZERO
-                    now = min(LANES, count - t)
                     if found & 2:
                         absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now, tiles_across,
                                                  tiles_of_image, height, across, top, left, relu, relevance)
@@ -420,22 +449,14 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
     tiles_of_image = -(-height // 4) * tiles_across
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[1]
     points_stride, sums_stride = _stride(outputs, block), _stride(panels_together * TILE_ROWS, block)
-    p_lines, p_points, p_sums, p_stage = lines.ctypes.data, points.ctypes.data, sums.ctypes.data, stage.ctypes.data
-    p_ratio, p_c, size = ratio.ctypes.data, c.ctypes.data, c.shape[2] * c.shape[3]
+    p_points, p_sums, p_stage, transformed = points.ctypes.data, sums.ctypes.data, stage.ctypes.data, -1
     for unit in range(first, last):
         share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
         count = min(block, all_tiles - tile)
-        for k in range(outputs):
-            t = 0
-            while t < count:
-                n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
-                width = 4 * length + 2
-                copy_product(p_lines, 6, width, p_ratio + 4 * ((n * groups + g) * outputs + k) * size,
-                             p_c + 4 * (n * c.shape[1] + c_channel + g * outputs + k) * size, c.shape[2], c.shape[3], 4 * row - top,
-                             4 * column - left, _ZERO)
-                for i in range(0, length, LANES):
-                    _input_tiles(p_points + 4 * (k * block + t + i), points_stride, p_lines + 16 * i, width)
-                t += length
+        if unit // shares != transformed:
+            transformed = unit // shares
+            _transform_products(points, lines, ratio, c, g, c_channel + g * outputs, outputs, top, left, block, tile, count, tiles_across,
+                                tiles_of_image)
         end = panels * (share + 1) // shares
         for panel in range(panels * share // shares, end, panels_together):
             together = min(panels_together, end - panel)

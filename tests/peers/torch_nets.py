@@ -5,9 +5,12 @@ Paddings must be symmetric. They are the modules' own, for zennit takes what is 
 
 import sys
 import types
+import warnings
 
 import numpy as np
 import torch
+from captum.attr import LRP
+from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule
 from torch import nn
 
 for _name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):  # zennit wants two class names of it, and nothing else
@@ -103,6 +106,31 @@ class ZennitExplainer:
         with Gradient(self.net, self.composite) as attribute:
             scores, relevance = attribute(x, lambda y: nn.functional.one_hot(chosen, y.shape[1]) * y.clamp(min=0))
         return relevance.detach(), scores.detach()
+
+
+class CaptumExplainer:
+    """Captum's relevance of layers in a row, by the rule that it calls deep Taylor, biases left out: z+, in the first layer too.
+
+    So pictures must not be negative. It has no rule for such layers as additions with which biases can be left out.
+    """
+
+    def __init__(self, graph):
+        parts = []
+        for layer in graph:
+            if not isinstance(layer, (g.Conv2d, g.Dense, g.Pool2d, g.ReLU, g.Flatten)) or layer.inputs != (
+                    parts[-1][0] if parts else g.INPUT,):
+                raise ValueError(f"{layer.name!r} is nothing that Captum is compared on")
+            parts.append((layer.name, nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]])))
+        self.lrp = LRP(nn.Sequential(*(part for _, part in parts)).eval())
+
+    def __call__(self, x, targets):
+        """x: a tensor (N, C, H, W). Returns relevance."""
+        for part in self.lrp.model:  # Captum takes them away after each call
+            if not isinstance(part, nn.ReLU):
+                part.rule = Alpha1_Beta0_Rule(set_bias_to_zero=True) if isinstance(part, (nn.Conv2d, nn.Linear)) else EpsilonRule()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
+            return self.lrp.attribute(x, target=torch.as_tensor(targets)).detach()
 
 
 def zennit_relevance(graph, rules, batch, targets, dtype=torch.float64):

@@ -1,0 +1,114 @@
+"""The steps of a network's plan one by one: what each has to compute and move at least, and the processor's ceilings."""
+
+import math
+import time
+
+import numpy as np
+from networks import NETWORKS, pictures
+from numba import njit
+
+from fastdtd import graph as g
+from fastdtd.compiling import load_kernels
+from fastdtd.packing import pack
+from fastdtd.plan import Plan
+from fastdtd.rules import assign
+
+
+class Steps:
+    """A plan for one worker that has run once, so that every step has the operands of a real explanation."""
+
+    def __init__(self, name, batch):
+        self.kernels = load_kernels("cpu")
+        self.graph = NETWORKS[name]()
+        rules = assign(self.graph)
+        self.plan = Plan(self.graph, rules, self.kernels, pack(self.graph, rules, self.kernels), batch)
+        self.layers = {layer.name: layer for layer in self.graph}
+        self.calls = self.plan._bound[0]
+        self.run_all(pictures(self.graph, batch))
+
+    def run_all(self, images):
+        """One explanation of class 0; an error where relevance is not conserved or negative."""
+        plan = self.plan
+        plan.input[:] = images
+        plan.forward()
+        scores = plan.output[:, 0].copy()
+        plan.start[:] = 0
+        plan.start[:, 0] = scores > 0
+        plan.back()
+        total = plan.relevance.sum((1, 2, 3), dtype=float) + plan.ledger.sum(1)
+        np.testing.assert_allclose(total, np.maximum(scores, 0), rtol=1e-4)
+        assert plan.relevance.min() >= 0
+
+    def __len__(self):
+        return len(self.calls)
+
+    def kernel(self, step):
+        return self.plan._steps[step][0].py_func.__name__
+
+    def layer(self, step):
+        return self.layers[self.plan.step_layers[step]]
+
+    def shapes(self, step):
+        """All that the time of a step depends on: kernel, shapes, integers."""
+        arguments = [argument.shape if isinstance(argument, np.ndarray) else argument for argument in self.calls[step].arguments]
+        return self.kernel(step), *arguments
+
+    def run(self, step, wanted=np.zeros(1, np.int64)):  # noqa: B008  # written over in each call, and no allocation between the clocks
+        wanted[0] = step
+        self.kernels.run_steps(self.plan._tables[0], wanted, np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
+
+    def operations(self, step):
+        """Of the definition of a convolution or dense layer: two products forward (y and z), one back; 0 for others."""
+        layer, kernel = self.layer(step), self.kernel(step)
+        if not isinstance(layer, (g.Conv2d, g.Dense)) or kernel.startswith(("absorb", "clear")):
+            return 0
+        return 2 * self.multiply_adds(layer) * (2 if kernel.endswith("forward") else 1)
+
+    def multiply_adds(self, layer):
+        return self.plan.batch * layer.weight[0].size * math.prod(self.graph.shapes[layer.name])
+
+    def least_bytes(self, step):
+        """Each operand read or written once: forward input, output, ratio and weights; back c, ratio, what is given back and weights."""
+        layer = self.layer(step)
+        numbers = self.plan.batch * (2 * math.prod(self.graph.shapes[layer.name])
+                                     + sum(math.prod(self.graph.shapes[name]) for name in set(layer.inputs)))
+        return 4 * (numbers + (layer.weight.size if isinstance(layer, (g.Conv2d, g.Dense)) else 0))
+
+    def floor(self, step, ceiling, copy_rate):
+        """Seconds that the step takes at least: y and z cost one product (docs/kernels.md), and memory is no faster than copying."""
+        layer = self.layer(step)
+        product = 2 * self.multiply_adds(layer) if self.operations(step) else 0
+        return max(product / ceiling, self.least_bytes(step) / copy_rate)
+
+
+def ceiling(seconds=0.5):
+    """Operations a second of the tile product on operands in the first-level cache."""
+    from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
+    multiply, depth = MULTIPLY_TILE[-1], 64
+
+    @njit
+    def repeat(tile, a, offsets, b, count):
+        for _ in range(count):
+            multiply(tile.ctypes.data, tile.shape[1], a.ctypes.data, offsets.ctypes.data, b.ctypes.data, depth)
+
+    operands = (np.zeros((TILE_ROWS, TILE_COLUMNS), np.float32), np.ones((depth, TILE_ROWS), np.float32),
+                np.arange(depth, dtype=np.int32) * TILE_COLUMNS, np.ones(depth * TILE_COLUMNS, np.float32))
+    return best(lambda: repeat(*operands, 1000), seconds) * 1000 * 2 * depth * TILE_ROWS * TILE_COLUMNS
+
+
+def copy_rate(seconds=0.5):
+    """Bytes a second that one thread reads and writes, beyond all caches."""
+    source = np.ones(1 << 25, np.float32)
+    to = np.empty_like(source)
+    return best(lambda: np.copyto(to, source), seconds) * 2 * source.nbytes
+
+
+def best(function, seconds):
+    """Calls a second, of the fastest."""
+    function()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1 / min(times)

@@ -1,0 +1,80 @@
+"""Where the time of one network's explanation goes: layer by layer, next to its floor.
+
+    .venv/bin/python benchmarks/profile_layers.py "ResNet-18" --batch 4
+    .venv/bin/python benchmarks/profile_layers.py --summary           # all networks, by kernel
+
+One thread. A step's floor is the time of its multiply-adds at the measured ceiling of the tile product, or of its operands at the measured
+rate of copying, whichever is more; y and z count as one product, which is what the direct convolution takes. "GFLOP/s" counts the
+definition (two products forward, one back), so that kernels which need fewer can be above the ceiling. Times are medians over whole
+explanations, each step timed in its turn, so that caches hold what they hold in real use.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from layers import Steps, ceiling, copy_rate  # after the path
+from networks import NETWORKS, pictures  # as above
+
+
+def measure(steps, rounds):
+    """Median seconds of each step."""
+    times, images = [[] for _ in range(len(steps))], pictures(steps.graph, steps.plan.batch)
+    for _ in range(rounds):
+        steps.run_all(images)
+        for step, own in enumerate(times):
+            start = time.perf_counter()
+            steps.run(step)
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in times]
+
+
+def print_steps(steps, times, top, rate):
+    print(f"{'layer':12} {'kernel':26} {'output':>16} {'ms':>8} {'floor':>8} {'x floor':>8} {'GFLOP/s':>8} {'of ceiling':>10} {'GB/s':>6}")
+    for step, seconds in enumerate(times):
+        layer, operations = steps.layer(step), steps.operations(step)
+        floor = steps.floor(step, top, rate)
+        if seconds < 2e-6:  # nothing to do
+            continue
+        products = f"{operations / seconds / 1e9:8.0f} {operations / seconds / top:10.2f}" if operations else " " * 19
+        print(f"{layer.name:12} {steps.kernel(step):26} {'x'.join(map(str, steps.graph.shapes[layer.name])):>16} {seconds * 1e3:8.3f} "
+              f"{floor * 1e3:8.3f} {seconds / floor:8.1f} {products} {steps.least_bytes(step) / seconds / 1e9:6.1f}")
+
+
+def print_kernels(steps, times, top, rate):
+    sums = defaultdict(lambda: [0, 0.0, 0.0, 0])
+    for step, seconds in enumerate(times):
+        own = sums[steps.kernel(step)]
+        own[0] += 1
+        own[1] += seconds
+        own[2] += steps.floor(step, top, rate) if seconds >= 2e-6 else 0
+        own[3] += steps.operations(step)
+    for name, (count, seconds, floor, operations) in sorted(sums.items(), key=lambda item: -item[1][1]):
+        rate_text = f", {operations / seconds / 1e9:.0f} GFLOP/s" if operations else ""
+        print(f"  {name:26} {count:4} steps {seconds * 1e3:9.3f} ms, floor {floor * 1e3:8.3f} ms{rate_text}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nets", nargs="*", choices=[*NETWORKS, []], help="networks; all if none is given")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--summary", action="store_true", help="by kernel only")
+    options = parser.parse_args()
+    top, rate = ceiling(), copy_rate()
+    print(f"ceiling of the tile product {top / 1e9:.0f} GFLOP/s, copying {rate / 1e9:.1f} GB/s (read and written)")
+    for name in options.nets or NETWORKS:
+        steps = Steps(name, options.batch)
+        times = measure(steps, options.rounds)
+        print(f"\n{name}, batch {options.batch}: {sum(times) * 1e3 / options.batch:.2f} ms an image")
+        if not options.summary:
+            print_steps(steps, times, top, rate)
+        print_kernels(steps, times, top, rate)
+
+
+if __name__ == "__main__":
+    main()
