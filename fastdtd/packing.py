@@ -101,8 +101,9 @@ class DirectBack:
     features: int | None
     blocks: Blocks
     weights: Array
-    rows: int  # of each group's matrix
+    panels: int  # of all groups
     offsets: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int32]
     phases: npt.NDArray[np.int64]
     units: int  # blocks in the layer's input
     copies: int  # of channels of a group
@@ -209,26 +210,34 @@ def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: S
     rows, columns = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
     blocks = _blocks(reads, (1, 1), (rows, columns), from_group, kernels)
     all_offsets = blocks.offsets(from_group).reshape(from_group, -1)
+    split = len(shares) == 2  # W+ and -W-
+    v = (shares[0] - shares[1] if split else shares[0]).reshape(layer.groups, from_group, per_group, -1)
+    shape_of = kernels.conv2d_split_shape if split else kernels.conv2d_packed_shape
 
-    weights: list[Array] = []
-    offsets: list[npt.NDArray[np.int32]] = []
+    weights, offsets, bounds = [np.zeros(0, np.float32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     phases: list[tuple[int, ...]] = []
-    used = used_offsets = before = 0
+    before = 0
     for grid, own in zip(grids, taps, strict=True):
-        phases.append((*grid, len(own), used, used_offsets))
-        if own:
-            index = [i * kernel[1] + j for i, j in own]
-            transposed = [v.reshape(layer.groups, from_group, per_group, -1)[..., index].transpose(0, 2, 1, 3) for v in shares]
-            matrices = np.stack(transposed, 2).reshape(layer.groups, per_group * len(shares), -1)
-            weights.append(np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32))
-            kernels.conv2d_pack(weights[-1], np.ascontiguousarray(matrices))
-            used += weights[-1].size
-        offsets.append(all_offsets[:, before:before + len(own)].ravel())
-        used_offsets, before = used_offsets + len(offsets[-1]), before + len(own)
-    flat = np.concatenate([part.ravel() for part in weights]) if weights else np.zeros(1, np.float32)
+        phases.append((*grid, len(own), *(sum(part.size for part in parts) for parts in (weights, offsets, bounds))))
+        index = [i * kernel[1] + j for i, j in own]
+        matrices = np.ascontiguousarray(v[..., index].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1))
+        reads_at = np.ascontiguousarray(all_offsets[:, before:before + len(own)].ravel())
+        before += len(own)
+        packed = np.empty(shape_of(*matrices.shape), np.float32)
+        if split:
+            packed_offsets = np.empty(packed.shape[:3], np.int32)
+            packed_bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
+            kernels.conv2d_pack_split(packed, packed_offsets, packed_bounds, matrices, reads_at, np.ones(len(reads_at), np.int64))
+            offsets.append(packed_offsets.ravel())
+            bounds.append(packed_bounds.ravel())
+        else:
+            kernels.conv2d_pack(packed, matrices)
+            offsets.append(reads_at)
+        weights.append(packed.ravel())
+    groups, panels = shape_of(layer.groups, per_group, 1)[:2]
     units = -(-rows // blocks.rows) * -(-columns // blocks.columns)
-    return DirectBack(rule.features, blocks, read_only(flat), per_group * len(shares), read_only(np.concatenate(offsets)),
-                      _table(phases, 7), units, from_group)
+    return DirectBack(rule.features, blocks, read_only(np.concatenate(weights)), groups * panels, read_only(np.concatenate(offsets)),
+                      read_only(np.concatenate(bounds)), _table(phases, 8), units, from_group)
 
 
 def reads_in_place(layer: g.Conv2d) -> bool:

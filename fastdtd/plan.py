@@ -383,11 +383,11 @@ class Plan:
         assert isinstance(packed, DirectBack)
         in_place = reads_in_place(layer)
         blocks = packed.blocks
-        shares = self._shares(packed.units, layer.groups * kernels.conv2d_packed_shape(1, packed.rows, 1)[1])
+        shares = self._shares(packed.units, packed.panels)
         low, high = self._bounds(layer.inputs[0])
         self._step(kernels.conv2d_redistribute, [
             *(self._in_a_row(use, in_place) for use in (c_in.use, c.use, ratio, a.use)),
-            packed.weights, packed.offsets, low, high, packed.phases, blocks.planes,
+            packed.weights, packed.offsets, packed.bounds, low, high, packed.phases, blocks.planes,
             self._scratch_of("block", blocks.elements(packed.copies)),
             self._scratch_of("results", kernels.conv2d_redistribute_results_elements(blocks.places(), blocks.columns, layer.stride[1])),
             c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, blocks.rows, blocks.columns,

@@ -23,9 +23,8 @@ from fastdtd.kernels.cpu.microkernel import (
     TILE_ROWS,
     TILE_VECTORS,
     multiply_row,
-    multiply_six,
     multiply_split_row,
-    multiply_two,
+    multiply_split_three,
 )
 from fastdtd.kernels.cpu.vector_code import LANES
 from numba import njit
@@ -249,21 +248,20 @@ def test_multiply_tile(depth, vectors):
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 2 + ROW_VECTORS])
-@pytest.mark.parametrize(("rows", "product"), [(1, multiply_row), (2, multiply_two), (6, multiply_six)])
-def test_multiply_strips(rows, product, vectors):
+def test_multiply_row(vectors):
     rng = np.random.default_rng(vectors)
-    depth, columns = 9, vectors * LANES
+    depth, columns, rows = 9, vectors * LANES, 1
     a, b = rng.standard_normal((depth, rows), np.float32), rng.standard_normal(2000, np.float32)
     offsets = rng.integers(0, 1000, depth).astype(np.int32)
     tile = np.full((rows, columns + ROW_VECTORS * LANES), np.nan, np.float32)
-    _called(product, "integer", columns - 1)(tile, a, offsets, b, depth)
+    _called(multiply_row, "integer", columns - 1)(tile, a, offsets, b, depth)
     seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
     np.testing.assert_allclose(tile[:, :columns], a.T.astype(float) @ seen, atol=1e-5 * depth)
     assert np.isnan(tile[:, columns + LANES:]).all()
 
 
 @pytest.mark.parametrize("depth", [1, 3, 64, 300])
-@pytest.mark.parametrize("rows", [1, SPLIT_ROWS, 2 * SPLIT_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, SPLIT_ROWS, 2 * SPLIT_ROWS + 1])
 @pytest.mark.parametrize("vectors", range(1, SPLIT_VECTORS + 1))
 def test_multiply_split(depth, rows, vectors):
     rng = np.random.default_rng(depth)
@@ -273,11 +271,12 @@ def test_multiply_split(depth, rows, vectors):
     sides = rng.choice([1, -1, 2, 0], depth)
     shape = cpu.conv2d_split_shape(1, rows, depth)
     panels, panel_rows = shape[1], shape[3]
-    assert panel_rows == (1 if rows == 1 else SPLIT_ROWS)
+    assert panel_rows == (rows if rows in (1, 3) else SPLIT_ROWS)
     columns = vectors * LANES
-    multiply = _called(MULTIPLY_SPLIT[vectors - 1], "array") if rows > 1 else _called(multiply_split_row, "array", columns)
+    strip = {1: multiply_split_row, 3: multiply_split_three}.get(rows)
+    multiply = _called(MULTIPLY_SPLIT[vectors - 1], "array") if strip is None else _called(strip, "array", columns)
     if rows == 1 and vectors % 2:
-        columns += LANES  # strips end with whole tiles, of two vectors
+        columns += LANES  # its strips end with a whole tile, of two vectors
     packed, packed_offsets = np.full(shape, np.nan, np.float32), np.full(shape[:3], -1, np.int32)
     bounds = np.full((1, panels, cpu.conv2d_split_bounds(panel_rows)), -1, np.int32)
     cpu.conv2d_pack_split(packed, packed_offsets, bounds, w, offsets, sides)

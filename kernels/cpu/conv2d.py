@@ -35,9 +35,8 @@ from fastdtd.kernels.cpu.microkernel import (
     TILE_COLUMNS,
     TILE_ROWS,
     multiply_row,
-    multiply_six,
     multiply_split_row,
-    multiply_two,
+    multiply_split_three,
 )
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
 from fastdtd.kernels.cpu.rows import copy_exactly, fill_vectors, interleave_vectors, keep_sign_vectors, spread
@@ -66,7 +65,7 @@ def conv2d_redistribute_results_elements(places, columns, stride_right):
 
 @kernel
 def _product_elements(places):
-    return (places + CONV2D_COLUMNS) * max(TILE_ROWS, 6)
+    return (places + CONV2D_COLUMNS) * max(TILE_ROWS, 2 * SPLIT_ROWS)
 
 
 @kernel
@@ -89,14 +88,14 @@ def conv2d_block_shape(rows, columns, more_rows, more_columns, planes):
 
 
 def conv2d_packed_shape(groups, rows, depth):
-    """Shape of packed weights for a matrix of (rows, depth) in each group: a panel has a tile's rows, or those of a small matrix."""
-    panel_rows = rows if rows in (1, 2, 6) else TILE_ROWS
+    """Shape of packed weights for a matrix of (rows, depth) in each group: a panel has a tile's rows, or the one of a small matrix."""
+    panel_rows = 1 if rows == 1 else TILE_ROWS
     return groups, -(-rows // panel_rows), depth, panel_rows
 
 
 def conv2d_split_shape(groups, rows, depth):
     """Shape of the weights of conv2d_pack_split."""
-    panel_rows = 1 if rows == 1 else SPLIT_ROWS
+    panel_rows = rows if rows in (1, 3) else SPLIT_ROWS
     return groups, -(-rows // panel_rows), depth, panel_rows
 
 
@@ -170,6 +169,9 @@ def _multiply_split(results, stride, a, offsets, bounds, b, places, panel_rows):
     if panel_rows == 1:
         multiply_split_row(results, stride, a, offsets, b, bounds, places)
         return
+    if panel_rows == 3:
+        multiply_split_three(results, stride, a, offsets, b, bounds, places)
+        return
     width = _tile_width(places, SPLIT_COLUMNS)
     for j in range(0, places, width):
         columns = min(width, places - j)
@@ -186,12 +188,6 @@ def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
     """The product of one panel for so many places, (panel_rows, stride) from the address `results` on."""
     if panel_rows == 1:
         multiply_row(results, stride, a, offsets, b, depth, places)
-        return
-    if panel_rows == 2:
-        multiply_two(results, stride, a, offsets, b, depth, places)
-        return
-    if panel_rows == 6:
-        multiply_six(results, stride, a, offsets, b, depth, places)
         return
     width = _tile_width(places, TILE_COLUMNS)
     for j in range(0, places, width):
@@ -292,24 +288,27 @@ def _join_phases(p_line, p_row, phases, group, behind, product, left, block_colu
 
 
 @kernel
-def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, planes, block, results,
+def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, low, high, phases, planes, block, results,
                         c_in_channel, c_channel, a_channel, groups, stride_down, stride_right, block_rows, block_columns, more_rows,
                         more_columns, shares, features, relevance, accumulate, first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
 
-    packed is flat: the panels of one phase behind those of another, made of the transposed V; where an input has two features (SIGNED,
-    BOX), its row for the second follows that for the first. A phase without taps is reached by no output: it gets zero.
+    packed is flat: the panels of one phase behind those of another, made of the transposed V. Where an input has two features (SIGNED,
+    BOX), whose V are W+ and -W-, it is made of the transposed W by conv2d_pack_split, so that both cost one product; offsets and bounds
+    are flat like packed then. A phase without taps is reached by no output: it gets zero.
 
-    phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its number of taps; where its weights
-    begin in packed and its rows in offsets. All phases read the same planes; a block is so many places of each phase. block and results
-    are flat scratch.
+    phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its number of taps; where it begins in
+    packed, offsets and bounds. All phases read the same planes; a block is so many places of each phase. block and results are flat
+    scratch.
     """
     inputs, outputs = len(low), ratio.shape[1]
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
     parts = 2 if features in (SIGNED, BOX) else 1
-    panel_rows = per_group * parts if per_group * parts in (1, 2, 6) else TILE_ROWS
-    panels = -(-per_group * parts // panel_rows)
+    panel_rows = 1 if per_group == 1 else TILE_ROWS
+    if parts == 2:
+        panel_rows = per_group if per_group in (1, 3) else SPLIT_ROWS
+    panels = -(-per_group // panel_rows)
     blocks_down = blocks_across = 1
     for phase in range(len(phases)):
         blocks_down = max(blocks_down, -(-phases[phase, 2] // block_rows))
@@ -319,7 +318,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
     as_it_is, plane_places = (features == NONNEGATIVE and not relevance) or features == ONES, block_rows * width
     stride, product, line = plane_places + CONV2D_COLUMNS, _product_elements(plane_places), _line_elements(block_columns, stride_right)
     p_in, p_a, p_results = c_in.ctypes.data, a.ctypes.data, results.ctypes.data
-    p_packed, p_offsets = packed.ctypes.data, offsets.ctypes.data
+    p_packed, p_offsets, p_bounds = packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data
     p_line = p_results + 4 * stride_right * product
     p_ratio, p_c, p_block, size = ratio.ctypes.data, c.ctypes.data, block.ctypes.data, c.shape[2] * c.shape[3]
     copied = -1
@@ -344,18 +343,21 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, low, high, phases, p
                 while behind < len(phases) and phases[behind, 0] == top:
                     behind += 1
                 for phase in range(group, behind if rows > 0 else group):
-                    columns, taps, begin, begin_offsets = phases[phase, 3] - left, phases[phase, 4], phases[phase, 5], phases[phase, 6]
-                    to, depth = p_results + 4 * (phase - group) * product, from_group * taps
-                    if columns > 0 and depth > 0:
-                        _multiply_tile(to, stride, p_packed + 4 * (begin + panel * depth * panel_rows), p_offsets + 4 * begin_offsets,
-                                       p_block, depth, (rows - 1) * width + min(block_columns, columns), panel_rows)
+                    columns, depth, begin = phases[phase, 3] - left, from_group * phases[phase, 4], phases[phase, 5]
+                    to, places = p_results + 4 * (phase - group) * product, (rows - 1) * width + min(block_columns, columns)
+                    weights = p_packed + 4 * (begin + panel * depth * panel_rows)
+                    if columns > 0 and depth == 0:
+                        fill_vectors(to, parts * panel_rows * stride - CONV2D_COLUMNS, _ZERO)
+                    elif columns > 0 and parts == 1:
+                        _multiply_tile(to, stride, weights, p_offsets + 4 * phases[phase, 6], p_block, depth, places, panel_rows)
                     elif columns > 0:
-                        fill_vectors(to, panel_rows * stride - CONV2D_COLUMNS, _ZERO)
-                for i in range(0, min(panel_rows, per_group * parts - within_group * panel_rows), parts):
-                    channel = g * per_group + (within_group * panel_rows + i) // parts
+                        _multiply_split(to, stride, weights, p_offsets + 4 * (phases[phase, 6] + panel * depth),
+                                        p_bounds + 4 * (phases[phase, 7] + panel * (1 + (1 << panel_rows))), p_block, places, panel_rows)
+                for i in range(min(panel_rows, per_group - within_group * panel_rows)):
+                    channel = g * per_group + within_group * panel_rows + i
                     for row in range(rows):
                         p_one = p_results + 4 * (i * stride + row * width)
-                        p_other = p_one + 4 * (parts - 1) * stride
+                        p_other = p_one + 4 * (parts - 1) * panel_rows * stride
                         if stride_right > 1:
                             _join_phases(p_line, p_one, phases, group, behind, product, left, block_columns, stride_right)
                             if parts > 1:

@@ -125,9 +125,10 @@ def finish_row(typing_context, x, ratio, positive, negative, count, bias, split,
 
 @intrinsic
 def give_row(typing_context, out, first, second, a, count, low, high, box, relevance, add):
-    """out <- what `count` numbers a get of V^T (ratio * c), whose part for the first feature is `first`, or added to out if `add`.
+    """out <- what `count` numbers a get of V^T (ratio * c), or added to out if `add`.
 
-    Both features if `box`, max(a - low, 0) first + max(high - a, 0) second; else the one that a has, times |a| if `relevance`.
+    first is what comes through positive weights, second through negative ones (not positive). Both features if `box`,
+    max(a - low, 0) first - max(high - a, 0) second; else that of a's sign, times |a| if `relevance`.
     """
     signature = types.void(*[types.intp] * 5, types.float32, types.float32, *[types.boolean] * 3)
 
@@ -138,9 +139,9 @@ def give_row(typing_context, out, first, second, a, count, low, high, box, relev
 
         def one_vector(step, nothing, load, store):
             value, one, other = load(p_a, step), load(p_first, step), load(p_second, step)
-            both = builder.fadd(builder.fmul(larger(builder, builder.fsub(value, low), ZEROS), one),
+            both = builder.fsub(builder.fmul(larger(builder, builder.fsub(value, low), ZEROS), one),
                                 builder.fmul(larger(builder, builder.fsub(high, value), ZEROS), other))
-            own = builder.select(builder.fcmp_ordered(">=", value, ZEROS), one, other)
+            own = builder.select(builder.fcmp_ordered(">=", value, ZEROS), one, builder.fsub(ZEROS, other))
             own = builder.select(relevance, builder.fmul(own, magnitude(builder, value)), own)
             result = builder.select(box, both, own)
             store(builder.select(add, builder.fadd(result, load(p_out, step)), result), p_out, step)

@@ -39,7 +39,7 @@ TILE_ROWS, TILE_VECTORS = {16: (8, 3), 8: (6, 2), 4: (4, 2)}[LANES]  # 24 of 32 
 TILE_COLUMNS = LANES * TILE_VECTORS
 SPLIT_ROWS, SPLIT_VECTORS = 4, 3  # 12 accumulators in use at a time
 SPLIT_COLUMNS = LANES * SPLIT_VECTORS
-ROW_VECTORS, SIX_VECTORS = TILE_ROWS * TILE_VECTORS // 3, TILE_ROWS * TILE_VECTORS // 6
+ROW_VECTORS = TILE_ROWS * TILE_VECTORS // 3
 SPLIT_ORDER = tuple(i ^ i >> 1 for i in range(2**SPLIT_ROWS))  # from class to class one row changes sides: few registers are exchanged
 _UNROLL = 4
 _LINE = 16  # floats of a cache line
@@ -163,6 +163,5 @@ MULTIPLY_TILE = tuple(_make_tile(_emit_tile, TILE_ROWS, vectors) for vectors in 
 MULTIPLY_SPLIT = tuple(_make_tile(_emit_split, SPLIT_ROWS, vectors) for vectors in range(1, SPLIT_VECTORS + 1))
 # The same for so many columns (a last argument), rounded up to whole tiles.
 multiply_row = _make_strip(_emit_tile, 1, ROW_VECTORS, 2)  # depthwise convolutions
-multiply_two = _make_strip(_emit_tile, 2, ROW_VECTORS, 2)  # both features of one channel: grey pictures
-multiply_six = _make_strip(_emit_tile, 6, SIX_VECTORS, 1)  # and of three
-multiply_split_row = _make_strip(_emit_split, 1, ROW_VECTORS, 2)
+multiply_split_row = _make_strip(_emit_split, 1, ROW_VECTORS, 2)  # and back to grey pictures
+multiply_split_three = _make_strip(_emit_split, 3, 4, 1)  # back to pictures in colour
