@@ -6,7 +6,8 @@
 
 Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by more than 1e-3 is
 not timed, and the script ends with an error. Then the three run in turns, so that what else the machine does meets all of them; times are
-medians over the turns, ratios are medians of the turns' ratios. --save writes benchmarks/results/, --readme the table in README.md.
+medians over the turns, ratios are medians of the turns' ratios. --save writes benchmarks/results/ (sections that were not run stay as
+they are there), --readme the table in README.md.
 """
 
 import argparse
@@ -196,7 +197,7 @@ def in_own_process(what, *arguments):
 
 def peak_memory(who, name, batch, threads):
     graph = NETWORKS[name]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_mebibytes()
     if who == "fastdtd":
         explainer_of(graph, threads)(pictures(graph, batch))
     else:
@@ -205,7 +206,14 @@ def peak_memory(who, name, batch, threads):
         torch.set_num_threads(threads)
         explainer_rules = {key: rule.name for key, rule in fastdtd.rules.assign(graph, "dtd").items()}
         ZennitExplainer(graph, explainer_rules, torch.float32)(torch.tensor(pictures(graph, batch)), [0] * batch)
-    return {"peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "of which weights and interpreter MiB": before}
+    return {"peak MiB": peak_mebibytes(), "of which weights and interpreter MiB": before}
+
+
+def peak_mebibytes():
+    """Of this process. On Linux, what getrusage tells is at least what the parent held when it started this one."""
+    if Path("/proc/self/status").exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory(options):
@@ -326,6 +334,7 @@ def main():
     if options.save:
         path = ROOT / "benchmarks" / "results" / f"compare-{result['machine']['target']}.json"
         path.parent.mkdir(exist_ok=True)
+        result = (json.loads(path.read_text()) if path.exists() else {}) | result
         path.write_text(json.dumps(result, indent=1) + "\n")
     if options.readme:
         write_readme(result)

@@ -1,7 +1,8 @@
 """Graph -> Graph: the same function with fewer kinds of layers, so that rules, plan and kernels need not know the others.
 
 Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the convolution or dense
-layer before it. The result is a fixed point: canonizing it again changes nothing.
+layer before it or, failing that, behind it; where neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a
+fixed point: canonizing it again changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def canonize(graph: Graph) -> Graph:
     Raises
     ------
     ModelError
-        A softmax in the middle of the network, or a batch norm with no convolution or dense layer of its own before it.
+        A softmax in the middle of the network, or nothing but layers that are dropped.
     """
     if not any(isinstance(layer, (Dropout, Softmax, BatchNorm)) for layer in graph):
         return graph
@@ -37,22 +38,47 @@ def canonize(graph: Graph) -> Graph:
             without.append(dataclasses.replace(layer, inputs=inputs))
 
     readers = Counter(name for layer in without for name in layer.inputs)
+    reader = {name: layer for layer in without for name in layer.inputs}
     folded: dict[str, str] = {}
+    behind: dict[str, BatchNorm] = {}  # by the name of the layer that they are folded into
     kept: dict[str, Layer] = {}
     for layer in without:
         inputs = tuple(folded.get(name, name) for name in layer.inputs)
-        if not isinstance(layer, BatchNorm):
+        if layer.name in behind:
+            assert isinstance(layer, (Conv2d, Dense))
+            kept[layer.name] = dataclasses.replace(_fold_into_next(behind[layer.name], layer), inputs=inputs)
+        elif not isinstance(layer, BatchNorm):
             kept[layer.name] = dataclasses.replace(layer, inputs=inputs)
-            continue
-        before = kept.get(inputs[0])
-        if not isinstance(before, (Conv2d, Dense)) or readers[layer.inputs[0]] != 1:
-            raise ModelError(f"batch norm {layer.name!r} cannot be folded: it reads {layer.inputs[0]!r}, which is not a convolution or "
-                             "dense layer that it alone reads")
-        kept[before.name] = _fold(before, layer)
-        folded[layer.name] = before.name
+        else:
+            before, following = kept.get(inputs[0]), reader.get(layer.name)
+            if isinstance(before, (Conv2d, Dense)) and readers[layer.inputs[0]] == 1:
+                kept[before.name] = _fold(before, layer)
+                folded[layer.name] = before.name
+            elif readers[layer.name] == 1 and following is not None and _takes_in(following, layer):
+                behind[following.name] = layer
+                folded[layer.name] = inputs[0]
+            else:
+                weight = layer.scale.reshape(-1, 1, 1, 1)
+                kept[layer.name] = Conv2d(layer.name, inputs, weight, layer.shift, groups=len(weight))
     if not kept:
         raise ModelError("nothing is left of the network once dropout and softmax are dropped")
     return Graph(tuple(kept.values()), graph.input_shape, graph.box)
+
+
+def _takes_in(layer: Layer, norm: BatchNorm) -> bool:
+    """Whether `norm` can be folded into the layer that reads it: where zeros are padded, only if it shifts nothing."""
+    return isinstance(layer, Dense) or (isinstance(layer, Conv2d) and (not any(layer.padding) or not norm.shift.any()))
+
+
+def _fold_into_next(norm: BatchNorm, layer: Conv2d | Dense) -> Conv2d | Dense:
+    groups = layer.groups if isinstance(layer, Conv2d) else 1
+    outputs, per_group = len(layer.weight), layer.weight.shape[1]
+    # (outputs, channels of the output's group, 1...), as the weight lies
+    scale, shift = (np.repeat(number.astype(np.float64).reshape(groups, per_group), outputs // groups, 0)
+                    .reshape(outputs, per_group, *[1] * (layer.weight.ndim - 2)) for number in (norm.scale, norm.shift))
+    bias = (layer.weight * shift).reshape(outputs, -1).sum(1) + (0 if layer.bias is None else layer.bias)
+    with np.errstate(over="ignore"):
+        return dataclasses.replace(layer, weight=(layer.weight * scale).astype(np.float32), bias=bias.astype(np.float32))
 
 
 def _fold(layer: Conv2d | Dense, norm: BatchNorm) -> Conv2d | Dense:

@@ -91,7 +91,8 @@ def _network() -> g.Graph:
         g.ReLU("positive", ("twice",)),
         g.MaxPool2d("proportional", ("positive",), (2, 2), (2, 2)),
         g.AveragePool2d("average", ("sum",), (2, 2), (2, 2)),  # gives back before "positive" does, to a part of "twice"
-        g.GlobalAveragePool("mean", ("wide/relu",)),
+        g.LocalResponseNorm("normed", ("wide/relu",), 5),
+        g.GlobalAveragePool("mean", ("normed",)),
         g.Flatten("flat", ("proportional",)),
         g.Flatten("flat average", ("average",)),
         g.Concat("joined", ("mean", "flat", "flat average")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ MAX_TENSOR_ELEMENTS = 2**28  # one tensor of one image: 1 GiB of float32; larger
 MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
 MAX_LAYERS = 10_000
 MAX_PADDING = 1024  # with more, windows of nothing but padding could keep a processor busy for days
+_LEAST_NORM_BIAS = 1e-6
 MAX_CONVOLUTION_STRIDE = 256  # its square is how many parts the way back has
 
 Shape = tuple[int, int, int]
@@ -51,6 +53,8 @@ class Layer:
             value = getattr(self, field.name)
             if field.name != "inputs" and isinstance(value, (list, tuple)):
                 object.__setattr__(self, field.name, tuple(int(v) for v in value))
+            elif field.type == "float":
+                object.__setattr__(self, field.name, float(value))
         least, most = self.arity
         if not least <= len(self.inputs) <= most:
             wanted = f"{least}" if least == most else f"{least} or more"
@@ -162,6 +166,40 @@ class ReLU(Layer):
 
 
 @dataclass(frozen=True, eq=False)
+class Clip(Layer):
+    """x = min(max(y, low), high), with low <= 0 < high; ReLU6 is 0 and 6. Either bound may be infinite."""
+
+    low: float = 0.0
+    high: float = math.inf
+
+    def validate(self) -> None:
+        if not self.low <= 0 < self.high:
+            self._refuse(f"clips to {self.low:g}..{self.high:g}; required: a lower bound of 0 or less, and an upper one above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResponseNorm(Layer):
+    """x[c] = y[c] / (bias + alpha / size * sum of y^2 over `size` channels around c)^beta (Krizhevsky et al. 2012).
+
+    The channels are those from (size - 1) // 2 before c to size // 2 behind it, as far as there are any. within_channel: size x size pixels
+    around each of the same channel instead, and alpha / size^2.
+    """
+
+    size: int
+    alpha: float = 1e-4
+    beta: float = 0.75
+    bias: float = 1.0
+    within_channel: bool = False
+
+    def validate(self) -> None:
+        if not 1 <= self.size <= MAX_PADDING:
+            self._refuse(f"has size {self.size}; required: 1 to {MAX_PADDING}")
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 100 and _LEAST_NORM_BIAS <= self.bias < math.inf):
+            self._refuse(f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta up to 100, and "
+                         f"a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
+
+
+@dataclass(frozen=True, eq=False)
 class Pool2d(Layer):
     """What the pools share. kernel, stride: (height, width); padding: (top, left, bottom, right), each less than the kernel.
 
@@ -250,7 +288,10 @@ class Flatten(Layer):
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm(Layer):
-    """y[c] = scale[c] x[c] + shift[c]: batch normalisation at inference. canonize.py folds it into the layer before it."""
+    """y[c] = scale[c] x[c] + shift[c]: batch normalisation at inference.
+
+    canonize.py folds it into the convolution or dense layer before it or behind it, or makes a convolution of it.
+    """
 
     scale: Array
     shift: Array
@@ -280,7 +321,7 @@ class Softmax(Layer):
 LAYER_TYPES: dict[str, type[Layer]] = {
     "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
     "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
-    "dropout": Dropout, "softmax": Softmax,
+    "clip": Clip, "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
 }  # the names that model files use
 
 
@@ -390,6 +431,10 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
             return Domain(hidden=True, nonnegative=False)
         case ReLU() | Softmax():
             return Domain(hidden=True, nonnegative=True)
+        case Clip():
+            return Domain(hidden=True, nonnegative=layer.low >= 0 or inputs[0].nonnegative)
+        case LocalResponseNorm():
+            return Domain(hidden=True, nonnegative=inputs[0].nonnegative)
         case MaxPool2d() | GlobalAveragePool() | Dropout():
             return inputs[0]
         case Concat() | Add():

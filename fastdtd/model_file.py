@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "fastdtd-model"
 VERSION = 1
+_NUMBERS = ("low", "high", "alpha", "beta", "bias")  # settings that are no integers; a bias with a dataset is none of them
 DTYPES = ("float16", "float32", "float64")
 COMPRESSIONS = ("gzip", "lzf", None)
 
@@ -261,11 +262,14 @@ def _setting(field: str, value: list[Any], where: str) -> Any:
                 return tuple(value) * (4 // len(value))
             case "kernel" | "stride" | "dilation", 1 | 2:
                 return tuple(value) * (2 // len(value))
-            case "groups", 1:
+            case "groups" | "size", 1:
                 return value[0]
-            case "ceil_mode" | "count_include_pad", 1 if value[0] in (0, 1):
+            case "ceil_mode" | "count_include_pad" | "within_channel", 1 if value[0] in (0, 1):
                 return bool(value[0])
-    wanted = {"padding": "1, 2 or 4 integers", "groups": "1 integer", "ceil_mode": "0 or 1", "count_include_pad": "0 or 1"}
+    if field in _NUMBERS and len(value) == 1 and isinstance(value[0], (int, float)):
+        return float(value[0])
+    wanted = {"padding": "1, 2 or 4 integers", "groups": "1 integer", "size": "1 integer", "ceil_mode": "0 or 1",
+              "count_include_pad": "0 or 1", "within_channel": "0 or 1", **dict.fromkeys(_NUMBERS, "1 number")}
     raise ModelError(f"{where} has {field} {_shown(value)}; required: {wanted.get(field, '1 or 2 integers')}")
 
 
@@ -482,7 +486,7 @@ def _write_layer(group: h5py.Group, layer: Layer, dtype: npt.DTypeLike, compress
         if field.name in ("name", "inputs") or value is None:
             continue
         if field.name not in layer.arrays:
-            group.attrs[field.name] = np.asarray(value, "<i8")
+            group.attrs[field.name] = np.asarray(value, "<f8" if field.name in _NUMBERS else "<i8")
             continue
         with np.errstate(over="ignore"):
             stored = value.astype(dtype)

@@ -9,6 +9,7 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
@@ -106,7 +107,7 @@ class Plan:
         self.step_layers: list[str] = []  # which layer each step belongs to
         self._conditions: dict[int, npt.NDArray[np.uint8]] = {}  # steps for which there is nothing to do where this is all zero
         self._scratch: dict[str, int] = {}
-        self._relu_behind = _fusible_relus(graph)
+        self._activation_behind = _fusible_activations(graph)
         self._relevance_carriers = relevance_carriers(graph, rules)
         self._roots = _roots(graph)
         self._activations: dict[str, _Buffer] = {}
@@ -117,7 +118,7 @@ class Plan:
         self.ledger = np.zeros((batch, len(self.ledger_layers)))
         self.starts_with_relevance = graph.output in self._relevance_carriers
 
-        fused = set(self._relu_behind.values())
+        fused = {layer.name for layer in self._activation_behind.values()}
         layers = [layer for layer in graph if layer.name not in fused]
         source, output = self._activation(INPUT), self._activation(graph.output)
         self._touch(source.use, 0)
@@ -220,10 +221,10 @@ class Plan:
         buffer.first = step if buffer.first < 0 else min(buffer.first, step)
         buffer.last = max(buffer.last, step)
 
-    def _result(self, layer: Layer) -> tuple[str, bool]:
-        """The tensor that a layer makes, and whether that is behind a fused ReLU."""
-        relu = self._relu_behind.get(layer.name)
-        return (layer.name, False) if relu is None else (relu, True)
+    def _result(self, layer: Layer) -> tuple[str, tuple[float, float]]:
+        """The tensor that a layer makes, and the bounds of the activation that is fused with it, infinite where none is."""
+        behind = self._activation_behind.get(layer.name)
+        return (layer.name, (-math.inf, math.inf)) if behind is None else (behind.name, _clips_to(behind))
 
     def _bounds(self, name: str) -> tuple[Array, Array]:
         return bounds_of(self._graph, name)
@@ -235,7 +236,7 @@ class Plan:
 
     def _emit_forward(self, layer: Layer) -> None:
         kernels, batch = self._kernels, self.batch
-        result, relu = self._result(layer)
+        result, clip = self._result(layer)
         x, a = self._activation(result), self._activation(layer.inputs[0])
         channels = self._graph.shapes[layer.name][0]
         carries = result in self._relevance_carriers
@@ -244,19 +245,19 @@ class Plan:
         match layer:
             case g.Conv2d() if rule:
                 ratio, dead = self._tape(layer)
-                self._emit_convolution(layer, x, ratio, dead, a, relu, carries)
+                self._emit_convolution(layer, x, ratio, dead, a, clip, carries)
             case g.Dense() if rule:
                 ratio, dead = self._tape(layer)
                 self._step(kernels.dense_forward, [
                     x.use, ratio, dead, a.use, layer.weight, _bias(layer), self._packed[layer.name], low, high,
-                    self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, rule.features, relu, carries,
+                    self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, rule.features, *clip, carries,
                 ], channels)
             case g.Add() if rule:
                 ratio, dead = self._tape(layer)
                 b = self._activation(layer.inputs[1])
                 self._step(kernels.add_forward, [
                     x.use, ratio, dead, a.use, b.use, low, high, *self._bounds(layer.inputs[1]), x.channel, a.channel, b.channel,
-                    rule.features, relu, carries,
+                    rule.features, *clip, carries,
                 ], batch * channels)
             case g.MaxPool2d() if rule and rule.features is None:
                 winner, _ = self._tape(layer, np.int32)
@@ -275,8 +276,15 @@ class Plan:
                     self._scratch_of("block", len(planes) * (shape[0] + shape[2]) * (shape[1] + shape[3])), x.channel, a.channel, *stride,
                     *shape, isinstance(layer, g.MaxPool2d), rule.features, carries,
                 ], batch * channels)
-            case g.ReLU():
-                self._step(kernels.relu_forward, [x.use, a.use, x.channel, a.channel, channels], batch * channels)
+            case g.ReLU() | g.Clip():
+                self._step(kernels.clip_forward, [x.use, a.use, x.channel, a.channel, channels, *_clips_to(layer)], batch * channels)
+            case g.LocalResponseNorm():
+                ratio, _ = self._tape(layer)
+                summed = layer.size**2 if layer.within_channel else layer.size
+                self._step(kernels.normalize_forward, [
+                    x.use, ratio, a.use, x.channel, a.channel, (layer.size - 1) // 2, layer.size // 2, layer.within_channel,
+                    layer.alpha / summed, layer.beta, layer.bias,
+                ], batch * self._graph.shapes[layer.name][1])
             case g.Concat() | g.Flatten():
                 for source, place in self._copied_inputs(layer):
                     self._copy(self._activations, layer.name, place, source, 0, source, False)
@@ -334,18 +342,24 @@ class Plan:
                     c_in.use, c.use, ratio, a.use, low, self._scratch_of("block", block), self._scratch_of("results", results),
                     c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], rule.features, carries, accumulate,
                 ], batch * channels)
-            case g.ReLU():
+            case g.ReLU() | g.Clip():
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation(source)
-                self._step(kernels.relu_redistribute, [
-                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, carries, accumulate,
+                self._step(kernels.clip_redistribute, [
+                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, *_clips_to(layer), carries, accumulate,
                 ], batch * channels)
+            case g.LocalResponseNorm():
+                ratio, _ = self._tape(layer)
+                accumulate = self._accumulates(source)
+                c_in = self._factor(source)
+                self._step(kernels.normalize_redistribute, [c_in.use, c.use, ratio, c_in.channel, c.channel, carries, accumulate],
+                           batch * channels)
             case g.Concat() | g.Flatten():
                 for name, place in self._copied_inputs(layer):
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
                 # Inputs that lie in the result's own memory have what was written there.
 
-    def _emit_convolution(self, layer: g.Conv2d, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], a: _Tensor, relu: bool,
+    def _emit_convolution(self, layer: g.Conv2d, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], a: _Tensor, clip: tuple[float, float],
                           carries: bool) -> None:
         kernels, (_, height, width) = self._kernels, self._graph.shapes[layer.name]
         packed = self._packed[layer.name].forward
@@ -353,7 +367,7 @@ class Plan:
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(kernels.winograd2d_forward, [
                 x.use, ratio, dead, a.use, layer.weight, packed.weights, packed.offsets(block), _bias(layer), *scratch,
-                x.channel, a.channel, packed.channels, packed.groups, *packed.padding, block, together, shares, relu, carries,
+                x.channel, a.channel, packed.channels, packed.groups, *packed.padding, block, together, shares, *clip, carries,
             ], units)
             return
         assert isinstance(packed, DirectForward)
@@ -366,7 +380,7 @@ class Plan:
             self._scratch_of("block", blocks.elements(packed.copies)),
             self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
             x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
-            layer.weight.shape[1], shares, packed.features, relu, carries,
+            layer.weight.shape[1], shares, packed.features, *clip, carries,
         ], self.batch * units * shares)
 
     def _emit_convolution_back(self, layer: g.Conv2d, c_in: _Tensor, c: _Tensor, ratio: _Use, a: _Tensor, carries: bool,
@@ -558,11 +572,15 @@ def _bias(layer: g.Conv2d | g.Dense) -> Array:
     return read_only(np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias)
 
 
-def _fusible_relus(graph: Graph) -> dict[str, str]:
-    """Layer's name -> the ReLU behind it, for each ReLU that alone reads a layer which can apply it itself."""
+def _fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
+    """Layer's name -> the activation behind it, for each that alone reads a layer which can apply it itself."""
     by_name = {layer.name: layer for layer in graph}
-    return {layer.inputs[0]: layer.name for layer in graph if isinstance(layer, g.ReLU)
+    return {layer.inputs[0]: layer for layer in graph if isinstance(layer, (g.ReLU, g.Clip))
             and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
+
+
+def _clips_to(layer: g.ReLU | g.Clip) -> tuple[float, float]:
+    return (0.0, math.inf) if isinstance(layer, g.ReLU) else (layer.low, layer.high)
 
 
 def _roots(graph: Graph) -> dict[str, tuple[str, int, int]]:

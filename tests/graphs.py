@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from fastdtd import graph as g
 
 LINEAR = ["z+", "w2", "flat"]
-KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "dense"]
+KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "clip", "norm", "dense"]
 
 
 def _pads(draw, kernel, symmetric):
@@ -56,7 +56,7 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
         kind = draw(st.sampled_from(KINDS))
         name = f"{kind}{number}"
         quiet = like_peers and kind in ("average", "global", "add")
-        source = pick(images=kind not in ("dense", "relu", "concat"), quiet=quiet)
+        source = pick(images=kind not in ("dense", "relu", "clip", "norm", "concat"), quiet=quiet)
         if source is None:
             continue
         channels, *size = shapes[source]
@@ -73,7 +73,8 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
             except g.ModelError:  # a kernel that reaches beyond its input
                 continue
             if kind == "conv+relu":
-                add(g.ReLU(name + "/relu", (name,)), True)
+                high = draw(st.sampled_from([None, None, 0.5]))
+                add(g.ReLU(name + "/relu", (name,)) if high is None else g.Clip(name + "/relu", (name,), 0, high), True)
         elif kind in ("max", "average"):
             kernel = tuple(draw(st.integers(1, min(3, n))) for n in size)
             stride, padding = tuple(draw(st.integers(1, 3)) for _ in size), _pads(draw, kernel, like_peers)
@@ -93,6 +94,13 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
                 add(g.ReLU(name + "/relu", (name,)), True)
         elif kind == "relu":
             add(g.ReLU(name, (source,)), True)
+        elif kind == "clip":
+            low = draw(st.sampled_from([0, -0.3, -np.inf]))
+            add(g.Clip(name, (source,), low, 0.4), low == 0 or behind_relu[source])
+        elif kind == "norm":
+            size, beta = draw(st.integers(1, 5)), draw(st.sampled_from([0.75, 0.5, 1.0]))
+            add(g.LocalResponseNorm(name, (source,), size | 1 if like_peers else size, 2.0, beta, draw(st.sampled_from([1.0, 2.0])),
+                                    not like_peers and draw(st.booleans())), behind_relu[source])
         else:
             flat = source
             if shapes[source][1:] != (1, 1):

@@ -93,6 +93,20 @@ def redistribute(share, relevance):
     return share.T @ ratio, relevance[total <= 0].sum()
 
 
+def normalisation(layer, a):
+    """What local response normalisation divides each number of a (C, H, W) by, flat."""
+    before, behind = (layer.size - 1) // 2, layer.size // 2
+
+    def around(place):
+        return slice(max(place - before, 0), place + behind + 1)
+
+    if layer.within_channel:
+        sums = np.array([(a[c, around(y), around(x)]**2).sum() / layer.size**2 for c, y, x in np.ndindex(a.shape)])
+    else:
+        sums = np.array([(a[around(c), y, x]**2).sum() / layer.size for c, y, x in np.ndindex(a.shape)])
+    return (layer.bias + layer.alpha * sums)**layer.beta
+
+
 def forward(graph, picture):
     """Every tensor, flat, by name."""
     tensors = {g.INPUT: np.asarray(picture, float).ravel()}
@@ -101,6 +115,10 @@ def forward(graph, picture):
         match layer:
             case g.ReLU():
                 value = np.maximum(inputs[0], 0)
+            case g.Clip():
+                value = np.minimum(np.maximum(inputs[0], layer.low), layer.high)
+            case g.LocalResponseNorm():
+                value = inputs[0] / normalisation(layer, inputs[0].reshape(graph.shapes[layer.inputs[0]]))
             case g.Concat():
                 value = np.concatenate(inputs)
             case g.Flatten():
@@ -126,7 +144,7 @@ def explain(graph, picture, target, rules):
     for layer in reversed(graph.layers):
         r, a = relevance[layer.name], np.concatenate([tensors[name] for name in layer.inputs])
         rule = rules.get(layer.name)
-        if rule is None:  # ReLU, concatenation, flatten
+        if rule is None:  # ReLU, clip, normalisation, concatenation, flatten
             back = r
         elif rule == "winner":
             _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])

@@ -11,7 +11,9 @@ import pytest
 
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError, FastDTDError
+from fastdtd.explainer import Explainer
 from fastdtd.importers import convert
+from fastdtd.model import Model, Preprocessing
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
@@ -91,11 +93,18 @@ def test_lenet_in_the_older_layout(data):
     assert model.preprocessing.color == "gray"
 
 
-def test_what_is_not_supported_is_named(data):
+def test_cifar10_full_with_normalisation_within_channels(data):
+    """Scores in float64, kept beside the network, for pictures whose mean is taken off."""
     folder = data / "models" / "cifar10_full"
-    with pytest.raises(ConversionError, match=r"cifar10_full\.prototxt: layer 'norm1' of type LRN \(number 4 of 13, reads 'pool1'\) is not "
-                                              r"supported; supported: .*Pooling"):
-        convert(folder / "cifar10_full.prototxt", folder / "cifar10_full_iter_70000.caffemodel")
+    graph = convert(folder / "cifar10_full.prototxt", folder / "cifar10_full_iter_70000.caffemodel").graph
+    assert sum(isinstance(layer, g.LocalResponseNorm) and layer.within_channel for layer in graph) == 2
+    reference = np.load(folder / "cifar10_full_ref64.npz")
+    explainer = Explainer(Model(g.Graph(graph.layers, graph.input_shape, (-255, 255)), Preprocessing(None)))
+    e = explainer(reference["x"])
+    np.testing.assert_allclose(e.output, reference["logits"], atol=1e-4)
+    explained = e.relevance.sum((1, 2, 3)) + sum(e.ledger.values())
+    np.testing.assert_allclose(explained, e.explained, rtol=1e-5)
+    assert e.relevance.min() >= 0
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------------------------------------
@@ -253,6 +262,28 @@ def test_clip_from_zero_is_a_relu(convert_nodes, attributes, bounds, opset):
     assert isinstance(relu, g.ReLU)
 
 
+@pytest.mark.parametrize(("inputs", "constants", "expected"), [
+    (["x", "a", "b"], {"a": 0, "b": 6}, (0, 6)), (["x", "", "b"], {"b": 2}, (-np.inf, 2)), (["x", "a"], {"a": -1}, (-1, np.inf))])
+def test_clip(convert_nodes, inputs, constants, expected):
+    constants = {name: np.float32(value) for name, value in constants.items()}
+    clip, _ = convert_nodes([node("Clip", inputs, ["t"]), POOL], constants).graph
+    assert (clip.low, clip.high) == expected
+
+
+def test_local_response_norm(convert_nodes):
+    norm, _ = convert_nodes([node("LRN", ["x"], ["t"], size=5, alpha=2e-4, bias=2.0), POOL]).graph
+    assert (norm.size, norm.alpha, norm.beta, norm.bias, norm.within_channel) == (5, pytest.approx(2e-4), 0.75, 2, False)
+
+
+@pytest.mark.parametrize(("op", "scale", "shift"), [("Add", 1, 2), ("Sub", 1, -2), ("Mul", 2, 0), ("Div", 0.5, 0)])
+@pytest.mark.parametrize("shape", [(), (3, 1, 1), (1, 3, 1, 1)])
+def test_arithmetic_with_constants(convert_nodes, op, scale, shift, shape):
+    made, *_ = convert_nodes([node(op, ["x", "c"], ["r"]), node("Relu", ["r"], ["t"]), POOL], {"c": np.full(shape, 2, np.float32)}).graph
+    same(made.weight, np.full((3, 1, 1, 1), scale))
+    same(made.bias, np.full(3, shift))
+    assert made.groups == 3
+
+
 def test_pad_joins_the_layer_behind_it(convert_nodes):
     pads = {"p": np.array([0, 0, 1, 2, 0, 0, 0, 1])}
     conv, _ = convert_nodes([node("Pad", ["x", "p"], ["q"]), node("Conv", ["q", "w"], ["t"], pads=[1, 1, 1, 1]), POOL],
@@ -320,8 +351,8 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
 
 
 @pytest.mark.parametrize(("nodes", "constants", "message"), [
-    ([node("Relu", ["x"], ["r"]), node("LRN", ["r"], ["t"], name="norm", size=3), POOL], {},
-     r"net\.onnx: LRN 'norm' \(node 2 of 3, reads 'r'\) is an operator that is not supported; supported: Add, AveragePool, .*, Transpose$"),
+    ([node("Relu", ["x"], ["r"]), node("Erf", ["r"], ["t"], name="norm"), POOL], {},
+     r"net\.onnx: Erf 'norm' \(node 2 of 3, reads 'r'\) is an operator that is not supported; supported: Add, AveragePool, .*, Transpose$"),
     ([node("Relu", ["x"], ["t"], domain="com.example"), POOL], {}, "an operator of domain 'com.example' that is not supported"),
     ([node("Conv", ["x", "x"], ["t"]), POOL], {}, "computes its input 'x'; required: a constant"),
     ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 3)}, r"weights of shape \(4, 3, 3\)"),
@@ -357,7 +388,13 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("Softmax", ["x"], ["t"], axis=-1), POOL], {}, "has axis -1 over 4 axes"),
     ([*FLAT, node("Softmax", ["f"], ["s"]), node("Gemm", ["s", "w"], ["y"])], {"w": numbers(3, 5)}, "softmax only at the end"),
     ([node("BatchNormalization", ["x", "w", "w", "w", "w"], ["t"]), POOL], {"w": numbers(4)}, r"required: \(3,\)"),
-    ([node("Clip", ["x", "a", "b"], ["t"]), POOL], {"a": np.float32(0), "b": np.float32(6)}, r"clips to \[0, 6\]"),
+    ([node("Clip", ["x", "a", "b"], ["t"]), POOL], {"a": np.float32(1), "b": np.float32(6)}, r"clips to \[1, 6\]"),
+    ([node("Clip", ["x", "", "b"], ["t"]), POOL], {"b": np.float32(-1)}, r"clips to \[-inf, -1\]"),
+    ([node("LRN", ["x"], ["t"], size=3, bias=0.0), POOL], {}, "bias 0; required: none negative"),
+    ([node("LRN", ["x"], ["t"]), POOL], {}, "has size 0"),
+    ([node("Mul", ["x", "x"], ["t"]), POOL], {}, "multiplies two tensors"),
+    ([node("Sub", ["a", "x"], ["t"]), POOL], {"a": np.float32(1)}, "subtracts what is computed"),
+    ([node("Div", ["x", "a"], ["t"]), POOL], {"a": np.float32(0)}, "by zero"),
     ([node("Dropout", ["x", "r", "m"], ["t"]), POOL], {"r": np.float32(0.5), "m": np.array(True)}, "drops at inference"),
     ([node("Pad", ["x", "p"], ["q"]), node("MaxPool", ["q"], ["t"], kernel_shape=[2, 2]), POOL], {"p": np.array([0, 0, 1, 1] * 2)},
      "before Conv and AveragePool only"),
@@ -650,8 +687,8 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
 
 
 @pytest.mark.parametrize(("text", "weights", "message"), [
-    (layer("l", "LRN"), {},
-     r"net\.prototxt: layer 'l' of type LRN \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, .*Split$"),
+    (layer("l", "Sigmoid"), {},
+     r"net\.prototxt: layer 'l' of type Sigmoid \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, .*Split$"),
     ('layers { name: "s" type: SIGMOID bottom: "x" top: "s" }', {}, "layer 's' of type SIGMOID .* is not supported"),
     ('layers { layer { name: "r" type: "relu" } bottom: "x" top: "s" }', {}, "Caffe's first version"),
     (layer("d", "Data", "x"), {}, "source of training data"),
@@ -672,7 +709,7 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
     (layer("e", "Eltwise", "x x", more="eltwise_param { operation: MAX }"), {}, "is a MAX"),
     (layer("e", "Eltwise", "x x", more="eltwise_param { coeff: 1 coeff: -1 }"), {}, r"coefficients \[1.0, -1.0\]"),
     (layer("n", "BatchNorm", more="batch_norm_param { use_global_stats: false }"), {}, "normalises by the batch"),
-    (layer("n", "BatchNorm", "x", "t") + GLOBAL, {"n": [numbers(3), np.ones(3), np.ones(1)]}, "cannot be folded"),
+    (layer("l", "LRN", more="lrn_param { local_size: 4 }"), {}, "has local_size 4; required: an odd one"),
     (layer("s", "Scale", "x x"), {}, "has 2 bottoms"),
     (layer("s", "Scale", more="scale_param { axis: 0 }"), {}, "axis 0"),
     (layer("f", "Flatten", more="flatten_param { axis: 2 }"), {}, "axis 2"),

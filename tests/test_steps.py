@@ -9,13 +9,13 @@ from fastdtd.kernels.cpu.jit import kernel
 
 
 @kernel
-def write_down(out, bytes_in, matrix, cube, number, flag, first, last):
+def write_down(out, bytes_in, matrix, cube, number, flag, fraction, first, last):
     """out <- what arrived."""
     out[0] = len(bytes_in) + bytes_in[-1] / 256
     out[1] = matrix.shape[0] + matrix.shape[1] / 10 + matrix[-1, 0] / 100
     out[2] = cube[1, 2, 3] + cube.size / 1000 + cube.strides[0] / 100000
     out[3] = number + flag / 10
-    out[4:6] = first, last
+    out[4:7] = first, last, fraction
 
 
 @kernel
@@ -31,18 +31,18 @@ def table_of(*calls):
 
 
 def test_arguments_arrive_as_they_were_given():
-    out = np.zeros(6)
+    out = np.zeros(7)
     cube = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    arguments = [out, np.array([1, 2, 64], np.uint8), np.array([[7], [8]], np.int32), cube, -5, True]
+    arguments = [out, np.array([1, 2, 64], np.uint8), np.array([[7], [8]], np.int32), cube, -5, True, -0.75]
     bound = cpu.bind(write_down, arguments)
     assert cpu.run_steps(table_of((bound, 3, 9)), np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
-    np.testing.assert_allclose(out, [3.25, 2.18, 23.02448, -4.9, 3, 9])
+    np.testing.assert_allclose(out, [3.25, 2.18, 23.02448, -4.9, 3, 9, -0.75])
 
 
 def test_only_wanted_steps_are_done_in_their_order():
-    out = [np.zeros(6) for _ in range(3)]
+    out = [np.zeros(7) for _ in range(3)]
     cube = np.zeros((2, 3, 4), np.float32)
-    bound = [cpu.bind(write_down, [o, np.zeros(1, np.uint8), np.zeros((1, 1), np.int32), cube, i, 0]) for i, o in enumerate(out)]
+    bound = [cpu.bind(write_down, [o, np.zeros(1, np.uint8), np.zeros((1, 1), np.int32), cube, i, 0, np.inf]) for i, o in enumerate(out)]
     table = table_of(*((b, 0, 1) for b in bound))
     progress = np.array([1, 0])  # as if the first of those wanted were done
     assert cpu.run_steps(table, np.array([0, 2]), progress, np.zeros(1, np.int64), 1)

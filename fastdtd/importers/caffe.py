@@ -27,6 +27,7 @@ from fastdtd.graph import (
     Flatten,
     GlobalAveragePool,
     Layer,
+    LocalResponseNorm,
     MaxPool2d,
     ReLU,
     Shape,
@@ -48,6 +49,7 @@ EltwiseParameter: operation 1 EltwiseOp = SUM, coeff 2 float*
 FlattenParameter: axis 1 int32 = 1, end_axis 2 int32 = -1
 InnerProductParameter: num_output 1 uint32, bias_term 2 bool = true, axis 5 int32 = 1, transpose 6 bool
 InputParameter: shape 1 BlobShape*
+LRNParameter: local_size 1 uint32 = 5, alpha 2 float = 1, beta 3 float = 0.75, norm_region 4 NormRegion, k 5 float = 1
 PoolingParameter: pool 1 PoolMethod, kernel_size 2 uint32, stride 3 uint32 = 1, pad 4 uint32, kernel_h 5 uint32, kernel_w 6 uint32, \
 stride_h 7 uint32, stride_w 8 uint32, pad_h 9 uint32, pad_w 10 uint32, global_pooling 12 bool, round_mode 13 RoundMode
 ReLUParameter: negative_slope 1 float
@@ -55,13 +57,13 @@ ScaleParameter: axis 1 int32 = 1, num_axes 2 int32 = 1, bias_term 4 bool
 SoftmaxParameter: axis 2 int32 = 1
 LayerParameter: name 1 string, type 2 string, bottom 3 string*, top 4 string*, blobs 7 BlobProto*, include 8 NetStateRule*, \
 exclude 9 NetStateRule*, concat_param 104 ConcatParameter, convolution_param 106 ConvolutionParameter, eltwise_param 110 EltwiseParameter, \
-inner_product_param 117 InnerProductParameter, pooling_param 121 PoolingParameter, relu_param 123 ReLUParameter, \
+inner_product_param 117 InnerProductParameter, lrn_param 118 LRNParameter, pooling_param 121 PoolingParameter, relu_param 123 ReLUParameter, \
 softmax_param 125 SoftmaxParameter, flatten_param 135 FlattenParameter, batch_norm_param 139 BatchNormParameter, \
 scale_param 142 ScaleParameter, input_param 143 InputParameter
 V0LayerParameter:
 V1LayerParameter: layer 1 V0LayerParameter, bottom 2 string*, top 3 string*, name 4 string, type 5 LayerType, blobs 6 BlobProto*, \
 concat_param 9 ConcatParameter, convolution_param 10 ConvolutionParameter, inner_product_param 17 InnerProductParameter, \
-pooling_param 19 PoolingParameter, eltwise_param 24 EltwiseParameter, relu_param 30 ReLUParameter, include 32 NetStateRule*, \
+lrn_param 18 LRNParameter, pooling_param 19 PoolingParameter, eltwise_param 24 EltwiseParameter, relu_param 30 ReLUParameter, include 32 NetStateRule*, \
 exclude 33 NetStateRule*, softmax_param 39 SoftmaxParameter
 NetParameter: name 1 string, layers 2 V1LayerParameter*, input 3 string*, input_dim 4 int32*, input_shape 8 BlobShape*, \
 layer 100 LayerParameter*
@@ -69,6 +71,7 @@ layer 100 LayerParameter*
 _ENUMS = {
     "Phase": "TRAIN TEST",
     "EltwiseOp": "PROD SUM MAX",
+    "NormRegion": "ACROSS_CHANNELS WITHIN_CHANNEL",
     "PoolMethod": "MAX AVE STOCHASTIC",
     "RoundMode": "CEIL FLOOR",
     "LayerType": "NONE ACCURACY BNLL CONCAT CONVOLUTION DATA DROPOUT EUCLIDEAN_LOSS FLATTEN HDF5_DATA HDF5_OUTPUT IM2COL IMAGE_DATA "
@@ -329,6 +332,15 @@ def _relu(network: _Network, node: _Node) -> _Blob:
     return network.add(ReLU, node, [network.only_blob(node)])
 
 
+def _lrn(network: _Network, node: _Node) -> _Blob:
+    p = node.proto.lrn_param
+    within = _value(p, "norm_region") == "WITHIN_CHANNEL"
+    if p.local_size % 2 == 0:
+        node.refuse(f"has local_size {p.local_size}; required: an odd one")
+    return network.add(LocalResponseNorm, node, [network.only_blob(node)], size=p.local_size, alpha=p.alpha, beta=p.beta,
+                       bias=1.0 if within else p.k, within_channel=within)  # as Caffe does
+
+
 def _concat(network: _Network, node: _Node) -> _Blob:
     p = node.proto.concat_param
     axis = p.axis if p.HasField("axis") else p.concat_dim
@@ -388,6 +400,6 @@ def _same(network: _Network, node: _Node) -> _Blob:
 
 _TYPES: dict[str, Callable[[_Network, _Node], _Blob]] = {
     "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten,
-    "InnerProduct": _inner_product, "Pooling": _pooling, "ReLU": _relu, "Scale": _scale, "Softmax": _softmax, "Split": _same,
+    "InnerProduct": _inner_product, "Pooling": _pooling, "ReLU": _relu, "Scale": _scale, "LRN": _lrn, "Softmax": _softmax, "Split": _same,
 }
 _SKIPPED = {"input", "accuracy", "silence", "softmaxwithloss", "softmaxloss"}  # lower case; what they make is not the network's output

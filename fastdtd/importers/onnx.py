@@ -24,12 +24,14 @@ from fastdtd.graph import (
     Add,
     AveragePool2d,
     BatchNorm,
+    Clip,
     Concat,
     Conv2d,
     Dense,
     Flatten,
     GlobalAveragePool,
     Layer,
+    LocalResponseNorm,
     MaxPool2d,
     ReLU,
     Shape,
@@ -296,11 +298,11 @@ def _decode(node: _Node, tensor: Any) -> Constant:
 
 
 def _channels(node: _Node, value: Constant, x: _Tensor) -> Constant:
-    """`value`, which is added to `x`, as one number for each channel."""
+    """`value`, which is combined with `x`, as one number for each channel."""
     try:
         return np.broadcast_to(value, (1, x.shape[0]) + (1,) * (x.rank - 2)).reshape(-1)
     except ValueError:
-        node.refuse(f"adds a constant of shape {value.shape} to {x.shape[0]} channels; required: one number, or one for each channel")
+        node.refuse(f"has a constant of shape {value.shape} for {x.shape[0]} channels; required: one number, or one for each channel")
 
 
 # ---- Operators ---------------------------------------------------------------------------------------------------------------------------
@@ -407,12 +409,35 @@ def _matmul(network: _Network, node: _Node) -> _Tensor:
 def _add(network: _Network, node: _Node) -> _Tensor:
     if not network.is_constant(node, 0) and not network.is_constant(node, 1):
         return _sum_of_tensors(network, node)
-    index = 0 if network.is_constant(node, 1) else 1
-    x, value = network.tensor(node, index), network.constant(node, 1 - index)
-    if not isinstance(network.layers.get(x.layer), (Conv2d, Dense, BatchNorm)):
-        node.refuse("adds a constant to what is no convolution, dense layer or batch norm; required: one of them, whose bias it becomes")
-    # A batch norm that only shifts: canonize.py folds it into the bias, and refuses where another layer reads the sum without it.
+    x, value = _with_constant(network, node)
     return network.add(BatchNorm, node, [x], scale=np.ones(x.shape[0], np.float32), shift=_channels(node, value, x))
+
+
+def _subtract(network: _Network, node: _Node) -> _Tensor:
+    if not network.is_constant(node, 1):
+        node.refuse("subtracts what is computed; required: a constant")
+    x, value = network.tensor(node), network.constant(node, 1)
+    return network.add(BatchNorm, node, [x], scale=np.ones(x.shape[0], np.float32), shift=-_channels(node, value, x))
+
+
+def _multiply(network: _Network, node: _Node) -> _Tensor:
+    x, value = _with_constant(network, node)
+    return network.add(BatchNorm, node, [x], scale=_channels(node, value, x), shift=np.zeros(x.shape[0], np.float32))
+
+
+def _divide(network: _Network, node: _Node) -> _Tensor:
+    if not network.is_constant(node, 1) or not network.constant(node, 1).all():
+        node.refuse("divides by what is computed, or by zero; required: constants other than zero")
+    x, value = network.tensor(node), network.constant(node, 1)
+    return network.add(BatchNorm, node, [x], scale=1 / _channels(node, value, x).astype(np.float64), shift=np.zeros(x.shape[0], np.float32))
+
+
+def _with_constant(network: _Network, node: _Node) -> tuple[_Tensor, Constant]:
+    """Of two inputs, the one that depends on the network's input, and the one that does not."""
+    if not network.is_constant(node, 0) and not network.is_constant(node, 1):
+        node.refuse("multiplies two tensors that are computed; required: one, and a constant")
+    index = 0 if network.is_constant(node, 1) else 1
+    return network.tensor(node, index), network.constant(node, 1 - index)
 
 
 def _sum_of_tensors(network: _Network, node: _Node) -> _Tensor:
@@ -444,9 +469,17 @@ def _clip(network: _Network, node: _Node) -> _Tensor:
     low, high = (network.optional_constant(node, i) for i in (1, 2))
     least = node.number("min", -np.inf) if low is None else low.astype(np.float64).max(initial=-np.inf)
     most = node.number("max", np.inf) if high is None else high.astype(np.float64).max(initial=-np.inf)
-    if least != 0 or most < np.finfo(np.float32).max:  # the default of old opsets is the largest float32
-        node.refuse(f"clips to [{least:g}, {most:g}]; required: [0, inf], which is a ReLU")
-    return _relu(network, node)
+    least, most = (float(np.copysign(np.inf, bound)) if abs(bound) >= np.finfo(np.float32).max else float(bound) for bound in (least, most))
+    if (least, most) == (0, np.inf):  # the default of old opsets is the largest float32
+        return _relu(network, node)
+    if not least <= 0 < most:
+        node.refuse(f"clips to [{least:g}, {most:g}]; required: a lower bound of 0 or less, and an upper one above 0")
+    return network.add(Clip, node, [network.tensor(node)], low=least, high=most)
+
+
+def _lrn(network: _Network, node: _Node) -> _Tensor:
+    return network.add(LocalResponseNorm, node, [network.tensor(node, rank=4)], size=node.integer("size", 0),
+                       alpha=node.number("alpha", 1e-4), beta=node.number("beta", 0.75), bias=node.number("bias", 1.0))
 
 
 def _softmax(network: _Network, node: _Node) -> _Tensor:
@@ -529,8 +562,8 @@ def _dropout(network: _Network, node: _Node) -> _Tensor:
 
 _OPERATORS: dict[str, Callable[[_Network, _Node], Any]] = {
     "Add": _add, "AveragePool": _pool, "BatchNormalization": _batch_norm, "Clip": _clip, "Concat": _concat, "Constant": _constant,
-    "Conv": _conv, "Dropout": _dropout, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _global_pool,
-    "GlobalMaxPool": _global_pool, "Identity": _identity, "LogSoftmax": _softmax, "MatMul": _matmul, "MaxPool": _pool, "Pad": _pad,
-    "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Softmax": _softmax, "Squeeze": _squeeze, "Sum": _sum_of_tensors,
+    "Conv": _conv, "Div": _divide, "Dropout": _dropout, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _global_pool,
+    "GlobalMaxPool": _global_pool, "Identity": _identity, "LRN": _lrn, "LogSoftmax": _softmax, "MatMul": _matmul, "MaxPool": _pool, "Mul": _multiply, "Pad": _pad,
+    "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Softmax": _softmax, "Squeeze": _squeeze, "Sub": _subtract, "Sum": _sum_of_tensors,
     "Transpose": _transpose,
 }

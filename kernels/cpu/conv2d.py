@@ -206,8 +206,8 @@ def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
 @kernel
 def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, pattern, least, planes, block, results,
                    x_channel, a_channel, step_down, step_right, block_rows, block_columns, more_rows, more_columns, channels, shares,
-                   features, relu, relevance, first, last):
-    """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something (elementwise.ratio_of).
+                   features, least_x, most_x, relevance, first, last):
+    """x <- W a + bias, clipped to least_x..most_x; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something (elementwise.ratio_of).
 
     packed, offsets, bounds are of conv2d_pack_split. Its depth runs over the copies that the features need (two of both signs under SIGNED,
     else one), the channels of a group (`channels`), the taps. planes (P, 2) holds where each plane of a channel begins, relative to a
@@ -266,7 +266,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                     at_constant = (k * constant.shape[1] + pattern[y + row]) * across + left
                     p_z = p_results + 4 * positive if split else p_constant + 4 * at_constant
                     absorbs |= finish_row(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative, columns, bias[k], split,
-                                          features == BOX, relu != 0, relevance != 0, least[k])
+                                          features == BOX, least_x, most_x, relevance != 0, least[k])
         if absorbs:
             dead[n] = 1
 

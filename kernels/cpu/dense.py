@@ -162,8 +162,9 @@ def dense_forward_elements(images):
 
 
 @kernel
-def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_channel, a_channel, features, relu, relevance, first, last):
-    """x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z. Units are outputs.
+def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_channel, a_channel, features, least, most, relevance,
+                  first, last):
+    """x <- W a + bias, clipped to least..most; ratio <- |x| / z. Units are outputs.
 
     constant (K,) is z under ONES, where it does not depend on a. sums is flat scratch: for each group of images y and z of a block's
     outputs, lane by lane.
@@ -203,7 +204,7 @@ def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_
                 k = block + row
                 for i in range(together):
                     y = p_sums + n * of_image + 4 * (row * together + i) * 2 * LANES
-                    value = finish(_sum_of_lanes(y) + bias[k], relu)
+                    value = finish(_sum_of_lanes(y) + bias[k], least, most)
                     z = constant[k] if features == ONES else _sum_of_lanes(y + 4 * LANES)
                     r = ratio_of(value, z, relevance)
                     flat_x[(n + i) * x.shape[1] + x_channel + k] = value

@@ -1,4 +1,4 @@
-"""What happens to one number at a time: the ratio of every rule, ReLU and addition, and what a layer absorbs.
+"""What happens to one number at a time: the ratio of every rule, ReLU, addition, normalisation, and what a layer absorbs.
 
 Tensors are (N, *, H, W) and used from a given channel on; a call does the units first..last-1, one unit being one channel of one image.
 The channels of an image lie one behind the other in each tensor, so what needs to know no channel does all of them in one loop.
@@ -8,7 +8,6 @@ import numpy as np
 from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.vector_code import (
-    BITS,
     F32,
     LANES,
     NO_LANE,
@@ -28,6 +27,7 @@ from numba.extending import intrinsic
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
+_THREE_QUARTERS = np.float32(0.75)
 LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
 
 
@@ -35,9 +35,9 @@ LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its product
 
 
 @kernel
-def finish(y, relu):
-    """The layer's output from its sum."""
-    return max(y, _ZERO) if relu else y
+def finish(y, least, most):
+    """The layer's output from its sum: clipped to the bounds of the activation behind it, which are infinite where there is none."""
+    return min(max(y, least), most)
 
 
 @kernel
@@ -84,31 +84,32 @@ def give(result, a, features, low, high, relevance):
 class Finish:
     """Emits finish and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
 
-    def __init__(self, builder, bias, relu, relevance, least):
-        self.builder, self.relu, self.relevance = builder, splat(builder, relu, BITS), relevance
-        self.bias, self.least = splat(builder, bias), splat(builder, least)
+    def __init__(self, builder, bias, least, most, relevance, least_z):
+        self.builder, self.relevance = builder, relevance
+        self.bias, self.least, self.most, self.least_z = (splat(builder, number) for number in (bias, least, most, least_z))
 
     def __call__(self, y, z):
         builder = self.builder
         y = builder.fadd(y, self.bias)
-        y = builder.select(builder.and_(builder.fcmp_ordered("<", y, ZEROS), self.relu), ZEROS, y)
+        y = builder.select(builder.fcmp_ordered("<", y, self.least), self.least, y)
+        y = builder.select(builder.fcmp_ordered(">", y, self.most), self.most, y)
         share = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), magnitude(builder, y))
-        ratio = builder.select(builder.fcmp_ordered(">", z, self.least), builder.fdiv(share, z), builder.fsub(ZEROS, share))
+        ratio = builder.select(builder.fcmp_ordered(">", z, self.least_z), builder.fdiv(share, z), builder.fsub(ZEROS, share))
         return y, ratio
 
 
 @intrinsic
-def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, relu, relevance, least):
-    """x <- y + bias, through a ReLU if relu; ratio <- |x| / z: `count` numbers from each address. Returns whether a ratio is negative.
+def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, least, most, relevance, least_z):
+    """x <- y + bias, clipped to least..most; ratio <- |x| / z: `count` numbers from each address. Returns whether a ratio is negative.
 
     z = positive (+ y if shifted) and y = negative (+ positive if split).
     """
-    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 4, types.float32)
+    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 2, *[types.float32] * 2, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_x, p_ratio, p_positive, p_negative = pointers(builder, arguments[:4], F32, F32, F32, F32)
-        count, bias, split, shifted, relu, relevance, least = arguments[4:]
-        finish = Finish(builder, bias, relu, relevance, least)
+        count, bias, split, shifted, least, most, relevance, least_z = arguments[4:]
+        finish = Finish(builder, bias, least, most, relevance, least_z)
 
         def one_vector(step, found, load, store):
             z, y = load(p_positive, step), load(p_negative, step)
@@ -193,8 +194,8 @@ def clear_redistribute(c_in, begin, end, first, last):
 
 
 @kernel
-def relu_forward(x, a, x_channel, a_channel, channels, first, last):
-    """x <- max(a, 0)."""
+def clip_forward(x, a, x_channel, a_channel, channels, least, most, first, last):
+    """x <- min(max(a, least), most)."""
     places = a.shape[2] * a.shape[3]
     flat_x, flat_a = x.reshape(x.size), a.reshape(a.size)
     unit = first
@@ -205,13 +206,13 @@ def relu_forward(x, a, x_channel, a_channel, channels, first, last):
         out = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
         value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            out[i] = max(value[i], _ZERO)
+            out[i] = finish(value[i], least, most)
         unit += together
 
 
 @kernel
-def relu_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, relevance, accumulate, first, last):
-    """c_in <- c where a > 0, else 0; relevance passes everywhere."""
+def clip_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, least, most, relevance, accumulate, first, last):
+    """Relevance |x| c of what was clipped is that of what it was clipped from: c_in <- c |x| / |a|; relevance itself passes as it is."""
     places = a.shape[2] * a.shape[3]
     flat_in, flat_c, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), a.reshape(a.size)
     unit = first
@@ -223,7 +224,69 @@ def relu_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, 
         factor = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
         value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            result = factor[i] if relevance or value[i] > _ZERO else _ZERO
+            x = finish(value[i], least, most)
+            kept = _ONE if relevance or x == value[i] else abs(x) / abs(value[i])
+            result = factor[i] * kept
+            out[i] = result + out[i] if accumulate else result
+        unit += together
+
+
+@kernel
+def _add_squares(sums, value):
+    for i in range(len(sums)):
+        sums[i] += value[i] * value[i]
+
+
+@kernel
+def normalize_forward(x, ratio, a, x_channel, a_channel, before, behind, within, alpha, beta, bias, first, last):
+    """x <- a * ratio, ratio <- (bias + alpha * sum of a^2)^-beta. Units are rows of images.
+
+    The sum is over the channels from `before` before to `behind` behind, or over as many rows and columns if `within`.
+    """
+    channels, height, width = ratio.shape[1:]
+    places = height * width
+    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    for unit in range(first, last):
+        n, row = unit // height, unit % height
+        for k in range(channels):
+            scale = _run(flat_ratio, (n * channels + k) * places + row * width, width)
+            for i in range(width):
+                scale[i] = _ZERO
+            around, end = (row, height) if within else (k, channels)
+            for j in range(max(around - before, 0), min(around + behind + 1, end)):
+                channel, line = (k, j) if within else (j, row)
+                value = _run(flat_a, (n * a.shape[1] + a_channel + channel) * places + line * width, width)
+                for shift in range(-before if within else 0, behind + 1 if within else 1):
+                    left, right = max(-shift, 0), width - max(shift, 0)
+                    if left < right:
+                        _add_squares(_run(scale, left, right - left), _run(value, left + shift, right - left))
+            own = _run(flat_a, (n * a.shape[1] + a_channel + k) * places + row * width, width)
+            out = _run(flat_x, (n * x.shape[1] + x_channel + k) * places + row * width, width)
+            if beta == _THREE_QUARTERS:  # of all who use it; square roots are vectors
+                for i in range(width):
+                    root = np.sqrt(bias + alpha * scale[i])
+                    scale[i] = _ONE / (root * np.sqrt(root))
+            else:
+                for i in range(width):
+                    scale[i] = (bias + alpha * scale[i]) ** -beta
+            for i in range(width):
+                out[i] = own[i] * scale[i]
+
+
+@kernel
+def normalize_redistribute(c_in, c, ratio, c_in_channel, c_channel, relevance, accumulate, first, last):
+    """Relevance passes: c_in <- c * ratio, for |x| c = |a| ratio c; relevance itself as it is. Units are channels of images."""
+    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+    flat_in, flat_c, flat_ratio = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size)
+    unit = first
+    while unit < last:
+        n, k = unit // channels, unit % channels
+        together = _together(unit, last, channels)
+        count = together * places
+        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
+        factor, scale = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), _run(flat_ratio, unit * places, count)
+        for i in range(count):
+            result = factor[i] * (_ONE if relevance else scale[i])
             out[i] = result + out[i] if accumulate else result
         unit += together
 
@@ -244,8 +307,8 @@ def copy_forward(x, a, x_begin, a_begin, count, accumulate, first, last):
 
 @kernel
 def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
-                x_channel, a_channel, b_channel, features, relu, relevance, first, last):
-    """x <- a + b, through a ReLU if `relu`; ratio <- |x| / z with z the sum of both features."""
+                x_channel, a_channel, b_channel, features, least, most, relevance, first, last):
+    """x <- a + b, clipped to least..most; ratio <- |x| / z with z the sum of both features."""
     channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
     flat_x, flat_ratio, flat_a, flat_b = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size), b.reshape(b.size)
     unit = first
@@ -259,7 +322,7 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
         absorbs = False
         for i in range(count):
             z = feature_sum(p[i], features, low_a[k], high_a[k]) + feature_sum(q[i], features, low_b[k], high_b[k])
-            value = finish(p[i] + q[i], relu)
+            value = finish(p[i] + q[i], least, most)
             r = ratio_of(value, z, relevance)
             out[i] = value
             to_ratio[i] = r

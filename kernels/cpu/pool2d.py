@@ -117,7 +117,8 @@ def _reduce_windows(typing_context, x, ratio, block, offsets, taps, count, down,
         p_x, p_ratio, p_block, p_offsets, p_across = pointers(builder, [*arguments[:4], arguments[7]], F32, F32, F32, I32, F32)
         taps, count, down, shift, counted, maximum, relevance = [arguments[i] for i in (4, 5, 6, 8, 9, 10, 11)]
         window, down = _Window(builder, shift, counted, maximum), splat(builder, down)
-        finish = Finish(builder, ir.Constant(F32, 0.0), ir.Constant(ir.IntType(1), 0), relevance, ir.Constant(F32, float(LEAST)))
+        numbers = [ir.Constant(F32, number) for number in (0.0, float("-inf"), float("inf"), float(LEAST))]
+        finish = Finish(builder, *numbers[:3], relevance, numbers[3])
 
         def one_vector(step, found, load, store):
             y, z = loop_range(builder, number(0), taps, 1, window.empty,

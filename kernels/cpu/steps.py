@@ -32,12 +32,15 @@ def bind(function, arguments):
     """(address of code, slots): `run_steps` can make the call function(*arguments, first, last).
 
     slots (int64) holds addresses of the arrays among the arguments, which are to be C-contiguous; the caller keeps both alive. Others are
-    integers.
+    integers, or floats, which arrive as float32.
     """
     kinds = tuple(_kind(argument) for argument in arguments)
     slots = []
     for argument in arguments:
-        slots += [argument.ctypes.data, *argument.shape] if isinstance(argument, np.ndarray) else [argument]
+        if isinstance(argument, np.ndarray):
+            slots += [argument.ctypes.data, *argument.shape]
+        else:
+            slots.append(int(np.float32(argument).view(np.int32)) if isinstance(argument, float) else argument)
     return _address(_step(function, kinds)), np.array(slots, np.int64)
 
 
@@ -48,7 +51,7 @@ def steps_compiled():
 
 def _kind(argument):
     if not isinstance(argument, np.ndarray):
-        return types.int64
+        return types.float32 if isinstance(argument, float) else types.int64
     assert argument.flags.c_contiguous
     return types.Array(from_dtype(argument.dtype), argument.ndim, "C")
 
@@ -83,7 +86,8 @@ def _make_arguments(kinds):
             results = []
             for kind in kinds:
                 if not isinstance(kind, types.Array):
-                    results.append(following())
+                    bits = following()
+                    results.append(builder.bitcast(builder.trunc(bits, ir.IntType(32)), ir.FloatType()) if kind == types.float32 else bits)
                     continue
                 address, shape = following(), [following() for _ in range(kind.ndim)]
                 results.append(_array(context, builder, kind, address, shape))

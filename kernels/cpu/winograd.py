@@ -199,18 +199,18 @@ def _output_tiles(typing_context, stage, sums, stride):
 
 
 @intrinsic
-def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, relu, relevance, least):
+def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, least, most, relevance, least_z):
     """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (see finish_vectors) from the points of y and of z, `stride` floats apart.
 
     A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1 where a ratio of the
     first `count` tiles is negative, plus 2 where one is NaN.
     """
-    signature = types.int64(*[types.intp] * 5, types.float32, types.boolean, types.boolean, types.float32)
+    signature = types.int64(*[types.intp] * 5, *[types.float32] * 3, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_stage, p_y, p_z = pointers(builder, arguments[:3], F32, F32, F32)
-        stride, count, bias, relu, relevance, least = arguments[3:]
-        finish = Finish(builder, bias, relu, relevance, least)
+        stride, count, bias, least, most, relevance, least_z = arguments[3:]
+        finish = Finish(builder, bias, least, most, relevance, least_z)
         all_z = [_transform_output(builder, line) for line in _outputs(builder, p_z, stride)]
         largest = all_z[0][0]
         for z in (z for line in all_z for z in line):
@@ -306,8 +306,8 @@ def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_ima
 
 
 @kernel
-def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_across, tiles_of_image, height, across, top, left, relu,
-                  relevance):
+def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_across, tiles_of_image, height, across, top, left, least,
+                  most, relevance):
     """Output k of the tiles in the stage, where its ratio is NaN: by the definition. Returns whether one of these ratios is negative."""
     absorbs = False
     for at in range(16 * LANES):
@@ -325,7 +325,7 @@ def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_acros
                     term = weight[k, channel, i, j] * a[n, a_channel + channel, y_out + i - top, x_out + j - left]
                     y += term
                     z += max(term, _ZERO)
-        value = finish(y + bias, relu)
+        value = finish(y + bias, least, most)
         stage[at], stage[16 * LANES + at] = value, ratio_of(value, z, relevance)
         absorbs |= stage[16 * LANES + at] < _ZERO
     return absorbs
@@ -374,9 +374,9 @@ def _transform_products(points, lines, ratio, c, group, c_channel, outputs, top,
 
 @kernel
 def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, points, sums, stage, seen,
-                       x_channel, a_channel, channels, groups, top, left, block, panels_together, shares, relu, relevance,
+                       x_channel, a_channel, channels, groups, top, left, block, panels_together, shares, least, most, relevance,
                        first, last):
-    """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, through a ReLU if `relu`; ratio <- |x| / z.
+    """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, clipped to least..most; ratio <- |x| / z.
 
     packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_pack from W and from V, for C channels of a group; offsets (C,) are
     c * block; top and left are paddings.
@@ -412,11 +412,11 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                 k = g * per_group + panel * TILE_ROWS + i
                 for t in range(0, count, LANES):
                     at, now = 4 * (i * block + t), min(LANES, count - t)
-                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], relu != 0, relevance != 0,
+                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], least, most, relevance != 0,
                                           LEAST)
                     absorbs |= found & 1 != 0
                     if any_blind:
-                        value = finish(bias[k], relu)
+                        value = finish(bias[k], least, most)
                         absorbed = ratio_of(value, _ZERO, relevance)
                         for j in range(marks[36 * block + t // LANES], marks[36 * block + t // LANES + 1]):
                             stage[marks[j]] = value
@@ -424,7 +424,7 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                             absorbs |= absorbed < _ZERO
                     if found & 2:
                         absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now, tiles_across,
-                                                 tiles_of_image, height, across, top, left, relu, relevance)
+                                                 tiles_of_image, height, across, top, left, least, most, relevance)
                     _store_tiles(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across, tiles_of_image,
                                  False)
                     _store_tiles(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across, tiles_of_image,

@@ -34,6 +34,10 @@ def module_of(layer, shape):
             module = nn.Linear(*layer.weight.shape[::-1])
         case g.ReLU():
             return nn.ReLU()
+        case g.Clip():
+            return nn.Hardtanh(layer.low, layer.high)
+        case g.LocalResponseNorm():
+            return nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.bias)
         case g.MaxPool2d():
             return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding[:2], ceil_mode=layer.ceil_mode)
         case g.AveragePool2d():
