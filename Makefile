@@ -3,15 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers compare check models clean
+.PHONY: help demo test test-peers compare bench profile check models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
 	@echo "make test        the tests, without any deep-learning framework"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
-	@echo "make compare     measure against PyTorch and zennit, about 20 minutes; writes benchmarks/results and the table in README.md"
+	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the table in README.md"
+	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
+	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
 	@echo "make check       ruff and mypy"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
@@ -26,6 +29,12 @@ test: $(VENV)/ready-dev
 test-peers: $(PEERS)/ready
 	$(PEERS)/bin/pytest tests/peers
 
+bench: $(VENV)/ready-dev
+	$(VENV)/bin/pytest benchmarks/bench_kernels.py --benchmark-columns=median,iqr,rounds --benchmark-json=out/bench_kernels.json
+
+profile: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/profile_layers.py --summary
+
 compare: $(PEERS)/ready
 	$(PEERS)/bin/python benchmarks/compare.py --save --readme
 
@@ -37,7 +46,7 @@ models: $(VENV)/ready
 	$(VENV)/bin/python -m fastdtd.models.build
 
 clean:
-	rm -rf $(VENV) $(PEERS) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(INNVESTIGATE) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -56,4 +65,10 @@ $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --editable '.[test]' --requirement tests/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --no-deps zennit==0.5.1 click
+	touch $@
+
+# Python 3.11 at most, for TensorFlow 2.14, the last with the Keras that iNNvestigate works with.
+$(INNVESTIGATE)/ready: benchmarks/requirements-innvestigate.txt
+	$(PYTHON) -m venv $(INNVESTIGATE)
+	$(INNVESTIGATE)/bin/python $(PIP) --requirement $<
 	touch $@

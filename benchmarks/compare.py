@@ -1,8 +1,9 @@
-"""How fast is an explanation, next to PyTorch's forward pass and to zennit's explanation? And is it right?
+"""How fast is an explanation, next to PyTorch's forward pass and to the explanations of zennit, Captum, iNNvestigate? And is it right?
 
     make compare                                   # everything, about 20 minutes; makes .venv-peers first
     .venv-peers/bin/python benchmarks/compare.py --only speed --nets VGG-16 --batches 8
     .venv-peers/bin/python benchmarks/compare.py --save --readme
+    make .venv-innvestigate/ready                  # iNNvestigate and TensorFlow; without them that section is left out
 
 Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by more than 1e-3 is
 not timed, and the script ends with an error. Then the three run in turns, so that what else the machine does meets all of them; times are
@@ -38,7 +39,8 @@ from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
 
 MOST_DISAGREEMENT = 1e-3
 _PAUSE = 0.1  # seconds
-SECTIONS = ("speed", "captum", "memory", "threads", "bits", "growth", "start")
+INNVESTIGATE = ROOT / ".venv-innvestigate" / "bin" / "python"
+SECTIONS = ("speed", "captum", "innvestigate", "memory", "threads", "bits", "growth", "start")
 
 
 def explainer_of(graph, threads=None):
@@ -88,7 +90,7 @@ def contenders(graph, batch, threads):
 
 
 def measure(functions, seconds):
-    """Seconds of each call, in turns, for about so long. zennit and Captum, the slowest, have a third of the turns, and 3 at least.
+    """Seconds of each call, in turns, for about so long. The slow ones (zennit, Captum, iNNvestigate) have a third of the turns, and 3.
 
     Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that the next one needs;
     and as long a run that does not count, for it finds cold caches and threads that sleep, or share a processor.
@@ -99,7 +101,7 @@ def measure(functions, seconds):
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 9:
         for name, function in functions.items():
-            slow = name in ("zennit", "Captum")
+            slow = name in ("zennit", "Captum", "iNNvestigate")
             if slow and turn % 3:
                 continue
             time.sleep(_PAUSE)
@@ -158,11 +160,64 @@ def captum(options):
                 sys.exit(f"{name} disagrees with Captum by {error:.1e}: not timed")
             times = measure({"fastdtd": functools.partial(explainer, images, e.target),
                              "Captum": functools.partial(theirs, tensor, e.target)}, options.seconds / 2)
-            medians = {who: statistics.median(values) / batch * 1e3 for who, values in times.items()}
-            rows.append({"net": name, "batch": batch, "milliseconds": medians, "relevance": error})
-            print(f"{name}, batch {batch}: fastdtd {medians['fastdtd']:.2f} ms, Captum {medians['Captum']:.2f} ms, "
-                  f"{medians['Captum'] / medians['fastdtd']:.1f} times; relevance within {error:.1e}", flush=True)
+            rows.append(compared(name, batch, times, "Captum", error))
     return rows
+
+
+class Innvestigate:
+    """iNNvestigate's deep Taylor decomposition of `images`, in a process of its own (innvestigate_server.py)."""
+
+    def __init__(self, model, images, target, threads, folder):
+        self.relevance, arguments = Path(folder, "relevance.npy"), [str(Path(folder, name)) for name in ("net.h5", "pictures.npy")]
+        fastdtd.save(model, arguments[0])
+        np.save(arguments[1], images)
+        with open(Path(folder, "log"), "w") as log:
+            self.process = subprocess.Popen(
+                [INNVESTIGATE, str(ROOT / "benchmarks" / "innvestigate_server.py"), *arguments, str(target), str(threads), self.relevance],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"})
+        if self.process.stdout.readline() != "ready\n":
+            sys.exit(Path(folder, "log").read_text())
+
+    def __call__(self):
+        print(file=self.process.stdin, flush=True)
+        self.process.stdout.readline()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.communicate()
+
+
+def innvestigate(options):
+    """iNNvestigate's "deep_taylor" is z+ in the first layer too; it asks for TensorFlow 2.14, so for an environment of its own."""
+    if not INNVESTIGATE.exists():
+        print("iNNvestigate is not installed: make .venv-innvestigate/ready", flush=True)
+        return None
+    rows = []
+    for name in [name for name in ("LeNet", "VGG-16") if name in options.nets]:
+        graph = NETWORKS[name]()
+        graph = g.Graph(graph.layers, graph.input_shape, (0 * graph.box[0], graph.box[1]))
+        model = Model(graph, Preprocessing(None))
+        explainer = fastdtd.Explainer(model, {graph.layers[0].name: "z+"}, threads=options.threads)
+        for batch in options.batches:
+            images = pictures(graph, batch)
+            target = int(explainer(images).output.min(0).argmax())
+            e = explainer(images, target)
+            with tempfile.TemporaryDirectory() as folder, Innvestigate(model, images, target, options.threads, folder) as theirs:
+                error = float(np.linalg.norm(e.relevance - np.load(theirs.relevance)) / np.linalg.norm(e.relevance))
+                if error > MOST_DISAGREEMENT or (e.explained <= 0).any():
+                    sys.exit(f"{name} disagrees with iNNvestigate by {error:.1e}: not timed")
+                times = measure({"fastdtd": functools.partial(explainer, images, target), "iNNvestigate": theirs}, options.seconds / 2)
+            rows.append(compared(name, batch, times, "iNNvestigate", error))
+    return rows
+
+
+def compared(name, batch, times, who, error):
+    medians = {own: statistics.median(values) / batch * 1e3 for own, values in times.items()}
+    print(f"{name}, batch {batch}: fastdtd {medians['fastdtd']:.2f} ms, {who} {medians[who]:.2f} ms, "
+          f"{medians[who] / medians['fastdtd']:.1f} times; relevance within {error:.1e}", flush=True)
+    return {"net": name, "batch": batch, "milliseconds": medians, "relevance": error}
 
 
 def table(rows):

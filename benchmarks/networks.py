@@ -1,4 +1,6 @@
-"""The networks that are measured: seven well-known ones as Graphs, with seeded random weights (He et al. 2015) and batch norm folded."""
+"""The networks that are measured: well-known ones as Graphs, with seeded random weights (He et al. 2015) and batch norm folded."""
+
+from functools import partial
 
 import numpy as np
 
@@ -36,6 +38,12 @@ class _Builder:
 
     def relu(self, source):
         return self.add(g.ReLU(f"relu{len(self.layers)}", (source,)), self.channels[source])
+
+    def norm(self, source, wanted=True):
+        """Local response normalisation with the constants of both networks that have it."""
+        if not wanted:
+            return source
+        return self.add(g.LocalResponseNorm(f"norm{len(self.layers)}", (source,), 5, 1e-4, 0.75), self.channels[source])
 
     def pool(self, source, kernel, stride, padding=0, ceil_mode=False):
         return self.add(g.MaxPool2d(f"pool{len(self.layers)}", (source,), (kernel,) * 2, (stride,) * 2, (padding,) * 4, ceil_mode),
@@ -92,11 +100,11 @@ def mobilenet():
     return b.graph()
 
 
-def alexnet():
-    """Krizhevsky et al. 2012, in two groups, without its local response normalisation."""
+def alexnet(norm=False):
+    """Krizhevsky et al. 2012, in two groups, as Caffe has it (normalised behind the pools)."""
     b = _Builder(3, 227, 4)
-    x = b.pool(b.conv(g.INPUT, 96, 11, stride=4), 3, 2)
-    x = b.pool(b.conv(x, 256, 5, padding=2, groups=2), 3, 2)
+    x = b.norm(b.pool(b.conv(g.INPUT, 96, 11, stride=4), 3, 2), norm)
+    x = b.norm(b.pool(b.conv(x, 256, 5, padding=2, groups=2), 3, 2), norm)
     x = b.conv(x, 384, 3, padding=1)
     x = b.conv(x, 384, 3, padding=1, groups=2)
     x = b.pool(b.conv(x, 256, 3, padding=1, groups=2), 3, 2)
@@ -119,11 +127,11 @@ def resnet18():
     return b.graph()
 
 
-def googlenet():
-    """Szegedy et al. 2015, without its local response normalisation and auxiliary classifiers."""
+def googlenet(norm=False):
+    """Szegedy et al. 2015, without its auxiliary classifiers."""
     b = _Builder(3, 224, 6)
-    x = b.pool(b.conv(g.INPUT, 64, 7, stride=2, padding=3), 3, 2, ceil_mode=True)
-    x = b.pool(b.conv(b.conv(x, 64, 1), 192, 3, padding=1), 3, 2, ceil_mode=True)
+    x = b.norm(b.pool(b.conv(g.INPUT, 64, 7, stride=2, padding=3), 3, 2, ceil_mode=True), norm)
+    x = b.pool(b.norm(b.conv(b.conv(x, 64, 1), 192, 3, padding=1), norm), 3, 2, ceil_mode=True)
     blocks = ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), None,
               (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
               (256, 160, 320, 32, 128, 128), None,
@@ -153,7 +161,8 @@ def vgg16():
 
 
 NETWORKS = {"LeNet": lenet, "SqueezeNet 1.1": squeezenet, "MobileNet v1": mobilenet, "AlexNet": alexnet, "ResNet-18": resnet18,
-            "GoogLeNet": googlenet, "VGG-16": vgg16}
+            "GoogLeNet": googlenet, "VGG-16": vgg16, "AlexNet with LRN": partial(alexnet, norm=True),
+            "GoogLeNet with LRN": partial(googlenet, norm=True)}
 
 
 def pictures(graph, count, seed=0):

@@ -195,8 +195,8 @@ class LocalResponseNorm(Layer):
         if not 1 <= self.size <= MAX_PADDING:
             self._refuse(f"has size {self.size}; required: 1 to {MAX_PADDING}")
         if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 100 and _LEAST_NORM_BIAS <= self.bias < math.inf):
-            self._refuse(f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta up to 100, and "
-                         f"a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
+            self._refuse(f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta up to 100, "
+                         f"and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
 
 
 @dataclass(frozen=True, eq=False)

@@ -359,8 +359,8 @@ class Plan:
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
                 # Inputs that lie in the result's own memory have what was written there.
 
-    def _emit_convolution(self, layer: g.Conv2d, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], a: _Tensor, clip: tuple[float, float],
-                          carries: bool) -> None:
+    def _emit_convolution(self, layer: g.Conv2d, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], a: _Tensor,
+                          clip: tuple[float, float], carries: bool) -> None:
         kernels, (_, height, width) = self._kernels, self._graph.shapes[layer.name]
         packed = self._packed[layer.name].forward
         if isinstance(packed, Winograd):

@@ -90,7 +90,7 @@ def with_norms(layers, picture):
                 tensors[layer.name] = source[0] + source[1]
                 continue
             alone = type(layer)(**{**vars(layer), "inputs": (g.INPUT,)})
-            behind = (g.Flatten("flat", (layer.name,)),)
+            behind = (g.Flatten("made flat", (layer.name,)),)
             one = naive.forward(g.Graph((alone, *behind), shapes[layer.inputs[0]]), source[0].reshape(shapes[layer.inputs[0]]))
             tensors[layer.name] = one[layer.name]
     return tensors

@@ -15,7 +15,8 @@ def write_down(out, bytes_in, matrix, cube, number, flag, fraction, first, last)
     out[1] = matrix.shape[0] + matrix.shape[1] / 10 + matrix[-1, 0] / 100
     out[2] = cube[1, 2, 3] + cube.size / 1000 + cube.strides[0] / 100000
     out[3] = number + flag / 10
-    out[4:7] = first, last, fraction
+    out[4:6] = first, last
+    out[6] = fraction
 
 
 @kernel

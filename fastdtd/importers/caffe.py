@@ -57,13 +57,14 @@ ScaleParameter: axis 1 int32 = 1, num_axes 2 int32 = 1, bias_term 4 bool
 SoftmaxParameter: axis 2 int32 = 1
 LayerParameter: name 1 string, type 2 string, bottom 3 string*, top 4 string*, blobs 7 BlobProto*, include 8 NetStateRule*, \
 exclude 9 NetStateRule*, concat_param 104 ConcatParameter, convolution_param 106 ConvolutionParameter, eltwise_param 110 EltwiseParameter, \
-inner_product_param 117 InnerProductParameter, lrn_param 118 LRNParameter, pooling_param 121 PoolingParameter, relu_param 123 ReLUParameter, \
-softmax_param 125 SoftmaxParameter, flatten_param 135 FlattenParameter, batch_norm_param 139 BatchNormParameter, \
-scale_param 142 ScaleParameter, input_param 143 InputParameter
+inner_product_param 117 InnerProductParameter, lrn_param 118 LRNParameter, pooling_param 121 PoolingParameter, \
+relu_param 123 ReLUParameter, softmax_param 125 SoftmaxParameter, flatten_param 135 FlattenParameter, \
+batch_norm_param 139 BatchNormParameter, scale_param 142 ScaleParameter, input_param 143 InputParameter
 V0LayerParameter:
 V1LayerParameter: layer 1 V0LayerParameter, bottom 2 string*, top 3 string*, name 4 string, type 5 LayerType, blobs 6 BlobProto*, \
 concat_param 9 ConcatParameter, convolution_param 10 ConvolutionParameter, inner_product_param 17 InnerProductParameter, \
-lrn_param 18 LRNParameter, pooling_param 19 PoolingParameter, eltwise_param 24 EltwiseParameter, relu_param 30 ReLUParameter, include 32 NetStateRule*, \
+lrn_param 18 LRNParameter, pooling_param 19 PoolingParameter, eltwise_param 24 EltwiseParameter, relu_param 30 ReLUParameter, \
+include 32 NetStateRule*, \
 exclude 33 NetStateRule*, softmax_param 39 SoftmaxParameter
 NetParameter: name 1 string, layers 2 V1LayerParameter*, input 3 string*, input_dim 4 int32*, input_shape 8 BlobShape*, \
 layer 100 LayerParameter*

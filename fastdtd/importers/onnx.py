@@ -563,7 +563,7 @@ def _dropout(network: _Network, node: _Node) -> _Tensor:
 _OPERATORS: dict[str, Callable[[_Network, _Node], Any]] = {
     "Add": _add, "AveragePool": _pool, "BatchNormalization": _batch_norm, "Clip": _clip, "Concat": _concat, "Constant": _constant,
     "Conv": _conv, "Div": _divide, "Dropout": _dropout, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _global_pool,
-    "GlobalMaxPool": _global_pool, "Identity": _identity, "LRN": _lrn, "LogSoftmax": _softmax, "MatMul": _matmul, "MaxPool": _pool, "Mul": _multiply, "Pad": _pad,
-    "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Softmax": _softmax, "Squeeze": _squeeze, "Sub": _subtract, "Sum": _sum_of_tensors,
-    "Transpose": _transpose,
+    "GlobalMaxPool": _global_pool, "Identity": _identity, "LRN": _lrn, "LogSoftmax": _softmax, "MatMul": _matmul, "MaxPool": _pool,
+    "Mul": _multiply, "Pad": _pad, "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Softmax": _softmax,
+    "Squeeze": _squeeze, "Sub": _subtract, "Sum": _sum_of_tensors, "Transpose": _transpose,
 }
