@@ -45,6 +45,7 @@ def cases():
 @pytest.mark.parametrize(("name", "step"), cases())
 def test_kernel(benchmark, name, step):
     steps, (top, rate) = steps_of(name), ceilings()
+    steps.advance_to(step)
     benchmark.group = steps.kernel(step)
     benchmark.pedantic(steps.run, (step,), rounds=9, iterations=1, warmup_rounds=2)
     if benchmark.stats is None:  # --benchmark-disable

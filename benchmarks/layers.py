@@ -15,7 +15,7 @@ from fastdtd.rules import assign
 
 
 class Steps:
-    """A plan for one worker that has run once, so that every step has the operands of a real explanation."""
+    """A plan for one worker, step by step, with the operands of a real explanation."""
 
     def __init__(self, name, batch):
         self.kernels = load_kernels("cpu")
@@ -24,20 +24,29 @@ class Steps:
         self.plan = Plan(self.graph, rules, self.kernels, pack(self.graph, rules, self.kernels), batch)
         self.layers = {layer.name: layer for layer in self.graph}
         self.calls = self.plan._bound[0]
-        self.run_all(pictures(self.graph, batch))
+        self._images, self._position = pictures(self.graph, batch), 0
+        self._check()
 
-    def run_all(self, images):
+    def _check(self):
         """One explanation of class 0; an error where relevance is not conserved or negative."""
-        plan = self.plan
-        plan.input[:] = images
-        plan.forward()
-        scores = plan.output[:, 0].copy()
-        plan.start[:] = 0
-        plan.start[:, 0] = scores > 0
-        plan.back()
-        total = plan.relevance.sum((1, 2, 3), dtype=float) + plan.ledger.sum(1)
-        np.testing.assert_allclose(total, np.maximum(scores, 0), rtol=1e-4)
+        self.advance_to(len(self))
+        explained, plan = np.maximum(self._scores, 0), self.plan
+        np.testing.assert_allclose(plan.relevance.sum((1, 2, 3), dtype=float) + plan.ledger.sum(1), explained, rtol=1e-4)
         assert plan.relevance.min() >= 0
+
+    def advance_to(self, step):
+        """Run the steps before this one, so that its operands are there: later ones use their memory again."""
+        if step < self._position - 1:
+            self._position = 0
+        for i in range(self._position, step + 1):
+            if i == 0:
+                self.plan.input[:] = self._images
+            if i == self.plan._middle:
+                self._scores = self.plan.output[:, 0].copy()
+                self.plan.start[:] = 0
+                self.plan.start[:, 0] = self._scores > 0
+            if i < step:
+                self.run(i)
 
     def __len__(self):
         return len(self.calls)
@@ -54,7 +63,7 @@ class Steps:
         return self.kernel(step), *arguments
 
     def run(self, step, wanted=np.zeros(1, np.int64)):  # noqa: B008  # written over in each call, and no allocation between the clocks
-        wanted[0] = step
+        wanted[0], self._position = step, step + 1
         self.kernels.run_steps(self.plan._tables[0], wanted, np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
 
     def operations(self, step):

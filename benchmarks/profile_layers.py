@@ -18,15 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from layers import Steps, ceiling, copy_rate  # after the path
-from networks import NETWORKS, pictures  # as above
+from networks import NETWORKS
+
+from fastdtd.graph import Conv2d  # as above  # as above
 
 
 def measure(steps, rounds):
     """Median seconds of each step."""
-    times, images = [[] for _ in range(len(steps))], pictures(steps.graph, steps.plan.batch)
+    times = [[] for _ in range(len(steps))]
     for _ in range(rounds):
-        steps.run_all(images)
         for step, own in enumerate(times):
+            steps.advance_to(step)
             start = time.perf_counter()
             steps.run(step)
             own.append(time.perf_counter() - start)
@@ -58,6 +60,14 @@ def print_kernels(steps, times, top, rate):
         print(f"  {name:26} {count:4} steps {seconds * 1e3:9.3f} ms, floor {floor * 1e3:8.3f} ms{rate_text}")
 
 
+def print_shares(shares):
+    """What the convolutions of 64 channels or more, in and out, reach of the ceiling."""
+    print("\nshare of the ceiling, convolutions from 64 channels or more to as many: least, lower quarter, median, most")
+    for name, own in sorted(shares.items()):
+        own.sort()
+        print(f"  {name:26} {len(own):4} layers {own[0]:.2f} {own[len(own) // 4]:.2f} {statistics.median(own):.2f} {own[-1]:.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nets", nargs="*", choices=[*NETWORKS, []], help="networks; all if none is given")
@@ -67,6 +77,7 @@ def main():
     options = parser.parse_args()
     top, rate = ceiling(), copy_rate()
     print(f"ceiling of the tile product {top / 1e9:.0f} GFLOP/s, copying {rate / 1e9:.1f} GB/s (read and written)")
+    shares = defaultdict(list)
     for name in options.nets or NETWORKS:
         steps = Steps(name, options.batch)
         times = measure(steps, options.rounds)
@@ -74,6 +85,11 @@ def main():
         if not options.summary:
             print_steps(steps, times, top, rate)
         print_kernels(steps, times, top, rate)
+        for step, seconds in enumerate(times):
+            layer, operations = steps.layer(step), steps.operations(step)
+            if isinstance(layer, Conv2d) and operations and min(layer.weight.shape[1], len(layer.weight) // layer.groups) >= 64:
+                shares[steps.kernel(step)].append(operations / seconds / top)
+    print_shares(shares)
 
 
 if __name__ == "__main__":
