@@ -400,8 +400,19 @@ def write_readme(result):
     begin, end = "<!-- table by benchmarks/compare.py -->", "<!-- end of table -->"
     before, rest = path.read_text().split(begin)
     text = (f"{table(result['speed'])}\n\nMilliseconds an image, {m['threads']} threads, float32, random weights; {m['processor']} "
-            f"({m['target']}), PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.")
+            f"({m['target']}), PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.{others(result)}")
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def others(result):
+    """What Captum and iNNvestigate take for what they call deep Taylor, as a sentence."""
+    told = []
+    for who, key in (("Captum", "captum"), ("iNNvestigate", "innvestigate")):
+        rows = result.get(key) or []
+        if rows:
+            times = [row["milliseconds"][who] / row["milliseconds"]["fastdtd"] for row in rows]
+            told.append(f"{who} takes {min(times):.1f} to {max(times):.0f} times as long ({', '.join(dict.fromkeys(row['net'] for row in rows))})")
+    return f" For what they call deep Taylor, z+ in the first layer too, {' and '.join(told)}." if told else ""
 
 
 if __name__ == "__main__":

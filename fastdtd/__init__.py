@@ -9,12 +9,12 @@
 from fastdtd.errors import ConversionError, FastDTDError, InputError, ModelError, OutputError, PictureError, RuleError
 from fastdtd.explainer import Explainer, Explanation, ExplanationWarning
 from fastdtd.graph import Graph
-from fastdtd.importers import convert
+from fastdtd.importers import convert, from_torch
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import load, save
 
 __version__ = "0.1.0"
 __all__ = [
     "ConversionError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model", "ModelError",
-    "OutputError", "PictureError", "Preprocessing", "RuleError", "convert", "load", "save",
+    "OutputError", "PictureError", "Preprocessing", "RuleError", "convert", "from_torch", "load", "save",
 ]

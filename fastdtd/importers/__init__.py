@@ -64,17 +64,62 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
     try:
         with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
             layers, shape, file_format, contents = _parse(files, _checked_size(size))
-            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
-            if color is None and shape[1:] != (1, 1):
-                color = {1: "gray", 3: "rgb"}.get(shape[0])
             provenance = {
                 "source": ", ".join(file.name for file in files),
                 "sha256": ", ".join(hashlib.sha256(content).hexdigest() for content in contents),
                 "format": file_format,
             }
-            return Model(graph, Preprocessing(color, resize, mean, std, scale), _class_names(labels), provenance)
+            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
+            return Model(graph, Preprocessing(color or _usual_color(shape), resize, mean, std, scale), _class_names(labels), provenance)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{source}: {error}") from error
+
+
+def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
+               scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None) -> Model:
+    """A network from a PyTorch module, through torch.export. PyTorch is needed for this alone.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        It is exported in evaluation mode, and left as it is.
+    example : torch.Tensor
+        (N, C, H, W) or (N, F): an input that the module takes. Its values do not matter.
+    color, resize, mean, std, scale, box, labels
+        As for `convert`.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    ConversionError
+        No PyTorch, a module that torch.export cannot export, an operator that is not supported, an option that does not fit the network.
+
+    Examples
+    --------
+    >>> module = torchvision.models.resnet18(weights="DEFAULT")
+    >>> model = from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255, mean=(0.485, 0.456, 0.406),
+    ...                    std=(0.229, 0.224, 0.225))
+    """
+    try:
+        from fastdtd.importers import pytorch
+    except ModuleNotFoundError as error:
+        raise ConversionError(f"{error}; `pip install torch` installs what reading PyTorch's modules takes") from None
+    name = type(module).__name__
+    try:
+        with np.errstate(all="ignore"):
+            layers, shape, file_format = pytorch.parse(module, example)
+            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
+            return Model(graph, Preprocessing(color or _usual_color(shape), resize, mean, std, scale), _class_names(labels),
+                         {"source": name, "format": file_format})
+    except (ConversionError, ModelError) as error:
+        raise ConversionError(f"{name}: {error}") from error
+
+
+def _usual_color(shape: Shape) -> str | None:
+    return None if shape[1:] == (1, 1) else {1: "gray", 3: "rgb"}.get(shape[0])
 
 
 def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer], Shape, str, list[bytes]]:
