@@ -49,6 +49,7 @@ rule, which explains pixels best; without one it gets w^2.
 _CONVERT_EXAMPLES = """\
 examples:
   fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --labels names.txt
+  fastdtd convert net.onnx net.h5 --verify                   and compare its scores with onnxruntime's
   fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
       --box=-104:151,-117:138,-123:132 --labels synset_words.txt
 """
@@ -78,6 +79,9 @@ in a Dockerfile, for any x86 processor with AVX2 (nearly all since 2015):
   ENV NUMBA_CACHE_DIR=/opt/kernels NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
   RUN fastdtd warmup
 """
+
+
+_MOST_DIFFERENCE = 1e-3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
                          "channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
+    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with onnxruntime's, which must be installed "
+                         "(`pip install onnxruntime`); nothing is written where they differ by more than 0.1 %%")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -245,13 +251,20 @@ def _target(text: str | None) -> int | str | None:
 
 def _convert(options: argparse.Namespace) -> int:
     from fastdtd import model_file
-    from fastdtd.importers import convert
+    from fastdtd.errors import ConversionError
+    from fastdtd.importers import convert, verify
 
     def numbers(values: list[float]) -> Any:
         return values if len(values) > 1 else values[0]
 
     model = convert(options.source, options.weights, color=options.color, size=options.size, resize=options.resize,
                     mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
+    if options.verify:
+        difference = verify(model, options.source)
+        if not difference <= _MOST_DIFFERENCE:
+            raise ConversionError(f"{options.source}: scores differ from onnxruntime's by {difference:.1%} of the largest; nothing was "
+                                  "written. Please report this network")
+        print(f"{options.source}: scores within {difference:.1e} of onnxruntime's, relative to the largest")
     model_file.save(model, options.model, options.dtype)
     print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
           f"`fastdtd show {options.model}` lists them")

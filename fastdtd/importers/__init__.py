@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,57 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
             return Model(graph, Preprocessing(color or _usual_color(shape), resize, mean, std, scale), _class_names(labels), provenance)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{source}: {error}") from error
+
+
+def verify(model: Model, source: FilePath) -> float:
+    """How far a converted network's scores are from those of onnxruntime on the .onnx file it is from.
+
+    Parameters
+    ----------
+    model : Model
+    source : path
+        The .onnx file.
+
+    Returns
+    -------
+    float
+        The largest difference on four random inputs, relative to the largest score.
+
+    Raises
+    ------
+    ConversionError
+        No onnxruntime, a source of another kind, or one that onnxruntime cannot run.
+    """
+    if Path(source).suffix.lower() != ".onnx":
+        raise ConversionError(f"{source}: only .onnx files can be verified, by onnxruntime; there is no runtime here for others")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ConversionError(f"{error}; `pip install onnxruntime` installs what verifying takes") from None
+    from fastdtd.explainer import Explainer
+
+    graph = model.graph
+    low, high = (-1.0, 1.0) if graph.box is None else (bound[:, None, None] for bound in graph.box)
+    batch = np.asarray(low + (high - low) * np.random.default_rng(0).random((4, *graph.input_shape)), np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scores that are not positive
+        scores = Explainer(model)(batch).output
+    try:
+        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+        name, output = session.get_inputs()[0], session.get_outputs()[0].name
+        pictures = batch if len(name.shape) == 4 else batch[:, :, 0, 0]
+        theirs = np.concatenate([session.run([output], {name.name: picture[None]})[0].reshape(1, -1) for picture in pictures])
+    except Exception as error:  # onnxruntime has many kinds, and none in common
+        raise ConversionError(f"{source}: onnxruntime cannot run it: {str(error).strip().splitlines()[0]}") from error
+    if theirs.shape != scores.shape:
+        raise ConversionError(f"{source}: onnxruntime gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
+    exponents = np.exp(scores - scores.max(1, keepdims=True))
+    probabilities = exponents / exponents.sum(1, keepdims=True)
+    if np.allclose(theirs.sum(1), 1, atol=1e-3) and (theirs >= 0).all():  # behind a softmax, which conversion drops
+        scores = probabilities
+    elif np.allclose(np.exp(theirs).sum(1), 1, atol=1e-3):
+        scores = np.log(probabilities)
+    return float(np.abs(scores - theirs).max() / np.abs(theirs).max())
 
 
 def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
