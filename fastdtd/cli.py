@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError
+from fastdtd.errors import FastDTDError, RuleError
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -170,9 +170,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rules", metavar="PRESET", default="dtd", help="rules of all layers: dtd (the method as published), or another "
+                        "package's: innvestigate.deep_taylor, innvestigate.deep_taylor.bounded (default: %(default)s)")
     parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
                         help="another rule for a layer, or for all that a pattern matches: z+, zB, w2, flat; for max-pools winner, "
                         "proportional (default: as the method derives it from what a layer reads)")
+
+
+def _rules(options: argparse.Namespace) -> str | dict[str, str]:
+    if options.rule and options.rules != "dtd":
+        raise RuleError(f"--rule and --rules {options.rules} given; required: one or the other, for a --rule changes what dtd gives")
+    return dict(options.rule) or str(options.rules)
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -220,7 +228,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
-    explainer = Explainer(model, dict(options.rule) or "dtd", threads=options.threads, memory=options.memory)
+    explainer = Explainer(model, _rules(options), threads=options.threads, memory=options.memory)
     width = min(40, max(len(picture.name) for picture in pictures))
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
@@ -277,7 +285,7 @@ def _show(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     graph, p = model.graph, model.preprocessing
-    rules = assign(graph, dict(options.rule) or "dtd")
+    rules = assign(graph, _rules(options))
 
     def size(name: str) -> str:
         return "x".join(map(str, graph.shapes[name][:1 if graph.shapes[name][1:] == (1, 1) else 3]))

@@ -26,7 +26,11 @@ POOL_RULES = {
     "winner": "gives all to the largest number of a window",
     "proportional": "shares in proportion to the numbers of a window",
 }
-PRESETS = ("dtd",)
+PRESETS = {
+    "dtd": "by each layer's input domain: z+ in hidden layers, zB at an input with bounds, w2 at one without",
+    "innvestigate.deep_taylor": "iNNvestigate's: z+ in every layer, the first too; average pools share evenly; no additions",
+    "innvestigate.deep_taylor.bounded": "the same, with zB in layers that read the input",
+}
 _LARGEST_SQUARED = 1e15
 Rules = str | Mapping[str, str]
 
@@ -60,10 +64,10 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
     ----------
     graph : Graph
         In canonical form.
-    rules : "dtd" or mapping of str to str
-        "dtd" chooses by each layer's input domain: z+ in hidden layers, zB at an input with bounds, w2 at one without, and gives max-pools'
-        relevance to the winner. A mapping from layer names, or patterns such as "conv*", to rules changes some of these; where several
-        match, the last one counts.
+    rules : str, or mapping of str to str
+        A preset, one of PRESETS. "dtd" chooses by each layer's input domain: z+ in hidden layers, zB at an input with bounds, w2 at one
+        without; all presets give max-pools' relevance to the winner. A mapping from layer names, or patterns such as "conv*", to rules
+        changes some of "dtd"; where several match, the last one counts.
 
     Returns
     -------
@@ -75,15 +79,16 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
     RuleError
         An unknown rule, a pattern that matches no layer with rules, or a rule that does not apply to a layer's kind or domain.
     """
+    preset = "dtd"
     if isinstance(rules, str):
         if rules not in PRESETS:
             raise RuleError(f"rules {rules!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to rules "
                             f"({', '.join([*LINEAR_RULES, *POOL_RULES])})")
-        rules = {}
+        preset, rules = rules, {}
     if not isinstance(rules, Mapping) or not all(isinstance(text, str) for item in rules.items() for text in item):
-        raise RuleError(f"rules {rules!r} given; required: 'dtd', or a mapping from layer names or patterns to rules, all of them text")
+        raise RuleError(f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or patterns to rules, all of them text")
     ruled = [layer for layer in graph if isinstance(layer, (Conv2d, Dense, Add, AveragePool2d, GlobalAveragePool, MaxPool2d))]
-    names = {layer.name: _default(layer, input_domain(graph, layer)) for layer in ruled}
+    names = {layer.name: _of_preset(preset, layer, input_domain(graph, layer)) for layer in ruled}
     for pattern, rule in rules.items():
         if rule not in LINEAR_RULES and rule not in POOL_RULES:
             raise RuleError(f"rule {rule!r} for {pattern!r} is unknown; required: one of {', '.join([*LINEAR_RULES, *POOL_RULES])}")
@@ -99,9 +104,16 @@ def input_domain(graph: Graph, layer: Layer) -> Domain:
     return graph.domains[layer.name if isinstance(layer, Add) else layer.inputs[0]]
 
 
-def _default(layer: Layer, domain: Domain) -> str:
+def _of_preset(preset: str, layer: Layer, domain: Domain) -> str:
     if isinstance(layer, MaxPool2d):
         return "winner"
+    if preset.startswith("innvestigate."):
+        if isinstance(layer, Add):
+            raise RuleError(f"layer {layer.name!r} is an addition, to both inputs of which iNNvestigate passes all relevance, so that it "
+                            "doubles; required: a network without, or rules='dtd'")
+        if isinstance(layer, (AveragePool2d, GlobalAveragePool)):
+            return "flat"
+        return "z+" if domain.hidden or not preset.endswith(".bounded") else "zB"
     if domain.hidden:
         return "z+"
     return "w2" if domain.low is None else "zB"

@@ -284,3 +284,13 @@ def test_convert_without_a_file(run, place):
     for source in (["none.onnx"], ["none.prototxt", "none.caffemodel"], ["net.h5"], ["."]):
         refused(run("convert", *source, "new.h5"))
     assert not (place / "new.h5").exists()
+
+
+def test_rules_by_name(run):
+    status, out, _ = run("show", "net.h5", "--rules", "innvestigate.deep_taylor")
+    assert status == 0
+    assert [line.split()[-1] for line in out if line.startswith(("conv ", "average ", "scores "))] == ["z+", "flat", "z+"]
+    status, out, err = run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", "--rule", "conv=w2")
+    assert (status, out) == (1, [])
+    assert err[0].startswith("fastdtd: --rule and --rules innvestigate.deep_taylor given; required: one or the other")
+    assert "rules 'lrp' is unknown" in run("show", "net.h5", "--rules", "lrp")[2][0]

@@ -73,10 +73,10 @@ def test_a_name_that_is_a_pattern_of_another():
 
 
 @pytest.mark.parametrize(("rules", "message"), [
-    ("lrp", "rules 'lrp' is unknown; required: 'dtd', or a mapping from layers to rules"),
-    (None, "rules None given; required: 'dtd', or a mapping"),
-    ({"conv1": ["flat"]}, "required: 'dtd', or a mapping"),
-    ({1: "flat"}, "required: 'dtd', or a mapping"),
+    ("lrp", "rules 'lrp' is unknown; required: 'dtd', 'innvestigate.deep_taylor', .* or a mapping from layers to rules"),
+    (None, "rules None given; required: a preset such as 'dtd', or a mapping"),
+    ({"conv1": ["flat"]}, "required: a preset such as 'dtd', or a mapping"),
+    ({1: "flat"}, "required: a preset such as 'dtd', or a mapping"),
     ({"conv1": "epsilon"}, "rule 'epsilon' for 'conv1' is unknown; required: one of z\\+, zB, w2, flat, winner, proportional"),
     ({"conv9": "flat"}, "no layer with a rule is named 'conv9' or matches it; they are conv1, "),
     ({"relu": "flat"}, "no layer with a rule is named 'relu'"),
