@@ -140,7 +140,7 @@ class Explainer:
         self._batch_together = self._plans.most_images(self._workers, everything)
         self.batch = self._plans.most_images(1, everything // self.threads) if self._apart else self._batch_together
 
-    def __call__(self, batch: npt.ArrayLike, target: Target = None) -> Explanation:
+    def __call__(self, batch: npt.ArrayLike, target: Target = None, start: npt.ArrayLike | None = None) -> Explanation:
         """Explain each picture of a batch.
 
         Parameters
@@ -149,6 +149,9 @@ class Explainer:
             As `model.preprocess` makes it. Values beyond the model's value box are clipped to it, with a warning.
         target : int, str, sequence of these, or None
             The output to explain: its number or class name, one for all or one for each picture. None: the one with the highest score.
+        start : (N, K) or (K,) array, or None
+            Instead of a target: the relevance that each output starts with, none negative. Its largest is the `target` of the explanation,
+            and its sum what is `explained`.
 
         Returns
         -------
@@ -157,8 +160,8 @@ class Explainer:
         Raises
         ------
         InputError
-            A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; scores or relevance
-            beyond float32.
+            A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a start of another
+            shape, negative, beside a target, or at an output whose score is zero; scores or relevance beyond float32.
 
         Warns
         -----
@@ -167,7 +170,7 @@ class Explainer:
         """
         pictures = self._checked(batch)
         count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
-        targets = self._targets(target, count, outputs)
+        targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
         names = [name for name, rule in self.rules.items() if rule.name != "winner"]
         e = Explanation(np.empty_like(pictures), np.empty((count, outputs), np.float32), np.empty(count, np.int64),
                         np.empty(count, np.float32), {name: np.zeros(count) for name in names})
@@ -178,11 +181,15 @@ class Explainer:
             plan.input[:] = pictures[part]
             plan.forward(submit)
             e.output[part] = plan.output
-            e.target[part] = e.output[part].argmax(1) if targets is None else targets[part]
-            e.explained[part] = np.maximum(np.take_along_axis(e.output[part], e.target[part, None], 1)[:, 0], 0)
-            plan.start[:] = 0
-            start = e.explained[part] if plan.starts_with_relevance else e.explained[part] > 0
-            np.put_along_axis(plan.start, e.target[part, None], np.asarray(start, np.float32)[:, None], 1)
+            if begins is None:
+                e.target[part] = e.output[part].argmax(1) if targets is None else targets[part]
+                e.explained[part] = np.maximum(np.take_along_axis(e.output[part], e.target[part, None], 1)[:, 0], 0)
+                relevance = np.zeros_like(plan.start)
+                np.put_along_axis(relevance, e.target[part, None], e.explained[part, None], 1)
+            else:
+                relevance = begins[part]
+                e.target[part], e.explained[part] = relevance.argmax(1), relevance.sum(1)
+            plan.start[:] = relevance if plan.starts_with_relevance else _factors(relevance, e.output[part], first)
             plan.back(submit)
             e.relevance[part] = plan.relevance
             for column, name in enumerate(plan.ledger_layers):
@@ -193,7 +200,7 @@ class Explainer:
             worst = int(np.argmin(np.isfinite(e.output).all(1) & np.isfinite(e.relevance).all((1, 2, 3))))
             raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too large")
         nothing = np.flatnonzero(e.explained <= 0)
-        if len(nothing):
+        if len(nothing) and begins is None:
             picture, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to decompose and "
                           f"the relevance is zero; the first is picture {picture}, {self.model.class_name(which)!r}, score "
@@ -291,6 +298,24 @@ class Explainer:
                           ExplanationWarning, stacklevel=3)
         return clipped
 
+    def _begins(self, start: npt.ArrayLike | None, target: Target, count: int, outputs: int) -> Array | None:
+        if start is None:
+            return None
+        if target is not None:
+            raise InputError("a target and a start were given; required: one or the other")
+        try:
+            given = np.asarray(start)
+            if given.dtype.kind not in "fiu":
+                raise ValueError
+            with np.errstate(over="ignore"):
+                begins = np.broadcast_to(given, (count, outputs)).astype(np.float32)
+        except (ValueError, TypeError):
+            raise InputError(f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output"
+                             ) from None
+        if not (np.isfinite(begins).all() and (begins >= 0).all()):
+            raise InputError("start holds a number that is negative, infinite or NaN; required: relevance from 0")
+        return begins
+
     def _targets(self, target: Target, count: int, outputs: int) -> npt.NDArray[np.int64] | None:
         if target is None:
             return None
@@ -307,6 +332,17 @@ class Explainer:
         if not alone and len(indices) != count:
             raise InputError(f"{len(indices)} targets were given for {count} pictures; required: one for all, or one for each")
         return np.resize(np.array(indices, np.int64), count)
+
+
+def _factors(relevance: Array, scores: Array, first: int) -> Array:
+    """c of R = |score| c. first: the number of the first picture."""
+    impossible = (relevance > 0) & (scores == 0)
+    if impossible.any():
+        picture, output = np.argwhere(impossible)[0]
+        raise InputError(f"output {output} of picture {first + picture} has the score 0, and start gives it relevance; required: a score "
+                         "that can be shared")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with the relevance
+        return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)
 
 
 class _Plans:

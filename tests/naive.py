@@ -135,11 +135,17 @@ def forward(graph, picture):
     return tensors
 
 
-def explain(graph, picture, target, rules):
-    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture; rules: names by layer, as Explainer.rules has them."""
+def explain(graph, picture, target, rules, start=None):
+    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture; rules: names by layer, as Explainer.rules has them.
+
+    start (K,): relevance of the outputs, instead of the target's score.
+    """
     tensors = forward(graph, picture)
     relevance = {name: np.zeros_like(value) for name, value in tensors.items()}
-    relevance[graph.output][target] = max(tensors[graph.output][target], 0)
+    if start is None:
+        relevance[graph.output][target] = max(tensors[graph.output][target], 0)
+    else:
+        relevance[graph.output][:] = start
     absorbed = {}
     for layer in reversed(graph.layers):
         r, a = relevance[layer.name], np.concatenate([tensors[name] for name in layer.inputs])

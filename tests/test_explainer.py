@@ -62,6 +62,45 @@ def test_agrees_with_the_oracle(case, count):
             assert abs(e.ledger[name][i] - lost) <= 2e-5 * scale
 
 
+@settings(many, max_examples=40)
+@given(graphs_and_rules(), st.integers(0, 2**32))
+def test_any_start_agrees_with_the_oracle(case, seed):
+    graph, rules = case
+    describe(graph)
+    made, batch = explainer(graph, rules, threads=2), pictures(graph, 3)
+    scores = explain(made, batch).output
+    start = np.random.default_rng(seed).random(scores.shape, np.float32) * (np.abs(scores) > 1e-3)
+    e = made(batch, start=start)
+    np.testing.assert_allclose(e.explained, start.sum(1))
+    assert (e.target == start.argmax(1)).all()
+    names = {name: rule.name for name, rule in made.rules.items()}
+    for i, picture in enumerate(batch):
+        relevance, _, absorbed = naive.explain(graph, picture, 0, names, start[i])
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), 1.0)
+        for name, lost in absorbed.items():
+            assert abs(e.ledger[name][i] - lost) <= 1e-4
+
+
+def test_starts():
+    made = explainer(small())
+    batch = pictures(made.model.graph, 3)
+    of_target = explain(made, batch, 2)
+    one = made(batch, start=of_target.explained[:, None] * [0, 0, 1])
+    np.testing.assert_allclose(one.relevance, of_target.relevance, rtol=1e-6)
+    assert one.target.tolist() == [2, 2, 2]
+    np.testing.assert_allclose(made(batch, start=[1, 0, 0.5]).explained, 1.5)
+    assert not made(batch, start=[0, 0, 0]).relevance.any()
+    for bad in ([1, 2], np.ones((2, 3)), [-1, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0], "abc", [[1], [1, 2], [3]], None.__class__):
+        with pytest.raises(InputError, match="start"):
+            made(batch, start=bad)
+    with pytest.raises(InputError, match="a target and a start"):
+        made(batch, 1, [1, 0, 0])
+    dead = explainer(g.Graph((g.ReLU("scores", (g.INPUT,)),), (2, 1, 1), (-1, 1)))
+    with pytest.raises(InputError, match="output 1 of picture 1 has the score 0"):
+        dead(np.float32([[1, 0.5], [1, -1]])[:, :, None, None], start=[1, 1])
+    assert nothing_is_taken(made)
+
+
 @many
 @given(graphs_and_rules(), st.integers(1, 3))
 def test_conserves_and_is_never_negative(case, count):
