@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ examples:
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
   fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
+  fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
 """
 _CONVERT = """\
@@ -133,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     explain.add_argument("--target", metavar="CLASS", help="class to explain: a name or a number (default: each picture's winner)")
     _add_rules(explain)
+    explain.add_argument("--ledger", action="store_true", help="print at the end where the scores went: to the pixels, and what each layer "
+                         "absorbed because none of its inputs spoke for it")
     explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance", help="what to write (default: %(default)s)")
     explain.add_argument("--batch", metavar="N", type=int, default=16, help="pictures at a time (default: %(default)s)")
     explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
@@ -230,8 +234,10 @@ def _explain(options: argparse.Namespace) -> int:
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     explainer = Explainer(model, _rules(options), threads=options.threads, memory=options.memory)
     width = min(40, max(len(picture.name) for picture in pictures))
+    books: Counter[str] = Counter()
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
+            books.update({"": line.relevance, **line.ledger})
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
@@ -244,10 +250,21 @@ def _explain(options: argparse.Namespace) -> int:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
     for _, reason in summary.failed:
         print(f"fastdtd: not explained: {reason}", file=sys.stderr)
+    if options.ledger:
+        _print_books(books)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
     return 1 if summary.failed else 0
+
+
+def _print_books(books: Counter[str]) -> None:
+    """Where the scores of all pictures went; "" stands for the pixels."""
+    total = sum(books.values())
+    rows = [("the pixels" if not layer else f"absorbed by {layer}", amount) for layer, amount in books.items()]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, amount in [*rows, ("all", total)]:
+        print(f"{name:<{width}}  {amount:>12.6g}  {amount / total if total else 0:>8.3%}")
 
 
 def _target(text: str | None) -> int | str | None:

@@ -59,6 +59,7 @@ class Line:
     score: float
     relevance: float
     absorbed: float
+    ledger: dict[str, float]  # by layer, what it absorbed
 
 
 @dataclass
@@ -247,8 +248,9 @@ def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Lo
         columns["relevance"] = e.relevance
     with _writing(out):
         replace(part, lambda path: path.write_bytes(_part(columns, run_id)))
-    return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(s), float(a))
-            for one, t, scores, s, a in zip(loaded, e.target, e.output, sums, e.absorbed, strict=True)]
+    return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(sums[i]), float(e.absorbed[i]),
+                 {name: float(lost[i]) for name, lost in e.ledger.items()})
+            for i, (one, t, scores) in enumerate(zip(loaded, e.target, e.output, strict=True))]
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------------------------------

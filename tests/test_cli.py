@@ -294,3 +294,14 @@ def test_rules_by_name(run):
     assert (status, out) == (1, [])
     assert err[0].startswith("fastdtd: --rule and --rules innvestigate.deep_taylor given; required: one or the other")
     assert "rules 'lrp' is unknown" in run("show", "net.h5", "--rules", "lrp")[2][0]
+
+
+def test_ledger(run):
+    """Both channels that are off see a bias that nothing speaks for: nothing of it is left out of the books."""
+    status, out, _ = run("explain", "net.h5", "pictures", "--ledger", "--outputs", "relevance")
+    assert status == 0
+    books = {name: (float(amount), share) for name, amount, share in (line.rsplit(None, 2) for line in out[3:-1])}
+    assert list(books) == ["the pixels", "absorbed by conv", "absorbed by average", "absorbed by scores", "all"]
+    assert books["all"][1] == "100.000%"
+    assert books["all"][0] == pytest.approx(sum(amount for name, (amount, _) in books.items() if name != "all"))
+    assert books["all"][0] == pytest.approx(sum(float(line.split("score ")[1].split(",")[0]) for line in out[:3]), rel=1e-4)
