@@ -6,7 +6,6 @@ import argparse
 import io
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
                          "channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
-    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with onnxruntime's, which must be installed "
-                         "(`pip install onnxruntime`); nothing is written where they differ by more than 0.1 %%")
+    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with onnxruntime's, which must be "
+                         "installed (`pip install onnxruntime`); nothing is written where they differ by more than 0.1 %%")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -234,10 +233,11 @@ def _explain(options: argparse.Namespace) -> int:
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     explainer = Explainer(model, _rules(options), threads=options.threads, memory=options.memory)
     width = min(40, max(len(picture.name) for picture in pictures))
-    books: Counter[str] = Counter()
+    books: dict[str, float] = {}
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
-            books.update({"": line.relevance, **line.ledger})
+            for place, amount in {"": line.relevance, **line.ledger}.items():
+                books[place] = books.get(place, 0) + amount
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
@@ -258,7 +258,7 @@ def _explain(options: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
-def _print_books(books: Counter[str]) -> None:
+def _print_books(books: dict[str, float]) -> None:
     """Where the scores of all pictures went; "" stands for the pixels."""
     total = sum(books.values())
     rows = [("the pixels" if not layer else f"absorbed by {layer}", amount) for layer, amount in books.items()]

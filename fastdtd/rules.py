@@ -86,7 +86,8 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
                             f"({', '.join([*LINEAR_RULES, *POOL_RULES])})")
         preset, rules = rules, {}
     if not isinstance(rules, Mapping) or not all(isinstance(text, str) for item in rules.items() for text in item):
-        raise RuleError(f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or patterns to rules, all of them text")
+        raise RuleError(f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or patterns to rules, all "
+                        "of them text")
     ruled = [layer for layer in graph if isinstance(layer, (Conv2d, Dense, Add, AveragePool2d, GlobalAveragePool, MaxPool2d))]
     names = {layer.name: _of_preset(preset, layer, input_domain(graph, layer)) for layer in ruled}
     for pattern, rule in rules.items():

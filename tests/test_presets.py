@@ -18,7 +18,7 @@ def recorded():
 
 
 def network(r):
-    """That of recorded/innvestigate.py."""
+    """That of recorded/record_innvestigate.py."""
     def layer(name, source, **fields):
         return g.Conv2d(name, (source,), r[name], r[f"{name} bias"], **fields), g.ReLU(f"{name}+", (name,))
 
@@ -46,5 +46,5 @@ def test_each_preset_differs_from_the_others(recorded):
 
 def test_an_addition_is_refused_for_it_would_double_relevance():
     graph = g.Graph((g.Add("sum", (g.INPUT, g.INPUT)), g.Flatten("scores", ("sum",))), (2, 1, 1), (0, 1))
-    with pytest.raises(RuleError, match="'sum'.*doubles"):
+    with pytest.raises(RuleError, match=r"'sum'.*doubles"):
         assign(graph, "innvestigate.deep_taylor")

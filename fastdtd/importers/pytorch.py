@@ -1,7 +1,7 @@
 """PyTorch modules -> layers, through torch.export: one function for each ATen operator, called in the exported graph's order.
 
-torch.export writes what a module computes for an example as a graph of some hundred operators, whatever Python code is behind it. Numbers of
-axes are followed along the way: the graph makes no difference between (N, C, 1, 1) and (N, C), but PyTorch does.
+torch.export writes what a module computes for an example as a graph of some hundred operators, whatever Python code is behind it. Numbers
+of axes are followed along the way: the graph makes no difference between (N, C, 1, 1) and (N, C), but PyTorch does.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def parse(module: Any, example: Any) -> tuple[list[Layer], Shape, str]:
             part.training = training
     signature = exported.graph_signature
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
-        raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} outputs; required: one "
-                              "of each")
+        raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} outputs; required: "
+                              "one of each")
     shape = (*example.shape[1:], 1, 1)[:3]
     network = _Network((int(shape[0]), int(shape[1]), int(shape[2])), example.ndim, len(example))
     constants = {**exported.state_dict, **exported.constants}

@@ -3,7 +3,6 @@
 import numpy as np
 import onnx
 import onnxruntime
-
 import pytest
 
 import fastdtd

@@ -21,7 +21,7 @@ def scores_agree(module, shape, tolerance=1e-4):
             nn.init.normal_(part.bias, 0, 0.1)
     batch = torch.rand(2, *shape)
     model = from_torch(module, batch[:1], box=(0, 1))
-    e = Explainer(model)(batch.numpy(), 0)
+    e = Explainer(model)(batch.numpy())
     with torch.inference_mode():
         expected = module.eval()(batch).numpy()
     np.testing.assert_allclose(e.output, expected, atol=tolerance * np.abs(expected).max())
@@ -121,7 +121,7 @@ class Inception(nn.Module):
         return torch.flatten(functional.adaptive_avg_pool2d(self.head(x), 1), 1)
 
 
-@pytest.mark.parametrize(("module", "size"), [(AlexNet, 67), (Residual, 33), (Inverted, 32), (DenseBlock, 16), (Inception, 45)])
+@pytest.mark.parametrize(("module", "size"), [(AlexNet, 83), (Residual, 33), (Inverted, 32), (DenseBlock, 16), (Inception, 45)])
 def test_networks(module, size):
     torch.manual_seed(1)
     scores_agree(module(), (3, size, size))
@@ -129,7 +129,7 @@ def test_networks(module, size):
 
 def test_layers_are_named_after_modules():
     torch.manual_seed(1)
-    graph = scores_agree(AlexNet(), (3, 67, 67))
+    graph = scores_agree(AlexNet(), (3, 83, 83))
     assert [layer.name for layer in graph if isinstance(layer, g.LocalResponseNorm)] == ["features.2", "features.6"]
     assert graph.layers[0].name == "features.0"
 

@@ -1,7 +1,7 @@
 """Makes innvestigate.npz: what iNNvestigate 2.1.2 computes by `deep_taylor` and `deep_taylor.bounded` on a small network.
 
     make .venv-innvestigate/ready
-    .venv-innvestigate/bin/python tests/recorded/innvestigate.py
+    .venv-innvestigate/bin/python tests/recorded/record_innvestigate.py
 
 The network has each kind of layer that the presets treat in a way of their own; pictures are between -1 and 2. test_presets.py reads it.
 """
@@ -15,7 +15,7 @@ tf.compat.v1.disable_eager_execution()
 import innvestigate  # noqa: E402  # after the switch that it asks for
 from tensorflow.keras import layers as k  # noqa: E402  # as above
 
-SHAPE, TARGET, LOW, HIGH = (9, 11, 3), 1, -1.0, 2.0
+SHAPE, LOW, HIGH = (9, 11, 3), -1.0, 2.0
 
 
 def network():
@@ -38,9 +38,9 @@ def main():
                                0.1 * rng.standard_normal(bias.shape)])
     pictures = rng.uniform(LOW, HIGH, (6, *SHAPE)).astype(np.float32)
     scores = model.predict(pictures)
-    pictures = pictures[scores[:, TARGET] > 0]
-    recorded = {"pictures": pictures.transpose(0, 3, 1, 2), "target": TARGET, "low": LOW, "high": HIGH,
-                "scores": scores[scores[:, TARGET] > 0]}
+    target = int((scores > 0).sum(0).argmax())
+    pictures, scores = pictures[scores[:, target] > 0], scores[scores[:, target] > 0]
+    recorded = {"pictures": pictures.transpose(0, 3, 1, 2), "target": target, "low": LOW, "high": HIGH, "scores": scores}
     for layer in model.layers:
         if layer.get_weights():
             kernel, bias = layer.get_weights()
@@ -48,8 +48,8 @@ def main():
             recorded[f"{layer.name} bias"] = bias
     for name, options in (("deep_taylor", {}), ("deep_taylor.bounded", {"low": LOW, "high": HIGH})):
         analyzer = innvestigate.create_analyzer(name, model, neuron_selection_mode="index", **options)
-        recorded[name] = analyzer.analyze(pictures, neuron_selection=TARGET).transpose(0, 3, 1, 2)
-    np.savez_compressed(Path(__file__).with_suffix(".npz"), **recorded)
+        recorded[name] = analyzer.analyze(pictures, neuron_selection=target).transpose(0, 3, 1, 2)
+    np.savez_compressed(Path(__file__).with_name("innvestigate.npz"), **recorded)
 
 
 if __name__ == "__main__":
