@@ -122,10 +122,10 @@ def _write(path, content):
         beside.unlink(missing_ok=True)
 
 
-# ---- Decorators --------------------------------------------------------------------------------------------------------------------------
+# ---- The decorator -----------------------------------------------------------------------------------------------------------------------
 
 
-def compiled(function, name=""):
+def kernel(function, name=""):
     """The kernel of a Python function, known by another name in the cache if one is given."""
     if name:
         function.__name__ = function.__qualname__ = name
@@ -137,6 +137,3 @@ def compiled(function, name=""):
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = _KernelCache(function)
     return dispatcher
-
-
-kernel = compiled
