@@ -60,11 +60,9 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(VENV)/bin/python $(PIP) --editable '.[dev]'
 	touch $@
 
-# zennit asks for torchvision, of which it needs two class names only; tests/peers/torch_nets.py gives it those.
 $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --editable '.[test]' --requirement tests/peers/requirements.txt
-	$(PEERS)/bin/python $(PIP) --no-deps zennit==0.5.1 click
 	touch $@
 
 # Python 3.11 at most, for TensorFlow 2.14, the last with the Keras that iNNvestigate works with.

@@ -3,9 +3,10 @@
 Paddings must be symmetric. They are the modules' own, for zennit takes what is padded outside of a module for input.
 """
 
-import sys
-import types
+import importlib.util
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +14,18 @@ from captum.attr import LRP
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule
 from torch import nn
 
-for _name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):  # zennit wants two class names of it, and nothing else
-    sys.modules.setdefault(_name, types.ModuleType(_name))
-sys.modules["torchvision.models.resnet"].Bottleneck = type("Bottleneck", (), {})
-sys.modules["torchvision.models.resnet"].BasicBlock = type("BasicBlock", (), {})
-from zennit.attribution import Gradient  # noqa: E402  # after the placeholder that it imports
+
+def _declare_operators():
+    """Make torchvision importable beside a PyTorch without CUDA: its compiled operators do not load there, and no network needs them."""
+    source = Path(importlib.util.find_spec("torchvision").origin).with_name("_meta_registrations.py").read_text()
+    library = torch.library.Library("torchvision", "DEF")
+    for name in set(re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"', source)):
+        library.define(f"{name}(Tensor x) -> Tensor")
+    return library
+
+
+_LIBRARY = _declare_operators() if torch.version.cuda is None else None  # what it declares goes when it goes
+from zennit.attribution import Gradient  # noqa: E402  # it imports torchvision
 from zennit.core import BasicHook, Composite, Stabilizer  # noqa: E402  # as above
 from zennit.layer import Sum  # noqa: E402  # as above
 from zennit.rules import Flat, NoMod, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
