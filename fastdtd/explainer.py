@@ -341,7 +341,7 @@ def _factors(relevance: Array, scores: Array, first: int) -> Array:
         picture, output = np.argwhere(impossible)[0]
         raise InputError(f"output {output} of picture {first + picture} has the score 0, and start gives it relevance; required: a score "
                          "that can be shared")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused with the relevance
+    with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
         return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)
 
 

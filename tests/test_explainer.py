@@ -95,7 +95,7 @@ def test_starts():
             made(batch, start=bad)
     with pytest.raises(InputError, match="a target and a start"):
         made(batch, 1, [1, 0, 0])
-    dead = explainer(g.Graph((g.ReLU("scores", (g.INPUT,)),), (2, 1, 1), (-1, 1)))
+    dead = explainer(g.Graph((g.Dense("dense", (g.INPUT,), np.eye(2)), g.ReLU("scores", ("dense",))), (2, 1, 1), (-1, 1)))
     with pytest.raises(InputError, match="output 1 of picture 1 has the score 0"):
         dead(np.float32([[1, 0.5], [1, -1]])[:, :, None, None], start=[1, 1])
     assert nothing_is_taken(made)
