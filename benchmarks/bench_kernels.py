@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layers import Steps, ceiling, copy_rate  # after the path
-from networks import NETWORKS  # as above
+from layers import Steps, ceiling, copy_rate
+from networks import NETWORKS
 
 BATCH = 4
 

@@ -25,6 +25,7 @@ class Steps:
         self.layers = {layer.name: layer for layer in self.graph}
         self.calls = self.plan._bound[0]
         self._images, self._position = pictures(self.graph, batch), 0
+        self._wanted = np.zeros(1, np.int64)
         self._check()
 
     def _check(self):
@@ -62,9 +63,9 @@ class Steps:
         arguments = [argument.shape if isinstance(argument, np.ndarray) else argument for argument in self.calls[step].arguments]
         return self.kernel(step), *arguments
 
-    def run(self, step, wanted=np.zeros(1, np.int64)):  # noqa: B008  # written over in each call, and no allocation between the clocks
-        wanted[0], self._position = step, step + 1
-        self.kernels.run_steps(self.plan._tables[0], wanted, np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
+    def run(self, step):
+        self._wanted[0], self._position = step, step + 1
+        self.kernels.run_steps(self.plan._tables[0], self._wanted, np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
 
     def operations(self, step):
         """Of the definition of a convolution or dense layer: two products forward (y and z), one back; 0 for others."""

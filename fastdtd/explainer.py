@@ -80,7 +80,7 @@ class Explainer:
     ----------
     model : Model
         From `fastdtd.load` or `fastdtd.convert`.
-    rules : "dtd" or mapping of str to str
+    rules : str, or mapping of str to str
         See `fastdtd.rules.assign`: "dtd" is the method as published, each layer's rule following from its input domain.
     device : "cpu"
     threads : int or None

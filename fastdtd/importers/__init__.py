@@ -70,8 +70,7 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
                 "sha256": ", ".join(hashlib.sha256(content).hexdigest() for content in contents),
                 "format": file_format,
             }
-            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
-            return Model(graph, Preprocessing(color or _usual_color(shape), resize, mean, std, scale), _class_names(labels), provenance)
+            return _model(layers, shape, box, color, resize, mean, std, scale, labels, provenance)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{source}: {error}") from error
 
@@ -163,15 +162,17 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
     try:
         with np.errstate(all="ignore"):
             layers, shape, file_format = pytorch.parse(module, example)
-            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
-            return Model(graph, Preprocessing(color or _usual_color(shape), resize, mean, std, scale), _class_names(labels),
-                         {"source": name, "format": file_format})
+            return _model(layers, shape, box, color, resize, mean, std, scale, labels, {"source": name, "format": file_format})
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{name}: {error}") from error
 
 
-def _usual_color(shape: Shape) -> str | None:
-    return None if shape[1:] == (1, 1) else {1: "gray", 3: "rgb"}.get(shape[0])
+def _model(layers: list[Layer], shape: Shape, box: Any, color: str | None, resize: str, mean: Any, std: Any, scale: float,
+           labels: FilePath | Sequence[str] | None, provenance: dict[str, str]) -> Model:
+    graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
+    if color is None and shape[1:] != (1, 1):
+        color = {1: "gray", 3: "rgb"}.get(shape[0])
+    return Model(graph, Preprocessing(color, resize, mean, std, scale), _class_names(labels), provenance)
 
 
 def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer], Shape, str, list[bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -37,14 +37,13 @@ from fastdtd.graph import (
     Shape,
     Softmax,
 )
+from fastdtd.importers.tensors import NO_PADDING, Padding, Tensor, by_channel, sum_of
 
 LEAST_OPSET = 7  # before it, broadcasting was an attribute
 WEIGHT_TYPES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}
 INTEGER_TYPES = {onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
-NO_PADDING = (0, 0, 0, 0)
 
 Constant = npt.NDArray[Any]
-Padding = tuple[int, int, int, int]
 
 
 def parse(data: bytes, size: tuple[int, int] | None = None) -> tuple[list[Layer], Shape, str]:
@@ -102,7 +101,7 @@ def _parse(model: Any, size: tuple[int, int] | None) -> tuple[list[Layer], Shape
         network.read(_Node(proto, index, len(model.graph.node)))
 
     result = network.values.get(output)
-    if not isinstance(result, _Tensor) or result.pad != NO_PADDING:
+    if not isinstance(result, Tensor) or result.pad != NO_PADDING:
         raise ConversionError(f"the output {output!r} is not computed from the input by supported operators")
     producer = "".join(c for c in f"{model.producer_name} {model.producer_version}" if c.isprintable()).strip()[:100]
     return list(network.layers.values()), network.input_shape, f"onnx opset {opset}" + (f" from {producer}" if producer else "")
@@ -142,16 +141,6 @@ def _nodes_leading_to(output: str, nodes: Sequence[Any]) -> list[tuple[int, Any]
             needed.add(made_by)
             waiting.extend(nodes[made_by].input)
     return [(index, nodes[index]) for index in sorted(needed)]
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """What a node computes: the layer that makes it, its shape there, and its number of axes in the file, batch included."""
-
-    layer: str
-    shape: Shape
-    rank: int
-    pad: Padding = NO_PADDING  # zeros that a Pad puts around it, and which the one who reads it has to add
 
 
 class _Node:
@@ -208,7 +197,7 @@ class _Network:
     def __init__(self, input_name: str, input_shape: Shape, rank: int, batch: int, opset: int) -> None:
         self.input_shape, self.batch, self.opset = input_shape, batch, opset
         self.layers: dict[str, Layer] = {}
-        self.values: dict[str, Any] = {input_name: _Tensor(INPUT, input_shape, rank)}  # and constants: arrays or TensorProtos
+        self.values: dict[str, Any] = {input_name: Tensor(INPUT, input_shape, rank)}  # and constants: arrays or TensorProtos
         self.node_names: set[str] = set()  # those that may name a layer
         self._taken = {INPUT, ""}
         self._weights = 0
@@ -230,20 +219,20 @@ class _Network:
         return self.values[node.inputs[index]]
 
     def is_constant(self, node: _Node, index: int) -> bool:
-        return not isinstance(self.value(node, index), _Tensor)
+        return not isinstance(self.value(node, index), Tensor)
 
     def constant(self, node: _Node, index: int) -> Constant:
         value = self.value(node, index)
-        if isinstance(value, _Tensor):
+        if isinstance(value, Tensor):
             node.refuse(f"computes its input {node.inputs[index]!r}; required: a constant")
         return value if isinstance(value, np.ndarray) else _decode(node, value)
 
     def optional_constant(self, node: _Node, index: int) -> Constant | None:
         return self.constant(node, index) if node.has_input(index) else None
 
-    def tensor(self, node: _Node, index: int = 0, *, rank: int | None = None, padded: bool = False) -> _Tensor:
+    def tensor(self, node: _Node, index: int = 0, *, rank: int | None = None, padded: bool = False) -> Tensor:
         value = self.value(node, index)
-        if not isinstance(value, _Tensor):
+        if not isinstance(value, Tensor):
             node.refuse(f"has the constant {node.inputs[index]!r} as input; required: a tensor that depends on the network's input")
         if rank is not None and value.rank != rank:
             node.refuse(f"reads {node.inputs[index]!r} with {value.rank} axes; required: {'(N, C, H, W)' if rank == 4 else '(N, F)'}")
@@ -256,13 +245,13 @@ class _Network:
         axes = self.optional_constant(node, 1) if node.has_input(1) else node.integers("axes")
         return None if axes is None else {int(axis) % rank for axis in np.ravel(axes)}
 
-    def add(self, layer_type: type[Layer], node: _Node, inputs: Sequence[_Tensor], rank: int | None = None, part: str = "", **fields: Any
-            ) -> _Tensor:
+    def add(self, layer_type: type[Layer], node: _Node, inputs: Sequence[Tensor], rank: int | None = None, part: str = "", **fields: Any
+            ) -> Tensor:
         """The output of a new layer. part: marks one of several layers that one node needs."""
         self.count_weights(node, *fields.values())
         layer = layer_type(self._layer_name(node, part), tuple(x.layer for x in inputs), **fields)
         self.layers[layer.name] = layer
-        return _Tensor(layer.name, layer.output_shape([x.shape for x in inputs]), rank or inputs[0].rank)
+        return Tensor(layer.name, layer.output_shape([x.shape for x in inputs]), rank or inputs[0].rank)
 
     def count_weights(self, node: _Node, *values: Any) -> None:
         """Keep a small file from becoming a large network: nodes may share weights, but what is made of them does not."""
@@ -297,28 +286,20 @@ def _decode(node: _Node, tensor: Any) -> Constant:
         node.refuse(f"has a damaged constant {tensor.name!r}: its shape {tuple(tensor.dims)} does not fit its content")
 
 
-def _channels(node: _Node, value: Constant, x: _Tensor) -> Constant:
-    """`value`, which is combined with `x`, as one number for each channel."""
-    try:
-        return np.broadcast_to(value, (1, x.shape[0]) + (1,) * (x.rank - 2)).reshape(-1)
-    except ValueError:
-        node.refuse(f"has a constant of shape {value.shape} for {x.shape[0]} channels; required: one number, or one for each channel")
-
-
 # ---- Operators ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _conv(network: _Network, node: _Node) -> _Tensor:
+def _conv(network: _Network, node: _Node) -> Tensor:
     x, weight = network.tensor(node, rank=4, padded=True), network.constant(node, 1)
     if weight.ndim != 4 or node.pair("kernel_shape", weight.shape[2:]) != weight.shape[2:]:
         node.refuse(f"has weights of shape {weight.shape}; required: (K, C / group, *kernel_shape), in two dimensions")
     stride, dilation = node.pair("strides", (1, 1)), node.pair("dilations", (1, 1))
     padding = _padding(node, x, weight.shape[2:], stride, dilation)
     return network.add(Conv2d, node, [x], weight=weight, bias=network.optional_constant(node, 2), stride=stride,
-                       padding=_sum(padding, x.pad), dilation=dilation, groups=node.integer("group", 1))
+                       padding=sum_of(padding, x.pad), dilation=dilation, groups=node.integer("group", 1))
 
 
-def _padding(node: _Node, x: _Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Padding:
+def _padding(node: _Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Padding:
     mode = node.text("auto_pad", "NOTSET")
     if mode in ("NOTSET", ""):
         pads = node.integers("pads") or NO_PADDING
@@ -339,11 +320,7 @@ def _padding(node: _Node, x: _Tensor, kernel: Sequence[int], stride: Sequence[in
     return before[0], before[1], after[0], after[1]
 
 
-def _sum(a: Padding, b: Padding) -> Padding:
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
-
-
-def _pool(network: _Network, node: _Node) -> _Tensor:
+def _pool(network: _Network, node: _Node) -> Tensor:
     is_average = node.op == "AveragePool"
     x = network.tensor(node, rank=4, padded=is_average)
     kernel, stride = node.pair("kernel_shape"), node.pair("strides", (1, 1))
@@ -358,25 +335,25 @@ def _pool(network: _Network, node: _Node) -> _Tensor:
         if ceil_mode or (padding != NO_PADDING and not include_pad):
             node.refuse("reads what a Pad makes and pads it differently itself; required: one or the other")
         include_pad = True
-    return network.add(AveragePool2d, node, [x], kernel=kernel, stride=stride, padding=_sum(padding, x.pad), ceil_mode=ceil_mode,
+    return network.add(AveragePool2d, node, [x], kernel=kernel, stride=stride, padding=sum_of(padding, x.pad), ceil_mode=ceil_mode,
                        count_include_pad=include_pad)
 
 
-def _global_pool(network: _Network, node: _Node) -> _Tensor:
+def _global_pool(network: _Network, node: _Node) -> Tensor:
     x = network.tensor(node, rank=4)
     if node.op == "GlobalMaxPool":
         return network.add(MaxPool2d, node, [x], kernel=x.shape[1:])
     return network.add(GlobalAveragePool, node, [x])
 
 
-def _reduce_mean(network: _Network, node: _Node) -> _Tensor:
+def _reduce_mean(network: _Network, node: _Node) -> Tensor:
     x = network.tensor(node, rank=4)
     if network.axes(node, 4) != {2, 3}:
         node.refuse("does not average over height and width; required: axes 2 and 3")
     return network.add(GlobalAveragePool, node, [x], rank=4 if node.integer("keepdims", 1) else 2)
 
 
-def _pad(network: _Network, node: _Node) -> _Tensor:
+def _pad(network: _Network, node: _Node) -> Tensor:
     x, value = network.tensor(node, rank=4), network.optional_constant(node, 2)
     pads = node.integers("pads") if network.opset < 11 else tuple(int(n) for n in network.constant(node, 1).ravel())
     is_zero = node.number("value", 0.0) == 0 and (value is None or not value.any())
@@ -387,7 +364,7 @@ def _pad(network: _Network, node: _Node) -> _Tensor:
     return replace(x, pad=(pads[2], pads[3], pads[6], pads[7]))
 
 
-def _gemm(network: _Network, node: _Node) -> _Tensor:
+def _gemm(network: _Network, node: _Node) -> Tensor:
     x, weight, bias = network.tensor(node, rank=2), network.constant(node, 1), network.optional_constant(node, 2)
     if node.integer("transA", 0):
         node.refuse("transposes its input; required: transA 0")
@@ -395,44 +372,45 @@ def _gemm(network: _Network, node: _Node) -> _Tensor:
         node.refuse(f"has weights of shape {weight.shape}; required: two axes")
     weight = np.float32(node.number("alpha", 1.0)) * (weight if node.integer("transB", 0) else weight.T)
     if bias is not None:
-        bias = np.float32(node.number("beta", 1.0)) * _channels(node, bias, _Tensor("", (len(weight), 1, 1), 2))
+        bias = np.float32(node.number("beta", 1.0)) * by_channel(bias, Tensor("", (len(weight), 1, 1), 2), node.refuse)
     return network.add(Dense, node, [x], weight=weight, bias=bias)
 
 
-def _matmul(network: _Network, node: _Node) -> _Tensor:
+def _matmul(network: _Network, node: _Node) -> Tensor:
     x, weight = network.tensor(node, rank=2), network.constant(node, 1)
     if weight.ndim != 2:
         node.refuse(f"has weights of shape {weight.shape}; required: two axes")
     return network.add(Dense, node, [x], weight=weight.T)
 
 
-def _add(network: _Network, node: _Node) -> _Tensor:
+def _add(network: _Network, node: _Node) -> Tensor:
     if not network.is_constant(node, 0) and not network.is_constant(node, 1):
         return _sum_of_tensors(network, node)
     x, value = _with_constant(network, node)
-    return network.add(BatchNorm, node, [x], scale=np.ones(x.shape[0], np.float32), shift=_channels(node, value, x))
+    return network.add(BatchNorm, node, [x], scale=np.ones(x.shape[0], np.float32), shift=by_channel(value, x, node.refuse))
 
 
-def _subtract(network: _Network, node: _Node) -> _Tensor:
+def _subtract(network: _Network, node: _Node) -> Tensor:
     if not network.is_constant(node, 1):
         node.refuse("subtracts what is computed; required: a constant")
     x, value = network.tensor(node), network.constant(node, 1)
-    return network.add(BatchNorm, node, [x], scale=np.ones(x.shape[0], np.float32), shift=-_channels(node, value, x))
+    return network.add(BatchNorm, node, [x], scale=np.ones(x.shape[0], np.float32), shift=-by_channel(value, x, node.refuse))
 
 
-def _multiply(network: _Network, node: _Node) -> _Tensor:
+def _multiply(network: _Network, node: _Node) -> Tensor:
     x, value = _with_constant(network, node)
-    return network.add(BatchNorm, node, [x], scale=_channels(node, value, x), shift=np.zeros(x.shape[0], np.float32))
+    return network.add(BatchNorm, node, [x], scale=by_channel(value, x, node.refuse), shift=np.zeros(x.shape[0], np.float32))
 
 
-def _divide(network: _Network, node: _Node) -> _Tensor:
+def _divide(network: _Network, node: _Node) -> Tensor:
     if not network.is_constant(node, 1) or not network.constant(node, 1).all():
         node.refuse("divides by what is computed, or by zero; required: constants other than zero")
     x, value = network.tensor(node), network.constant(node, 1)
-    return network.add(BatchNorm, node, [x], scale=1 / _channels(node, value, x).astype(np.float64), shift=np.zeros(x.shape[0], np.float32))
+    return network.add(BatchNorm, node, [x], scale=1 / by_channel(value, x, node.refuse).astype(np.float64),
+                       shift=np.zeros(x.shape[0], np.float32))
 
 
-def _with_constant(network: _Network, node: _Node) -> tuple[_Tensor, Constant]:
+def _with_constant(network: _Network, node: _Node) -> tuple[Tensor, Constant]:
     """Of two inputs, the one that depends on the network's input, and the one that does not."""
     if not network.is_constant(node, 0) and not network.is_constant(node, 1):
         node.refuse("multiplies two tensors that are computed; required: one, and a constant")
@@ -440,7 +418,7 @@ def _with_constant(network: _Network, node: _Node) -> tuple[_Tensor, Constant]:
     return network.tensor(node, index), network.constant(node, 1 - index)
 
 
-def _sum_of_tensors(network: _Network, node: _Node) -> _Tensor:
+def _sum_of_tensors(network: _Network, node: _Node) -> Tensor:
     terms = [network.tensor(node, i) for i in range(max(len(node.inputs), 1))]
     if len({x.rank for x in terms}) > 1:
         node.refuse("adds (N, C, H, W) and (N, F); required: tensors of one shape")
@@ -450,7 +428,7 @@ def _sum_of_tensors(network: _Network, node: _Node) -> _Tensor:
     return total
 
 
-def _batch_norm(network: _Network, node: _Node) -> _Tensor:
+def _batch_norm(network: _Network, node: _Node) -> Tensor:
     x = network.tensor(node)
     if node.integer("training_mode", 0) or not node.integer("spatial", 1):
         node.refuse("normalises by the batch or by the pixel; required: training_mode 0 and spatial 1")
@@ -461,11 +439,11 @@ def _batch_norm(network: _Network, node: _Node) -> _Tensor:
     return network.add(BatchNorm, node, [x], scale=scale, shift=beta - mean * scale)
 
 
-def _relu(network: _Network, node: _Node) -> _Tensor:
+def _relu(network: _Network, node: _Node) -> Tensor:
     return network.add(ReLU, node, [network.tensor(node)])
 
 
-def _clip(network: _Network, node: _Node) -> _Tensor:
+def _clip(network: _Network, node: _Node) -> Tensor:
     low, high = (network.optional_constant(node, i) for i in (1, 2))
     least = node.number("min", -np.inf) if low is None else low.astype(np.float64).max(initial=-np.inf)
     most = node.number("max", np.inf) if high is None else high.astype(np.float64).max(initial=-np.inf)
@@ -477,12 +455,12 @@ def _clip(network: _Network, node: _Node) -> _Tensor:
     return network.add(Clip, node, [network.tensor(node)], low=least, high=most)
 
 
-def _lrn(network: _Network, node: _Node) -> _Tensor:
+def _lrn(network: _Network, node: _Node) -> Tensor:
     return network.add(LocalResponseNorm, node, [network.tensor(node, rank=4)], size=node.integer("size", 0),
                        alpha=node.number("alpha", 1e-4), beta=node.number("beta", 0.75), bias=node.number("bias", 1.0))
 
 
-def _softmax(network: _Network, node: _Node) -> _Tensor:
+def _softmax(network: _Network, node: _Node) -> Tensor:
     x = network.tensor(node)
     axis = node.integer("axis", 1 if network.opset < 13 else -1)
     if axis not in (1, 1 - x.rank):
@@ -490,7 +468,7 @@ def _softmax(network: _Network, node: _Node) -> _Tensor:
     return network.add(Softmax, node, [x])
 
 
-def _concat(network: _Network, node: _Node) -> _Tensor:
+def _concat(network: _Network, node: _Node) -> Tensor:
     parts = [network.tensor(node, i) for i in range(max(len(node.inputs), 1))]
     rank, axis = parts[0].rank, node.integer("axis", 0)
     if axis not in (1, 1 - rank) or any(x.rank != rank for x in parts):
@@ -498,7 +476,7 @@ def _concat(network: _Network, node: _Node) -> _Tensor:
     return network.add(Concat, node, parts)
 
 
-def _flatten(network: _Network, node: _Node) -> _Tensor:
+def _flatten(network: _Network, node: _Node) -> Tensor:
     x = network.tensor(node)
     axis = node.integer("axis", 1)
     if axis not in (1, 1 - x.rank):
@@ -506,11 +484,11 @@ def _flatten(network: _Network, node: _Node) -> _Tensor:
     return _flat(network, node, x)
 
 
-def _flat(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
+def _flat(network: _Network, node: _Node, x: Tensor) -> Tensor:
     return replace(x, rank=2) if x.shape[1:] == (1, 1) else network.add(Flatten, node, [x], rank=2)
 
 
-def _reshape(network: _Network, node: _Node) -> _Tensor | Constant:
+def _reshape(network: _Network, node: _Node) -> Tensor | Constant:
     shape = tuple(int(n) for n in network.constant(node, 1).ravel())
     if network.is_constant(node, 0):
         weight = network.constant(node, 0)
@@ -526,7 +504,7 @@ def _reshape(network: _Network, node: _Node) -> _Tensor | Constant:
     return _flat(network, node, x)
 
 
-def _squeeze(network: _Network, node: _Node) -> _Tensor:
+def _squeeze(network: _Network, node: _Node) -> Tensor:
     x = network.tensor(node, rank=4)
     if network.axes(node, 4) != {2, 3} or x.shape[1:] != (1, 1):
         node.refuse("removes other axes than height and width, or from more than one pixel; required: axes 2 and 3 of (N, C, 1, 1)")
@@ -553,7 +531,7 @@ def _identity(network: _Network, node: _Node) -> Any:
     return network.value(node, 0)
 
 
-def _dropout(network: _Network, node: _Node) -> _Tensor:
+def _dropout(network: _Network, node: _Node) -> Tensor:
     training = network.optional_constant(node, 2)
     if training is not None and training.any():
         node.refuse("drops at inference; required: training_mode false")

@@ -34,9 +34,7 @@ from fastdtd.graph import (
     Shape,
     Softmax,
 )
-
-Padding = tuple[int, int, int, int]
-NO_PADDING = (0, 0, 0, 0)
+from fastdtd.importers.tensors import NO_PADDING, Tensor, by_channel, sum_of
 
 
 def parse(module: Any, example: Any) -> tuple[list[Layer], Shape, str]:
@@ -73,11 +71,11 @@ def parse(module: Any, example: Any) -> tuple[list[Layer], Shape, str]:
         if node.op == "placeholder" and node.name in targets:
             network.values[node] = constants[targets[node.name]].detach().cpu().numpy()
         elif node.op == "placeholder":
-            network.values[node] = _Tensor(INPUT, network.input_shape, example.ndim)
+            network.values[node] = Tensor(INPUT, network.input_shape, example.ndim)
         elif node.op == "call_function":
             network.read(node)
     output, = next(node for node in exported.graph.nodes if node.op == "output").args[0]
-    if not isinstance(network.values.get(output), _Tensor):
+    if not isinstance(network.values.get(output), Tensor):
         raise ConversionError("the module's output does not depend on its input")
     return network.leading_to(network.values[output].layer), network.input_shape, f"torch.export of PyTorch {torch.__version__}"
 
@@ -87,20 +85,10 @@ def _described(example: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """What a node computes: the layer that makes it, its shape there, and its number of axes in PyTorch, batch included."""
-
-    layer: str
-    shape: Shape
-    rank: int
-    pad: Padding = NO_PADDING  # zeros that a pad puts around it, and which the one who reads it has to add
-
-
-@dataclass(frozen=True)
 class _Squares:
     """What torch.nn.functional.local_response_norm computes on its way: first x * x, at last what x is divided by."""
 
-    of: _Tensor
+    of: Tensor
     size: int = 0
     alpha: float = 1.0
     bias: float | None = None
@@ -155,15 +143,17 @@ class _Call:
         return self.arguments.get(name) is not None
 
     def value(self, name: str, default: Any = None) -> Any:
-        """An argument: a _Tensor, an array or a plain value."""
+        """An argument: a Tensor, an array or a plain value."""
         value = self.arguments.get(name)
         if isinstance(value, torch.fx.Node):
             return self.network.values[value]
         return default if value is None else value
 
-    def tensor(self, name: str = "self", *, rank: int | None = None, padded: bool = False) -> _Tensor:
+    def tensor(self, name: str = "self", *, rank: int | None = None, padded: bool = False) -> Tensor:
         value = self.value(name)
-        if not isinstance(value, _Tensor):
+        if isinstance(value, _Squares):
+            self.refuse("reads the product of a tensor with itself; required: one as part of a local response normalisation only")
+        if not isinstance(value, Tensor):
             self.refuse(f"has a constant as {name}; required: a tensor that depends on the module's input")
         if rank is not None and value.rank != rank:
             self.refuse(f"reads a tensor of {value.rank} axes; required: {'(N, C, H, W)' if rank == 4 else '(N, F)'}")
@@ -173,7 +163,7 @@ class _Call:
 
     def constant(self, name: str) -> npt.NDArray[Any] | None:
         value = self.value(name)
-        if isinstance(value, (_Tensor, _Squares)):
+        if isinstance(value, (Tensor, _Squares)):
             self.refuse(f"computes its {name}; required: a constant")
         return None if value is None else np.asarray(value)
 
@@ -185,20 +175,20 @@ class _Call:
             self.refuse(f"has {name} {value}; required: one or two numbers")
         return int(values[0]), int(values[-1])
 
-    def add(self, layer_type: type[Layer], *inputs: _Tensor, rank: int | None = None, **fields: Any) -> _Tensor:
+    def add(self, layer_type: type[Layer], *inputs: Tensor, rank: int | None = None, **fields: Any) -> Tensor:
         """The output of a new layer, named after the module that computes it, or else after the node."""
         name = self.module or self.node.name
         if name in self.network.layers or name == INPUT:
             name = f"{name}/{self.node.name}" if self.module else f"{name}_"
         layer = layer_type(name, tuple(x.layer for x in inputs), **fields)
         self.network.layers[name] = layer
-        return _Tensor(name, layer.output_shape([x.shape for x in inputs]), rank or inputs[0].rank)
+        return Tensor(name, layer.output_shape([x.shape for x in inputs]), rank or inputs[0].rank)
 
 
 # ---- Operators ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _conv(call: _Call) -> _Tensor:
+def _conv(call: _Call) -> Tensor:
     x, weight = call.tensor("input", rank=4, padded=True), call.constant("weight")
     assert weight is not None
     stride, dilation = call.pair("stride", 1), call.pair("dilation", 1)
@@ -208,26 +198,22 @@ def _conv(call: _Call) -> _Tensor:
         padding = (spans[0] // 2, spans[1] // 2, spans[0] - spans[0] // 2, spans[1] - spans[1] // 2)
     else:
         padding = (0, 0) * 2 if padding == "valid" else call.pair("padding", 0) * 2
-    return call.add(Conv2d, x, weight=weight, bias=call.constant("bias"), stride=stride, padding=_sum(padding, x.pad), dilation=dilation,
+    return call.add(Conv2d, x, weight=weight, bias=call.constant("bias"), stride=stride, padding=sum_of(padding, x.pad), dilation=dilation,
                     groups=call.value("groups", 1))
 
 
-def _sum(a: Sequence[int], b: Padding) -> Padding:
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
-
-
-def _linear(call: _Call) -> _Tensor:
+def _linear(call: _Call) -> Tensor:
     return call.add(Dense, call.tensor("input", rank=2), weight=call.constant("weight"), bias=call.constant("bias"))
 
 
-def _addmm(call: _Call) -> _Tensor:
+def _addmm(call: _Call) -> Tensor:
     weight = call.constant("mat2")
     if weight is None or call.value("alpha", 1) != 1 or call.value("beta", 1) != 1:
         call.refuse("has factors; required: none")
     return call.add(Dense, call.tensor("mat1", rank=2), weight=weight.T, bias=call.constant("self"))
 
 
-def _batch_norm(call: _Call) -> _Tensor:
+def _batch_norm(call: _Call) -> Tensor:
     x = call.tensor("input")
     mean, variance = call.constant("running_mean"), call.constant("running_var")
     if mean is None or variance is None:
@@ -237,11 +223,11 @@ def _batch_norm(call: _Call) -> _Tensor:
     return call.add(BatchNorm, x, scale=scale, shift=(0.0 if beta is None else beta) - mean * scale)
 
 
-def _relu(call: _Call) -> _Tensor:
+def _relu(call: _Call) -> Tensor:
     return call.add(ReLU, call.tensor())
 
 
-def _clip(call: _Call) -> _Tensor:
+def _clip(call: _Call) -> Tensor:
     names = ("min", "max") if call.op == "clamp" else ("min_val", "max_val")
     defaults = {"clamp": (-math.inf, math.inf), "hardtanh": (-1.0, 1.0), "relu6": (0.0, 6.0)}[call.op]
     low, high = (float(call.value(name, default)) for name, default in zip(names, defaults, strict=True))
@@ -252,7 +238,7 @@ def _clip(call: _Call) -> _Tensor:
     return call.add(Clip, call.tensor(), low=low, high=high)
 
 
-def _max_pool(call: _Call) -> _Tensor:
+def _max_pool(call: _Call) -> Tensor:
     if call.pair("dilation", 1) != (1, 1):
         call.refuse("has a dilation; required: none")
     kernel = call.pair("kernel_size", 1)
@@ -260,18 +246,18 @@ def _max_pool(call: _Call) -> _Tensor:
                     ceil_mode=bool(call.value("ceil_mode", False)))
 
 
-def _average_pool(call: _Call) -> _Tensor:
+def _average_pool(call: _Call) -> Tensor:
     x, kernel = call.tensor(rank=4, padded=True), call.pair("kernel_size", 1)
     if "divisor_override" in call:
         call.refuse("has a divisor of its own; required: none")
     padding, ceil_mode, count = call.pair("padding", 0) * 2, bool(call.value("ceil_mode", False)), call.value("count_include_pad", True)
     if x.pad != NO_PADDING and (ceil_mode or (any(padding) and not count)):  # the zeros of a pad are part of the image and always count
         call.refuse("reads what a pad makes and pads it differently itself; required: one or the other")
-    return call.add(AveragePool2d, x, kernel=kernel, stride=call.pair("stride", kernel), padding=_sum(padding, x.pad), ceil_mode=ceil_mode,
-                    count_include_pad=bool(count) or x.pad != NO_PADDING)
+    return call.add(AveragePool2d, x, kernel=kernel, stride=call.pair("stride", kernel), padding=sum_of(padding, x.pad),
+                    ceil_mode=ceil_mode, count_include_pad=bool(count) or x.pad != NO_PADDING)
 
 
-def _adaptive_pool(call: _Call) -> _Tensor:
+def _adaptive_pool(call: _Call) -> Tensor:
     """To one pixel, or to a size that divides the input's into equal windows."""
     x, size = call.tensor(rank=4), call.pair("output_size", 1)
     is_average = call.op == "adaptive_avg_pool2d"
@@ -285,14 +271,14 @@ def _adaptive_pool(call: _Call) -> _Tensor:
     return call.add(AveragePool2d if is_average else MaxPool2d, x, kernel=kernel, stride=kernel)
 
 
-def _mean(call: _Call) -> _Tensor:
+def _mean(call: _Call) -> Tensor:
     x = call.tensor(rank=4)
     if {int(axis) % 4 for axis in np.ravel(call.value("dim", []))} != {2, 3}:
         call.refuse("does not average over height and width; required: axes 2 and 3")
     return call.add(GlobalAveragePool, x, rank=4 if call.value("keepdim", False) else 2)
 
 
-def _pad(call: _Call) -> _Tensor | _Squares:
+def _pad(call: _Call) -> Tensor | _Squares:
     x, pads = call.value("self"), [int(n) for n in call.value("pad")]
     if isinstance(x, _Squares):
         size = pads[4] + pads[5] + 1 if len(pads) == 6 else 0
@@ -306,61 +292,53 @@ def _pad(call: _Call) -> _Tensor | _Squares:
     return replace(x, pad=(top, left, bottom, right))
 
 
-def _add(call: _Call) -> _Tensor | _Squares:
+def _add(call: _Call) -> Tensor | _Squares:
     x, y = call.value("self"), call.value("other")
     factor = call.value("alpha", 1) * (-1 if call.op == "sub" else 1)
     if isinstance(x, _Squares) and isinstance(y, (int, float)):
         return replace(x, bias=float(y) * factor)
-    if isinstance(x, _Tensor) and isinstance(y, _Tensor):
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
         if factor != 1 or x.rank != y.rank:
             call.refuse("subtracts or scales a tensor, or adds one of other axes; required: the sum of two tensors of one shape")
         return call.add(Add, call.tensor("self"), call.tensor("other"))
-    if not isinstance(x, _Tensor):
+    if not isinstance(x, Tensor):
         if call.op == "sub":
             call.refuse("subtracts what is computed; required: a constant")
         x, y = call.tensor("other"), x
-    return call.add(BatchNorm, x, scale=np.ones(x.shape[0]), shift=factor * _channels(call, y, x))
+    return call.add(BatchNorm, x, scale=np.ones(x.shape[0]), shift=factor * by_channel(np.asarray(y, np.float64), x, call.refuse))
 
 
-def _multiply(call: _Call) -> _Tensor | _Squares:
+def _multiply(call: _Call) -> Tensor | _Squares:
     x, y = call.value("self"), call.value("other")
-    if isinstance(x, _Tensor) and isinstance(y, _Tensor) and x == y:
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x == y:
         return _Squares(x)
     if isinstance(x, _Squares) and isinstance(y, (int, float)):
         return replace(x, alpha=x.alpha * y)
-    if isinstance(x, _Tensor) and isinstance(y, _Tensor):
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
         call.refuse("multiplies two tensors that are computed; required: one, and a constant")
-    if not isinstance(x, _Tensor):
+    if not isinstance(x, Tensor):
         x, y = call.tensor("other"), x
-    return call.add(BatchNorm, x, scale=_channels(call, y, x), shift=np.zeros(x.shape[0]))
+    return call.add(BatchNorm, x, scale=by_channel(np.asarray(y, np.float64), x, call.refuse), shift=np.zeros(x.shape[0]))
 
 
-def _divide(call: _Call) -> _Tensor:
+def _divide(call: _Call) -> Tensor:
     x, y = call.value("self"), call.value("other")
-    if isinstance(x, _Tensor) and isinstance(y, _Squares) and y.of == x:
+    if isinstance(x, Tensor) and isinstance(y, _Squares) and y.of == x:
         if not y.size or y.bias is None:
             call.refuse("divides by squares; required: a local response normalisation as PyTorch computes it")
         return call.add(LocalResponseNorm, x, size=y.size, alpha=y.alpha, beta=1.0 if y.beta is None else y.beta, bias=y.bias)
-    if not isinstance(x, _Tensor) or isinstance(y, (_Tensor, _Squares)) or not np.all(y):
+    if not isinstance(x, Tensor) or isinstance(y, (Tensor, _Squares)) or not np.all(y):
         call.refuse("divides by what is computed, or by zero; required: constants other than zero")
-    return call.add(BatchNorm, x, scale=1 / _channels(call, y, x), shift=np.zeros(x.shape[0]))
+    return call.add(BatchNorm, x, scale=1 / by_channel(np.asarray(y, np.float64), x, call.refuse), shift=np.zeros(x.shape[0]))
 
 
 def _power(call: _Call) -> _Squares:
     x, exponent = call.value("self"), call.value("exponent")
-    if isinstance(x, _Tensor) and exponent == 2:
+    if isinstance(x, Tensor) and exponent == 2:
         return _Squares(x)
     if not isinstance(x, _Squares) or not isinstance(exponent, (int, float)):
         call.refuse("is no part of a local response normalisation; required: one as PyTorch computes it")
     return replace(x, beta=float(exponent))
-
-
-def _channels(call: _Call, value: Any, x: _Tensor) -> npt.NDArray[np.float64]:
-    """`value` as one number for each channel of `x`."""
-    try:
-        return np.broadcast_to(np.asarray(value, np.float64), (1, x.shape[0]) + (1,) * (x.rank - 2)).reshape(-1)
-    except ValueError:
-        call.refuse(f"has a constant of shape {np.shape(value)} for {x.shape[0]} channels; required: one number, or one for each channel")
 
 
 def _sum_over_channels(call: _Call) -> _Squares:
@@ -370,8 +348,8 @@ def _sum_over_channels(call: _Call) -> _Squares:
     return replace(x, size=int(kernel[0]))
 
 
-def _concat(call: _Call) -> _Tensor:
-    parts = [self_value for node in call.arguments["tensors"] if isinstance(self_value := call.network.values[node], _Tensor)]
+def _concat(call: _Call) -> Tensor:
+    parts = [self_value for node in call.arguments["tensors"] if isinstance(self_value := call.network.values[node], Tensor)]
     if len(parts) != len(call.arguments["tensors"]) or any(x.pad != NO_PADDING or x.rank != parts[0].rank for x in parts):
         call.refuse("joins constants, what a pad makes, or tensors of other axes; required: tensors of as many axes")
     if call.value("dim", 0) not in (1, 1 - parts[0].rank):
@@ -379,18 +357,18 @@ def _concat(call: _Call) -> _Tensor:
     return call.add(Concat, *parts)
 
 
-def _flatten(call: _Call) -> _Tensor:
+def _flatten(call: _Call) -> Tensor:
     x = call.tensor()
     if call.value("start_dim", 0) != 1 or call.value("end_dim", -1) not in (-1, x.rank - 1):
         call.refuse("makes other axes flat than all but the batch; required: start_dim 1")
     return _flat(call, x)
 
 
-def _flat(call: _Call, x: _Tensor) -> _Tensor:
+def _flat(call: _Call, x: Tensor) -> Tensor:
     return replace(x, rank=2) if x.shape[1:] == (1, 1) else call.add(Flatten, x, rank=2)
 
 
-def _view(call: _Call) -> _Tensor | _Squares:
+def _view(call: _Call) -> Tensor | _Squares:
     x = call.value("self")
     if isinstance(x, _Squares):
         return x
@@ -405,7 +383,7 @@ def _view(call: _Call) -> _Tensor | _Squares:
     return _flat(call, x)
 
 
-def _squeeze(call: _Call) -> _Tensor | _Squares:
+def _squeeze(call: _Call) -> Tensor | _Squares:
     x = call.value("self")
     if isinstance(x, _Squares):
         return x
@@ -415,7 +393,7 @@ def _squeeze(call: _Call) -> _Tensor | _Squares:
     return replace(x, rank=2)
 
 
-def _softmax(call: _Call) -> _Tensor:
+def _softmax(call: _Call) -> Tensor:
     x = call.tensor()
     if call.value("dim", 1) not in (1, 1 - x.rank):
         call.refuse(f"is over axis {call.value('dim')}; required: 1, the classes")

@@ -97,6 +97,14 @@ class Finish:
         ratio = builder.select(builder.fcmp_ordered(">", z, self.least_z), builder.fdiv(share, z), builder.fsub(ZEROS, share))
         return y, ratio
 
+    def store(self, y, z, p_x, p_ratio, step, count, store):
+        """Store x and ratio; returns which lanes with a number of the row, which has `count`, have a negative ratio."""
+        builder = self.builder
+        value, ratio = self(y, z)
+        store(value, p_x, step)
+        store(ratio, p_ratio, step)
+        return builder.and_(builder.fcmp_ordered("<", ratio, ZEROS), lanes_before(builder, builder.sub(count, step)))
+
 
 @intrinsic
 def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, least, most, relevance, least_z):
@@ -113,11 +121,9 @@ def finish_row(typing_context, x, ratio, positive, negative, count, bias, split,
 
         def one_vector(step, found, load, store):
             z, y = load(p_positive, step), load(p_negative, step)
-            value, ratio = finish(builder.select(split, builder.fadd(z, y), y), builder.select(shifted, builder.fadd(z, y), z))
-            store(value, p_x, step)
-            store(ratio, p_ratio, step)
-            absorbs = builder.and_(builder.fcmp_ordered("<", ratio, ZEROS), lanes_before(builder, builder.sub(count, step)))
-            return [builder.or_(found[0], absorbs)]
+            total = builder.fadd(z, y)
+            y, z = builder.select(split, total, y), builder.select(shifted, total, z)
+            return [builder.or_(found[0], finish.store(y, z, p_x, p_ratio, step, count, store))]
 
         return any_lane(builder, loop_over(builder, count, [NO_LANE], one_vector)[0])
 

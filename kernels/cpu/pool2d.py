@@ -123,10 +123,8 @@ def _reduce_windows(typing_context, x, ratio, block, offsets, taps, count, down,
         def one_vector(step, found, load, store):
             y, z = loop_range(builder, number(0), taps, 1, window.empty,
                          lambda tap, so_far: window.add(so_far, _load_tap(builder, p_block, p_offsets, tap, step)))
-            value, ratio = finish(builder.fdiv(y, builder.fmul(down, load(p_across, step))), z)
-            store(value, p_x, step)
-            store(ratio, p_ratio, step)
-            return [builder.or_(found[0], builder.fcmp_ordered("<", ratio, ZEROS))]
+            mean = builder.fdiv(y, builder.fmul(down, load(p_across, step)))
+            return [builder.or_(found[0], finish.store(mean, z, p_x, p_ratio, step, count, store))]
 
         return any_lane(builder, loop_over(builder, count, [NO_LANE], one_vector)[0])
 

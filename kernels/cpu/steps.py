@@ -11,6 +11,7 @@ import hashlib
 
 import numpy as np
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.vector_code import F32, I32, I64
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -20,7 +21,6 @@ from numba.np.numpy_support import from_dtype
 BROKEN = 1 << 62  # a counter that stands here or higher lets all threads go, and they stop
 _LOOKS = 200_000  # some 200 microseconds: longer than most waits, for a thread that went back to Python is late
 _SIGNATURE = types.void(types.intp, types.intp, types.intp)
-_I64 = ir.IntType(64)
 
 _bound = {}  # (kernel, types of its arguments) -> compiled function of (slots, first, last)
 
@@ -77,17 +77,17 @@ def _make_arguments(kinds):
     @intrinsic
     def arguments(typing_context, slots):
         def codegen(context, builder, signature, values):
-            p_slots = builder.inttoptr(values[0], _I64.as_pointer())
+            p_slots = builder.inttoptr(values[0], I64.as_pointer())
             at = iter(range(sum(1 + kind.ndim if isinstance(kind, types.Array) else 1 for kind in kinds)))
 
             def following():
-                return builder.load(builder.gep(p_slots, [ir.Constant(_I64, next(at))]))
+                return builder.load(builder.gep(p_slots, [ir.Constant(I64, next(at))]))
 
             results = []
             for kind in kinds:
                 if not isinstance(kind, types.Array):
                     bits = following()
-                    results.append(builder.bitcast(builder.trunc(bits, ir.IntType(32)), ir.FloatType()) if kind == types.float32 else bits)
+                    results.append(builder.bitcast(builder.trunc(bits, I32), F32) if kind == types.float32 else bits)
                     continue
                 address, shape = following(), [following() for _ in range(kind.ndim)]
                 results.append(_array(context, builder, kind, address, shape))
@@ -101,7 +101,7 @@ def _make_arguments(kinds):
 def _array(context, builder, kind, address, shape):
     """A C-contiguous array of borrowed memory, as Numba's functions take it."""
     item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-    strides, below = [], ir.Constant(_I64, item)
+    strides, below = [], ir.Constant(I64, item)
     for size in reversed(shape):
         strides.insert(0, below)
         below = builder.mul(below, size)
@@ -109,9 +109,9 @@ def _array(context, builder, kind, address, shape):
     array.meminfo = cgutils.get_null_value(array.meminfo.type)
     array.parent = cgutils.get_null_value(array.parent.type)
     array.data = builder.inttoptr(address, array.data.type)
-    array.itemsize = ir.Constant(_I64, item)
+    array.itemsize = ir.Constant(I64, item)
     array.nitems = builder.sdiv(below, array.itemsize)
-    array.shape, array.strides = (cgutils.pack_array(builder, values, _I64) for values in (shape, strides))
+    array.shape, array.strides = (cgutils.pack_array(builder, values, I64) for values in (shape, strides))
     return array._getvalue()
 
 
@@ -121,7 +121,7 @@ def _array(context, builder, kind, address, shape):
 @intrinsic
 def _call(typing_context, address, slots, first, last):
     def codegen(context, builder, signature, arguments):
-        function = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        function = ir.FunctionType(ir.VoidType(), [I64] * 3)
         builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
         return context.get_dummy_value()
 
@@ -132,7 +132,7 @@ def _call(typing_context, address, slots, first, last):
 def _count(typing_context, counter):
     """Adds one to the int64 at an address, in one indivisible step; returns what is there then."""
     def codegen(context, builder, signature, arguments):
-        pointer, one = builder.inttoptr(arguments[0], _I64.as_pointer()), ir.Constant(_I64, 1)
+        pointer, one = builder.inttoptr(arguments[0], I64.as_pointer()), ir.Constant(I64, 1)
         return builder.add(builder.atomic_rmw("add", pointer, one, "seq_cst"), one)
 
     return types.int64(types.intp), codegen
@@ -142,7 +142,7 @@ def _count(typing_context, counter):
 def _look(typing_context, counter):
     """The int64 at an address, as the last thread that wrote it left it."""
     def codegen(context, builder, signature, arguments):
-        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+        return builder.load_atomic(builder.inttoptr(arguments[0], I64.as_pointer()), "acquire", 8)
 
     return types.int64(types.intp), codegen
 

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba.core import cgutils, config
 
 
-def cpu_features():
+def _cpu_features():
     """What Numba compiles for, as LLVM writes it: the environment's word (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES), else this processor."""
     if config.CPU_FEATURES is not None:
         return config.CPU_FEATURES
@@ -18,7 +18,7 @@ def cpu_features():
 
 def _lanes():
     """Floats in a vector."""
-    features = cpu_features().split(",")
+    features = _cpu_features().split(",")
     return 16 if "+avx512f" in features else 8 if "+avx2" in features else 4  # 4: SSE2, NEON and whatever else LLVM maps four lanes to
 
 
