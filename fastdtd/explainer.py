@@ -25,7 +25,7 @@ from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
 from fastdtd.plan import Plan
-from fastdtd.rules import Rules, assign
+from fastdtd.rules import Rules, absorbers, assign
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
@@ -171,7 +171,7 @@ class Explainer:
         pictures = self._checked(batch)
         count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
         targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
-        names = [name for name, rule in self.rules.items() if rule.name != "winner"]
+        names = absorbers(self.model.graph, self.rules)
         e = Explanation(np.empty_like(pictures), np.empty((count, outputs), np.float32), np.empty(count, np.int64),
                         np.empty(count, np.float32), {name: np.zeros(count) for name in names})
 

@@ -24,6 +24,7 @@ MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
 MAX_LAYERS = 10_000
 MAX_PADDING = 1024  # with more, windows of nothing but padding could keep a processor busy for days
 _LEAST_NORM_BIAS = 1e-6
+_MOST_EXPONENT = 100
 MAX_CONVOLUTION_STRIDE = 256  # its square is how many parts the way back has
 
 Shape = tuple[int, int, int]
@@ -43,12 +44,14 @@ class Layer:
 
     arity: ClassVar[tuple[int, int]] = (1, 1)
     arrays: ClassVar[tuple[str, ...]] = ()
+    integer_arrays: ClassVar[tuple[str, ...]] = ()  # those of `arrays` that hold int32 and not float32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
         for name in self.arrays:
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _weights(self.name, name, getattr(self, name)))
+                made_of = _indices if name in self.integer_arrays else _weights
+                object.__setattr__(self, name, made_of(self.name, name, getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "inputs" and isinstance(value, (list, tuple)):
@@ -88,6 +91,19 @@ def _weights(layer: str, field: str, value: Any) -> Array:
         array = np.array(array, np.float32, order="C")
     if not np.isfinite(array).all():
         raise ModelError(f"layer {layer!r} has NaN or infinity in its {field}; required: finite float32 numbers")
+    array.flags.writeable = False
+    return array
+
+
+def _indices(layer: str, field: str, value: Any) -> npt.NDArray[np.int32]:
+    """A read-only, C-ordered int32 copy of `value`."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or array.size > MAX_TENSOR_ELEMENTS:
+        raise ModelError(f"layer {layer!r} has {field} of {array.size} numbers of type {array.dtype}; required: at most "
+                         f"{MAX_TENSOR_ELEMENTS} whole numbers")
+    if array.size and not -1 <= array.min() <= array.max() < MAX_TENSOR_ELEMENTS:
+        raise ModelError(f"layer {layer!r} has {field} from {array.min()} to {array.max()}; required: -1 to {MAX_TENSOR_ELEMENTS - 1}")
+    array = np.array(array, np.int32, order="C")
     array.flags.writeable = False
     return array
 
@@ -175,6 +191,28 @@ class Clip(Layer):
     def validate(self) -> None:
         if not self.low <= 0 < self.high:
             self._refuse(f"clips to {self.low:g}..{self.high:g}; required: a lower bound of 0 or less, and an upper one above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class LeakyReLU(Layer):
+    """x = y where y > 0, else slope * y, with 0 <= slope <= 1."""
+
+    slope: float
+
+    def validate(self) -> None:
+        if not 0 <= self.slope <= 1:
+            self._refuse(f"has slope {self.slope:g}; required: 0 to 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Power(Layer):
+    """x = |y|^exponent. A pool by the p-norm is Power(p), a convolution of ones, Power(1 / p)."""
+
+    exponent: float
+
+    def validate(self) -> None:
+        if not 0 < self.exponent <= _MOST_EXPONENT:
+            self._refuse(f"has exponent {self.exponent:g}; required: above 0, at most {_MOST_EXPONENT}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +325,29 @@ class Flatten(Layer):
 
 
 @dataclass(frozen=True, eq=False)
+class Rearrange(Layer):
+    """Numbers in another order and shape: reshape, transpose, slice, pad, channel shuffle, nearest upsampling.
+
+    index: (C, H, W) integers, of the output's shape. Each is the number, in C order, of the input that comes there, or -1 for a zero.
+    """
+
+    index: npt.NDArray[np.int32]
+
+    arrays = ("index",)
+    integer_arrays = ("index",)
+
+    def validate(self) -> None:
+        if self.index.ndim != 3 or not self.index.size:
+            self._refuse(f"has index of shape {self.index.shape}; required: the output's, (C, H, W)")
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        if self.index.max() >= math.prod(shapes[0]):
+            self._refuse(f"has index {self.index.max()} but {self.inputs[0]!r} has {math.prod(shapes[0])} numbers")
+        channels, height, width = self.index.shape
+        return channels, height, width
+
+
+@dataclass(frozen=True, eq=False)
 class BatchNorm(Layer):
     """y[c] = scale[c] x[c] + shift[c]: batch normalisation at inference.
 
@@ -321,7 +382,8 @@ class Softmax(Layer):
 LAYER_TYPES: dict[str, type[Layer]] = {
     "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
     "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
-    "clip": Clip, "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
+    "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "rearrange": Rearrange, "local_response_norm": LocalResponseNorm,
+    "dropout": Dropout, "softmax": Softmax,
 }  # the names that model files use
 
 
@@ -433,8 +495,12 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
             return Domain(hidden=True, nonnegative=True)
         case Clip():
             return Domain(hidden=True, nonnegative=layer.low >= 0 or inputs[0].nonnegative)
-        case LocalResponseNorm():
+        case Power():
+            return Domain(hidden=True, nonnegative=True)
+        case LocalResponseNorm() | LeakyReLU():
             return Domain(hidden=True, nonnegative=inputs[0].nonnegative)
+        case Rearrange():
+            return _rearranged_domain(layer, inputs[0], shapes[layer.inputs[0]])
         case MaxPool2d() | GlobalAveragePool() | Dropout():
             return inputs[0]
         case Concat() | Add():
@@ -454,6 +520,19 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
         _, height, width = shapes[layer.inputs[0]]
         return dataclasses.replace(domain, low=np.repeat(domain.low, height * width), high=np.repeat(domain.high, height * width))
     return domain
+
+
+def _rearranged_domain(layer: Rearrange, domain: Domain, shape: Shape) -> Domain:
+    """Bounds stay bounds of channels where all numbers of a channel come from channels of the same bounds."""
+    if domain.low is None or domain.high is None:
+        return domain
+    index = layer.index.reshape(len(layer.index), -1)
+    bounds = []
+    for bound in (domain.low, domain.high):
+        each = np.where(index < 0, np.float32(0), bound[index // (shape[1] * shape[2])])
+        bounds.append((each.min(1), each.max(1)))
+    (low, _), (_, high) = bounds
+    return dataclasses.replace(domain, low=low, high=high)
 
 
 def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

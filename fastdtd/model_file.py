@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fastdtd.errors import InputError, ModelError, OutputError
 from fastdtd.files import replace
-from fastdtd.graph import LAYER_TYPES, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Array, Conv2d, Dense, Graph, Layer
+from fastdtd.graph import LAYER_TYPES, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Array, Conv2d, Dense, Graph, Layer, Rearrange
 from fastdtd.model import Model, Preprocessing
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT = "fastdtd-model"
 VERSION = 1
-_NUMBERS = ("low", "high", "alpha", "beta", "bias")  # settings that are no integers; a bias with a dataset is none of them
+# Settings that are no integers; a bias with a dataset is none of them.
+_NUMBERS = ("low", "high", "alpha", "beta", "bias", "slope", "exponent")
 DTYPES = ("float16", "float32", "float64")
 COMPRESSIONS = ("gzip", "lzf", None)
 
@@ -46,7 +47,7 @@ SMALL_BYTES = 2**20
 MODELS = Path(__file__).parent / "models"
 _EMBEDDED_SUFFIX = ".h5"
 _LAYER_NAMES = {cls: name for name, cls in LAYER_TYPES.items()}
-_RANKS = {(Conv2d, "weight"): 4, (Dense, "weight"): 2}  # every other array is a vector
+_RANKS = {(Conv2d, "weight"): 4, (Dense, "weight"): 2, (Rearrange, "index"): 3}  # every other array is a vector
 _HEAP = b"GCOL\x01\0\0\0"  # how a global heap of HDF5 begins
 _REQUIRED = "an undamaged fastdtd model file (fastdtd.convert makes one from other formats)"
 
@@ -245,7 +246,9 @@ def _read_layers(group: h5py.Group) -> list[tuple[type[Layer], dict[str, Any]]]:
         if total > MAX_TOTAL_WEIGHTS:
             raise ModelError(f"the weights up to {where} are {total} numbers; at most {MAX_TOTAL_WEIGHTS} are accepted")
         for array, data in datasets.items():
-            fields[array] = _array(data, f"{where} {array}", (_RANKS.get((cls, array), 1),), MAX_WEIGHT_ELEMENTS)
+            is_integer = array in cls.integer_arrays
+            fields[array] = _array(data, f"{where} {array}", (_RANKS.get((cls, array), 1),),
+                                   MAX_TENSOR_ELEMENTS if is_integer else MAX_WEIGHT_ELEMENTS, is_integer)
         for field in dataclasses.fields(cls):
             if field.name not in fields and field.default is dataclasses.MISSING:
                 what = "dataset" if field.name in cls.arrays else "attribute"
@@ -365,10 +368,15 @@ def _dataset(child: Any, where: str, ranks: tuple[int, ...], limit: int) -> h5py
     return child
 
 
-def _array(child: Any, where: str, ranks: tuple[int, ...], limit: int) -> Array:
+def _array(child: Any, where: str, ranks: tuple[int, ...], limit: int, integers: bool = False) -> Any:
+    """float32, or int32 if `integers`."""
     from h5py import h5t
 
     data = _dataset(child, where, ranks, limit)
+    if integers:
+        if not (data.id.get_type().equal(h5t.STD_I32LE) or data.id.get_type().equal(h5t.STD_I32BE)):
+            raise ModelError(f"{where} is of type {data.dtype}; required: integers of 32 bits")
+        return np.asarray(data[()], np.int32)
     accepted = (h5t.IEEE_F16LE, h5t.IEEE_F16BE, h5t.IEEE_F32LE, h5t.IEEE_F32BE, h5t.IEEE_F64LE, h5t.IEEE_F64BE)
     kind = data.id.get_type()
     if not any(kind.equal(one) for one in accepted):
@@ -489,7 +497,7 @@ def _write_layer(group: h5py.Group, layer: Layer, dtype: npt.DTypeLike, compress
             group.attrs[field.name] = np.asarray(value, "<f8" if field.name in _NUMBERS else "<i8")
             continue
         with np.errstate(over="ignore"):
-            stored = value.astype(dtype)
+            stored = value.astype("<i4" if field.name in layer.integer_arrays else dtype)
         if not np.isfinite(stored).all():
             raise ModelError(f"layer {layer.name!r} has {field.name} up to {np.abs(value).max():g}, beyond {np.dtype(dtype).name}; "
                              "save with dtype='float32'")

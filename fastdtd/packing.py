@@ -21,7 +21,8 @@ from fastdtd.rules import Assigned, relevance_carriers
 
 
 def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
-    """For each convolution its PackedConv2d, for each dense layer the sum z of its weights V where that is all of z."""
+    """For each convolution its PackedConv2d; for each dense layer the sum z of its weights V where that is all of z; for each
+    rearrangement (starts, readers): number i of its input is read by outputs readers[starts[i]:starts[i + 1]], none by those before."""
     carriers = relevance_carriers(graph, rules)
     packed: dict[str, Any] = {}
     for layer in graph:
@@ -32,6 +33,11 @@ def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[
             ones = rule.features == codes.ONES
             packed[layer.name] = read_only(rule.share_weights(layer.weight)[0].sum(1, dtype=np.float64).astype(np.float32) if ones
                                            else np.zeros(len(layer.weight), np.float32))
+        elif isinstance(layer, g.Rearrange):
+            index, inputs = layer.index.ravel(), int(np.prod(graph.shapes[layer.inputs[0]]))
+            starts = np.searchsorted(np.sort(index), np.arange(inputs + 1))
+            readers = np.argsort(index, kind="stable")
+            packed[layer.name] = read_only(starts.astype(np.int32)), read_only(readers.astype(np.int32))
     return packed
 
 

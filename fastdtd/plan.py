@@ -25,7 +25,7 @@ from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
 from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place, window_blocks
-from fastdtd.rules import Assigned, relevance_carriers
+from fastdtd.rules import Assigned, absorbers, relevance_carriers
 
 _ALIGNMENT = 16  # floats: one cache line
 
@@ -114,7 +114,7 @@ class Plan:
         self._factors: dict[str, _Buffer] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._tapes: dict[str, tuple[_Use, npt.NDArray[np.uint8]]] = {}
-        self.ledger_layers = [layer.name for layer in graph if layer.name in rules and rules[layer.name].name != "winner"]
+        self.ledger_layers = absorbers(graph, rules)
         self.ledger = np.zeros((batch, len(self.ledger_layers)))
         self.starts_with_relevance = graph.output in self._relevance_carriers
 
@@ -276,8 +276,14 @@ class Plan:
                     self._scratch_of("block", len(planes) * (shape[0] + shape[2]) * (shape[1] + shape[3])), x.channel, a.channel, *stride,
                     *shape, isinstance(layer, g.MaxPool2d), rule.features, carries,
                 ], batch * channels)
-            case g.ReLU() | g.Clip():
-                self._step(kernels.clip_forward, [x.use, a.use, x.channel, a.channel, channels, *_clips_to(layer)], batch * channels)
+            case g.ReLU() | g.Clip() | g.LeakyReLU():
+                self._step(kernels.activate_forward, [x.use, a.use, x.channel, a.channel, channels, _slope(layer), *_clips_to(layer)],
+                           batch * channels)
+            case g.Power():
+                ratio, _ = self._tape(layer)
+                self._step(kernels.power_forward, [x.use, ratio, a.use, x.channel, a.channel, layer.exponent], batch * channels)
+            case g.Rearrange():
+                self._step(kernels.rearrange_forward, [x.use, a.use, read_only(layer.index), x.channel, a.channel], batch)
             case g.LocalResponseNorm():
                 ratio, _ = self._tape(layer)
                 summed = layer.size**2 if layer.within_channel else layer.size
@@ -299,7 +305,7 @@ class Plan:
         channels = self._graph.shapes[source][0]
         low, high = self._bounds(source)
         rule = self._rules.get(layer.name)
-        if layer.name in self.ledger_layers:
+        if rule and layer.name in self.ledger_layers:
             ratio, dead = self._tape(layer)
             column = self.ledger_layers.index(layer.name)
             self._conditions[len(self._steps)] = dead
@@ -342,13 +348,22 @@ class Plan:
                     c_in.use, c.use, ratio, a.use, low, self._scratch_of("block", block), self._scratch_of("results", results),
                     c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], rule.features, carries, accumulate,
                 ], batch * channels)
-            case g.ReLU() | g.Clip():
+            case g.ReLU() | g.Clip() | g.LeakyReLU():
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation(source)
-                self._step(kernels.clip_redistribute, [
-                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, *_clips_to(layer), carries, accumulate,
+                self._step(kernels.activate_redistribute, [
+                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, _slope(layer), *_clips_to(layer), carries,
+                    accumulate,
                 ], batch * channels)
-            case g.LocalResponseNorm():
+            case g.Rearrange():
+                accumulate = self._accumulates(source)
+                c_in = self._factor(source)
+                absorbs = layer.name in self.ledger_layers
+                self._step(kernels.rearrange_redistribute, [
+                    c_in.use, self.ledger, c.use, *self._packed[layer.name], self.ledger_layers.index(layer.name) if absorbs else 0,
+                    c_in.channel, c.channel, carries and absorbs, accumulate,
+                ], batch)
+            case g.LocalResponseNorm() | g.Power():
                 ratio, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
@@ -579,8 +594,17 @@ def _fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
             and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
 
 
-def _clips_to(layer: g.ReLU | g.Clip) -> tuple[float, float]:
-    return (0.0, math.inf) if isinstance(layer, g.ReLU) else (layer.low, layer.high)
+def _clips_to(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
+    match layer:
+        case g.ReLU():
+            return 0.0, math.inf
+        case g.Clip():
+            return layer.low, layer.high
+    return -math.inf, math.inf
+
+
+def _slope(layer: g.ReLU | g.Clip | g.LeakyReLU) -> float:
+    return layer.slope if isinstance(layer, g.LeakyReLU) else 1.0
 
 
 def _roots(graph: Graph) -> dict[str, tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdtd.errors import RuleError
-from fastdtd.graph import INPUT, Add, Array, AveragePool2d, Conv2d, Dense, Domain, GlobalAveragePool, Graph, Layer, MaxPool2d
+from fastdtd.graph import INPUT, Add, Array, AveragePool2d, Conv2d, Dense, Domain, GlobalAveragePool, Graph, Layer, MaxPool2d, Rearrange
 from fastdtd.kernels import codes
 
 LINEAR_RULES = {
@@ -135,6 +135,12 @@ def _assigned(layer: Layer, rule: str, domain: Domain) -> Assigned:
     if rule == "zB" or (rule == "proportional" and bounded):
         return Assigned(rule, codes.BOX)
     return Assigned(rule, codes.NONNEGATIVE if domain.nonnegative else codes.SIGNED)
+
+
+def absorbers(graph: Graph, rules: dict[str, Assigned]) -> list[str]:
+    """Layers that may keep relevance from going on: those that share by a rule, and zeros of a rearrangement."""
+    return [layer.name for layer in graph if (layer.name in rules and rules[layer.name].name != "winner")
+            or (isinstance(layer, Rearrange) and layer.index.min() < 0)]
 
 
 def relevance_carriers(graph: Graph, rules: dict[str, Assigned]) -> set[str]:

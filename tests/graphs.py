@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from fastdtd import graph as g
 
 LINEAR = ["z+", "w2", "flat"]
-KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "clip", "norm", "dense"]
+KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "clip", "norm", "dense",
+         "leaky", "power", "rearrange"]
 
 
 def _pads(draw, kernel, symmetric):
@@ -56,7 +57,7 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
         kind = draw(st.sampled_from(KINDS))
         name = f"{kind}{number}"
         quiet = like_peers and kind in ("average", "global", "add")
-        source = pick(images=kind not in ("dense", "relu", "clip", "norm", "concat"), quiet=quiet)
+        source = pick(images=kind not in ("dense", "relu", "clip", "norm", "concat", "leaky", "power", "rearrange"), quiet=quiet)
         if source is None:
             continue
         channels, *size = shapes[source]
@@ -97,6 +98,15 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
         elif kind == "clip":
             low = draw(st.sampled_from([0, -0.3, -np.inf]))
             add(g.Clip(name, (source,), low, 0.4), low == 0 or behind_relu[source])
+        elif kind == "leaky":
+            add(g.LeakyReLU(name, (source,), draw(st.sampled_from([0.0, 0.1, 1.0]))), behind_relu[source])
+        elif kind == "power" and not like_peers:
+            add(g.Power(name, (source,), draw(st.sampled_from([2.0, 0.5, 1.0, 1.5]))), True)
+        elif kind == "rearrange" and not like_peers:
+            shape_out = tuple(draw(st.integers(1, 5)) for _ in range(3))
+            add(g.Rearrange(name, (source,), rng.integers(-1, np.prod(shapes[source]), shape_out)), behind_relu[source])
+        elif kind in ("power", "rearrange"):
+            continue
         elif kind == "norm":
             size, beta = draw(st.integers(1, 5)), draw(st.sampled_from([0.75, 0.5, 1.0]))
             add(g.LocalResponseNorm(name, (source,), size | 1 if like_peers else size, 2.0, beta, draw(st.sampled_from([1.0, 2.0])),

@@ -107,6 +107,11 @@ def normalisation(layer, a):
     return (layer.bias + layer.alpha * sums)**layer.beta
 
 
+def rearrangement(layer, inputs):
+    """(outputs, inputs): one where a number comes from."""
+    return (layer.index.reshape(-1, 1) == np.arange(inputs)).astype(float)
+
+
 def forward(graph, picture):
     """Every tensor, flat, by name."""
     tensors = {g.INPUT: np.asarray(picture, float).ravel()}
@@ -117,6 +122,12 @@ def forward(graph, picture):
                 value = np.maximum(inputs[0], 0)
             case g.Clip():
                 value = np.minimum(np.maximum(inputs[0], layer.low), layer.high)
+            case g.LeakyReLU():
+                value = np.where(inputs[0] > 0, inputs[0], layer.slope * inputs[0])
+            case g.Power():
+                value = np.abs(inputs[0])**layer.exponent
+            case g.Rearrange():
+                value = rearrangement(layer, len(inputs[0])) @ inputs[0]
             case g.LocalResponseNorm():
                 value = inputs[0] / normalisation(layer, inputs[0].reshape(graph.shapes[layer.inputs[0]]))
             case g.Concat():
@@ -150,7 +161,11 @@ def explain(graph, picture, target, rules, start=None):
     for layer in reversed(graph.layers):
         r, a = relevance[layer.name], np.concatenate([tensors[name] for name in layer.inputs])
         rule = rules.get(layer.name)
-        if rule is None:  # ReLU, clip, normalisation, concatenation, flatten
+        if isinstance(layer, g.Rearrange):
+            back = rearrangement(layer, len(a)).T @ r
+            if layer.index.min() < 0:
+                absorbed[layer.name] = r[layer.index.ravel() < 0].sum()
+        elif rule is None:  # activations, normalisation, concatenation, flatten
             back = r
         elif rule == "winner":
             _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])

@@ -200,8 +200,13 @@ def clear_redistribute(c_in, begin, end, first, last):
 
 
 @kernel
-def clip_forward(x, a, x_channel, a_channel, channels, least, most, first, last):
-    """x <- min(max(a, least), most)."""
+def _activation(a, slope, least, most):
+    return finish(a if a > _ZERO else a * slope, least, most)
+
+
+@kernel
+def activate_forward(x, a, x_channel, a_channel, channels, slope, least, most, first, last):
+    """x <- a clipped to least..most, negative numbers times slope before."""
     places = a.shape[2] * a.shape[3]
     flat_x, flat_a = x.reshape(x.size), a.reshape(a.size)
     unit = first
@@ -212,13 +217,14 @@ def clip_forward(x, a, x_channel, a_channel, channels, least, most, first, last)
         out = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
         value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            out[i] = finish(value[i], least, most)
+            out[i] = _activation(value[i], slope, least, most)
         unit += together
 
 
 @kernel
-def clip_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, least, most, relevance, accumulate, first, last):
-    """Relevance |x| c of what was clipped is that of what it was clipped from: c_in <- c |x| / |a|; relevance itself passes as it is."""
+def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, least, most, relevance, accumulate,
+                          first, last):
+    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes as it is."""
     places = a.shape[2] * a.shape[3]
     flat_in, flat_c, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), a.reshape(a.size)
     unit = first
@@ -230,7 +236,7 @@ def clip_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, 
         factor = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
         value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            x = finish(value[i], least, most)
+            x = _activation(value[i], slope, least, most)
             kept = _ONE if relevance or x == value[i] else abs(x) / abs(value[i])
             result = factor[i] * kept
             out[i] = result + out[i] if accumulate else result
@@ -295,6 +301,54 @@ def normalize_redistribute(c_in, c, ratio, c_in_channel, c_channel, relevance, a
             result = factor[i] * (_ONE if relevance else scale[i])
             out[i] = result + out[i] if accumulate else result
         unit += together
+
+
+@kernel
+def power_forward(x, ratio, a, x_channel, a_channel, exponent, first, last):
+    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is. Units are channels of images."""
+    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    for unit in range(first, last):
+        n, k = unit // channels, unit % channels
+        out, share = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, places), _run(flat_ratio, unit * places, places)
+        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, places)
+        for i in range(places):
+            size = abs(value[i])
+            out[i] = size ** exponent
+            share[i] = out[i] / size if size > LEAST else _ZERO
+
+
+@kernel
+def rearrange_forward(x, a, index, x_channel, a_channel, first, last):
+    """x <- a[index], 0 where index (C, H, W) is -1. Units are images."""
+    x_places, a_places = x.shape[2] * x.shape[3], a.shape[2] * a.shape[3]
+    flat_x, flat_a, places = x.reshape(x.size), a.reshape(a.size), index.reshape(index.size)
+    for n in range(first, last):
+        out = _run(flat_x, (n * x.shape[1] + x_channel) * x_places, len(places))
+        value = flat_a[(n * a.shape[1] + a_channel) * a_places:(n + 1) * a.shape[1] * a_places]
+        for i in range(len(places)):
+            out[i] = value[places[i]] if places[i] >= 0 else _ZERO
+
+
+@kernel
+def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channel, c_channel, relevance, accumulate, first, last):
+    """c_in[i] <- the sum of c over what reads number i: readers[starts[i]:starts[i + 1]]. Those before starts[0] read none: relevance
+    that they have goes to ledger[n, column]. Units are images."""
+    in_places, places = c_in.shape[2] * c_in.shape[3], c.shape[2] * c.shape[3]
+    flat_in, flat_c = c_in.reshape(c_in.size), c.reshape(c.size)
+    for n in range(first, last):
+        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel) * in_places, len(starts) - 1)
+        factor = flat_c[(n * c.shape[1] + c_channel) * places:(n + 1) * c.shape[1] * places]
+        for i in range(len(out)):
+            total = out[i] if accumulate else _ZERO
+            for j in range(starts[i], starts[i + 1]):
+                total += factor[readers[j]]
+            out[i] = total
+        if relevance:
+            lost = np.float64(0)
+            for j in range(starts[0]):
+                lost += np.float64(factor[readers[j]])
+            ledger[n, column] = lost
 
 
 @kernel

@@ -44,6 +44,8 @@ def module_of(layer, shape):
             return nn.ReLU()
         case g.Clip():
             return nn.Hardtanh(layer.low, layer.high)
+        case g.LeakyReLU():
+            return nn.LeakyReLU(layer.slope)
         case g.LocalResponseNorm():
             return nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.bias)
         case g.MaxPool2d():
