@@ -312,7 +312,7 @@ def _show(options: argparse.Namespace) -> int:
         count = sum(getattr(layer, field).size for field in layer.arrays if getattr(layer, field) is not None)
         rule = rules.get(layer.name)
         rows.append((layer.name, type(layer).__name__, ", ".join(layer.inputs), size(layer.name), f"{count:,}" if count else "",
-                     str(input_domain(graph, layer)) if rule else "", rule.name if rule else ""))
+                     str(input_domain(graph, layer)) if rule else "", str(rule.rule) if rule else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())

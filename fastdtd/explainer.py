@@ -25,7 +25,7 @@ from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
 from fastdtd.plan import Plan
-from fastdtd.rules import Rules, absorbers, assign
+from fastdtd.rules import Rules, absorbers, assign, derived_from
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
@@ -119,6 +119,7 @@ class Explainer:
         limit = math.inf if memory is None else _bytes(memory)
         self.model = model
         self.rules = assign(model.graph, rules)
+        self._derivative = derived_from(rules)
         self.threads = threads or _usable_processors()
         device_kernels = load_kernels(device)
         packed = pack(model.graph, self.rules, device_kernels)
@@ -183,15 +184,22 @@ class Explainer:
             e.output[part] = plan.output
             if begins is None:
                 e.target[part] = e.output[part].argmax(1) if targets is None else targets[part]
-                e.explained[part] = np.maximum(np.take_along_axis(e.output[part], e.target[part, None], 1)[:, 0], 0)
+                score = np.take_along_axis(e.output[part], e.target[part, None], 1)
+                e.explained[part] = score[:, 0] if self._derivative else np.maximum(score, 0)[:, 0]
                 relevance = np.zeros_like(plan.start)
-                np.put_along_axis(relevance, e.target[part, None], e.explained[part, None], 1)
+                np.put_along_axis(relevance, e.target[part, None], 1 if self._derivative else np.maximum(score, 0), 1)
             else:
                 relevance = begins[part]
                 e.target[part], e.explained[part] = relevance.argmax(1), relevance.sum(1)
             plan.start[:] = relevance if plan.starts_with_relevance else _factors(relevance, e.output[part], first)
             plan.back(submit)
-            e.relevance[part] = plan.relevance
+            match self._derivative:
+                case "gradient*input":
+                    np.multiply(plan.relevance, pictures[part], out=e.relevance[part])
+                case "sensitivity":
+                    np.square(plan.relevance, out=e.relevance[part])
+                case _:
+                    e.relevance[part] = plan.relevance
             for column, name in enumerate(plan.ledger_layers):
                 e.ledger[name][part] = plan.ledger[:, column]
 
@@ -200,7 +208,7 @@ class Explainer:
             worst = int(np.argmin(np.isfinite(e.output).all(1) & np.isfinite(e.relevance).all((1, 2, 3))))
             raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too large")
         nothing = np.flatnonzero(e.explained <= 0)
-        if len(nothing) and begins is None:
+        if len(nothing) and begins is None and not self._derivative:
             picture, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to decompose and "
                           f"the relevance is zero; the first is picture {picture}, {self.model.class_name(which)!r}, score "

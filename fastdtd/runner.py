@@ -316,7 +316,7 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         file.attrs["format"] = "fastdtd-explanations"
-        file["rules"] = json.dumps({name: rule.name for name, rule in explainer.rules.items()})
+        file["rules"] = json.dumps({name: str(rule.rule) for name, rule in explainer.rules.items()})
         if explainer.model.classes:
             file["classes"] = np.array(explainer.model.classes, object)
     with open(path, "wb") as plain:
@@ -345,7 +345,7 @@ def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> st
     """Of all that must be the same for two calls to be the same, but the pictures."""
     graph, p = explainer.model.graph, explainer.model.preprocessing
     digest = hashlib.sha256(repr((target, outputs, graph.input_shape, p.color, p.resize, p.scale)).encode())
-    rules = [(name, rule.name) for name, rule in explainer.rules.items()]
+    rules = [(name, str(rule.rule)) for name, rule in explainer.rules.items()]
     for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph for v in (type(layer), *vars(layer).values()))):
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()

@@ -110,7 +110,7 @@ def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]
     assert run("explain", "net.h5", "pictures", "--rule", "conv=flat")[0] == 0
-    for rule, message in (("conv=magic", "rule 'magic' for 'conv' is unknown"), ("nothing=w2", "no layer with a rule is named 'nothing'"),
+    for rule, message in (("conv=magic", "for 'conv': rule 'magic' is unknown"), ("nothing=w2", "no layer with a rule is named 'nothing'"),
                           ("scores=winner", "does not apply to Dense"), ("scores=zB", "rule 'zB' needs bounds"), ("conv=", "rule ''")):
         for command in (["show", "net.h5"], ["explain", "net.h5", "pictures"]):
             assert message in refused(run(*command, "--rule", rule))
@@ -289,7 +289,9 @@ def test_convert_without_a_file(run, place):
 def test_rules_by_name(run):
     status, out, _ = run("show", "net.h5", "--rules", "innvestigate.deep_taylor")
     assert status == 0
-    assert [line.split()[-1] for line in out if line.startswith(("conv ", "average ", "scores "))] == ["z+", "flat", "z+"]
+    plain = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"
+    shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
+    assert shown == [f"conv{plain}", "averageflat", f"scores{plain}"]
     status, out, err = run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", "--rule", "conv=w2")
     assert (status, out) == (1, [])
     assert err[0].startswith("fastdtd: --rule and --rules innvestigate.deep_taylor given; required: one or the other")

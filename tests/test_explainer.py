@@ -51,7 +51,7 @@ def test_agrees_with_the_oracle(case, count):
     describe(graph)
     made, batch = explainer(graph, rules), pictures(graph, count)
     e = explain(made, batch)
-    names = {name: rule.name for name, rule in made.rules.items()}
+    names = {name: rule.rule for name, rule in made.rules.items()}
     for i, picture in enumerate(batch):
         relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], names)
         scale = max(1.0, np.abs(scores).max())
@@ -60,6 +60,24 @@ def test_agrees_with_the_oracle(case, count):
         assert np.linalg.norm(e.relevance[i] - relevance) <= 2e-5 * max(np.linalg.norm(relevance), scale)
         for name, lost in absorbed.items():
             assert abs(e.ledger[name][i] - lost) <= 2e-5 * scale
+
+
+@many
+@given(graphs_and_rules(signed=True), st.integers(1, 4), st.integers(1, 2))
+def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
+    graph, rules = case
+    describe(graph)
+    note(rules)
+    made, batch = explainer(graph, rules, threads), pictures(graph, count)
+    e = explain(made, batch)
+    for i, picture in enumerate(batch):
+        relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], {name: rule.rule for name, rule in made.rules.items()})
+        scale = max(1.0, np.abs(scores).max())
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), scale)
+        for name, lost in absorbed.items():
+            assert abs(e.ledger[name][i] - lost) <= 1e-4 * max(np.linalg.norm(relevance), scale)
+        kept = np.sum([abs(lost[i]) for lost in e.ledger.values()]) + np.abs(e.relevance[i]).sum(dtype=np.float64)
+        assert abs(e.relevance[i].sum(dtype=np.float64) + e.absorbed[i] - e.explained[i]) <= 1e-5 * max(kept, e.explained[i])
 
 
 @settings(many, max_examples=40)
@@ -73,7 +91,7 @@ def test_any_start_agrees_with_the_oracle(case, seed):
     e = made(batch, start=start)
     np.testing.assert_allclose(e.explained, start.sum(1))
     assert (e.target == start.argmax(1)).all()
-    names = {name: rule.name for name, rule in made.rules.items()}
+    names = {name: rule.rule for name, rule in made.rules.items()}
     for i, picture in enumerate(batch):
         relevance, _, absorbed = naive.explain(graph, picture, 0, names, start[i])
         assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), 1.0)

@@ -4,6 +4,7 @@ Paddings must be symmetric. They are the modules' own, for zennit takes what is 
 """
 
 import importlib.util
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -107,8 +108,10 @@ class ZennitExplainer:
         self.net = Net(graph).to(dtype).requires_grad_(False)
         hooks = {}
         for layer, part in zip(graph, self.net.parts, strict=True):
-            hooks[part] = {"z+": lambda: ZPlus(stabilizer=1e-12, zero_params="bias"), "w2": lambda: WSquare(1e-12, zero_params="bias"),
+            zplus = lambda: ZPlus(stabilizer=1e-12, zero_params="bias")  # noqa: E731  # as its neighbours
+            hooks[part] = {"z+": zplus, "alpha-beta": zplus, "w2": lambda: WSquare(1e-12, zero_params="bias"),
                            "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype), "winner": lambda: None,
+                           "identity": Pass,
                            None: Pass}[rules.get(layer.name)]()
             if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
                 hooks[part] = SumPlus(stabilizer=1e-12)
@@ -120,6 +123,14 @@ class ZennitExplainer:
         with Gradient(self.net, self.composite) as attribute:
             scores, relevance = attribute(x, lambda y: nn.functional.one_hot(chosen, y.shape[1]) * y.clamp(min=0))
         return relevance.detach(), scores.detach()
+
+
+def zennit_composite(composite, graph):
+    """One of zennit's composites, with the bounds of the graph's input where it asks for them."""
+    if "low" not in inspect.signature(composite).parameters:
+        return composite()
+    low, high = (torch.tensor(bound, dtype=torch.float64)[None, :, None, None].expand(1, *graph.input_shape) for bound in graph.box)
+    return composite(low, high)
 
 
 class CaptumExplainer:
