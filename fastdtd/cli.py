@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +234,13 @@ def _explain(options: argparse.Namespace) -> int:
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     explainer = Explainer(model, _rules(options), threads=options.threads, memory=options.memory)
     width = min(40, max(len(picture.name) for picture in pictures))
-    books: dict[str, float] = {}
+    books: dict[str, float] = defaultdict(float)
+    flow: dict[str, float] = defaultdict(float)
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
-            for place, amount in {"": line.relevance, **line.ledger}.items():
-                books[place] = books.get(place, 0) + amount
+            for sums, of_line in ((books, {"": line.relevance, **line.ledger}), (flow, {"": line.relevance, **line.flow})):
+                for place, amount in of_line.items():
+                    sums[place] += amount
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
@@ -245,26 +248,29 @@ def _explain(options: argparse.Namespace) -> int:
                       file=sys.stdout)
 
         summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","), options.batch, on_line,
-                             bar.update)
+                             bar.update, options.ledger)
     if summary.clipped:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
     for _, reason in summary.failed:
         print(f"fastdtd: not explained: {reason}", file=sys.stderr)
     if options.ledger:
-        _print_books(books)
+        _print_books(books, flow)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
     return 1 if summary.failed else 0
 
 
-def _print_books(books: dict[str, float]) -> None:
-    """Where the scores of all pictures went; "" stands for the pixels."""
+def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
+    """Where the scores of all pictures went, from the scores on: what came to each layer, went on, and was absorbed; "" is the pixels."""
     total = sum(books.values())
-    rows = [("the pixels" if not layer else f"absorbed by {layer}", amount) for layer, amount in books.items()]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, amount in [*rows, ("all", total)]:
-        print(f"{name:<{width}}  {amount:>12.6g}  {amount / total if total else 0:>8.3%}")
+    width = max(len(name) for name in [*books, "the pixels"])
+    print(f"{'layer':<{width}}  {'came':>12}  {'went on':>12}  {'absorbed':>12}")
+    for name in reversed(list(books)[1:]):
+        print(f"{name:<{width}}  {flow[name]:>12.6g}  {flow[name] - books[name]:>12.6g}  {books[name]:>12.6g}"
+              f"  {books[name] / total if total else 0:>8.3%}")
+    for name, amount in (("the pixels", books[""]), ("all", total)):
+        print(f"{name:<{width}}  {amount:>12.6g}  {'':>12}  {'':>12}  {amount / total if total else 0:>8.3%}")
 
 
 def _target(text: str | None) -> int | str | None:

@@ -105,9 +105,12 @@ class Plan:
         Of the input, valid after `back`.
     ledger : (batch, layers) float64
         Relevance that each layer of `ledger_layers` absorbed, valid after `back`.
+    observed : dict of str to (batch, C, H, W) float32
+        Relevance of the tensors that were asked for, valid after `back`.
     """
 
-    def __init__(self, graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, packed: dict[str, Any], batch: int, workers: int = 1):
+    def __init__(self, graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, packed: dict[str, Any], batch: int,
+                 workers: int = 1, observed: Iterable[str] = ()):
         self._graph, self._rules, self._kernels, self._packed = graph, rules, kernels, packed
         self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
@@ -116,7 +119,8 @@ class Plan:
         self._scratch: dict[str, int] = {}
         self._activation_behind = _fusible_activations(graph)
         self._relevance_carriers = relevance_carriers(graph, rules)
-        self._roots = _roots(graph)
+        # Tensors that share memory share what their readers give back, so who looks at one of them needs them apart.
+        self._roots = {name: (name, 0, math.prod(shape)) for name, shape in graph.shapes.items()} if observed else _roots(graph)
         self._activations: dict[str, _Buffer] = {}
         self._factors: dict[str, _Buffer] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}
@@ -138,9 +142,14 @@ class Plan:
         start = self._factor(graph.output)
         self._touch(start.use, middle)
         self._mark_written(graph.output)
+        self.observed = {name: np.zeros((batch, *graph.shapes[name]), np.float32) for name in observed}
         for layer in reversed(layers):
+            for name in self.observed.keys() & {layer.name, self._result(layer)[0]}:
+                self._observe(name, self._result(layer)[0])
             self._emit_back(layer)
             self._name_steps(layer.name)
+        if INPUT in self.observed:
+            self._observe(INPUT, INPUT)
         relevance = self._factor(INPUT)
         self._touch(relevance.use, len(self._steps))
 
@@ -284,17 +293,19 @@ class Plan:
 
     def _emit_sum(self, layer: Layer, index: int, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], clip: tuple[float, float],
                   relevance: bool) -> None:
-        """The layer's output, and the ratio of one of its rule's sums."""
-        kernels, batch, features = self._kernels, self.batch, self._rules[layer.name].sums[index].features
+        """The layer's output, and the ratio of one of its rule's sums. The bias is left out where a formula adds it."""
+        kernels, batch, rule = self._kernels, self.batch, self._rules[layer.name]
+        features = rule.sums[index].features
         a, channels = self._activation(layer.inputs[0]), self._graph.shapes[layer.name][0]
         low, high = self._bounds(layer.inputs[0])
+        bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) and rule.formula is None else _zeros(channels)
         match layer:
             case g.Conv2d():
-                self._emit_convolution(layer, self._packed[layer.name].forward[index], x, ratio, dead, a, clip, relevance)
+                self._emit_convolution(layer, self._packed[layer.name].forward[index], bias, x, ratio, dead, a, clip, relevance)
             case g.Dense():
                 weight, constant = self._packed[layer.name][index]
                 self._step(kernels.dense_forward, [
-                    x.use, ratio, dead, a.use, weight, _bias(layer), constant, low, high,
+                    x.use, ratio, dead, a.use, weight, bias, constant, low, high,
                     self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, features, *clip, relevance,
                 ], channels)
             case g.Add():
@@ -325,8 +336,7 @@ class Plan:
         is_pool = isinstance(layer, (g.Pool2d, g.GlobalAveragePool))
         _, height, width = self._graph.shapes[layer.name]
         counts = self._window_counts(layer) if is_pool else [read_only(np.ones(size, np.float32)) for size in (height, width)]
-        bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) else read_only(
-            np.zeros(self._graph.shapes[layer.name][0], np.float32))
+        bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) else _zeros(self._graph.shapes[layer.name][0])
         assert rule.formula is not None
         self._step(self._kernels.ratios_forward, [
             x.use, first, second, third, lost, dead, second_dead, bias, *counts, x.channel, rule.formula,
@@ -397,6 +407,13 @@ class Plan:
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
                 # Inputs that lie in the result's own memory have what was written there.
 
+    def _observe(self, name: str, result: str) -> None:
+        """Write down the relevance of a tensor, whose relevance that of `result` is, once all who read it have given it theirs."""
+        x, c = self._activation(result), self._factor(result)
+        self._step(self._kernels.observe_redistribute, [
+            self.observed[name], x.use, c.use, x.channel, c.channel, result in self._relevance_carriers,
+        ], self.batch)
+
     def _emit_term(self, layer: Layer, part: int, term: Term, source: str, c: _Tensor, accumulate: bool) -> None:
         """What a layer's input `source` gets through one term of its rule."""
         kernels, batch = self._kernels, self.batch
@@ -427,13 +444,13 @@ class Plan:
                     c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], term.features, carries, accumulate,
                 ], batch * channels)
 
-    def _emit_convolution(self, layer: g.Conv2d, packed: DirectForward | Winograd, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8],
-                          a: _Tensor, clip: tuple[float, float], carries: bool) -> None:
+    def _emit_convolution(self, layer: g.Conv2d, packed: DirectForward | Winograd, bias: Array, x: _Tensor, ratio: _Use,
+                          dead: npt.NDArray[np.uint8], a: _Tensor, clip: tuple[float, float], carries: bool) -> None:
         kernels, (_, height, width) = self._kernels, self._graph.shapes[layer.name]
         if isinstance(packed, Winograd):
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(kernels.winograd2d_forward, [
-                x.use, ratio, dead, a.use, packed.source, packed.weights, packed.offsets(block), _bias(layer), *scratch,
+                x.use, ratio, dead, a.use, packed.source, packed.weights, packed.offsets(block), bias, *scratch,
                 x.channel, a.channel, packed.channels, packed.groups, *packed.padding, block, together, shares, *clip, carries,
             ], units)
             return
@@ -442,7 +459,7 @@ class Plan:
         shares = self._shares(units, packed.weights.shape[0] * packed.weights.shape[1])
         self._step(kernels.conv2d_forward, [
             self._in_a_row(x.use, in_place), self._in_a_row(ratio, in_place), dead, self._in_a_row(a.use, in_place), packed.weights,
-            packed.offsets, packed.bounds, _bias(layer), packed.constant, packed.pattern, packed.least, blocks.planes,
+            packed.offsets, packed.bounds, bias, packed.constant, packed.pattern, packed.least, blocks.planes,
             self._scratch_of("block", blocks.elements(packed.copies)),
             self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
             x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
@@ -633,7 +650,11 @@ class _Call:
 
 
 def _bias(layer: g.Conv2d | g.Dense) -> Array:
-    return read_only(np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias)
+    return _zeros(len(layer.weight)) if layer.bias is None else read_only(layer.bias)
+
+
+def _zeros(count: int) -> Array:
+    return read_only(np.zeros(count, np.float32))
 
 
 def _fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:

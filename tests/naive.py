@@ -222,7 +222,13 @@ def taylor_of_normalisation(layer, a, relevance, epsilon):
 
 
 def explain(graph, picture, target, rules, start=None):
-    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture; rules: by layer, fastdtd.rules.Rule.
+    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture, as `relevances`."""
+    relevance, scores, absorbed = relevances(graph, picture, target, rules, start)
+    return relevance[g.INPUT].reshape(graph.input_shape), scores, absorbed
+
+
+def relevances(graph, picture, target, rules, start=None):
+    """(relevance by tensor, flat, scores (K,), absorbed by layer) of one picture; rules: by layer, fastdtd.rules.Rule.
 
     start (K,): relevance of the outputs, instead of the target's score.
     """
@@ -278,4 +284,4 @@ def explain(graph, picture, target, rules, start=None):
             size = len(tensors[name])
             relevance[name] += back[at:at + size]
             at += size
-    return relevance[g.INPUT].reshape(graph.input_shape), tensors[graph.output], absorbed
+    return relevance, tensors[graph.output], absorbed

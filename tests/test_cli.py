@@ -299,11 +299,17 @@ def test_rules_by_name(run):
 
 
 def test_ledger(run):
-    """Both channels that are off see a bias that nothing speaks for: nothing of it is left out of the books."""
+    """What came to a layer went on to the next or was absorbed, and all of it makes up the scores."""
     status, out, _ = run("explain", "net.h5", "pictures", "--ledger", "--outputs", "relevance")
     assert status == 0
-    books = {name: (float(amount), share) for name, amount, share in (line.rsplit(None, 2) for line in out[3:-1])}
-    assert list(books) == ["the pixels", "absorbed by conv", "absorbed by average", "absorbed by scores", "all"]
-    assert books["all"][1] == "100.000%"
-    assert books["all"][0] == pytest.approx(sum(amount for name, (amount, _) in books.items() if name != "all"))
-    assert books["all"][0] == pytest.approx(sum(float(line.split("score ")[1].split(",")[0]) for line in out[:3]), rel=1e-4)
+    rows = {line.split()[0]: line.split()[1:] for line in out[4:-3]}
+    assert list(rows) == ["scores", "average", "conv"]
+    total = sum(float(line.split("score ")[1].split(",")[0]) for line in out[:3])
+    came = [float(row[0]) for row in rows.values()]
+    assert came[0] == pytest.approx(total, rel=1e-4)
+    for (given, went_on, absorbed, share), following in zip(rows.values(), [*came[1:], float(out[-3].split()[2])], strict=True):
+        assert float(given) == pytest.approx(float(went_on) + float(absorbed), rel=1e-4)
+        assert float(went_on) == pytest.approx(following, rel=1e-4)  # layers in a row
+        assert float(share.rstrip("%")) == pytest.approx(100 * float(absorbed) / total, abs=1e-2)
+    assert out[-2].split()[0] == "all"
+    assert out[-2].split()[-1] == "100.000%"

@@ -1,6 +1,7 @@
 """Whole explanations: against the oracle, and what must hold for every network (conservation, no negative relevance, the same bits)."""
 
 import os
+import pickle
 import re
 import signal
 import threading
@@ -97,6 +98,36 @@ def test_any_start_agrees_with_the_oracle(case, seed):
         assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), 1.0)
         for name, lost in absorbed.items():
             assert abs(e.ledger[name][i] - lost) <= 1e-4
+
+
+@settings(many, max_examples=60)
+@given(graphs_and_rules(signed=True))
+def test_relevance_at_every_layer(case):
+    graph, rules = case
+    describe(graph)
+    made, batch = explainer(graph, rules, threads=2), pictures(graph, 2)
+    e = explain(made, batch)
+    rules = {name: rule.rule for name, rule in made.rules.items()}
+    oracle = [naive.relevances(graph, picture, e.target[i], rules)[0] for i, picture in enumerate(batch)]
+    for name, shape in graph.shapes.items():
+        ours = e.at(name)
+        assert ours.shape == (2, *shape)
+        for i in range(2):
+            expected = oracle[i][name].reshape(shape)
+            assert np.linalg.norm(ours[i] - expected) <= 1e-4 * max(np.linalg.norm(expected), np.abs(e.output[i]).max(), 1)
+    assert (e.at("input") == e.relevance).all()
+    assert {name: came.tolist() for name, came in e.flow().items()} == {
+        name: e.at(name).sum((1, 2, 3), dtype=np.float64).tolist() for name in e.ledger}
+
+
+def test_no_such_layer_and_no_network():
+    e = explain(explainer(small()), pictures(small(), 1))
+    with pytest.raises(InputError, match="has no layer 'conv9'; it has input, conv, relu, pool, scores"):
+        e.at("conv9")
+    kept = pickle.loads(pickle.dumps(e))
+    assert (kept.relevance == e.relevance).all()
+    with pytest.raises(InputError, match="pickled, without the network"):
+        kept.at("conv")
 
 
 def test_starts():

@@ -22,6 +22,7 @@ from fastdtd.kernels.cpu.jit import kernel
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
+_ROUNDING = np.float32(1e-6)  # of P: a smaller Q, which is found as P - t, is what rounding left
 
 
 @kernel
@@ -44,20 +45,20 @@ def _signs(out, to_one, to_other, bias, counted_down, counted_across, least, mos
     for row in range(len(counted_down)):
         for column in range(width):
             i = row * width + column
-            value = finish(out[i], least, most)
+            value = finish(out[i] + bias, least, most)
             share, p = _ONE if relevance else abs(value), _sum_of(to_one[i])
-            q = p - (out[i] - bias) * (counted_down[row] * counted_across[column])
+            q = p - out[i] * (counted_down[row] * counted_across[column])
             out[i] = value
             to_one[i] = _ZERO if value < _ZERO else share / p if p > LEAST else -share
-            to_other[i] = _ZERO if value >= _ZERO else share / q if q > LEAST else -share
+            to_other[i] = _ZERO if value >= _ZERO else share / q if q > max(_ROUNDING * p, LEAST) else -share
 
 
 @kernel
 def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, x_channel, formula, factor, beta,
                    epsilon, kept, least, most, relevance, first, last):
-    """x <- x clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of the bias that is SHARED, and what is lost.
+    """x <- x + bias, clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of the bias that is SHARED, and what is lost.
 
-    x holds t + bias. one, other, even hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are the same array
+    x holds t. one, other, even hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are the same array
     where it does not. factor is alpha or gamma. counted_down (OH,) and counted_across (OW,): their product divides a mean. dead and
     other_dead as in ratio_of. Units are channels of images.
     """
@@ -79,8 +80,9 @@ def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_do
                     other_dead[n] = 1
             continue
         for i in range(size):
-            y, count = out[i], counted_down[i // width] * counted_across[i % width]
-            t, value = y - bias[k], finish(y, least, most)
+            t, count = out[i], counted_down[i // width] * counted_across[i % width]
+            y = t + bias[k]
+            value = finish(y, least, most)
             out[i] = value
             is_part = kept != IGNORED and (kept != SHARED or to_even[i] > _ZERO)  # some windows hold padding only
             b = bias[k] if is_part else _ZERO
