@@ -133,7 +133,7 @@ class PackedConv2d:
     """Of each of the rule's sums, and of each of its terms."""
 
     forward: list[DirectForward | Winograd]
-    back: list[DirectBack | Winograd]
+    back: list[DirectBack | Winograd | None]  # None: a direction, whose kernels read the weights themselves
 
 
 # ---- Packing -----------------------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,9 @@ def _pack_sum(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleType) ->
     return _pack_forward(layer, term, weight, graph, kernels)
 
 
-def _pack_term(layer: g.Conv2d, graph: Graph, term: Term, carries: bool, kernels: ModuleType) -> DirectBack | Winograd:
+def _pack_term(layer: g.Conv2d, graph: Graph, term: Term, carries: bool, kernels: ModuleType) -> DirectBack | Winograd | None:
+    if term.weights == "direction":
+        return None
     shares, in_shape = term.share_weights(layer.weight), graph.shapes[layer.inputs[0]]
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     if _suits_winograd(layer, term) and not carries and kernels.winograd2d_pays(outputs, channels, *in_shape[1:]):

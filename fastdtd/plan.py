@@ -9,6 +9,7 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import graph as g
-from fastdtd.errors import InputError
+from fastdtd.errors import InputError, RuleError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
 from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place, window_blocks
@@ -32,7 +33,7 @@ _LOST = 3  # the tape of what a neuron keeps, behind those of its rule's terms
 _WEIGHTS = {"positive": codes.POSITIVE, "negative": codes.NEGATIVE, "value": codes.AS_IS, "squared": codes.SQUARED, "flat": codes.FLAT}
 _BIASES = {"ignored": codes.IGNORED, "absorbed": codes.ABSORBED, "shared": codes.SHARED}
 _FACTORS: dict[int, Callable[[Rule], float]] = {
-    codes.SIGNS: lambda _: 1.0, codes.EPSILON: lambda _: 1.0, codes.GRADIENT: lambda _: 1.0,
+    **dict.fromkeys((codes.SIGNS, codes.EPSILON, codes.GRADIENT, codes.DIRECTION), lambda _: 1.0),
     codes.ALPHA_BETA: lambda rule: rule.alpha, codes.GAMMA: lambda rule: rule.gamma,
 }
 
@@ -329,6 +330,10 @@ class Plan:
         first, dead = self._tape(layer)
         for index, term in enumerate(rule.sums):
             self._emit_sum(layer, index, x, tapes.get(term, first), np.zeros(self.batch, np.uint8), (-math.inf, math.inf), True)
+        if rule.rule.direction:
+            a, (low, high) = self._activation(layer.inputs[0]), self._bounds(layer.inputs[0])
+            self._step(self._direction(rule.rule)[0], [first, a.use, *_as_convolution(layer, low, high, a.channel)],
+                       self.batch * self._graph.shapes[layer.name][0])
         second = next((tapes[term] for term in rule.terms if term.weights == "negative"), first)
         third = next((tapes[term] for term in rule.terms[1:] if term.weights == "flat"), first)
         lost = self._tape(layer, _LOST)[0] if rule.loses else first
@@ -407,6 +412,16 @@ class Plan:
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
                 # Inputs that lie in the result's own memory have what was written there.
 
+    def _direction(self, rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
+        assert rule.direction is not None
+        bounded = len(inspect.signature(rule.direction).parameters) == 4
+        try:
+            kernels: tuple[Callable[..., None], Callable[..., None]] = self._kernels.direction_kernels(rule.direction, bounded)
+        except TypeError as error:
+            raise RuleError(f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that returns a "
+                            "number, in Python that Numba can compile") from None
+        return kernels
+
     def _observe(self, name: str, result: str) -> None:
         """Write down the relevance of a tensor, whose relevance that of `result` is, once all who read it have given it theirs."""
         x, c = self._activation(result), self._factor(result)
@@ -422,6 +437,10 @@ class Plan:
         carries, channels = source in self._relevance_carriers, self._graph.shapes[source][0]
         low, high = self._bounds(source)
         match layer:
+            case _ if term.weights == "direction":
+                self._step(self._direction(self._rules[layer.name].rule)[1], [
+                    c_in.use, c.use, ratio, a.use, *_as_convolution(layer, low, high, c_in.channel, c.channel, a.channel), accumulate,
+                ], batch * channels)
             case g.Conv2d():
                 self._emit_convolution_back(layer, self._packed[layer.name].back[part], c_in, c, ratio, a, carries, accumulate)
             case g.Dense():
@@ -651,6 +670,14 @@ class _Call:
 
 def _bias(layer: g.Conv2d | g.Dense) -> Array:
     return _zeros(len(layer.weight)) if layer.bias is None else read_only(layer.bias)
+
+
+def _as_convolution(layer: Layer, low: Array, high: Array, *channels: int) -> list[Any]:
+    """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel; `channels` in between."""
+    if isinstance(layer, g.Dense):
+        return [read_only(layer.weight.reshape(*layer.weight.shape, 1, 1)), low, high, *channels, 1, 1, 1, 0, 0, 1, 1]
+    assert isinstance(layer, g.Conv2d)
+    return [read_only(layer.weight), low, high, *channels, layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation]
 
 
 def _zeros(count: int) -> Array:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,6 @@ _NORM_FORMULAS = {"identity": codes.NORM_IDENTITY, "taylor": codes.NORM_TAYLOR, 
 _PLAIN = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"
 _LARGEST_SQUARED = 1e15
 _LARGEST_NUMBER = 1e6
-Rules = str | Mapping[str, str] | Sequence[str | Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Rule:
     gamma: float = 0.0
     epsilon: float = 0.0
     bias: str = "ignored"
+    direction: Callable[..., float] | None = None
 
     def __str__(self) -> str:
         """As `rule_of` reads it."""
@@ -114,6 +115,46 @@ class Rule:
         given = [f"{name}={value if isinstance(value, str) else format(value, 'g')}" for name, default in parameters.items()
                  if (value := getattr(self, name)) != default]
         return f"{self.name}({', '.join(given)})" if given else self.name
+
+
+def search_direction(function: Callable[..., float]) -> Rule:
+    """The method's general rule, for a convolution or dense layer: R_i = sum over j of v_ij w_ij / (sum over i of v_ij w_ij) R_j.
+
+    Parameters
+    ----------
+    function : callable
+        v(a, w), the direction in which a neuron's root point lies, from an activation and a weight; or v(a, w, low, high), with the bounds
+        of what the layer reads. Two or four numbers in, one out, in Python that Numba can compile. What of an output's relevance meets
+        z = 0 goes to the ledger.
+
+    Returns
+    -------
+    Rule
+        To be given as a layer's rule. It computes connection by connection, which takes longer than the named rules.
+
+    Raises
+    ------
+    RuleError
+        What was given is no function of two or four numbers.
+
+    Examples
+    --------
+    >>> z_plus = search_direction(lambda a, w: a if w > 0 else 0)
+    >>> w2 = search_direction(lambda a, w: w)
+    >>> z_b = search_direction(lambda a, w, low, high: a - low if w > 0 else a - high)
+    >>> Explainer(model, {"conv1": z_b})
+
+    References
+    ----------
+    Montavon et al., Pattern Recognition 65 (2017), formula 5 and the rules that follow from it.
+    """
+    try:
+        count = len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        count = 0
+    if count not in (2, 4):
+        raise RuleError(f"direction {function!r} given; required: a function of (a, w) or of (a, w, low, high)")
+    return Rule("direction", direction=function)
 
 
 def rule_of(text: str) -> Rule:
@@ -142,11 +183,14 @@ def rule_of(text: str) -> Rule:
     return dataclasses.replace(Rule(name), **values)  # type: ignore[arg-type]
 
 
+Rules = str | Mapping[str, str | Rule] | Sequence[str | Mapping[str, str | Rule]]
+
+
 @dataclass(frozen=True)
 class Term:
     """A product on the way back: c_in <- V^T (ratio * c), for the features u (fastdtd.kernels.codes) of what is read.
 
-    weights says what V is of W: "positive" and "negative" parts, "value", "squared", "flat" (1).
+    weights says what V is of W: "positive" and "negative" parts, "value", "squared", "flat" (1); "direction": V depends on a too.
     """
 
     features: int
@@ -210,7 +254,7 @@ class Assigned:
     @property
     def loses(self) -> bool:
         """Whether a stabiliser or a bias may keep relevance."""
-        return self.formula in (codes.EPSILON, codes.GAMMA, codes.ALPHA_BETA, codes.NORM_TAYLOR)
+        return self.formula in (codes.EPSILON, codes.GAMMA, codes.ALPHA_BETA, codes.DIRECTION, codes.NORM_TAYLOR)
 
 
 def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
@@ -220,11 +264,11 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
     ----------
     graph : Graph
         In canonical form.
-    rules : str, mapping of str to str, or sequence of these
+    rules : str, mapping of str to str or Rule, or sequence of these
         A preset, one of PRESETS. "dtd" chooses by each layer's input domain: z+ in hidden layers, zB at an input with bounds, w2 at one
         without; all presets give max-pools' relevance to the winner. A mapping changes rules of "dtd", or of the preset before it in a
-        sequence: from a layer's name, a pattern such as "conv*", or a type such as "type:dense" to a rule as `rule_of` reads it; where
-        several match, the last one counts.
+        sequence: from a layer's name, a pattern such as "conv*", or a type such as "type:dense" to a rule as `rule_of` reads it or
+        `search_direction` makes it; where several match, the last one counts.
 
     Returns
     -------
@@ -241,7 +285,8 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RuleError(f"rules {preset!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to rules "
                         f"({', '.join([*LINEAR_RULES, *POOL_RULES])})")
-    if not all(isinstance(part, Mapping) and all(isinstance(text, str) for item in part.items() for text in item) for part in given):
+    if not all(isinstance(part, Mapping) and all(isinstance(pattern, str) and isinstance(rule, (str, Rule))
+                                                 for pattern, rule in part.items()) for part in given):
         raise RuleError(f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or patterns to rules, all "
                         "of them text")
     ruled = [layer for layer in graph if _choices(layer)]
@@ -251,7 +296,7 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
         assert isinstance(part, Mapping)
         for pattern, text in part.items():
             try:
-                rule = rule_of(text)
+                rule = text if isinstance(text, Rule) else rule_of(text)
             except RuleError as error:
                 raise RuleError(f"for {pattern!r}: {error}") from None
             fitting = [name for name in chosen if pattern in (name, types[name])] or fnmatch.filter(chosen, pattern)
@@ -327,12 +372,13 @@ def _of_preset(preset: str, layer: Layer, domain: Domain) -> str:
 def _assigned(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Assigned:
     """signed: whether negative numbers that the layer makes can have relevance."""
     allowed = _choices(layer)
-    if rule.name not in allowed:
+    has_weights = isinstance(layer, (Conv2d, Dense))
+    if rule.name not in allowed and not (rule.direction and has_weights):
         raise RuleError(f"rule {rule.name!r} does not apply to {type(layer).__name__} {layer.name!r}; required: one of "
                         f"{', '.join(allowed)}")
     if isinstance(layer, LocalResponseNorm):
         return Assigned(rule, (), _NORM_FORMULAS[rule.name])
-    has_weights, bounded = isinstance(layer, (Conv2d, Dense)), domain.low is not None
+    bounded = domain.low is not None
     hidden_features = codes.NONNEGATIVE if domain.nonnegative else codes.SIGNED
     positive, value = Term(hidden_features, "positive"), Term(codes.VALUE, "value")
     negative = Term(hidden_features if has_weights else codes.NEGATED, "negative")
@@ -351,6 +397,11 @@ def _assigned(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Assigne
             return Assigned(rule, (Term(codes.BOX, "positive"),))
         case "proportional":
             return Assigned(rule, (Term(codes.BOX if bounded else hidden_features, "positive"),))
+        case "direction":
+            if len(inspect.signature(rule.direction).parameters) == 4 and not bounded:  # type: ignore[arg-type]
+                raise RuleError(f"the direction of layer {layer.name!r} asks for bounds of what it reads, which are known only for the "
+                                "network's input and only where the model gives its value box; required: a function of (a, w)")
+            return Assigned(rule, (Term(codes.VALUE, "direction"),), codes.DIRECTION)
         case "gradient":
             return Assigned(rule, (Term(codes.ONES, "value"),), codes.GRADIENT)
         case "epsilon":

@@ -25,6 +25,7 @@ EPSILON = 1
 ALPHA_BETA = 2
 GAMMA = 3
 GRADIENT = 4
+DIRECTION = 5
 
 # What the bias is in these sums:
 

@@ -8,6 +8,8 @@ with the features u and weights V of docs/method.md. It works on relevance R its
 Nothing here is shared with the package but the layers' fields.
 """
 
+import inspect
+
 import numpy as np
 
 from fastdtd import graph as g
@@ -71,8 +73,8 @@ def window_matrix(layer, shape):
     return weights.reshape(size, -1), connected.reshape(size, -1)
 
 
-def shares(rule, a, weights, connected, low, high):
-    """(outputs, inputs): u V of each connection."""
+def shares(rule, a, weights, connected, low, high, direction=None):
+    """(outputs, inputs): u V of each connection, or v w."""
     positive, negative = np.maximum(weights, 0), np.maximum(-weights, 0)
     match rule:
         case "z+":
@@ -83,6 +85,9 @@ def shares(rule, a, weights, connected, low, high):
             return weights**2
         case "flat":
             return connected
+        case "direction":
+            every = np.broadcast_arrays(a, weights, *([] if low is None else [low, high]))
+            return np.vectorize(direction, otypes=[float])(*every[:len(inspect.signature(direction).parameters)]) * weights * connected
     raise ValueError(rule)
 
 
@@ -267,7 +272,11 @@ def relevances(graph, picture, target, rules, start=None):
             if bounded:
                 low, high = (np.concatenate([np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
                                              for name in layer.inputs]) for side in ("low", "high"))
-            if kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
+            if kind == "direction":
+                share = shares(kind, a, weights, connected, low, high, rule.direction)
+                back = share.T @ (r / stable(share.sum(1), 0))
+                absorbed[layer.name] = r.sum() - back.sum()
+            elif kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
                 bias = np.zeros(len(r))
                 if getattr(layer, "bias", None) is not None:
                     bias = np.repeat(layer.bias.astype(float), len(r) // len(layer.bias))

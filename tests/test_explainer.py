@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from fastdtd import explainer as explainer_module
 from fastdtd import graph as g
-from fastdtd.errors import InputError
+from fastdtd.errors import InputError, RuleError
 from fastdtd.explainer import Explainer, ExplanationWarning
 from fastdtd.model import Model, Preprocessing
 from fastdtd.plan import Plan
+from fastdtd.rules import search_direction
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -128,6 +129,70 @@ def test_no_such_layer_and_no_network():
     assert (kept.relevance == e.relevance).all()
     with pytest.raises(InputError, match="pickled, without the network"):
         kept.at("conv")
+
+
+def z_plus(a, w):
+    return a if w > 0 else 0
+
+
+def z_plus_on_reals(a, w):
+    return a if a * w > 0 else 0
+
+
+def w2(a, w):
+    return w
+
+
+def z_b(a, w, low, high):
+    return a - low if w > 0 else a - high
+
+
+def to_the_middle(a, w, low, high):
+    return (a - (low + high) / 2) * np.sign(w) + 0.25 * w * w
+
+
+def two_layers(box):
+    """A convolution in groups with everything off its default, at the input, and a dense layer behind it."""
+    rng = np.random.default_rng(1)
+    return g.Graph((g.Conv2d("conv", (g.INPUT,), rng.standard_normal((6, 2, 3, 2)), rng.standard_normal(6), (2, 1), (1, 0, 2, 1), (1, 2), 2),
+                    g.ReLU("relu", ("conv",)), g.Flatten("flat", ("relu",)),
+                    g.Dense("hidden", ("flat",), rng.standard_normal((7, 6 * 4 * 4)), rng.standard_normal(7)), g.ReLU("r", ("hidden",)),
+                    g.Dense("scores", ("r",), rng.random((2, 7)))), (4, 7, 5), box)
+
+
+@pytest.mark.parametrize(("direction", "layer", "rule"), [
+    (z_plus, "hidden", "z+"), (z_plus_on_reals, "conv", "z+"), (w2, "conv", "w2"), (z_b, "conv", "zB"), (w2, "hidden", "w2"),
+    (lambda a, w: 1 / w if w != 0 else 0, "hidden", "flat"), (lambda a, w: a, "hidden", "epsilon(epsilon=0, bias=ignored)"),
+])
+def test_named_rules_follow_from_their_search_direction(direction, layer, rule):
+    graph = two_layers((-1.0, 2.0))
+    batch = pictures(graph, 3)
+    named, general = (explain(explainer(graph, {layer: given}, threads=2), batch) for given in (rule, search_direction(direction)))
+    assert (named.explained > 0).all()
+    np.testing.assert_allclose(general.relevance, named.relevance, atol=2e-5 * np.abs(named.relevance).max())
+    np.testing.assert_allclose(general.ledger[layer], named.ledger[layer], atol=2e-5 * named.explained.max())
+
+
+@pytest.mark.parametrize(("direction", "layer"), [(to_the_middle, "conv"), (lambda a, w: np.exp(-a) * w, "hidden"),
+                                                 (lambda a, w: w if a > 0.3 else 0, "conv")])
+def test_any_search_direction_agrees_with_the_oracle(direction, layer):
+    graph = two_layers((-1.0, 2.0))
+    made, batch = explainer(graph, {layer: search_direction(direction)}), pictures(graph, 3)
+    e = explain(made, batch)
+    for i, picture in enumerate(batch):
+        relevance, _, absorbed = naive.explain(graph, picture, e.target[i], {name: rule.rule for name, rule in made.rules.items()})
+        np.testing.assert_allclose(e.relevance[i], relevance, atol=1e-4 * max(np.abs(relevance).max(), e.explained[i]))
+        assert abs(e.ledger[layer][i] - absorbed[layer]) <= 1e-4 * e.explained[i]
+
+
+@pytest.mark.parametrize(("direction", "layer", "message"), [
+    (lambda a: a, "conv", "required: a function of"), ("v", "conv", "required: a function of"),
+    (lambda a, w: a.sign(w), "conv", "cannot be compiled"), (lambda a, w: "far", "conv", "cannot be compiled: it returns"),
+    (z_b, "hidden", "asks for bounds of what it reads"), (w2, "relu", "no layer with a rule is named 'relu'"),
+])
+def test_search_directions_that_are_refused(direction, layer, message):
+    with pytest.raises(RuleError, match=message):
+        explainer(two_layers((-1.0, 2.0)), {layer: search_direction(direction)})
 
 
 def test_starts():

@@ -20,6 +20,7 @@ from fastdtd.kernels.cpu.dense import (
     dense_redistribute,
     dense_redistribute_elements,
 )
+from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
     LEAST,
     absorb_redistribute,
@@ -81,6 +82,7 @@ __all__ = [
     "dense_forward_elements",
     "dense_redistribute",
     "dense_redistribute_elements",
+    "direction_kernels",
     "lose_redistribute",
     "max_pool2d_forward",
     "max_pool2d_redistribute",

@@ -9,6 +9,7 @@ speaks for an output (max(W, 0) a, or -W a where a is negative), Q of what speak
     alpha-beta   alpha / (P + b+ + epsilon)         -beta / (Q + b- + epsilon)
     gamma        (1 + gamma) / (z +- epsilon)       -1 / (z +- epsilon)              where t + b > 0, z = t + b + gamma (P + b+)
                  1 / (z +- epsilon)                 -(1 + gamma) / (z +- epsilon)    where t + b < 0, z = t + b - gamma (Q + b-)
+    direction    1 / z, of z that direction.py has summed
     gradient     1 inside the activation's bounds
 
 Each for relevance R itself; where the output carries c of R = |x| c, the ratios are |x| times these. What they leave of an output's
@@ -16,7 +17,7 @@ relevance is its `lost`.
 """
 
 import numpy as np
-from fastdtd.kernels.codes import ALPHA_BETA, EPSILON, GAMMA, GRADIENT, IGNORED, SHARED, SIGNS
+from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, IGNORED, SHARED, SIGNS
 from fastdtd.kernels.cpu.elementwise import LEAST, finish, run
 from fastdtd.kernels.cpu.jit import kernel
 
@@ -56,7 +57,7 @@ def _signs(out, to_one, to_other, bias, counted_down, counted_across, least, mos
 @kernel
 def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, x_channel, formula, factor, beta,
                    epsilon, kept, least, most, relevance, first, last):
-    """x <- x + bias, clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of the bias that is SHARED, and what is lost.
+    """x <- x + bias, clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of a SHARED bias, and what is lost.
 
     x holds t. one, other, even hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are the same array
     where it does not. factor is alpha or gamma. counted_down (OH,) and counted_across (OW,): their product divides a mean. dead and
@@ -110,6 +111,10 @@ def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_do
                 of_bias = (b + more_for * b_for - more_against * b_against) * s
                 remains = share - (t + more_for * p - more_against * q) * s
                 to_one[i], to_other[i] = (_ONE + more_for) * s, -(_ONE + more_against) * s
+            elif formula == DIRECTION:
+                z = to_one[i]
+                shares = abs(z) > LEAST
+                to_one[i], to_lost[i] = share / z if shares else _ZERO, _ZERO if shares else share
             elif formula == GRADIENT:
                 to_one[i] = (_ONE if least < y < most else _ZERO) / count
             if formula in (EPSILON, ALPHA_BETA, GAMMA):
