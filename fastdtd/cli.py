@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError, RuleError
+from fastdtd.errors import FastDTDError
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -38,6 +39,7 @@ examples:
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
   fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
+  fastdtd explain net.h5 cat.jpg --rules zennit.epsilon_plus --rule 'type:dense=epsilon(epsilon=0.25)'
   fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
 """
@@ -61,6 +63,7 @@ examples:
   fastdtd show squeezenet1_1
   fastdtd show net.h5 --rule 'conv1=w2'
 """
+_RULES = "List the presets and rules by which relevance can be shared, with their parameters. docs/method.md has the formulas."
 _WARMUP = """\
 Compile all kernels ahead, so that nobody waits for it later: when a container image is built, say.
 
@@ -170,28 +173,27 @@ def _parser() -> argparse.ArgumentParser:
 
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
     warmup.set_defaults(run=_warmup)
+    command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
     return parser
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rules", metavar="PRESET", default="dtd", help="rules of all layers: dtd (the method as published), or another "
-                        "package's: innvestigate.deep_taylor, innvestigate.deep_taylor.bounded (default: %(default)s)")
+                        "one that `fastdtd rules` lists (default: %(default)s)")
     parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
-                        help="another rule for a layer, or for all that a pattern matches: z+, zB, w2, flat; for max-pools winner, "
-                        "proportional (default: as the method derives it from what a layer reads)")
+                        help="another rule than the preset's for a layer, for all that a pattern matches, or for a type such as "
+                        "type:dense; `fastdtd rules` lists them, with their parameters")
 
 
-def _rules(options: argparse.Namespace) -> str | dict[str, str]:
-    if options.rule and options.rules != "dtd":
-        raise RuleError(f"--rule and --rules {options.rules} given; required: one or the other, for a --rule changes what dtd gives")
-    return dict(options.rule) or str(options.rules)
+def _rules(options: argparse.Namespace) -> list[str | dict[str, str]]:
+    return [str(options.rules), *({layer: rule} for layer, rule in options.rule)]
 
 
 def _rule(text: str) -> tuple[str, str]:
-    layer, equals, rule = text.rpartition("=")
-    if not equals or not layer:
-        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=RULE, as in 'conv1=w2'")
-    return layer, rule
+    match = re.fullmatch(r"(.+)=([^=()]*(?:\(.*\))?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=RULE, as in 'conv1=w2' or 'conv*=epsilon(epsilon=0.25)'")
+    return match[1], match[2]
 
 
 def _numbers(text: str) -> list[float]:
@@ -330,6 +332,24 @@ def _show(options: argparse.Namespace) -> int:
     print(f"weights   {_parameters(graph):,} parameters")
     for key, value in model.provenance.items():
         print(f"{key:<9} {value}")
+    return 0
+
+
+def _list_rules(_: argparse.Namespace) -> int:
+    from fastdtd import rules
+
+    tables = {"Presets (--rules):": rules.PRESETS, "Rules of convolutions, dense layers, average pools and additions (--rule):":
+              rules.LINEAR_RULES, "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
+              "What a rule's bias can be:": rules.BIASES}
+    width = max(len(name) for table in tables.values() for name in table)
+    for title, table in tables.items():
+        print(title)
+        for name, text in table.items():
+            print(f"  {name:<{width}}  {text}")
+        print()
+    print("Parameters and their defaults:")
+    for name, parameters in rules.PARAMETERS.items():
+        print(f"  {name}({', '.join(f'{key}={value}' for key, value in parameters.items())})")
     return 0
 
 

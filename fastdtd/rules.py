@@ -81,7 +81,7 @@ BIASES = {
     "absorbed": "part of these sums; its share goes to the ledger",
     "shared": "part of these sums; its share goes to all inputs evenly",
 }
-_PARAMETERS: dict[str, dict[str, float | str]] = {
+PARAMETERS: dict[str, dict[str, float | str]] = {
     "z+": {"bias": "ignored", "epsilon": 0.0},
     "epsilon": {"epsilon": 1e-6, "bias": "absorbed"},
     "gamma": {"gamma": 0.25, "epsilon": 1e-6, "bias": "absorbed"},
@@ -111,7 +111,7 @@ class Rule:
 
     def __str__(self) -> str:
         """As `rule_of` reads it."""
-        parameters = _PARAMETERS.get(self.name, {})
+        parameters = PARAMETERS.get(self.name, {})
         given = [f"{name}={value if isinstance(value, str) else format(value, 'g')}" for name, default in parameters.items()
                  if (value := getattr(self, name)) != default]
         return f"{self.name}({', '.join(given)})" if given else self.name
@@ -164,7 +164,7 @@ def rule_of(text: str) -> Rule:
     if match is None or name not in {**LINEAR_RULES, **POOL_RULES, **NORM_RULES}:
         raise RuleError(f"rule {text!r} is unknown; required: one of {', '.join({**LINEAR_RULES, **POOL_RULES, **NORM_RULES})}, with "
                         "parameters as in 'epsilon(epsilon=0.25)'")
-    values = dict(_PARAMETERS.get(name, {}))
+    values = dict(PARAMETERS.get(name, {}))
     for part in filter(str.strip, (match[2] or "").split(",")):
         key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in values:

@@ -292,10 +292,19 @@ def test_rules_by_name(run):
     plain = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"
     shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
     assert shown == [f"conv{plain}", "averageflat", f"scores{plain}"]
-    status, out, err = run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", "--rule", "conv=w2")
-    assert (status, out) == (1, [])
-    assert err[0].startswith("fastdtd: --rule and --rules innvestigate.deep_taylor given; required: one or the other")
+    changed = ["--rule", "type:conv2d=w2", "--rule", "scores=epsilon(epsilon=0.25, bias=ignored)"]
+    out = run("show", "net.h5", "--rules", "innvestigate.deep_taylor", *changed)[1]
+    shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
+    assert shown == ["convw2", "averageflat", "scoresepsilon(epsilon=0.25, bias=ignored)"]
+    assert run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", *changed)[0] == 0
     assert "rules 'lrp' is unknown" in run("show", "net.h5", "--rules", "lrp")[2][0]
+
+
+def test_list_of_rules(run):
+    status, out, _ = run("rules")
+    assert status == 0
+    assert any(line.split()[0] == "zennit.epsilon_plus" for line in out if line)
+    assert "  gamma(gamma=0.25, epsilon=1e-06, bias=absorbed)" in out
 
 
 def test_ledger(run):

@@ -154,7 +154,8 @@ def to_the_middle(a, w, low, high):
 def two_layers(box):
     """A convolution in groups with everything off its default, at the input, and a dense layer behind it."""
     rng = np.random.default_rng(1)
-    return g.Graph((g.Conv2d("conv", (g.INPUT,), rng.standard_normal((6, 2, 3, 2)), rng.standard_normal(6), (2, 1), (1, 0, 2, 1), (1, 2), 2),
+    weight, bias = rng.standard_normal((6, 2, 3, 2)), rng.standard_normal(6)
+    return g.Graph((g.Conv2d("conv", (g.INPUT,), weight, bias, (2, 1), (1, 0, 2, 1), (1, 2), 2),
                     g.ReLU("relu", ("conv",)), g.Flatten("flat", ("relu",)),
                     g.Dense("hidden", ("flat",), rng.standard_normal((7, 6 * 4 * 4)), rng.standard_normal(7)), g.ReLU("r", ("hidden",)),
                     g.Dense("scores", ("r",), rng.random((2, 7)))), (4, 7, 5), box)
