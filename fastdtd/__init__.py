@@ -12,9 +12,11 @@ from fastdtd.graph import Graph
 from fastdtd.importers import convert, from_torch
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import load, save
+from fastdtd.rules import search_direction
 
 __version__ = "0.1.0"
 __all__ = [
     "ConversionError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model", "ModelError",
     "OutputError", "PictureError", "Preprocessing", "RuleError", "convert", "from_torch", "load", "save",
+    "search_direction",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError, RuleError
+from fastdtd.errors import FastDTDError
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -37,6 +39,7 @@ examples:
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
   fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
+  fastdtd explain net.h5 cat.jpg --rules zennit.epsilon_plus --rule 'type:dense=epsilon(epsilon=0.25)'
   fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
 """
@@ -60,6 +63,7 @@ examples:
   fastdtd show squeezenet1_1
   fastdtd show net.h5 --rule 'conv1=w2'
 """
+_RULES = "List the presets and rules by which relevance can be shared, with their parameters. docs/method.md has the formulas."
 _WARMUP = """\
 Compile all kernels ahead, so that nobody waits for it later: when a container image is built, say.
 
@@ -169,28 +173,27 @@ def _parser() -> argparse.ArgumentParser:
 
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
     warmup.set_defaults(run=_warmup)
+    command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
     return parser
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rules", metavar="PRESET", default="dtd", help="rules of all layers: dtd (the method as published), or another "
-                        "package's: innvestigate.deep_taylor, innvestigate.deep_taylor.bounded (default: %(default)s)")
+                        "one that `fastdtd rules` lists (default: %(default)s)")
     parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
-                        help="another rule for a layer, or for all that a pattern matches: z+, zB, w2, flat; for max-pools winner, "
-                        "proportional (default: as the method derives it from what a layer reads)")
+                        help="another rule than the preset's for a layer, for all that a pattern matches, or for a type such as "
+                        "type:dense; `fastdtd rules` lists them, with their parameters")
 
 
-def _rules(options: argparse.Namespace) -> str | dict[str, str]:
-    if options.rule and options.rules != "dtd":
-        raise RuleError(f"--rule and --rules {options.rules} given; required: one or the other, for a --rule changes what dtd gives")
-    return dict(options.rule) or str(options.rules)
+def _rules(options: argparse.Namespace) -> list[str | dict[str, str]]:
+    return [str(options.rules), *({layer: rule} for layer, rule in options.rule)]
 
 
 def _rule(text: str) -> tuple[str, str]:
-    layer, equals, rule = text.rpartition("=")
-    if not equals or not layer:
-        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=RULE, as in 'conv1=w2'")
-    return layer, rule
+    match = re.fullmatch(r"(.+)=([^=()]*(?:\(.*\))?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=RULE, as in 'conv1=w2' or 'conv*=epsilon(epsilon=0.25)'")
+    return match[1], match[2]
 
 
 def _numbers(text: str) -> list[float]:
@@ -233,11 +236,13 @@ def _explain(options: argparse.Namespace) -> int:
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     explainer = Explainer(model, _rules(options), threads=options.threads, memory=options.memory)
     width = min(40, max(len(picture.name) for picture in pictures))
-    books: dict[str, float] = {}
+    books: dict[str, float] = defaultdict(float)
+    flow: dict[str, float] = defaultdict(float)
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
-            for place, amount in {"": line.relevance, **line.ledger}.items():
-                books[place] = books.get(place, 0) + amount
+            for sums, of_line in ((books, {"": line.relevance, **line.ledger}), (flow, {"": line.relevance, **line.flow})):
+                for place, amount in of_line.items():
+                    sums[place] += amount
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
@@ -245,26 +250,29 @@ def _explain(options: argparse.Namespace) -> int:
                       file=sys.stdout)
 
         summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","), options.batch, on_line,
-                             bar.update)
+                             bar.update, options.ledger)
     if summary.clipped:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
     for _, reason in summary.failed:
         print(f"fastdtd: not explained: {reason}", file=sys.stderr)
     if options.ledger:
-        _print_books(books)
+        _print_books(books, flow)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
     return 1 if summary.failed else 0
 
 
-def _print_books(books: dict[str, float]) -> None:
-    """Where the scores of all pictures went; "" stands for the pixels."""
+def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
+    """Where the scores of all pictures went, from the scores on: what came to each layer, went on, and was absorbed; "" is the pixels."""
     total = sum(books.values())
-    rows = [("the pixels" if not layer else f"absorbed by {layer}", amount) for layer, amount in books.items()]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, amount in [*rows, ("all", total)]:
-        print(f"{name:<{width}}  {amount:>12.6g}  {amount / total if total else 0:>8.3%}")
+    width = max(len(name) for name in [*books, "the pixels"])
+    print(f"{'layer':<{width}}  {'came':>12}  {'went on':>12}  {'absorbed':>12}")
+    for name in reversed(list(books)[1:]):
+        print(f"{name:<{width}}  {flow[name]:>12.6g}  {flow[name] - books[name]:>12.6g}  {books[name]:>12.6g}"
+              f"  {books[name] / total if total else 0:>8.3%}")
+    for name, amount in (("the pixels", books[""]), ("all", total)):
+        print(f"{name:<{width}}  {amount:>12.6g}  {'':>12}  {'':>12}  {amount / total if total else 0:>8.3%}")
 
 
 def _target(text: str | None) -> int | str | None:
@@ -312,7 +320,7 @@ def _show(options: argparse.Namespace) -> int:
         count = sum(getattr(layer, field).size for field in layer.arrays if getattr(layer, field) is not None)
         rule = rules.get(layer.name)
         rows.append((layer.name, type(layer).__name__, ", ".join(layer.inputs), size(layer.name), f"{count:,}" if count else "",
-                     str(input_domain(graph, layer)) if rule else "", rule.name if rule else ""))
+                     str(input_domain(graph, layer)) if rule else "", str(rule.rule) if rule else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
@@ -324,6 +332,24 @@ def _show(options: argparse.Namespace) -> int:
     print(f"weights   {_parameters(graph):,} parameters")
     for key, value in model.provenance.items():
         print(f"{key:<9} {value}")
+    return 0
+
+
+def _list_rules(_: argparse.Namespace) -> int:
+    from fastdtd import rules
+
+    tables = {"Presets (--rules):": rules.PRESETS, "Rules of convolutions, dense layers, average pools and additions (--rule):":
+              rules.LINEAR_RULES, "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
+              "What a rule's bias can be:": rules.BIASES}
+    width = max(len(name) for table in tables.values() for name in table)
+    for title, table in tables.items():
+        print(title)
+        for name, text in table.items():
+            print(f"  {name:<{width}}  {text}")
+        print()
+    print("Parameters and their defaults:")
+    for name, parameters in rules.PARAMETERS.items():
+        print(f"  {name}({', '.join(f'{key}={value}' for key, value in parameters.items())})")
     return 0
 
 

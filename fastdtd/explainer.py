@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,7 @@ from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
 from fastdtd.plan import Plan
-from fastdtd.rules import Rules, absorbers, assign
+from fastdtd.rules import Rules, absorbers, assign, derived_from
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
@@ -64,6 +64,43 @@ class Explanation:
     target: npt.NDArray[np.int64]
     explained: Array
     ledger: dict[str, npt.NDArray[np.float64]]
+    _explain_again: Callable[[Sequence[str]], dict[str, Array]] | None = field(default=None, repr=False)
+
+    def at(self, layer: str) -> Array:
+        """Relevance of what a layer makes: the share of `explained` that each number carries there.
+
+        It is computed now, by explaining the pictures again. A layer and the ReLU or clip behind it have the same relevance.
+
+        Parameters
+        ----------
+        layer : str
+            A layer's name, or "input".
+
+        Returns
+        -------
+        (N, C, H, W) float32
+
+        Raises
+        ------
+        InputError
+            The network has no such layer.
+        """
+        return self._at([layer])[layer]
+
+    def flow(self) -> dict[str, npt.NDArray[np.float64]]:
+        """By layer of the ledger, the relevance that came to it: (N,) float64. What went on is this less what the ledger names.
+
+        It is computed now, by explaining the pictures again.
+        """
+        return {name: relevance.sum((1, 2, 3), dtype=np.float64) for name, relevance in self._at(list(self.ledger)).items()}
+
+    def _at(self, layers: Sequence[str]) -> dict[str, Array]:
+        if self._explain_again is None:
+            raise InputError("this explanation was pickled, without the network; explain the pictures again for relevance at inner layers")
+        return self._explain_again(layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_explain_again": None}
 
     @property
     def absorbed(self) -> npt.NDArray[np.float64]:
@@ -119,10 +156,12 @@ class Explainer:
         limit = math.inf if memory is None else _bytes(memory)
         self.model = model
         self.rules = assign(model.graph, rules)
+        self._derivative = derived_from(rules)
         self.threads = threads or _usable_processors()
         device_kernels = load_kernels(device)
         packed = pack(model.graph, self.rules, device_kernels)
-        self._plans = _Plans(partial(Plan, model.graph, self.rules, device_kernels, packed), self.threads, limit)
+        self._make = partial(Plan, model.graph, self.rules, device_kernels, packed)
+        self._plans = _Plans(self._make, self.threads, limit)
         self._forget_threads()
         if hasattr(os, "register_at_fork"):  # threads and who holds a lock do not come along into a forked process
             forked = weakref.WeakMethod(self._forget_threads)
@@ -172,26 +211,21 @@ class Explainer:
         count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
         targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
         names = absorbers(self.model.graph, self.rules)
-        e = Explanation(np.empty_like(pictures), np.empty((count, outputs), np.float32), np.empty(count, np.int64),
-                        np.empty(count, np.float32), {name: np.zeros(count) for name in names})
+        explained_targets = np.empty(count, np.int64)
+        e = Explanation(np.empty_like(pictures), np.empty((count, outputs), np.float32), explained_targets, np.empty(count, np.float32),
+                        {name: np.zeros(count) for name in names}, partial(self._observed, pictures, explained_targets, begins))
 
         def explain(plan: Plan, first: int, last: int) -> None:
-            submit = self._threads().submit if plan.workers > 1 else None
             part = slice(first, last)
-            plan.input[:] = pictures[part]
-            plan.forward(submit)
-            e.output[part] = plan.output
-            if begins is None:
-                e.target[part] = e.output[part].argmax(1) if targets is None else targets[part]
-                e.explained[part] = np.maximum(np.take_along_axis(e.output[part], e.target[part, None], 1)[:, 0], 0)
-                relevance = np.zeros_like(plan.start)
-                np.put_along_axis(relevance, e.target[part, None], e.explained[part, None], 1)
-            else:
-                relevance = begins[part]
-                e.target[part], e.explained[part] = relevance.argmax(1), relevance.sum(1)
-            plan.start[:] = relevance if plan.starts_with_relevance else _factors(relevance, e.output[part], first)
-            plan.back(submit)
-            e.relevance[part] = plan.relevance
+            e.output[part], e.target[part], e.explained[part] = self._run(
+                plan, pictures[part], None if targets is None else targets[part], None if begins is None else begins[part], first)
+            match self._derivative:
+                case "gradient*input":
+                    np.multiply(plan.relevance, pictures[part], out=e.relevance[part])
+                case "sensitivity":
+                    np.square(plan.relevance, out=e.relevance[part])
+                case _:
+                    e.relevance[part] = plan.relevance
             for column, name in enumerate(plan.ledger_layers):
                 e.ledger[name][part] = plan.ledger[:, column]
 
@@ -200,12 +234,46 @@ class Explainer:
             worst = int(np.argmin(np.isfinite(e.output).all(1) & np.isfinite(e.relevance).all((1, 2, 3))))
             raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too large")
         nothing = np.flatnonzero(e.explained <= 0)
-        if len(nothing) and begins is None:
+        if len(nothing) and begins is None and not self._derivative:
             picture, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to decompose and "
                           f"the relevance is zero; the first is picture {picture}, {self.model.class_name(which)!r}, score "
                           f"{e.output[picture, which]:.4g}", ExplanationWarning, stacklevel=2)
         return e
+
+    def _run(self, plan: Plan, pictures: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
+             ) -> tuple[Array, npt.NDArray[np.int64], Array]:
+        """Forward and back: scores, what is explained of each picture, and how much that is. first: the number of the first picture."""
+        submit = self._threads().submit if plan.workers > 1 else None
+        plan.input[:] = pictures
+        plan.forward(submit)
+        scores = plan.output.copy()
+        if begins is None:
+            target = scores.argmax(1) if targets is None else targets
+            score = np.take_along_axis(scores, target[:, None], 1)
+            explained = score[:, 0] if self._derivative else np.maximum(score, 0)[:, 0]
+            relevance = np.zeros_like(plan.start)
+            np.put_along_axis(relevance, target[:, None], 1 if self._derivative else explained[:, None], 1)
+        else:
+            relevance, target, explained = begins, begins.argmax(1), begins.sum(1)
+        plan.start[:] = relevance if plan.starts_with_relevance else _factors(relevance, scores, first)
+        plan.back(submit)
+        return scores, target, explained
+
+    def _observed(self, pictures: Array, targets: npt.NDArray[np.int64], begins: Array | None, layers: Sequence[str]) -> dict[str, Array]:
+        """Relevance of some tensors, one picture after the other: a plan that keeps it is large."""
+        graph = self.model.graph
+        for name in layers:
+            if name not in graph.shapes:
+                raise InputError(f"the network has no layer {name!r}; it has {', '.join(graph.shapes)}")
+        found = {name: np.empty((len(pictures), *graph.shapes[name]), np.float32) for name in layers}
+        plan = self._make(1, 1, layers)
+        for i in range(len(pictures)):
+            part = slice(i, i + 1)
+            self._run(plan, pictures[part], targets[part], None if begins is None else begins[part], i)
+            for name, relevance in found.items():
+                relevance[part] = plan.observed[name]
+        return found
 
     def _share_out(self, explain: Callable[[Plan, int, int], None], count: int) -> None:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many.

@@ -17,22 +17,20 @@ import numpy.typing as npt
 from fastdtd import graph as g
 from fastdtd.graph import Array, Graph, Shape
 from fastdtd.kernels import codes
-from fastdtd.rules import Assigned, relevance_carriers
+from fastdtd.rules import Assigned, Term, relevance_carriers
 
 
 def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
-    """For each convolution its PackedConv2d; for each dense layer the sum z of its weights V where that is all of z; for each
-    rearrangement (starts, readers): number i of its input is read by outputs readers[starts[i]:starts[i + 1]], none by those before."""
+    """For each convolution its PackedConv2d; for each dense layer, of each of its rule's sums, the weights and their sum z where that is
+    all of z; for each rearrangement (starts, readers): number i of its input is read by outputs readers[starts[i]:starts[i + 1]], none by
+    those before."""
     carriers = relevance_carriers(graph, rules)
     packed: dict[str, Any] = {}
     for layer in graph:
         if isinstance(layer, g.Conv2d):
             packed[layer.name] = _pack_conv2d(layer, graph, rules[layer.name], layer.inputs[0] in carriers, kernels)
         elif isinstance(layer, g.Dense):
-            rule = rules[layer.name]
-            ones = rule.features == codes.ONES
-            packed[layer.name] = read_only(rule.share_weights(layer.weight)[0].sum(1, dtype=np.float64).astype(np.float32) if ones
-                                           else np.zeros(len(layer.weight), np.float32))
+            packed[layer.name] = [_pack_dense(layer, term) for term in rules[layer.name].sums]
         elif isinstance(layer, g.Rearrange):
             index, inputs = layer.index.ravel(), int(np.prod(graph.shapes[layer.inputs[0]]))
             starts = np.searchsorted(np.sort(index), np.arange(inputs + 1))
@@ -85,7 +83,7 @@ class Blocks:
 class DirectForward:
     """For conv2d_forward."""
 
-    features: int | None
+    features: int
     blocks: Blocks
     weights: Array
     offsets: npt.NDArray[np.int32]
@@ -104,7 +102,7 @@ class DirectForward:
 class DirectBack:
     """For conv2d_redistribute."""
 
-    features: int | None
+    features: int
     blocks: Blocks
     weights: Array
     panels: int  # of all groups
@@ -119,6 +117,7 @@ class DirectBack:
 class Winograd:
     """For winograd2d_forward (two products, of W and of V) and winograd2d_redistribute (one)."""
 
+    source: Array | None  # forward, the weights as they are
     weights: Array  # (products, groups * 36, panels, channels, rows)
     channels: int  # of a group that are summed over
     groups: int
@@ -131,43 +130,67 @@ class Winograd:
 
 @dataclass(frozen=True, eq=False)
 class PackedConv2d:
-    forward: DirectForward | Winograd
-    back: DirectBack | Winograd
+    """Of each of the rule's sums, and of each of its terms."""
+
+    forward: list[DirectForward | Winograd]
+    back: list[DirectBack | Winograd | None]  # None: a direction, whose kernels read the weights themselves
 
 
 # ---- Packing -----------------------------------------------------------------------------------------------------------------------------
 
 
+def _pack_dense(layer: g.Dense, term: Term) -> tuple[Array, Array]:
+    sums = np.zeros(len(layer.weight))
+    if term.features == codes.ONES:
+        sums = term.share_weights(layer.weight)[0].sum(1, dtype=np.float64)
+    return read_only(_signed(layer.weight, term)), read_only(sums.astype(np.float32))
+
+
+def _signed(weight: Array, term: Term) -> Array:
+    """What to sum over for a term: z of -W under the positive part is what the negative part of W has."""
+    return -weight if term.weights == "negative" else weight
+
+
 def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, kernels: ModuleType) -> PackedConv2d:
-    shares = rule.share_weights(layer.weight)
-    in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
-    forward: DirectForward | Winograd
-    back: DirectBack | Winograd
-    suits = (layer.weight.shape[2:] == (3, 3) and layer.stride == layer.dilation == (1, 1)
-             and rule.features == codes.NONNEGATIVE)
-    channels, outputs = in_shape[0] // layer.groups, out_shape[0] // layer.groups
-    if suits and kernels.winograd2d_pays(channels, outputs, *out_shape[1:]):
-        forward = _pack_winograd((layer.weight, shares[0]), layer.groups, layer.padding[:2], kernels)
-    else:
-        forward = _pack_forward(layer, rule, shares, graph, kernels)
-    if suits and not carries and kernels.winograd2d_pays(outputs, channels, *in_shape[1:]):
+    return PackedConv2d([_pack_sum(layer, graph, term, kernels) for term in rule.sums],
+                        [_pack_term(layer, graph, term, carries, kernels) for term in rule.terms])
+
+
+def _suits_winograd(layer: g.Conv2d, term: Term) -> bool:
+    return (layer.weight.shape[2:] == (3, 3) and layer.stride == layer.dilation == (1, 1)
+            and term.features == codes.NONNEGATIVE)
+
+
+def _pack_sum(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleType) -> DirectForward | Winograd:
+    out_shape, outputs = graph.shapes[layer.name], len(layer.weight) // layer.groups
+    weight = _signed(layer.weight, term)
+    if _suits_winograd(layer, term) and kernels.winograd2d_pays(layer.weight.shape[1], outputs, *out_shape[1:]):
+        return _pack_winograd(weight, (weight, np.maximum(weight, 0)), layer.groups, layer.padding[:2], kernels)
+    return _pack_forward(layer, term, weight, graph, kernels)
+
+
+def _pack_term(layer: g.Conv2d, graph: Graph, term: Term, carries: bool, kernels: ModuleType) -> DirectBack | Winograd | None:
+    if term.weights == "direction":
+        return None
+    shares, in_shape = term.share_weights(layer.weight), graph.shapes[layer.inputs[0]]
+    outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
+    if _suits_winograd(layer, term) and not carries and kernels.winograd2d_pays(outputs, channels, *in_shape[1:]):
         turned = shares[0].reshape(layer.groups, outputs, channels, 3, 3)[..., ::-1, ::-1].swapaxes(1, 2)
-        back = _pack_winograd((turned,), layer.groups, (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
-    else:
-        back = _pack_back(layer, rule, shares, in_shape, kernels)
-    return PackedConv2d(forward, back)
+        return _pack_winograd(None, (turned,), layer.groups, (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
+    return _pack_back(layer, term, shares, in_shape, kernels)
 
 
-def _pack_winograd(weights: tuple[Array, ...], groups: int, padding: tuple[int, int], kernels: ModuleType) -> Winograd:
+def _pack_winograd(source: Array | None, weights: tuple[Array, ...], groups: int, padding: tuple[int, int], kernels: ModuleType
+                   ) -> Winograd:
     rows, channels = weights[0].size // (9 * groups * weights[0].shape[-3]), weights[0].shape[-3]
     packed = np.empty((len(weights), *kernels.winograd2d_packed_shape(groups, rows, channels)), np.float32)
     for to, weight in zip(packed, weights, strict=True):
         kernels.winograd2d_pack(to, read_only(weight.reshape(groups, rows, channels, 3, 3)))
-    return Winograd(read_only(packed), channels, groups, len(weights), padding)
+    return Winograd(None if source is None else read_only(source), read_only(packed), channels, groups, len(weights), padding)
 
 
-def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: Graph, kernels: ModuleType) -> DirectForward:
-    weight, in_shape, out_shape = layer.weight, graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+def _pack_forward(layer: g.Conv2d, term: Term, weight: Array, graph: Graph, kernels: ModuleType) -> DirectForward:
+    in_shape, out_shape = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     outputs, per_group, *kernel = weight.shape
     # For each copy of the input that the features need: its weights, and which of them add to z. Where none do, z comes of a constant.
     copies: list[tuple[Array, int]] = {
@@ -175,7 +198,7 @@ def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: G
         codes.SIGNED: [(weight, 1), (weight, -1)],
         codes.BOX: [(weight, 0)],
         codes.ONES: [(weight, 0)],
-    }[rule.features or codes.NONNEGATIVE]
+    }[term.features]
     in_place = reads_in_place(layer) and len(copies) == 1
     if in_place:
         columns = kernels.conv2d_block_shape(1, out_shape[1] * out_shape[2], 0, 0, per_group)[1]
@@ -192,14 +215,14 @@ def _pack_forward(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: G
     bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
     sides = np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies))
     kernels.conv2d_pack_split(packed, packed_offsets, bounds, np.ascontiguousarray(matrices), offsets, sides)
-    constant, pattern = _constant(layer, rule, shares, graph)
+    constant, pattern = _constant(layer, term, graph)
     # What rounding leaves of a z that is a difference may not be divided by.
-    least = np.maximum(1e-6 * np.abs(constant).max((1, 2)) if rule.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
-    return DirectForward(rule.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
+    least = np.maximum(1e-6 * np.abs(constant).max((1, 2)) if term.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
+    return DirectForward(term.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
                          0 if in_place else per_group * len(copies), read_only(constant), pattern, read_only(least.astype(np.float32)))
 
 
-def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: Shape, kernels: ModuleType) -> DirectBack:
+def _pack_back(layer: g.Conv2d, term: Term, shares: list[Array], in_shape: Shape, kernels: ModuleType) -> DirectBack:
     outputs, per_group, *kernel = layer.weight.shape
     from_group = outputs // layer.groups
     in_place = reads_in_place(layer)
@@ -216,7 +239,7 @@ def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: S
     rows, columns = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
     blocks = _blocks(reads, (1, 1), (rows, columns), from_group, kernels)
     all_offsets = blocks.offsets(from_group).reshape(from_group, -1)
-    split = len(shares) == 2  # W+ and -W-
+    split = len(shares) == 2  # W+ and -W-, or the other way
     v = (shares[0] - shares[1] if split else shares[0]).reshape(layer.groups, from_group, per_group, -1)
     shape_of = kernels.conv2d_split_shape if split else kernels.conv2d_packed_shape
 
@@ -242,7 +265,7 @@ def _pack_back(layer: g.Conv2d, rule: Assigned, shares: list[Array], in_shape: S
         weights.append(packed.ravel())
     groups, panels = shape_of(layer.groups, per_group, 1)[:2]
     units = -(-rows // blocks.rows) * -(-columns // blocks.columns)
-    return DirectBack(rule.features, blocks, read_only(np.concatenate(weights)), groups * panels, read_only(np.concatenate(offsets)),
+    return DirectBack(term.features, blocks, read_only(np.concatenate(weights)), groups * panels, read_only(np.concatenate(offsets)),
                       read_only(np.concatenate(bounds)), _table(phases, 8), units, from_group)
 
 
@@ -302,15 +325,16 @@ def _offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
     return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
 
 
-def _constant(layer: g.Conv2d, rule: Assigned, shares: list[Array], graph: Graph) -> tuple[Array, npt.NDArray[np.int64]]:
+def _constant(layer: g.Conv2d, term: Term, graph: Graph) -> tuple[Array, npt.NDArray[np.int64]]:
     """z under ONES, z - y under BOX: (K, patterns, OW), and which pattern each row has (OH,).
 
     They depend on the place alone, by the taps that fall inside the input. Most rows are alike.
     """
     in_shape, (_, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
-    if rule.features not in (codes.BOX, codes.ONES):
+    if term.features not in (codes.BOX, codes.ONES):
         return np.zeros((1, 1, 1), np.float32), _table([(0,)] * rows, 1).ravel()
-    if rule.features == codes.ONES:
+    shares = term.share_weights(layer.weight)
+    if term.features == codes.ONES:
         each = shares[0].sum(1, dtype=np.float64)
     else:
         low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(len(layer.weight) // layer.groups, 0)[..., None, None]

@@ -9,6 +9,7 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -21,13 +22,20 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import graph as g
-from fastdtd.errors import InputError
+from fastdtd.errors import InputError, RuleError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
 from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place, window_blocks
-from fastdtd.rules import Assigned, absorbers, relevance_carriers
+from fastdtd.rules import Assigned, Rule, Term, absorbers, relevance_carriers
 
 _ALIGNMENT = 16  # floats: one cache line
+_LOST = 3  # the tape of what a neuron keeps, behind those of its rule's terms
+_WEIGHTS = {"positive": codes.POSITIVE, "negative": codes.NEGATIVE, "value": codes.AS_IS, "squared": codes.SQUARED, "flat": codes.FLAT}
+_BIASES = {"ignored": codes.IGNORED, "absorbed": codes.ABSORBED, "shared": codes.SHARED}
+_FACTORS: dict[int, Callable[[Rule], float]] = {
+    **dict.fromkeys((codes.SIGNS, codes.EPSILON, codes.GRADIENT, codes.DIRECTION), lambda _: 1.0),
+    codes.ALPHA_BETA: lambda rule: rule.alpha, codes.GAMMA: lambda rule: rule.gamma,
+}
 
 
 # ---- Buffers -----------------------------------------------------------------------------------------------------------------------------
@@ -98,9 +106,12 @@ class Plan:
         Of the input, valid after `back`.
     ledger : (batch, layers) float64
         Relevance that each layer of `ledger_layers` absorbed, valid after `back`.
+    observed : dict of str to (batch, C, H, W) float32
+        Relevance of the tensors that were asked for, valid after `back`.
     """
 
-    def __init__(self, graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, packed: dict[str, Any], batch: int, workers: int = 1):
+    def __init__(self, graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, packed: dict[str, Any], batch: int,
+                 workers: int = 1, observed: Iterable[str] = ()):
         self._graph, self._rules, self._kernels, self._packed = graph, rules, kernels, packed
         self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
@@ -109,14 +120,16 @@ class Plan:
         self._scratch: dict[str, int] = {}
         self._activation_behind = _fusible_activations(graph)
         self._relevance_carriers = relevance_carriers(graph, rules)
-        self._roots = _roots(graph)
+        # Tensors that share memory share what their readers give back, so who looks at one of them needs them apart.
+        self._roots = {name: (name, 0, math.prod(shape)) for name, shape in graph.shapes.items()} if observed else _roots(graph)
         self._activations: dict[str, _Buffer] = {}
         self._factors: dict[str, _Buffer] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}
-        self._tapes: dict[str, tuple[_Use, npt.NDArray[np.uint8]]] = {}
+        self._tapes: dict[tuple[str, int], tuple[_Use, npt.NDArray[np.uint8]]] = {}
         self.ledger_layers = absorbers(graph, rules)
         self.ledger = np.zeros((batch, len(self.ledger_layers)))
         self.starts_with_relevance = graph.output in self._relevance_carriers
+        self._derives = any(rule.name == "gradient" for rule in rules.values())
 
         fused = {layer.name for layer in self._activation_behind.values()}
         layers = [layer for layer in graph if layer.name not in fused]
@@ -130,9 +143,14 @@ class Plan:
         start = self._factor(graph.output)
         self._touch(start.use, middle)
         self._mark_written(graph.output)
+        self.observed = {name: np.zeros((batch, *graph.shapes[name]), np.float32) for name in observed}
         for layer in reversed(layers):
+            for name in self.observed.keys() & {layer.name, self._result(layer)[0]}:
+                self._observe(name, self._result(layer)[0])
             self._emit_back(layer)
             self._name_steps(layer.name)
+        if INPUT in self.observed:
+            self._observe(INPUT, INPUT)
         relevance = self._factor(INPUT)
         self._touch(relevance.use, len(self._steps))
 
@@ -229,10 +247,11 @@ class Plan:
     def _bounds(self, name: str) -> tuple[Array, Array]:
         return bounds_of(self._graph, name)
 
-    def _tape(self, layer: Layer, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
+    def _tape(self, layer: Layer, part: int = 0, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
+        """What a layer keeps for the way back, of each term of its rule, and whether something is absorbed, of each image."""
         shape = self._graph.shapes[layer.name]
         tape = _Use(_Buffer(int(np.prod(shape))), shape, dtype), np.zeros(self.batch, np.uint8)
-        return self._tapes.setdefault(layer.name, tape)
+        return self._tapes.setdefault((layer.name, part), tape)
 
     def _emit_forward(self, layer: Layer) -> None:
         kernels, batch = self._kernels, self.batch
@@ -240,62 +259,94 @@ class Plan:
         x, a = self._activation(result), self._activation(layer.inputs[0])
         channels = self._graph.shapes[layer.name][0]
         carries = result in self._relevance_carriers
-        low, high = self._bounds(layer.inputs[0])
         rule = self._rules.get(layer.name)
         match layer:
-            case g.Conv2d() if rule:
-                ratio, dead = self._tape(layer)
-                self._emit_convolution(layer, x, ratio, dead, a, clip, carries)
-            case g.Dense() if rule:
-                ratio, dead = self._tape(layer)
-                self._step(kernels.dense_forward, [
-                    x.use, ratio, dead, a.use, layer.weight, _bias(layer), self._packed[layer.name], low, high,
-                    self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, rule.features, *clip, carries,
-                ], channels)
-            case g.Add() if rule:
-                ratio, dead = self._tape(layer)
-                b = self._activation(layer.inputs[1])
-                self._step(kernels.add_forward, [
-                    x.use, ratio, dead, a.use, b.use, low, high, *self._bounds(layer.inputs[1]), x.channel, a.channel, b.channel,
-                    rule.features, *clip, carries,
-                ], batch * channels)
-            case g.MaxPool2d() if rule and rule.features is None:
-                winner, _ = self._tape(layer, np.int32)
+            case g.MaxPool2d() if rule and not rule.terms:
+                winner, _ = self._tape(layer, dtype=np.int32)
                 blocks, places = window_blocks(layer, self._graph, kernels)
                 self._step(kernels.max_pool2d_forward, [
                     x.use, winner, a.use, blocks.planes, read_only(blocks.offsets(1)), places,
                     self._scratch_of("block", blocks.elements(1)), x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns,
                     blocks.more_rows, blocks.more_columns,
                 ], batch * channels)
-            case g.Pool2d() | g.GlobalAveragePool() if rule:
-                ratio, dead = self._tape(layer)
-                _, stride, _, _ = self._window(layer)
-                planes, offsets, shape = self._window_reads(layer)
-                self._step(kernels.pool2d_forward, [
-                    x.use, ratio, dead, a.use, low, planes, offsets, *self._window_counts(layer),
-                    self._scratch_of("block", len(planes) * (shape[0] + shape[2]) * (shape[1] + shape[3])), x.channel, a.channel, *stride,
-                    *shape, isinstance(layer, g.MaxPool2d), rule.features, carries,
-                ], batch * channels)
+            case g.LocalResponseNorm():
+                ratio, _ = self._tape(layer)
+                self._step(kernels.normalize_forward, [x.use, ratio, a.use, x.channel, a.channel, *_normalisation(layer)],
+                           batch * self._graph.shapes[layer.name][1])
+            case _ if rule and rule.formula is None:
+                self._emit_sum(layer, 0, x, *self._tape(layer), clip, carries)
+            case _ if rule:
+                self._emit_formula(layer, rule, x, clip, carries)
             case g.ReLU() | g.Clip() | g.LeakyReLU():
                 self._step(kernels.activate_forward, [x.use, a.use, x.channel, a.channel, channels, _slope(layer), *_clips_to(layer)],
                            batch * channels)
             case g.Power():
                 ratio, _ = self._tape(layer)
-                self._step(kernels.power_forward, [x.use, ratio, a.use, x.channel, a.channel, layer.exponent], batch * channels)
+                self._step(kernels.power_forward, [x.use, ratio, a.use, x.channel, a.channel, layer.exponent, self._derives],
+                           batch * channels)
             case g.Rearrange():
                 self._step(kernels.rearrange_forward, [x.use, a.use, read_only(layer.index), x.channel, a.channel], batch)
-            case g.LocalResponseNorm():
-                ratio, _ = self._tape(layer)
-                summed = layer.size**2 if layer.within_channel else layer.size
-                self._step(kernels.normalize_forward, [
-                    x.use, ratio, a.use, x.channel, a.channel, (layer.size - 1) // 2, layer.size // 2, layer.within_channel,
-                    layer.alpha / summed, layer.beta, layer.bias,
-                ], batch * self._graph.shapes[layer.name][1])
             case g.Concat() | g.Flatten():
                 for source, place in self._copied_inputs(layer):
                     self._copy(self._activations, layer.name, place, source, 0, source, False)
             case _:
                 raise AssertionError(f"no kernel for {type(layer).__name__}: the graph is not canonical")
+
+    def _emit_sum(self, layer: Layer, index: int, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], clip: tuple[float, float],
+                  relevance: bool) -> None:
+        """The layer's output, and the ratio of one of its rule's sums. The bias is left out where a formula adds it."""
+        kernels, batch, rule = self._kernels, self.batch, self._rules[layer.name]
+        features = rule.sums[index].features
+        a, channels = self._activation(layer.inputs[0]), self._graph.shapes[layer.name][0]
+        low, high = self._bounds(layer.inputs[0])
+        bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) and rule.formula is None else _zeros(channels)
+        match layer:
+            case g.Conv2d():
+                self._emit_convolution(layer, self._packed[layer.name].forward[index], bias, x, ratio, dead, a, clip, relevance)
+            case g.Dense():
+                weight, constant = self._packed[layer.name][index]
+                self._step(kernels.dense_forward, [
+                    x.use, ratio, dead, a.use, weight, bias, constant, low, high,
+                    self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, features, *clip, relevance,
+                ], channels)
+            case g.Add():
+                b = self._activation(layer.inputs[1])
+                self._step(kernels.add_forward, [
+                    x.use, ratio, dead, a.use, b.use, low, high, *self._bounds(layer.inputs[1]), x.channel, a.channel, b.channel,
+                    features, *clip, relevance,
+                ], batch * channels)
+            case _:
+                _, stride, _, _ = self._window(layer)
+                planes, offsets, shape = self._window_reads(layer)
+                self._step(kernels.pool2d_forward, [
+                    x.use, ratio, dead, a.use, low, planes, offsets, *self._window_counts(layer),
+                    self._scratch_of("block", len(planes) * (shape[0] + shape[2]) * (shape[1] + shape[3])), x.channel, a.channel, *stride,
+                    *shape, isinstance(layer, g.MaxPool2d), features, relevance,
+                ], batch * channels)
+
+    def _emit_formula(self, layer: Layer, rule: Assigned, x: _Tensor, clip: tuple[float, float], relevance: bool) -> None:
+        """The sums of the rule, one after the other, then what follows from them."""
+        tapes = {term: self._tape(layer, part)[0] for part, term in enumerate(rule.terms)}
+        first, dead = self._tape(layer)
+        for index, term in enumerate(rule.sums):
+            self._emit_sum(layer, index, x, tapes.get(term, first), np.zeros(self.batch, np.uint8), (-math.inf, math.inf), True)
+        if rule.rule.direction:
+            a, (low, high) = self._activation(layer.inputs[0]), self._bounds(layer.inputs[0])
+            self._step(self._direction(rule.rule)[0], [first, a.use, *_as_convolution(layer, low, high, a.channel)],
+                       self.batch * self._graph.shapes[layer.name][0])
+        second = next((tapes[term] for term in rule.terms if term.weights == "negative"), first)
+        third = next((tapes[term] for term in rule.terms[1:] if term.weights == "flat"), first)
+        lost = self._tape(layer, _LOST)[0] if rule.loses else first
+        _, second_dead = self._tape(layer, 1) if second is not first else (second, dead)
+        is_pool = isinstance(layer, (g.Pool2d, g.GlobalAveragePool))
+        _, height, width = self._graph.shapes[layer.name]
+        counts = self._window_counts(layer) if is_pool else [read_only(np.ones(size, np.float32)) for size in (height, width)]
+        bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) else _zeros(self._graph.shapes[layer.name][0])
+        assert rule.formula is not None
+        self._step(self._kernels.ratios_forward, [
+            x.use, first, second, third, lost, dead, second_dead, bias, *counts, x.channel, rule.formula,
+            _FACTORS[rule.formula](rule.rule), rule.rule.beta, rule.rule.epsilon, _BIASES[rule.rule.bias], *clip, relevance,
+        ], self.batch * self._graph.shapes[layer.name][0])
 
     def _emit_back(self, layer: Layer) -> None:
         kernels, batch = self._kernels, self.batch
@@ -303,105 +354,140 @@ class Plan:
         c, source = self._factor(result), layer.inputs[0]
         carries = source in self._relevance_carriers
         channels = self._graph.shapes[source][0]
-        low, high = self._bounds(source)
         rule = self._rules.get(layer.name)
-        if rule and layer.name in self.ledger_layers:
-            ratio, dead = self._tape(layer)
-            column = self.ledger_layers.index(layer.name)
-            self._conditions[len(self._steps)] = dead
-            self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, column, c.channel], batch)
+        absorbs = layer.name in self.ledger_layers
+        column = self.ledger_layers.index(layer.name) if absorbs else 0
+        if rule and rule.loses and not isinstance(layer, g.LocalResponseNorm):
+            self._step(kernels.lose_redistribute, [self.ledger, self._tape(layer, _LOST)[0], c.use, column, c.channel], batch)
+        elif rule and absorbs and rule.formula in (None, codes.SIGNS):
+            for part in range(len(rule.terms)):
+                ratio, dead = self._tape(layer, part)
+                self._conditions[len(self._steps)] = dead
+                self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, column, c.channel], batch)
         match layer:
-            case g.Conv2d() if rule:
-                accumulate = self._accumulates(source)
-                self._emit_convolution_back(layer, self._factor(source), c, ratio, self._activation_for(rule, source), carries, accumulate)
-            case g.Dense() if rule:
-                accumulate = self._accumulates(source)
-                c_in, a = self._factor(source), self._activation_for(rule, source)
-                weights = {"w2": codes.SQUARED, "flat": codes.FLAT}.get(rule.name, codes.POSITIVE)
-                sums, shares = kernels.dense_redistribute_elements(batch, len(layer.weight))
-                self._step(kernels.dense_redistribute, [
-                    c_in.use, c.use, ratio, a.use, layer.weight, low, high, self._scratch_of("results", sums),
-                    self._scratch_of("block", shares), c_in.channel, c.channel, a.channel, rule.features, weights, carries, accumulate,
-                ], -(-channels // kernels.DENSE_FEATURES))
-            case g.Add() if rule:
-                for name in layer.inputs:
-                    carries = name in self._relevance_carriers
-                    accumulate = self._accumulates(name)
-                    c_in, a = self._factor(name), self._activation_for(rule, name)
-                    self._step(kernels.add_redistribute, [
-                        c_in.use, c.use, ratio, a.use, *self._bounds(name), c_in.channel, c.channel, a.channel, rule.features, carries,
-                        accumulate,
-                    ], batch * channels)
-            case g.MaxPool2d() if rule and rule.features is None:
+            case g.MaxPool2d() if rule and not rule.terms:
                 winner, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
                 self._step(kernels.max_pool2d_redistribute, [c_in.use, c.use, winner, c_in.channel, c.channel, accumulate],
                            batch * channels)
-            case g.Pool2d() | g.GlobalAveragePool() if rule:
-                kernel, stride, padding, _ = self._window(layer)
+            case g.LocalResponseNorm() if rule and rule.formula != codes.NORM_IDENTITY:
+                ratio, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
-                c_in, a = self._factor(source), self._activation_for(rule, source)
-                block, results = kernels.pool2d_redistribute_elements(kernel, stride, padding, self._graph.shapes[source][1:],
-                                                                      self._graph.shapes[layer.name][1:])
-                self._step(kernels.pool2d_redistribute, [
-                    c_in.use, c.use, ratio, a.use, low, self._scratch_of("block", block), self._scratch_of("results", results),
-                    c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], rule.features, carries, accumulate,
-                ], batch * channels)
+                c_in, a = self._factor(source), self._activation(source)
+                whole = self._graph.shapes[source]
+                self._step(kernels.normalize_shares_redistribute, [
+                    c_in.use, self.ledger, c.use, ratio, a.use, self._scratch_of("results", 2 * int(np.prod(whole)) + whole[2]), column,
+                    c_in.channel, c.channel, a.channel, *_normalisation(layer), rule.formula, rule.rule.epsilon, accumulate,
+                ], batch)
+            case _ if rule and rule.terms:
+                for part, term in enumerate(rule.terms):
+                    for name in layer.inputs:
+                        # Of several terms, all but the first add to what is there.
+                        accumulate = self._accumulates(name) or part > 0
+                        self._emit_term(layer, part, term, name, c, accumulate)
             case g.ReLU() | g.Clip() | g.LeakyReLU():
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation(source)
                 self._step(kernels.activate_redistribute, [
-                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, _slope(layer), *_clips_to(layer), carries,
-                    accumulate,
+                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, _slope(layer), *_clips_to(layer),
+                    carries and not self._derives, self._derives, accumulate,
                 ], batch * channels)
             case g.Rearrange():
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
-                absorbs = layer.name in self.ledger_layers
                 self._step(kernels.rearrange_redistribute, [
-                    c_in.use, self.ledger, c.use, *self._packed[layer.name], self.ledger_layers.index(layer.name) if absorbs else 0,
-                    c_in.channel, c.channel, carries and absorbs, accumulate,
+                    c_in.use, self.ledger, c.use, *self._packed[layer.name], column, c_in.channel, c.channel, carries and absorbs,
+                    accumulate,
                 ], batch)
             case g.LocalResponseNorm() | g.Power():
                 ratio, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
-                self._step(kernels.normalize_redistribute, [c_in.use, c.use, ratio, c_in.channel, c.channel, carries, accumulate],
-                           batch * channels)
+                self._step(kernels.normalize_redistribute, [
+                    c_in.use, c.use, ratio, c_in.channel, c.channel, carries and not self._derives, accumulate,
+                ], batch * channels)
             case g.Concat() | g.Flatten():
                 for name, place in self._copied_inputs(layer):
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
                 # Inputs that lie in the result's own memory have what was written there.
 
-    def _emit_convolution(self, layer: g.Conv2d, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], a: _Tensor,
-                          clip: tuple[float, float], carries: bool) -> None:
+    def _direction(self, rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
+        assert rule.direction is not None
+        bounded = len(inspect.signature(rule.direction).parameters) == 4
+        try:
+            kernels: tuple[Callable[..., None], Callable[..., None]] = self._kernels.direction_kernels(rule.direction, bounded)
+        except TypeError as error:
+            raise RuleError(f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that returns a "
+                            "number, in Python that Numba can compile") from None
+        return kernels
+
+    def _observe(self, name: str, result: str) -> None:
+        """Write down the relevance of a tensor, whose relevance that of `result` is, once all who read it have given it theirs."""
+        x, c = self._activation(result), self._factor(result)
+        self._step(self._kernels.observe_redistribute, [
+            self.observed[name], x.use, c.use, x.channel, c.channel, result in self._relevance_carriers,
+        ], self.batch)
+
+    def _emit_term(self, layer: Layer, part: int, term: Term, source: str, c: _Tensor, accumulate: bool) -> None:
+        """What a layer's input `source` gets through one term of its rule."""
+        kernels, batch = self._kernels, self.batch
+        ratio, _ = self._tape(layer, part)
+        c_in, a = self._factor(source), self._activation_for(term, source)
+        carries, channels = source in self._relevance_carriers, self._graph.shapes[source][0]
+        low, high = self._bounds(source)
+        match layer:
+            case _ if term.weights == "direction":
+                self._step(self._direction(self._rules[layer.name].rule)[1], [
+                    c_in.use, c.use, ratio, a.use, *_as_convolution(layer, low, high, c_in.channel, c.channel, a.channel), accumulate,
+                ], batch * channels)
+            case g.Conv2d():
+                self._emit_convolution_back(layer, self._packed[layer.name].back[part], c_in, c, ratio, a, carries, accumulate)
+            case g.Dense():
+                sums, shares = kernels.dense_redistribute_elements(batch, len(layer.weight))
+                self._step(kernels.dense_redistribute, [
+                    c_in.use, c.use, ratio, a.use, layer.weight, low, high, self._scratch_of("results", sums),
+                    self._scratch_of("block", shares), c_in.channel, c.channel, a.channel, term.features, _WEIGHTS[term.weights], carries,
+                    accumulate,
+                ], -(-channels // kernels.DENSE_FEATURES))
+            case g.Add():
+                self._step(kernels.add_redistribute, [
+                    c_in.use, c.use, ratio, a.use, low, high, c_in.channel, c.channel, a.channel, term.features, carries, accumulate,
+                ], batch * channels)
+            case _:
+                kernel, stride, padding, _ = self._window(layer)
+                block, results = kernels.pool2d_redistribute_elements(kernel, stride, padding, self._graph.shapes[source][1:],
+                                                                      self._graph.shapes[layer.name][1:])
+                self._step(kernels.pool2d_redistribute, [
+                    c_in.use, c.use, ratio, a.use, low, self._scratch_of("block", block), self._scratch_of("results", results),
+                    c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], term.features, carries, accumulate,
+                ], batch * channels)
+
+    def _emit_convolution(self, layer: g.Conv2d, packed: DirectForward | Winograd, bias: Array, x: _Tensor, ratio: _Use,
+                          dead: npt.NDArray[np.uint8], a: _Tensor, clip: tuple[float, float], carries: bool) -> None:
         kernels, (_, height, width) = self._kernels, self._graph.shapes[layer.name]
-        packed = self._packed[layer.name].forward
         if isinstance(packed, Winograd):
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(kernels.winograd2d_forward, [
-                x.use, ratio, dead, a.use, layer.weight, packed.weights, packed.offsets(block), _bias(layer), *scratch,
+                x.use, ratio, dead, a.use, packed.source, packed.weights, packed.offsets(block), bias, *scratch,
                 x.channel, a.channel, packed.channels, packed.groups, *packed.padding, block, together, shares, *clip, carries,
             ], units)
             return
-        assert isinstance(packed, DirectForward)
         blocks, in_place = packed.blocks, packed.copies == 0
         units = packed.units(*((1, height * width) if in_place else (height, width)))
         shares = self._shares(units, packed.weights.shape[0] * packed.weights.shape[1])
         self._step(kernels.conv2d_forward, [
             self._in_a_row(x.use, in_place), self._in_a_row(ratio, in_place), dead, self._in_a_row(a.use, in_place), packed.weights,
-            packed.offsets, packed.bounds, _bias(layer), packed.constant, packed.pattern, packed.least, blocks.planes,
+            packed.offsets, packed.bounds, bias, packed.constant, packed.pattern, packed.least, blocks.planes,
             self._scratch_of("block", blocks.elements(packed.copies)),
             self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
             x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
             layer.weight.shape[1], shares, packed.features, *clip, carries,
         ], self.batch * units * shares)
 
-    def _emit_convolution_back(self, layer: g.Conv2d, c_in: _Tensor, c: _Tensor, ratio: _Use, a: _Tensor, carries: bool,
-                               accumulate: bool) -> None:
+    def _emit_convolution_back(self, layer: g.Conv2d, packed: DirectBack | Winograd, c_in: _Tensor, c: _Tensor, ratio: _Use, a: _Tensor,
+                               carries: bool, accumulate: bool) -> None:
         kernels, (channels, height, width) = self._kernels, self._graph.shapes[layer.inputs[0]]
-        packed = self._packed[layer.name].back
         if isinstance(packed, Winograd):
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(kernels.winograd2d_redistribute, [
@@ -409,7 +495,6 @@ class Plan:
                 packed.groups, *packed.padding, block, together, shares, accumulate,
             ], units)
             return
-        assert isinstance(packed, DirectBack)
         in_place = reads_in_place(layer)
         blocks = packed.blocks
         shares = self._shares(packed.units, packed.panels)
@@ -435,9 +520,9 @@ class Plan:
                    for name, size in zip(("lines", "points", "sums", "stage", "seen"), sizes, strict=True)]
         return block, min(together, panels), shares, blocks * shares, scratch
 
-    def _activation_for(self, rule: Assigned, name: str) -> _Tensor:
-        """What the way back reads as the activation `name`: where the rule does not look at it, c itself, so that its memory can go."""
-        unread = rule.features == codes.NONNEGATIVE and name not in self._relevance_carriers
+    def _activation_for(self, term: Term, name: str) -> _Tensor:
+        """What the way back reads as the activation `name`: where the term does not look at it, c itself, so that its memory can go."""
+        unread = term.features == codes.ONES or (term.features == codes.NONNEGATIVE and name not in self._relevance_carriers)
         return self._factor(name) if unread else self._activation(name)
 
     def _window(self, layer: Layer) -> tuple[Any, Any, Any, bool]:
@@ -584,7 +669,19 @@ class _Call:
 
 
 def _bias(layer: g.Conv2d | g.Dense) -> Array:
-    return read_only(np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias)
+    return _zeros(len(layer.weight)) if layer.bias is None else read_only(layer.bias)
+
+
+def _as_convolution(layer: Layer, low: Array, high: Array, *channels: int) -> list[Any]:
+    """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel; `channels` in between."""
+    if isinstance(layer, g.Dense):
+        return [read_only(layer.weight.reshape(*layer.weight.shape, 1, 1)), low, high, *channels, 1, 1, 1, 0, 0, 1, 1]
+    assert isinstance(layer, g.Conv2d)
+    return [read_only(layer.weight), low, high, *channels, layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation]
+
+
+def _zeros(count: int) -> Array:
+    return read_only(np.zeros(count, np.float32))
 
 
 def _fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
@@ -592,6 +689,12 @@ def _fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
     by_name = {layer.name: layer for layer in graph}
     return {layer.inputs[0]: layer for layer in graph if isinstance(layer, (g.ReLU, g.Clip))
             and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
+
+
+def _normalisation(layer: g.LocalResponseNorm) -> tuple[int, int, bool, float, float, float]:
+    """How far its sums reach before and behind a number, whether within the channel, alpha of a sum, beta, bias."""
+    summed = layer.size**2 if layer.within_channel else layer.size
+    return (layer.size - 1) // 2, layer.size // 2, layer.within_channel, layer.alpha / summed, layer.beta, layer.bias
 
 
 def _clips_to(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:

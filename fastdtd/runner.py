@@ -60,6 +60,7 @@ class Line:
     relevance: float
     absorbed: float
     ledger: dict[str, float]  # by layer, what it absorbed
+    flow: dict[str, float]  # by layer, what came to it; empty where that was not asked for
 
 
 @dataclass
@@ -116,7 +117,8 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
 
 
 def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None, outputs: Iterable[str] = OUTPUTS, batch: int = 16,
-        on_line: Callable[[Line], Any] = lambda line: None, on_progress: Callable[[int], Any] = lambda count: None) -> Summary:
+        on_line: Callable[[Line], Any] = lambda line: None, on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False
+        ) -> Summary:
     """Explain every picture and write the results to `out`.
 
     Parameters
@@ -134,6 +136,9 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
         Pictures at a time: what is lost if the run is cut off, and what is held in memory.
     on_line, on_progress : callable
         Told of each explained picture, and of each batch how many pictures it settled.
+
+    flow : bool
+        Whether lines say what came to each layer, which takes a second pass.
 
     Returns
     -------
@@ -176,7 +181,7 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
             for loaded, count in _loaded_batches(executor, explainer, todo, batch, "overlay" in outputs, summary):
                 if loaded:
                     part = out / _PART.format(int(parts[-1].stem[-6:]) + 1 if parts else 0)
-                    lines = _settle(executor, explainer, loaded, target, outputs, out, part, run_id)
+                    lines = _settle(executor, explainer, loaded, target, outputs, out, part, run_id, flow)
                     parts.append(part)
                     for line in lines:
                         on_line(line)
@@ -223,7 +228,7 @@ def _load(explainer: Explainer, picture: Picture, show: bool) -> _Loaded:
 
 
 def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Loaded], target: Target, outputs: list[str], out: Path,
-            part: Path, run_id: str) -> list[Line]:
+            part: Path, run_id: str, flow: bool) -> list[Line]:
     """Explain one batch and write all of it, the part last: what is in it is done."""
     e = explainer(np.stack([one.values for one in loaded]), target)
 
@@ -248,8 +253,9 @@ def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Lo
         columns["relevance"] = e.relevance
     with _writing(out):
         replace(part, lambda path: path.write_bytes(_part(columns, run_id)))
+    came = e.flow() if flow else {}
     return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(sums[i]), float(e.absorbed[i]),
-                 {name: float(lost[i]) for name, lost in e.ledger.items()})
+                 {name: float(lost[i]) for name, lost in e.ledger.items()}, {name: float(given[i]) for name, given in came.items()})
             for i, (one, t, scores) in enumerate(zip(loaded, e.target, e.output, strict=True))]
 
 
@@ -316,7 +322,7 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         file.attrs["format"] = "fastdtd-explanations"
-        file["rules"] = json.dumps({name: rule.name for name, rule in explainer.rules.items()})
+        file["rules"] = json.dumps({name: str(rule.rule) for name, rule in explainer.rules.items()})
         if explainer.model.classes:
             file["classes"] = np.array(explainer.model.classes, object)
     with open(path, "wb") as plain:
@@ -345,7 +351,7 @@ def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> st
     """Of all that must be the same for two calls to be the same, but the pictures."""
     graph, p = explainer.model.graph, explainer.model.preprocessing
     digest = hashlib.sha256(repr((target, outputs, graph.input_shape, p.color, p.resize, p.scale)).encode())
-    rules = [(name, rule.name) for name, rule in explainer.rules.items()]
+    rules = [(name, str(rule.rule)) for name, rule in explainer.rules.items()]
     for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph for v in (type(layer), *vars(layer).values()))):
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()

@@ -1,15 +1,40 @@
 """The integers that cross from rules to kernels, the same on every device.
 
-A rule's features u >= 0 of an activation a (docs/method.md has the table):
+A rule's features u of an activation a (docs/method.md has the table):
 """
 
 NONNEGATIVE = 0  # u = a, for a >= 0
 SIGNED = 1  # u = [max(a, 0), max(-a, 0)]
 BOX = 2  # u = [a - low, high - a]
 ONES = 3  # u = 1
+VALUE = 4  # u = a, of either sign
+NEGATED = 5  # u = max(-a, 0), where all weights are positive
 
-# Weights V >= 0 of a rule with one number for each weight W, where a kernel makes them itself (dense):
+# Weights V of a rule with one number for each weight W, where a kernel makes them itself (dense):
 
 POSITIVE = 0  # max(W, 0), and max(-W, 0) for the second feature
-SQUARED = 1  # W^2
-FLAT = 2  # 1
+NEGATIVE = 1  # max(-W, 0), and max(W, 0) for the second feature
+AS_IS = 2  # W
+SQUARED = 3  # W^2
+FLAT = 4  # 1
+
+# How ratios follow from a layer's sums (kernels/cpu/formulas.py), where it is not one ratio |x| / z:
+
+SIGNS = 0  # z+ for a layer whose negative outputs have relevance: they share among what made them negative
+EPSILON = 1
+ALPHA_BETA = 2
+GAMMA = 3
+GRADIENT = 4
+DIRECTION = 5
+
+# What the bias is in these sums:
+
+IGNORED = 0
+ABSORBED = 1
+SHARED = 2
+
+# Of local response normalisation:
+
+NORM_IDENTITY = 10
+NORM_TAYLOR = 11
+NORM_GRADIENT = 12

@@ -6,6 +6,16 @@ from hypothesis import strategies as st
 from fastdtd import graph as g
 
 LINEAR = ["z+", "w2", "flat"]
+PLAIN = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"  # z+ whatever the sign of the output
+# Rules that can make negative relevance. Their stabilisers are large, so that small denominators do not amplify float32's rounding.
+SIGNED = [
+    PLAIN, "epsilon(epsilon=0.5)", "epsilon(epsilon=0.5, bias=ignored)", "epsilon(epsilon=0.5, bias=shared)",
+]
+SIGNED_WITH_WEIGHTS = [
+    *SIGNED, "gamma(gamma=0.5, epsilon=0.5)", "gamma(epsilon=0.5, bias=shared)", "gamma(epsilon=0.5, bias=ignored)",
+    "alpha-beta(epsilon=0.5)", "alpha-beta(alpha=3, beta=2, epsilon=0.5, bias=ignored)", "alpha-beta(epsilon=0.5, bias=shared)",
+    "z+(bias=absorbed, epsilon=0.1)", "z+(bias=shared)",
+]
 KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "clip", "norm", "dense",
          "leaky", "power", "rearrange"]
 
@@ -129,17 +139,21 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
 
 
 @st.composite
-def graphs_and_rules(draw, like_peers=False):
-    """A Graph, and rules for some of its layers; like_peers: for none of its pools and additions."""
+def graphs_and_rules(draw, like_peers=False, signed=False):
+    """A Graph, and rules for some of its layers; like_peers: for none of its pools and additions; signed: for most, of SIGNED."""
     graph = draw(graphs(like_peers=like_peers))
     rules = {}
     for layer in graph:
-        if draw(st.integers(0, 4)) or (like_peers and not isinstance(layer, (g.Conv2d, g.Dense))):
+        if draw(st.integers(0, 4)) > (3 if signed else 0) or (like_peers and not isinstance(layer, (g.Conv2d, g.Dense))):
             continue
         if isinstance(layer, g.MaxPool2d):
             rules[layer.name] = draw(st.sampled_from(["winner", "proportional"]))
-        elif isinstance(layer, (g.Conv2d, g.Dense, g.Add, g.Pool2d, g.GlobalAveragePool)):
-            rules[layer.name] = draw(st.sampled_from(LINEAR))
+        elif isinstance(layer, (g.Conv2d, g.Dense)):
+            rules[layer.name] = draw(st.sampled_from(LINEAR + SIGNED_WITH_WEIGHTS if signed else LINEAR))
+        elif isinstance(layer, (g.Add, g.Pool2d, g.GlobalAveragePool)):
+            rules[layer.name] = draw(st.sampled_from(LINEAR + SIGNED[1:3] if signed else LINEAR))
+        elif isinstance(layer, g.LocalResponseNorm) and signed:
+            rules[layer.name] = draw(st.sampled_from(["identity", "taylor(epsilon=0.1)"]))
     return graph, rules
 
 

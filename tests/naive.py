@@ -8,6 +8,8 @@ with the features u and weights V of docs/method.md. It works on relevance R its
 Nothing here is shared with the package but the layers' fields.
 """
 
+import inspect
+
 import numpy as np
 
 from fastdtd import graph as g
@@ -71,8 +73,8 @@ def window_matrix(layer, shape):
     return weights.reshape(size, -1), connected.reshape(size, -1)
 
 
-def shares(rule, a, weights, connected, low, high):
-    """(outputs, inputs): u V of each connection."""
+def shares(rule, a, weights, connected, low, high, direction=None):
+    """(outputs, inputs): u V of each connection, or v w."""
     positive, negative = np.maximum(weights, 0), np.maximum(-weights, 0)
     match rule:
         case "z+":
@@ -83,14 +85,73 @@ def shares(rule, a, weights, connected, low, high):
             return weights**2
         case "flat":
             return connected
+        case "direction":
+            every = np.broadcast_arrays(a, weights, *([] if low is None else [low, high]))
+            return np.vectorize(direction, otypes=[float])(*every[:len(inspect.signature(direction).parameters)]) * weights * connected
     raise ValueError(rule)
 
 
 def redistribute(share, relevance):
     """Relevance of the inputs, and what was absorbed because no connection has a share."""
     total = share.sum(1)
-    ratio = np.divide(relevance, total, out=np.zeros_like(total), where=total > 0)
+    ratio = np.divide(relevance, total, out=np.zeros_like(relevance), where=total > 0)
     return share.T @ ratio, relevance[total <= 0].sum()
+
+
+def stable(z, epsilon):
+    """z, further from zero by epsilon; where it is zero then, nothing can be shared."""
+    z = z + np.where(z >= 0, epsilon, -epsilon)
+    return np.where(np.abs(z) > 1e-30, z, np.inf)
+
+
+def redistribute_signed(rule, contributions, connected, bias, relevance):
+    """The rules with parameters: relevance of the inputs, from contributions (outputs, inputs) a W and bias (outputs,)."""
+    bias = np.zeros_like(bias) if rule.bias == "ignored" else bias
+    speaks_for, against = np.maximum(contributions, 0), np.minimum(contributions, 0)
+    bias_for, bias_against = np.maximum(bias, 0), np.minimum(bias, 0)
+
+    def part(numbers, of_bias):
+        """Shares of numbers (outputs, inputs) and a bias in their sum."""
+        if rule.bias == "shared":
+            numbers = numbers + connected * (of_bias / np.maximum(connected.sum(1), 1))[:, None]
+            return numbers, numbers.sum(1)
+        return numbers, numbers.sum(1) + of_bias
+
+    match rule.name:
+        case "epsilon":
+            numbers, z = part(contributions, bias)
+            return numbers.T @ (relevance / stable(z, rule.epsilon))
+        case "alpha-beta" | "z+":
+            (numbers, z), (other, other_z) = part(speaks_for, bias_for), part(against, bias_against)
+            return (rule.alpha * (numbers.T @ (relevance / stable(z, rule.epsilon)))
+                    - rule.beta * (other.T @ (relevance / stable(other_z, rule.epsilon))))
+        case "gamma":
+            sign = np.sign(contributions.sum(1) + bias)
+            more = np.where(sign > 0, speaks_for.T, np.where(sign < 0, against.T, 0)).T
+            more_bias = np.where(sign > 0, bias_for, np.where(sign < 0, bias_against, 0))
+            numbers, z = part(contributions + rule.gamma * more, bias + rule.gamma * more_bias)
+            return numbers.T @ (np.where(sign == 0, 0, relevance) / stable(z, rule.epsilon))
+    raise ValueError(rule.name)
+
+
+def negatives_speak(graph, rules, name):
+    """Whether negative numbers of a tensor can have relevance: what reads it gives some to them."""
+    for layer in graph:
+        rule = rules.get(layer.name)
+        if name not in layer.inputs:
+            continue
+        match layer:
+            case g.Conv2d() | g.Dense() | g.Power():
+                return True
+            case g.ReLU() | g.Clip(low=0) | g.LeakyReLU(slope=0):
+                continue
+            case g.MaxPool2d() if rule.name == "proportional":
+                continue
+            case g.Add() | g.AveragePool2d() | g.GlobalAveragePool() if rule.name not in ("z+", "alpha-beta"):
+                return True
+        if negatives_speak(graph, rules, layer.name):
+            return True
+    return False
 
 
 def normalisation(layer, a):
@@ -146,8 +207,33 @@ def forward(graph, picture):
     return tensors
 
 
+def taylor_of_normalisation(layer, a, relevance, epsilon):
+    """Binder et al., arXiv:1604.00825: each output expanded around the input that has its own number alone."""
+    flat, size = a.ravel(), layer.size**2 if layer.within_channel else layer.size
+    sums = (normalisation(layer, a)**(1 / layer.beta) - layer.bias) / layer.alpha if layer.beta and layer.alpha else np.zeros(flat.size)
+    alpha, back = layer.alpha / size, np.zeros_like(flat)
+    places = list(np.ndindex(a.shape))
+    before, behind = (layer.size - 1) // 2, layer.size // 2
+    for k, place in enumerate(places):
+        terms = np.zeros_like(flat)
+        for i, other in enumerate(places):
+            steps = [q - p for p, q in zip(place, other, strict=True)]
+            near = all(-before <= step <= behind for step in (steps[1:] if layer.within_channel else steps[:1]))
+            if near and not any(steps[:1] if layer.within_channel else steps[1:]) and i != k:
+                terms[i] = -2 * alpha * layer.beta * flat[k] * flat[i]**2 / (layer.bias + layer.alpha * sums[k])**(layer.beta + 1)
+        terms[k] = flat[k] / (layer.bias + alpha * flat[k]**2)**layer.beta
+        back += terms * relevance[k] / stable(terms.sum(), epsilon)
+    return back
+
+
 def explain(graph, picture, target, rules, start=None):
-    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture; rules: names by layer, as Explainer.rules has them.
+    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture, as `relevances`."""
+    relevance, scores, absorbed = relevances(graph, picture, target, rules, start)
+    return relevance[g.INPUT].reshape(graph.input_shape), scores, absorbed
+
+
+def relevances(graph, picture, target, rules, start=None):
+    """(relevance by tensor, flat, scores (K,), absorbed by layer) of one picture; rules: by layer, fastdtd.rules.Rule.
 
     start (K,): relevance of the outputs, instead of the target's score.
     """
@@ -165,9 +251,12 @@ def explain(graph, picture, target, rules, start=None):
             back = rearrangement(layer, len(a)).T @ r
             if layer.index.min() < 0:
                 absorbed[layer.name] = r[layer.index.ravel() < 0].sum()
-        elif rule is None:  # activations, normalisation, concatenation, flatten
+        elif isinstance(layer, g.LocalResponseNorm) and rule.name == "taylor":
+            back = taylor_of_normalisation(layer, a.reshape(graph.shapes[layer.inputs[0]]), r, rule.epsilon)
+            absorbed[layer.name] = r.sum() - back.sum()
+        elif rule is None or rule.name == "identity":  # activations, normalisation, concatenation, flatten
             back = r
-        elif rule == "winner":
+        elif rule.name == "winner":
             _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
             candidates = np.where(connected > 0, a, -np.inf)
             winners = (candidates >= candidates.max(1, keepdims=True) - TIE).argmax(1)
@@ -176,17 +265,32 @@ def explain(graph, picture, target, rules, start=None):
         else:
             weights, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
             domains = [graph.domains[name] for name in layer.inputs]
-            bounded = all(d.low is not None for d in domains)
-            if rule == "proportional":
-                rule, weights = "zB" if bounded else "z+", connected
+            bounded, kind = all(d.low is not None for d in domains), rule.name
+            if kind == "proportional":
+                kind, weights = "zB" if bounded else "z+", connected
             low = high = None
             if bounded:
                 low, high = (np.concatenate([np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
                                              for name in layer.inputs]) for side in ("low", "high"))
-            back, absorbed[layer.name] = redistribute(shares(rule, a, weights, connected, low, high), r)
+            if kind == "direction":
+                share = shares(kind, a, weights, connected, low, high, rule.direction)
+                back = share.T @ (r / stable(share.sum(1), 0))
+                absorbed[layer.name] = r.sum() - back.sum()
+            elif kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
+                bias = np.zeros(len(r))
+                if getattr(layer, "bias", None) is not None:
+                    bias = np.repeat(layer.bias.astype(float), len(r) // len(layer.bias))
+                back = redistribute_signed(rule, weights * a, connected, bias, r)
+                absorbed[layer.name] = r.sum() - back.sum()
+            else:
+                share = shares(kind, a, weights, connected, low, high)
+                if rule.name == "z+" and negatives_speak(graph, rules, layer.name):
+                    # A negative output is a neuron of weights -W that reads the same.
+                    share = np.where(tensors[layer.name][:, None] < 0, shares(kind, a, -weights, connected, low, high), share)
+                back, absorbed[layer.name] = redistribute(share, r)
         at = 0
         for name in layer.inputs:
             size = len(tensors[name])
             relevance[name] += back[at:at + size]
             at += size
-    return relevance[g.INPUT].reshape(graph.input_shape), tensors[graph.output], absorbed
+    return relevance, tensors[graph.output], absorbed

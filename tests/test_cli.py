@@ -110,7 +110,7 @@ def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]
     assert run("explain", "net.h5", "pictures", "--rule", "conv=flat")[0] == 0
-    for rule, message in (("conv=magic", "rule 'magic' for 'conv' is unknown"), ("nothing=w2", "no layer with a rule is named 'nothing'"),
+    for rule, message in (("conv=magic", "for 'conv': rule 'magic' is unknown"), ("nothing=w2", "no layer with a rule is named 'nothing'"),
                           ("scores=winner", "does not apply to Dense"), ("scores=zB", "rule 'zB' needs bounds"), ("conv=", "rule ''")):
         for command in (["show", "net.h5"], ["explain", "net.h5", "pictures"]):
             assert message in refused(run(*command, "--rule", rule))
@@ -289,19 +289,36 @@ def test_convert_without_a_file(run, place):
 def test_rules_by_name(run):
     status, out, _ = run("show", "net.h5", "--rules", "innvestigate.deep_taylor")
     assert status == 0
-    assert [line.split()[-1] for line in out if line.startswith(("conv ", "average ", "scores "))] == ["z+", "flat", "z+"]
-    status, out, err = run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", "--rule", "conv=w2")
-    assert (status, out) == (1, [])
-    assert err[0].startswith("fastdtd: --rule and --rules innvestigate.deep_taylor given; required: one or the other")
+    plain = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"
+    shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
+    assert shown == [f"conv{plain}", "averageflat", f"scores{plain}"]
+    changed = ["--rule", "type:conv2d=w2", "--rule", "scores=epsilon(epsilon=0.25, bias=ignored)"]
+    out = run("show", "net.h5", "--rules", "innvestigate.deep_taylor", *changed)[1]
+    shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
+    assert shown == ["convw2", "averageflat", "scoresepsilon(epsilon=0.25, bias=ignored)"]
+    assert run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", *changed)[0] == 0
     assert "rules 'lrp' is unknown" in run("show", "net.h5", "--rules", "lrp")[2][0]
 
 
+def test_list_of_rules(run):
+    status, out, _ = run("rules")
+    assert status == 0
+    assert any(line.split()[0] == "zennit.epsilon_plus" for line in out if line)
+    assert "  gamma(gamma=0.25, epsilon=1e-06, bias=absorbed)" in out
+
+
 def test_ledger(run):
-    """Both channels that are off see a bias that nothing speaks for: nothing of it is left out of the books."""
+    """What came to a layer went on to the next or was absorbed, and all of it makes up the scores."""
     status, out, _ = run("explain", "net.h5", "pictures", "--ledger", "--outputs", "relevance")
     assert status == 0
-    books = {name: (float(amount), share) for name, amount, share in (line.rsplit(None, 2) for line in out[3:-1])}
-    assert list(books) == ["the pixels", "absorbed by conv", "absorbed by average", "absorbed by scores", "all"]
-    assert books["all"][1] == "100.000%"
-    assert books["all"][0] == pytest.approx(sum(amount for name, (amount, _) in books.items() if name != "all"))
-    assert books["all"][0] == pytest.approx(sum(float(line.split("score ")[1].split(",")[0]) for line in out[:3]), rel=1e-4)
+    rows = {line.split()[0]: line.split()[1:] for line in out[4:-3]}
+    assert list(rows) == ["scores", "average", "conv"]
+    total = sum(float(line.split("score ")[1].split(",")[0]) for line in out[:3])
+    came = [float(row[0]) for row in rows.values()]
+    assert came[0] == pytest.approx(total, rel=1e-4)
+    for (given, went_on, absorbed, share), following in zip(rows.values(), [*came[1:], float(out[-3].split()[2])], strict=True):
+        assert float(given) == pytest.approx(float(went_on) + float(absorbed), rel=1e-4)
+        assert float(went_on) == pytest.approx(following, rel=1e-4)  # layers in a row
+        assert float(share.rstrip("%")) == pytest.approx(100 * float(absorbed) / total, abs=1e-2)
+    assert out[-2].split()[0] == "all"
+    assert out[-2].split()[-1] == "100.000%"

@@ -1,6 +1,7 @@
 """Whole explanations: against the oracle, and what must hold for every network (conservation, no negative relevance, the same bits)."""
 
 import os
+import pickle
 import re
 import signal
 import threading
@@ -20,10 +21,11 @@ from hypothesis import strategies as st
 
 from fastdtd import explainer as explainer_module
 from fastdtd import graph as g
-from fastdtd.errors import InputError
+from fastdtd.errors import InputError, RuleError
 from fastdtd.explainer import Explainer, ExplanationWarning
 from fastdtd.model import Model, Preprocessing
 from fastdtd.plan import Plan
+from fastdtd.rules import search_direction
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -51,7 +53,7 @@ def test_agrees_with_the_oracle(case, count):
     describe(graph)
     made, batch = explainer(graph, rules), pictures(graph, count)
     e = explain(made, batch)
-    names = {name: rule.name for name, rule in made.rules.items()}
+    names = {name: rule.rule for name, rule in made.rules.items()}
     for i, picture in enumerate(batch):
         relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], names)
         scale = max(1.0, np.abs(scores).max())
@@ -60,6 +62,24 @@ def test_agrees_with_the_oracle(case, count):
         assert np.linalg.norm(e.relevance[i] - relevance) <= 2e-5 * max(np.linalg.norm(relevance), scale)
         for name, lost in absorbed.items():
             assert abs(e.ledger[name][i] - lost) <= 2e-5 * scale
+
+
+@many
+@given(graphs_and_rules(signed=True), st.integers(1, 4), st.integers(1, 2))
+def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
+    graph, rules = case
+    describe(graph)
+    note(rules)
+    made, batch = explainer(graph, rules, threads), pictures(graph, count)
+    e = explain(made, batch)
+    for i, picture in enumerate(batch):
+        relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], {name: rule.rule for name, rule in made.rules.items()})
+        scale = max(1.0, np.abs(scores).max())
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), scale)
+        for name, lost in absorbed.items():
+            assert abs(e.ledger[name][i] - lost) <= 1e-4 * max(np.linalg.norm(relevance), scale)
+        kept = np.sum([abs(lost[i]) for lost in e.ledger.values()]) + np.abs(e.relevance[i]).sum(dtype=np.float64)
+        assert abs(e.relevance[i].sum(dtype=np.float64) + e.absorbed[i] - e.explained[i]) <= 1e-5 * max(kept, e.explained[i])
 
 
 @settings(many, max_examples=40)
@@ -73,12 +93,107 @@ def test_any_start_agrees_with_the_oracle(case, seed):
     e = made(batch, start=start)
     np.testing.assert_allclose(e.explained, start.sum(1))
     assert (e.target == start.argmax(1)).all()
-    names = {name: rule.name for name, rule in made.rules.items()}
+    names = {name: rule.rule for name, rule in made.rules.items()}
     for i, picture in enumerate(batch):
         relevance, _, absorbed = naive.explain(graph, picture, 0, names, start[i])
         assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), 1.0)
         for name, lost in absorbed.items():
             assert abs(e.ledger[name][i] - lost) <= 1e-4
+
+
+@settings(many, max_examples=60)
+@given(graphs_and_rules(signed=True))
+def test_relevance_at_every_layer(case):
+    graph, rules = case
+    describe(graph)
+    made, batch = explainer(graph, rules, threads=2), pictures(graph, 2)
+    e = explain(made, batch)
+    rules = {name: rule.rule for name, rule in made.rules.items()}
+    oracle = [naive.relevances(graph, picture, e.target[i], rules)[0] for i, picture in enumerate(batch)]
+    for name, shape in graph.shapes.items():
+        ours = e.at(name)
+        assert ours.shape == (2, *shape)
+        for i in range(2):
+            expected = oracle[i][name].reshape(shape)
+            assert np.linalg.norm(ours[i] - expected) <= 1e-4 * max(np.linalg.norm(expected), np.abs(e.output[i]).max(), 1)
+    assert (e.at("input") == e.relevance).all()
+    assert {name: came.tolist() for name, came in e.flow().items()} == {
+        name: e.at(name).sum((1, 2, 3), dtype=np.float64).tolist() for name in e.ledger}
+
+
+def test_no_such_layer_and_no_network():
+    e = explain(explainer(small()), pictures(small(), 1))
+    with pytest.raises(InputError, match="has no layer 'conv9'; it has input, conv, relu, pool, scores"):
+        e.at("conv9")
+    kept = pickle.loads(pickle.dumps(e))
+    assert (kept.relevance == e.relevance).all()
+    with pytest.raises(InputError, match="pickled, without the network"):
+        kept.at("conv")
+
+
+def z_plus(a, w):
+    return a if w > 0 else 0
+
+
+def z_plus_on_reals(a, w):
+    return a if a * w > 0 else 0
+
+
+def w2(a, w):
+    return w
+
+
+def z_b(a, w, low, high):
+    return a - low if w > 0 else a - high
+
+
+def to_the_middle(a, w, low, high):
+    return (a - (low + high) / 2) * np.sign(w) + 0.25 * w * w
+
+
+def two_layers(box):
+    """A convolution in groups with everything off its default, at the input, and a dense layer behind it."""
+    rng = np.random.default_rng(1)
+    weight, bias = rng.standard_normal((6, 2, 3, 2)), rng.standard_normal(6)
+    return g.Graph((g.Conv2d("conv", (g.INPUT,), weight, bias, (2, 1), (1, 0, 2, 1), (1, 2), 2),
+                    g.ReLU("relu", ("conv",)), g.Flatten("flat", ("relu",)),
+                    g.Dense("hidden", ("flat",), rng.standard_normal((7, 6 * 4 * 4)), rng.standard_normal(7)), g.ReLU("r", ("hidden",)),
+                    g.Dense("scores", ("r",), rng.random((2, 7)))), (4, 7, 5), box)
+
+
+@pytest.mark.parametrize(("direction", "layer", "rule"), [
+    (z_plus, "hidden", "z+"), (z_plus_on_reals, "conv", "z+"), (w2, "conv", "w2"), (z_b, "conv", "zB"), (w2, "hidden", "w2"),
+    (lambda a, w: 1 / w if w != 0 else 0, "hidden", "flat"), (lambda a, w: a, "hidden", "epsilon(epsilon=0, bias=ignored)"),
+])
+def test_named_rules_follow_from_their_search_direction(direction, layer, rule):
+    graph = two_layers((-1.0, 2.0))
+    batch = pictures(graph, 3)
+    named, general = (explain(explainer(graph, {layer: given}, threads=2), batch) for given in (rule, search_direction(direction)))
+    assert (named.explained > 0).all()
+    np.testing.assert_allclose(general.relevance, named.relevance, atol=2e-5 * np.abs(named.relevance).max())
+    np.testing.assert_allclose(general.ledger[layer], named.ledger[layer], atol=2e-5 * named.explained.max())
+
+
+@pytest.mark.parametrize(("direction", "layer"), [(to_the_middle, "conv"), (lambda a, w: np.exp(-a) * w, "hidden"),
+                                                 (lambda a, w: w if a > 0.3 else 0, "conv")])
+def test_any_search_direction_agrees_with_the_oracle(direction, layer):
+    graph = two_layers((-1.0, 2.0))
+    made, batch = explainer(graph, {layer: search_direction(direction)}), pictures(graph, 3)
+    e = explain(made, batch)
+    for i, picture in enumerate(batch):
+        relevance, _, absorbed = naive.explain(graph, picture, e.target[i], {name: rule.rule for name, rule in made.rules.items()})
+        np.testing.assert_allclose(e.relevance[i], relevance, atol=1e-4 * max(np.abs(relevance).max(), e.explained[i]))
+        assert abs(e.ledger[layer][i] - absorbed[layer]) <= 1e-4 * e.explained[i]
+
+
+@pytest.mark.parametrize(("direction", "layer", "message"), [
+    (lambda a: a, "conv", "required: a function of"), ("v", "conv", "required: a function of"),
+    (lambda a, w: a.sign(w), "conv", "cannot be compiled"), (lambda a, w: "far", "conv", "cannot be compiled: it returns"),
+    (z_b, "hidden", "asks for bounds of what it reads"), (w2, "relu", "no layer with a rule is named 'relu'"),
+])
+def test_search_directions_that_are_refused(direction, layer, message):
+    with pytest.raises(RuleError, match=message):
+        explainer(two_layers((-1.0, 2.0)), {layer: search_direction(direction)})
 
 
 def test_starts():

@@ -68,7 +68,7 @@ def check(layer, shape, rule, hidden, count=2, threads=1):
     e = explainer(batch, 1)
     assert (e.explained > 0).all()
     for i in range(count):
-        relevance, scores, absorbed = naive.explain(graph, batch[i], 1, {name: r.name for name, r in explainer.rules.items()})
+        relevance, scores, absorbed = naive.explain(graph, batch[i], 1, {name: r.rule for name, r in explainer.rules.items()})
         np.testing.assert_allclose(e.output[i], scores, rtol=1e-5, atol=1e-5)
         assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-5 * np.linalg.norm(relevance) + 1e-12
         assert e.ledger[tested][i] == pytest.approx(absorbed[tested], rel=1e-4, abs=1e-5 * scores[1])
@@ -210,7 +210,7 @@ def check_winner(layer, shape, hidden):
     batch = np.random.default_rng(1).uniform(-1, 2, (2, *shape)).astype(np.float32)
     e = explainer(batch, 1)
     for i in range(2):
-        relevance, scores, _ = naive.explain(graph, batch[i], 1, {name: r.name for name, r in explainer.rules.items()})
+        relevance, scores, _ = naive.explain(graph, batch[i], 1, {name: r.rule for name, r in explainer.rules.items()})
         np.testing.assert_allclose(e.output[i], scores, rtol=1e-5, atol=1e-5)
         assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-5 * np.linalg.norm(relevance) + 1e-12
     assert "tested" not in e.ledger

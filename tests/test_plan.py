@@ -140,7 +140,7 @@ def test_concatenations_write_in_place_where_they_can(graph, copied):
     assert (copies(plan) > 0) == copied
     plan._arena[:] = np.nan  # what is added to without having been cleared would show
     scores, relevance, _ = run(plan, batch)
-    rules = {name: rule.name for name, rule in plan._rules.items()}
+    rules = {name: rule.rule for name, rule in plan._rules.items()}
     for i, picture in enumerate(batch):
         expected, expected_scores, _ = naive.explain(graph, picture, 0, rules)
         np.testing.assert_allclose(scores[i], expected_scores, atol=1e-5)

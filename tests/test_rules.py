@@ -6,7 +6,7 @@ from fastdtd.kernels import codes
 
 from fastdtd import graph as g
 from fastdtd.errors import RuleError
-from fastdtd.rules import assign
+from fastdtd.rules import assign, rule_of
 
 
 def network(box=None):
@@ -40,14 +40,15 @@ def test_defaults_follow_the_domain(box, first):
 
 
 def test_features_follow_the_domain():
-    features = {name: rule.features for name, rule in assign(network((0, 1)), {"max": "proportional"}).items()}
+    assigned = assign(network((0, 1)), {"max": "proportional"})
+    features = {name: rule.terms[0].features for name, rule in assigned.items()}
     signed = dict.fromkeys(("max", "average", "sum", "mean", "scores"), codes.SIGNED)  # nothing but conv1 is behind a ReLU
     assert features == {"conv1": codes.BOX, "conv[2]": codes.NONNEGATIVE, **signed}
-    assert assign(network())["max"].features is None
+    assert assign(network())["max"].terms == ()
     for rules, box, expected in [({"max": "proportional"}, (0, 1), codes.BOX), ({"max": "proportional"}, None, codes.SIGNED),
                                  ({"average": "z+"}, (0, 1), codes.NONNEGATIVE), ({"average": "z+"}, (-1, 1), codes.SIGNED),
                                  ({"average": "w2"}, (0, 1), codes.ONES), ({"average": "flat"}, (0, 1), codes.ONES)]:
-        assert assign(pools(box), rules)[next(iter(rules))].features == expected
+        assert assign(pools(box), rules)[next(iter(rules))].terms[0].features == expected
 
 
 @pytest.mark.parametrize(("rules", "changed"), [
@@ -60,6 +61,8 @@ def test_features_follow_the_domain():
     ({"conv[2]": "flat"}, {"conv[2]": "flat"}),  # a name before it is a pattern, which would be conv2
     ({"conv[[]*": "flat"}, {"conv[2]": "flat"}),
     ({"conv[12]": "flat"}, {"conv1": "flat"}),
+    ({"type:conv2d": "flat", "type:dense": "epsilon(epsilon=0.25)"}, {"conv1": "flat", "conv[2]": "flat", "scores": "epsilon"}),
+    (["dtd", {"mean": "epsilon"}, {"sum": "flat"}], {"mean": "epsilon", "sum": "flat"}),
 ])
 def test_overrides(rules, changed):
     assert names(network(), rules) == {"conv1": "w2", **HIDDEN, **changed}
@@ -77,10 +80,20 @@ def test_a_name_that_is_a_pattern_of_another():
     (None, "rules None given; required: a preset such as 'dtd', or a mapping"),
     ({"conv1": ["flat"]}, "required: a preset such as 'dtd', or a mapping"),
     ({1: "flat"}, "required: a preset such as 'dtd', or a mapping"),
-    ({"conv1": "epsilon"}, "rule 'epsilon' for 'conv1' is unknown; required: one of z\\+, zB, w2, flat, winner, proportional"),
+    ({"conv1": "lrp"}, "for 'conv1': rule 'lrp' is unknown; required: one of z\\+, zB, w2, flat, epsilon, .*, winner, proportional"),
+    ({"conv1": "epsilon(0.1)"}, r"for 'conv1': rule 'epsilon\(0.1\)' has a parameter '0.1'; required: epsilon or bias"),
+    ({"conv1": "flat(epsilon=1)"}, "has a parameter 'epsilon'; required: none"),
+    ({"conv1": "epsilon(epsilon=-1)"}, "has epsilon '-1'; required: a number from 0 to 1e\\+06"),
+    ({"conv1": "epsilon(epsilon=nan)"}, "has epsilon 'nan'; required: a number"),
+    ({"conv1": "gamma(bias=kept)"}, "has bias 'kept'; required: one of ignored, absorbed, shared"),
+    ({"conv1": "epsilon(epsilon=1"}, "is unknown; required: one of"),
+    ({"average": "gamma"}, "rule gamma does not apply to AveragePool2d 'average', which has no weights"),
+    ({"conv1": "gradient"}, "layer 'conv\\[2\\]' has a rule that shares relevance, others the rule 'gradient'"),
+    ({"type:conv1d": "flat"}, "no layer with a rule is named 'type:conv1d'"),
+    (["dtd", "dtd"], "required: a preset such as 'dtd', or a mapping"),
     ({"conv9": "flat"}, "no layer with a rule is named 'conv9' or matches it; they are conv1, "),
     ({"relu": "flat"}, "no layer with a rule is named 'relu'"),
-    ({"conv*": "winner"}, "rule 'winner' does not apply to Conv2d 'conv1'; required: one of z\\+, zB, w2, flat$"),
+    ({"conv*": "winner"}, "rule 'winner' does not apply to Conv2d 'conv1'; required: one of z\\+, zB, w2, .*, gradient$"),
     ({"scores": "proportional"}, "rule 'proportional' does not apply to Dense 'scores'"),
     ({"max": "z+"}, "rule 'z\\+' does not apply to MaxPool2d 'max'; required: one of winner, proportional$"),
     ({"*": "flat"}, "rule 'flat' does not apply to MaxPool2d 'max'"),
@@ -102,13 +115,28 @@ def test_share_weights():
     graph = g.Graph((g.Dense("first", (g.INPUT,), weight),), (2, 1, 1), (0, 1))
 
     def shares(rule):
-        return [v.tolist() for v in assign(graph, {"first": rule})["first"].share_weights(weight)]
+        return [v.tolist() for v in assign(graph, {"first": rule})["first"].terms[0].share_weights(weight)]
 
     assert shares("z+") == [[[2, 0]]]
     assert shares("zB") == [[[2, 0]], [[0, 3]]]
     assert shares("w2") == [[[4, 9]]]
     assert shares("flat") == [[[1, 1]]]
     signed = assign(network())["scores"]
-    assert [v.tolist() for v in signed.share_weights(weight)] == [[[2, 0]], [[0, 3]]]
+    assert [v.tolist() for v in signed.terms[0].share_weights(weight)] == [[[2, 0]], [[0, 3]]]
     with pytest.raises(RuleError, match="a weight of 3e\\+15 is too large to be squared in float32; use 'flat' here"):
-        assign(graph, {"first": "w2"})["first"].share_weights(weight * np.float32(1e15))
+        assign(graph, {"first": "w2"})["first"].terms[0].share_weights(weight * np.float32(1e15))
+
+
+@pytest.mark.parametrize("text", ["z+", "epsilon", "epsilon(epsilon=0.25)", "gamma(gamma=2, bias=shared)",
+                                  "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)", "z+(bias=absorbed)", "taylor", "winner"])
+def test_a_rule_is_its_text(text):
+    assert str(rule_of(text)) == text
+    assert rule_of(f" {text.replace(',', ' , ')} ") == rule_of(text)
+
+
+def test_negative_outputs_have_ratios_of_their_own_where_they_can_have_relevance():
+    formulas = {name: rule.formula for name, rule in assign(network()).items()}
+    # What the dense layer reads can be negative, and so all before it up to the ReLU.
+    signed = {name for name, formula in formulas.items() if formula == codes.SIGNS}
+    assert signed == {"conv[2]", "average", "sum", "mean"}
+    assert formulas["scores"] is None

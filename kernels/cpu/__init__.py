@@ -20,6 +20,7 @@ from fastdtd.kernels.cpu.dense import (
     dense_redistribute,
     dense_redistribute_elements,
 )
+from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
     LEAST,
     absorb_redistribute,
@@ -29,12 +30,12 @@ from fastdtd.kernels.cpu.elementwise import (
     add_redistribute,
     clear_redistribute,
     copy_forward,
-    normalize_forward,
-    normalize_redistribute,
     power_forward,
     rearrange_forward,
     rearrange_redistribute,
 )
+from fastdtd.kernels.cpu.formulas import lose_redistribute, observe_redistribute, ratios_forward
+from fastdtd.kernels.cpu.normalize import normalize_forward, normalize_redistribute, normalize_shares_redistribute
 from fastdtd.kernels.cpu.pool2d import (
     max_pool2d_forward,
     max_pool2d_redistribute,
@@ -81,14 +82,19 @@ __all__ = [
     "dense_forward_elements",
     "dense_redistribute",
     "dense_redistribute_elements",
+    "direction_kernels",
+    "lose_redistribute",
     "max_pool2d_forward",
     "max_pool2d_redistribute",
     "normalize_forward",
     "normalize_redistribute",
+    "normalize_shares_redistribute",
+    "observe_redistribute",
     "pool2d_forward",
     "pool2d_redistribute",
     "pool2d_redistribute_elements",
     "power_forward",
+    "ratios_forward",
     "rearrange_forward",
     "rearrange_redistribute",
     "run_steps",

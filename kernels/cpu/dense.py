@@ -9,7 +9,7 @@ piece, the block or the images beside it, each sum is one chain of multiply-adds
 """
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, FLAT, NONNEGATIVE, ONES, SIGNED, SQUARED
+from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, NONNEGATIVE, ONES, SIGNED, SQUARED, VALUE
 from fastdtd.kernels.cpu.elementwise import finish, ratio_of
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.vector_code import (
@@ -135,6 +135,7 @@ _POSITIVE, _POSITIVE_OF_SEVERAL = (_make_add_rows(images, positive) for images i
 _NEGATIVE, _NEGATIVE_OF_SEVERAL = (
     _make_add_rows(images, lambda builder, w: positive(builder, builder.fsub(ZEROS, w))) for images in (1, _IMAGES))
 _SQUARES = _make_add_rows(1, lambda builder, w: builder.fmul(w, w))
+_AS_IS = _make_add_rows(1, lambda builder, w: w)
 
 
 @intrinsic
@@ -249,17 +250,20 @@ def _list_shares(shares, ratio, c, c_channel):
 @kernel
 def _add_rows(p_sums, p_w, stride, p_shares, count, images, second, weights, length):
     """sums (images, _STRIDE) += s V of the listed rows, V of the first feature or of the second."""
+    negative = (weights == NEGATIVE) != (second == 1)
     for block in range(0, count, _BLOCK_ROWS):
         n = 0
         while n < images:
-            to, together = p_sums + 4 * n * _STRIDE, 1 if weights == SQUARED else _group(images, n)
+            to, together = p_sums + 4 * n * _STRIDE, 1 if weights in (SQUARED, AS_IS) else _group(images, n)
             for i in range(block, min(block + _BLOCK_ROWS, count), _ROWS_BACK):
                 lines = p_shares + 4 * i * (images + 1)
                 if weights == SQUARED:
                     _SQUARES(to, p_w, stride, lines, images, n, length)
-                elif second and together == 1:
+                elif weights == AS_IS:
+                    _AS_IS(to, p_w, stride, lines, images, n, length)
+                elif negative and together == 1:
                     _NEGATIVE(to, p_w, stride, lines, images, n, length)
-                elif second:
+                elif negative:
                     _NEGATIVE_OF_SEVERAL(to, p_w, stride, lines, images, n, length)
                 elif together == 1:
                     _POSITIVE(to, p_w, stride, lines, images, n, length)
@@ -304,6 +308,8 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, shares, c_in_
                     result = max(value[i] - low[begin + i], _ZERO) * result + max(high[begin + i] - value[i], _ZERO) * other[i]
                 elif features == SIGNED:
                     result = result if value[i] >= _ZERO else other[i]
-                if relevance and features in (NONNEGATIVE, SIGNED):
+                if relevance and features == VALUE:
+                    result *= value[i]
+                elif relevance and features in (NONNEGATIVE, SIGNED):
                     result *= abs(value[i])
                 out[i] = result + out[i] if accumulate else result

@@ -5,7 +5,7 @@ The channels of an image lie one behind the other in each tensor, so what needs 
 """
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
+from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.vector_code import (
     F32,
@@ -27,7 +27,6 @@ from numba.extending import intrinsic
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-_THREE_QUARTERS = np.float32(0.75)
 LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
 
 
@@ -59,10 +58,12 @@ def ratio_of_least(x, z, relevance, least):
 @kernel
 def feature_sum(a, features, low, high):
     """Features of one number that weigh in where all weights are positive: the first of u."""
-    if features == NONNEGATIVE:
+    if features in (NONNEGATIVE, VALUE):
         return a
     if features == SIGNED:
         return max(a, _ZERO)
+    if features == NEGATED:
+        return max(-a, _ZERO)
     if features == BOX:
         return max(a - low, _ZERO)
     return _ONE
@@ -71,7 +72,7 @@ def feature_sum(a, features, low, high):
 @kernel
 def give(result, a, features, low, high, relevance):
     """What one number gets of V^T (ratio * c) where all weights are positive."""
-    if features == SIGNED and a < _ZERO:
+    if (features == SIGNED and a < _ZERO) or (features == NEGATED and a >= _ZERO):
         return _ZERO
     if relevance and features != ONES:
         return result * feature_sum(a, features, low, high)
@@ -164,32 +165,32 @@ def give_row(typing_context, out, first, second, a, count, low, high, box, relev
 
 
 @kernel
-def _together(unit, last, channels):
+def together_from(unit, last, channels):
     """How many units from this one on are channels of one image."""
     return min(last - unit, channels - unit % channels)
 
 
 @kernel
-def _run(flat, begin, count):
+def run(flat, begin, count):
     """So many numbers in a row. A loop over them vectorises; one over flat[begin + i] does not, for begin + i could be negative."""
     return flat[begin:begin + count]
 
 
 @kernel
 def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
-    """ledger[n, column] <- what z = 0 kept from being redistributed, where dead[n]; those ratios become 0. Units are images."""
+    """ledger[n, column] += what z = 0 kept from being redistributed, where dead[n]; those ratios become 0. Units are images."""
     numbers, places = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
     flat_ratio, flat_c = ratio.reshape(ratio.size), c.reshape(c.size)
     for n in range(first, last):
         if not dead[n]:
             continue
         lost = np.float64(0)
-        r, factor = _run(flat_ratio, n * numbers, numbers), _run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
+        r, factor = run(flat_ratio, n * numbers, numbers), run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
         for i in range(numbers):
             if r[i] < _ZERO:
                 lost -= np.float64(r[i]) * np.float64(factor[i])
                 r[i] = _ZERO
-        ledger[n, column] = lost
+        ledger[n, column] += lost
 
 
 @kernel
@@ -212,110 +213,57 @@ def activate_forward(x, a, x_channel, a_channel, channels, slope, least, most, f
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = _together(unit, last, channels)
+        together = together_from(unit, last, channels)
         count = together * places
-        out = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
-        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        out = run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
+        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
             out[i] = _activation(value[i], slope, least, most)
         unit += together
 
 
 @kernel
-def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, least, most, relevance, accumulate,
+def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, least, most, relevance, derive, accumulate,
                           first, last):
-    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes as it is."""
+    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes as it is.
+
+    If `derive`, c is a derivative, and so is c_in.
+    """
     places = a.shape[2] * a.shape[3]
     flat_in, flat_c, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), a.reshape(a.size)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = _together(unit, last, channels)
+        together = together_from(unit, last, channels)
         count = together * places
-        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
-        factor = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
-        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        out = run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
+        factor = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
+        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
             x = _activation(value[i], slope, least, most)
             kept = _ONE if relevance or x == value[i] else abs(x) / abs(value[i])
+            if derive:
+                kept = _ZERO if x <= least or x >= most else _ONE if value[i] > _ZERO else slope
             result = factor[i] * kept
             out[i] = result + out[i] if accumulate else result
         unit += together
 
 
 @kernel
-def _add_squares(sums, value):
-    for i in range(len(sums)):
-        sums[i] += value[i] * value[i]
-
-
-@kernel
-def normalize_forward(x, ratio, a, x_channel, a_channel, before, behind, within, alpha, beta, bias, first, last):
-    """x <- a * ratio, ratio <- (bias + alpha * sum of a^2)^-beta. Units are rows of images.
-
-    The sum is over the channels from `before` before to `behind` behind, or over as many rows and columns if `within`.
-    """
-    channels, height, width = ratio.shape[1:]
-    places = height * width
-    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
-    for unit in range(first, last):
-        n, row = unit // height, unit % height
-        for k in range(channels):
-            scale = _run(flat_ratio, (n * channels + k) * places + row * width, width)
-            for i in range(width):
-                scale[i] = _ZERO
-            around, end = (row, height) if within else (k, channels)
-            for j in range(max(around - before, 0), min(around + behind + 1, end)):
-                channel, line = (k, j) if within else (j, row)
-                value = _run(flat_a, (n * a.shape[1] + a_channel + channel) * places + line * width, width)
-                for shift in range(-before if within else 0, behind + 1 if within else 1):
-                    left, right = max(-shift, 0), width - max(shift, 0)
-                    if left < right:
-                        _add_squares(_run(scale, left, right - left), _run(value, left + shift, right - left))
-            own = _run(flat_a, (n * a.shape[1] + a_channel + k) * places + row * width, width)
-            out = _run(flat_x, (n * x.shape[1] + x_channel + k) * places + row * width, width)
-            if beta == _THREE_QUARTERS:  # of all who use it; square roots are vectors
-                for i in range(width):
-                    root = np.sqrt(bias + alpha * scale[i])
-                    scale[i] = _ONE / (root * np.sqrt(root))
-            else:
-                for i in range(width):
-                    scale[i] = (bias + alpha * scale[i]) ** -beta
-            for i in range(width):
-                out[i] = own[i] * scale[i]
-
-
-@kernel
-def normalize_redistribute(c_in, c, ratio, c_in_channel, c_channel, relevance, accumulate, first, last):
-    """Relevance passes: c_in <- c * ratio, for |x| c = |a| ratio c; relevance itself as it is. Units are channels of images."""
-    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_in, flat_c, flat_ratio = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size)
-    unit = first
-    while unit < last:
-        n, k = unit // channels, unit % channels
-        together = _together(unit, last, channels)
-        count = together * places
-        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
-        factor, scale = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), _run(flat_ratio, unit * places, count)
-        for i in range(count):
-            result = factor[i] * (_ONE if relevance else scale[i])
-            out[i] = result + out[i] if accumulate else result
-        unit += together
-
-
-@kernel
-def power_forward(x, ratio, a, x_channel, a_channel, exponent, first, last):
-    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is. Units are channels of images."""
+def power_forward(x, ratio, a, x_channel, a_channel, exponent, derive, first, last):
+    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is; the derivative if `derive`. Units are channels of images."""
     channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
     flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        out, share = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, places), _run(flat_ratio, unit * places, places)
-        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, places)
+        out, share = run(flat_x, (n * x.shape[1] + x_channel + k) * places, places), run(flat_ratio, unit * places, places)
+        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, places)
         for i in range(places):
             size = abs(value[i])
             out[i] = size ** exponent
             share[i] = out[i] / size if size > LEAST else _ZERO
+            if derive:
+                share[i] *= exponent if value[i] > _ZERO else -exponent
 
 
 @kernel
@@ -324,7 +272,7 @@ def rearrange_forward(x, a, index, x_channel, a_channel, first, last):
     x_places, a_places = x.shape[2] * x.shape[3], a.shape[2] * a.shape[3]
     flat_x, flat_a, places = x.reshape(x.size), a.reshape(a.size), index.reshape(index.size)
     for n in range(first, last):
-        out = _run(flat_x, (n * x.shape[1] + x_channel) * x_places, len(places))
+        out = run(flat_x, (n * x.shape[1] + x_channel) * x_places, len(places))
         value = flat_a[(n * a.shape[1] + a_channel) * a_places:(n + 1) * a.shape[1] * a_places]
         for i in range(len(places)):
             out[i] = value[places[i]] if places[i] >= 0 else _ZERO
@@ -337,7 +285,7 @@ def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channe
     in_places, places = c_in.shape[2] * c_in.shape[3], c.shape[2] * c.shape[3]
     flat_in, flat_c = c_in.reshape(c_in.size), c.reshape(c.size)
     for n in range(first, last):
-        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel) * in_places, len(starts) - 1)
+        out = run(flat_in, (n * c_in.shape[1] + c_in_channel) * in_places, len(starts) - 1)
         factor = flat_c[(n * c.shape[1] + c_channel) * places:(n + 1) * c.shape[1] * places]
         for i in range(len(out)):
             total = out[i] if accumulate else _ZERO
@@ -374,11 +322,11 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = 1 if features == BOX else _together(unit, last, channels)  # each channel has its own bounds
+        together = 1 if features == BOX else together_from(unit, last, channels)  # each channel has its own bounds
         count = together * places
-        out, to_ratio = _run(flat_x, (n * x.shape[1] + x_channel + k) * places, count), _run(flat_ratio, unit * places, count)
-        p = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
-        q = _run(flat_b, (n * b.shape[1] + b_channel + k) * places, count)
+        out, to_ratio = run(flat_x, (n * x.shape[1] + x_channel + k) * places, count), run(flat_ratio, unit * places, count)
+        p = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        q = run(flat_b, (n * b.shape[1] + b_channel + k) * places, count)
         absorbs = False
         for i in range(count):
             z = feature_sum(p[i], features, low_a[k], high_a[k]) + feature_sum(q[i], features, low_b[k], high_b[k])
@@ -401,11 +349,11 @@ def add_redistribute(c_in, c, ratio, a, low, high,
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = 1 if features == BOX else _together(unit, last, channels)
+        together = 1 if features == BOX else together_from(unit, last, channels)
         count = together * places
-        out = _run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
-        factor, r = _run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), _run(flat_ratio, unit * places, count)
-        value = _run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        out = run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
+        factor, r = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), run(flat_ratio, unit * places, count)
+        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
             result = give(r[i] * factor[i], value[i], features, low[k], high[k], relevance)
             out[i] = result + out[i] if accumulate else result

@@ -125,8 +125,10 @@ def _write(path, content):
 # ---- The decorator -----------------------------------------------------------------------------------------------------------------------
 
 
-def kernel(function, name=""):
-    """The kernel of a Python function, known by another name in the cache if one is given."""
+def kernel(function, name="", keep=True):
+    """The kernel of a Python function, known by another name in the cache if one is given; not kept on disk unless `keep`."""
+    if not keep:
+        return njit(nogil=True, error_model="numpy")(function)
     if name:
         function.__name__ = function.__qualname__ = name
     if NullCache is None:
@@ -137,3 +139,8 @@ def kernel(function, name=""):
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = _KernelCache(function)
     return dispatcher
+
+
+def is_kept(dispatcher):
+    """Whether a kernel's code is kept on disk."""
+    return NullCache is None or isinstance(dispatcher._cache, _KernelCache)

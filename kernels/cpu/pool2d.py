@@ -9,7 +9,7 @@ Every window holds at least one number that is not padding (graph.py sees to it)
 """
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, ONES, SIGNED
+from fastdtd.kernels.codes import BOX, NEGATED, ONES, SIGNED, VALUE
 from fastdtd.kernels.cpu.elementwise import LEAST, Finish, ratio_of
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
@@ -174,16 +174,19 @@ def _sum_shares(typing_context, out, shares, down, width, across, count, add):
 
 
 @intrinsic
-def _give_features(typing_context, out, results, a, count, shift, gate, add):
-    """out <- results * max(a - shift, 0) or, if `gate`, results where a >= 0, else 0; or added to out if `add`: `count` numbers."""
+def _give_features(typing_context, out, results, a, count, shift, negate, whole, gate, add):
+    """out <- results * max(a - shift, 0), a negated before if `negate`, of either sign if `whole`; or, if `gate`, results where that is
+    not negative, else 0; or added to out if `add`: `count` numbers."""
     def codegen(context, builder, signature, arguments):
         p_out, p_results, p_a = pointers(builder, arguments[:3], F32, F32, F32)
-        count, shift, gate, add = arguments[3], splat(builder, arguments[4]), *arguments[5:]
+        count, shift, negate, whole, gate, add = arguments[3], splat(builder, arguments[4]), *arguments[5:]
 
         def one_vector(step, nothing, load, store):
             result, value = load(p_results, step), load(p_a, step)
+            value = builder.select(negate, builder.fsub(ZEROS, value), value)
             gated = builder.select(builder.fcmp_ordered("<", value, ZEROS), ZEROS, result)
-            scaled = builder.fmul(result, positive(builder, builder.fsub(value, shift)))
+            value = builder.fsub(value, shift)
+            scaled = builder.fmul(result, builder.select(whole, value, positive(builder, value)))
             result = builder.select(gate, gated, scaled)
             store(builder.select(add, builder.fadd(load(p_out, step), result), result), p_out, step)
             return nothing
@@ -191,7 +194,7 @@ def _give_features(typing_context, out, results, a, count, shift, gate, add):
         loop_over(builder, count, [], one_vector)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4, types.float32, types.boolean, types.boolean), codegen
+    return types.void(*[types.intp] * 4, types.float32, *[types.boolean] * 4), codegen
 
 
 # ---- Max-pools by winner -----------------------------------------------------------------------------------------------------------------
@@ -311,7 +314,7 @@ def pool2d_redistribute(c_in, c, ratio, a, low, block, results, c_in_channel, c_
     before_down, block_rows = _block_of_shares(rows, height, kernel_down, stride_down, top)
     before_across, block_width = _block_of_shares(columns, width, kernel_right, stride_right, left)
     block_width += LANES
-    as_it_is = features == ONES or (features != SIGNED and not relevance)
+    as_it_is = features == ONES or (features not in (SIGNED, NEGATED) and not relevance)
     straight = as_it_is and (whole or stride_right == 1)  # from the sums into c_in
     flat_c, flat_ratio, add = c.reshape(c.size), ratio.reshape(ratio.size), accumulate != 0
     p_in, p_block, p_row = c_in.ctypes.data, block.ctypes.data, results.ctypes.data
@@ -345,4 +348,5 @@ def pool2d_redistribute(c_in, c, ratio, a, low, block, results, c_in_channel, c_
             if as_it_is and not straight:
                 copy_exactly(p_line, p_row, length, add)
             elif not as_it_is:
-                _give_features(p_line, p_row, p_a + 4 * (at_a + line * width), length, shift, not relevance, add)
+                _give_features(p_line, p_row, p_a + 4 * (at_a + line * width), length, shift, features == NEGATED, features == VALUE,
+                               not relevance, add)

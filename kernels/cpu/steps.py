@@ -10,7 +10,7 @@ Threads that share a plan's steps wait for each other after each one: at a count
 import hashlib
 
 import numpy as np
-from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.jit import is_kept, kernel
 from fastdtd.kernels.cpu.vector_code import F32, I32, I64
 from llvmlite import ir
 from numba import types
@@ -64,7 +64,7 @@ def _step(function, kinds):
             function(*arguments(slots), first, last)
 
         name = f"{function.py_func.__name__}-{hashlib.sha256(repr(kinds).encode()).hexdigest()[:8]}"
-        _bound[function, kinds] = kernel(step, name)
+        _bound[function, kinds] = kernel(step, name, is_kept(function))
     return _bound[function, kinds]
 
 

@@ -1,9 +1,11 @@
 """A Graph as a PyTorch module, and zennit's rules for its layers: what the peers compute of the same network.
 
-Paddings must be symmetric. They are the modules' own, for zennit takes what is padded outside of a module for input.
+Paddings are the modules' own where they are symmetric. zennit takes what is padded outside of a module for input, which makes a difference
+where zero is no zero: under zB, w2 and flat.
 """
 
 import importlib.util
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -30,14 +32,20 @@ from zennit.core import BasicHook, Composite, Stabilizer  # noqa: E402  # as abo
 from zennit.layer import Sum  # noqa: E402  # as above
 from zennit.rules import Flat, NoMod, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
 
+from fastdtd import Model  # noqa: E402  # as above
 from fastdtd import graph as g  # noqa: E402  # as above
+
+
+def is_symmetric(layer):
+    return layer.padding[:2] == layer.padding[2:]
 
 
 def module_of(layer, shape):
     match layer:
         case g.Conv2d():
             outputs, _, *kernel = layer.weight.shape
-            module = nn.Conv2d(shape[0], outputs, kernel, layer.stride, layer.padding[:2], layer.dilation, layer.groups)
+            padding = layer.padding[:2] if is_symmetric(layer) else 0
+            module = nn.Conv2d(shape[0], outputs, kernel, layer.stride, padding, layer.dilation, layer.groups)
         case g.Dense():
             module = nn.Linear(*layer.weight.shape[::-1])
         case g.ReLU():
@@ -46,6 +54,8 @@ def module_of(layer, shape):
             return nn.Hardtanh(layer.low, layer.high)
         case g.LeakyReLU():
             return nn.LeakyReLU(layer.slope)
+        case g.LocalResponseNorm(within_channel=True):
+            return NormWithinChannel(layer)
         case g.LocalResponseNorm():
             return nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.bias)
         case g.MaxPool2d():
@@ -63,6 +73,17 @@ def module_of(layer, shape):
     return module
 
 
+class NormWithinChannel(nn.Module):
+    """Local response normalisation over an odd number of pixels down and across, which PyTorch has none of."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.mean = layer, nn.AvgPool2d(layer.size, 1, layer.size // 2)
+
+    def forward(self, x):
+        return x / (self.layer.bias + self.layer.alpha * self.mean(x * x))**self.layer.beta
+
+
 class Net(nn.Module):
     """Runs a Graph's layers in order."""
 
@@ -78,6 +99,12 @@ class Net(nn.Module):
             match layer:
                 case g.Dense():
                     value = part(inputs[0].flatten(1))[:, :, None, None]
+                case g.Conv2d() if not is_symmetric(layer):
+                    top, left, bottom, right = layer.padding
+                    value = part(nn.functional.pad(inputs[0], (left, right, top, bottom)))
+                case g.Rearrange():
+                    value = (inputs[0].flatten(1)[:, layer.index.ravel()] * torch.tensor(layer.index.ravel() >= 0)).reshape(
+                        -1, *layer.index.shape)
                 case g.Add():
                     value = part(torch.stack(inputs, -1))
                 case g.Concat():
@@ -107,8 +134,10 @@ class ZennitExplainer:
         self.net = Net(graph).to(dtype).requires_grad_(False)
         hooks = {}
         for layer, part in zip(graph, self.net.parts, strict=True):
-            hooks[part] = {"z+": lambda: ZPlus(stabilizer=1e-12, zero_params="bias"), "w2": lambda: WSquare(1e-12, zero_params="bias"),
+            zplus = lambda: ZPlus(stabilizer=1e-12, zero_params="bias")  # noqa: E731  # as its neighbours
+            hooks[part] = {"z+": zplus, "alpha-beta": zplus, "w2": lambda: WSquare(1e-12, zero_params="bias"),
                            "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype), "winner": lambda: None,
+                           "identity": Pass,
                            None: Pass}[rules.get(layer.name)]()
             if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
                 hooks[part] = SumPlus(stabilizer=1e-12)
@@ -120,6 +149,14 @@ class ZennitExplainer:
         with Gradient(self.net, self.composite) as attribute:
             scores, relevance = attribute(x, lambda y: nn.functional.one_hot(chosen, y.shape[1]) * y.clamp(min=0))
         return relevance.detach(), scores.detach()
+
+
+def zennit_composite(composite, graph):
+    """One of zennit's composites, with the bounds of the graph's input where it asks for them."""
+    if "low" not in inspect.signature(composite).parameters:
+        return composite()
+    low, high = (torch.tensor(bound, dtype=torch.float64)[None, :, None, None].expand(1, *graph.input_shape) for bound in graph.box)
+    return composite(low, high)
 
 
 class CaptumExplainer:
@@ -145,6 +182,17 @@ class CaptumExplainer:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
             return self.lrp.attribute(x, target=torch.as_tensor(targets)).detach()
+
+
+def without_max_pools(model):
+    """The same weights with average pools: no winner that turns on the last bit."""
+    def averaged(layer):
+        if not isinstance(layer, g.MaxPool2d):
+            return layer
+        return g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
+
+    layers = map(averaged, model.graph)
+    return Model(g.Graph(tuple(layers), model.graph.input_shape, model.graph.box), model.preprocessing, model.classes)
 
 
 def zennit_relevance(graph, rules, batch, targets, dtype=torch.float64):
