@@ -44,7 +44,11 @@ examples:
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
 """
 _CONVERT = """\
-Convert a network to fastdtd's own format: from ONNX (one file) or from Caffe (.prototxt and .caffemodel).
+Convert a network to fastdtd's own format: from ONNX (one file), from Caffe (.prototxt and .caffemodel) or from PyTorch.
+
+A PyTorch network is given as MODULE:CALLABLE, such as torchvision.models:resnet18: MODULE is imported and CALLABLE called, without
+arguments. That runs your own code, by its name; nothing that a file holds is run. WEIGHTS is then a state dict, as
+torch.save(module.state_dict(), path) writes it; without one the weights are those that CALLABLE gives, random ones in torchvision.
 
 How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD, with pixels 0..255 and the
 channels in the order of COLOR. With a value box (the least and the largest value of each channel after that) the first layer gets the z^B
@@ -56,6 +60,7 @@ examples:
   fastdtd convert net.onnx net.h5 --verify                   and compare its scores with onnxruntime's
   fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
       --box=-104:151,-117:138,-123:132 --labels synset_words.txt
+  fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop --verify
 """
 _SHOW = "Print a network's layers: shape, parameters, the domain of what each reads, and the rule it will get."
 _SHOW_EXAMPLES = """\
@@ -146,13 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
                          "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread)")
 
-    convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX or Caffe network")
+    convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Caffe or PyTorch network")
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SOURCE", help=".onnx or .prototxt file")
-    convert.add_argument("weights", metavar="WEIGHTS", nargs="?", help=".caffemodel file, with a .prototxt")
+    convert.add_argument("source", metavar="SOURCE", help=".onnx or .prototxt file, or MODULE:CALLABLE for PyTorch")
+    convert.add_argument("weights", metavar="WEIGHTS", nargs="?", help=".caffemodel file, with a .prototxt; state dict, with "
+                         "MODULE:CALLABLE")
     convert.add_argument("model", metavar="MODEL.h5", help="file to write")
     convert.add_argument("--color", choices=("rgb", "bgr", "gray"), help="order of the input's channels (default: rgb, or gray for one)")
-    convert.add_argument("--size", metavar="H,W", type=_size, help="size of the input (default: the file's)")
+    convert.add_argument("--size", metavar="H,W", type=_size, help="size of the input (default: the file's); PyTorch needs it")
     convert.add_argument("--resize", choices=("stretch", "crop"), default="stretch",
                          help="stretch pictures to the size, or scale them to cover it and cut out the centre (default: %(default)s)")
     convert.add_argument("--mean", metavar="M,...", type=_numbers, default=[0.0], help="one number, or one for each channel (default: 0)")
@@ -161,8 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
                          "channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
-    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with onnxruntime's, which must be "
-                         "installed (`pip install onnxruntime`); nothing is written where they differ by more than 0.1 %%")
+    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with the PyTorch module's, or with "
+                         "onnxruntime's, which must be installed (`pip install onnxruntime`); nothing is written where they differ by more "
+                         "than 0.1 %%")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -285,19 +292,20 @@ def _target(text: str | None) -> int | str | None:
 def _convert(options: argparse.Namespace) -> int:
     from fastdtd import model_file
     from fastdtd.errors import ConversionError
-    from fastdtd.importers import convert, verify
+    from fastdtd.importers import TorchSource, convert, opened, verify
 
     def numbers(values: list[float]) -> Any:
         return values if len(values) > 1 else values[0]
 
-    model = convert(options.source, options.weights, color=options.color, size=options.size, resize=options.resize,
+    source = opened(options.source, options.weights)
+    model = convert(source, options.weights, color=options.color, size=options.size, resize=options.resize,
                     mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
     if options.verify:
-        difference = verify(model, options.source)
+        difference, peer = verify(model, source), "the module's" if isinstance(source, TorchSource) else "onnxruntime's"
         if not difference <= _MOST_DIFFERENCE:
-            raise ConversionError(f"{options.source}: scores differ from onnxruntime's by {difference:.1%} of the largest; nothing was "
+            raise ConversionError(f"{options.source}: scores differ from {peer} by {difference:.1%} of the largest; nothing was "
                                   "written. Please report this network")
-        print(f"{options.source}: scores within {difference:.1e} of onnxruntime's, relative to the largest")
+        print(f"{options.source}: scores within {difference:.1e} of {peer}, relative to the largest")
     model_file.save(model, options.model, options.dtype)
     print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
           f"`fastdtd show {options.model}` lists them")

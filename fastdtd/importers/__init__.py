@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +18,75 @@ from fastdtd.graph import Graph, Layer, Shape
 from fastdtd.model import Model, Preprocessing
 
 MAX_WEIGHT_BYTES = 2**31  # what protobuf can hold in one message
+MAX_STATE_BYTES = 2**34
 MAX_TEXT_BYTES = 2**24
 
 FilePath = str | os.PathLike[str]
 
 
-def convert(source: FilePath, weights: FilePath | None = None, *, color: str | None = None, size: int | tuple[int, int] | None = None,
-            resize: str = "stretch", mean: Any = 0, std: Any = 1, scale: float = 1, box: Any = None,
-            labels: FilePath | Sequence[str] | None = None) -> Model:
-    """A network from an ONNX or Caffe file, with what the file does not say: how a picture becomes its input, and what its outputs mean.
+@dataclass(frozen=True)
+class TorchSource:
+    """A PyTorch module, and what it is called by: `module:callable`, and the file of its weights."""
+
+    module: Any
+    name: str
+    weights: Path | None = None
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def opened(source: FilePath, weights: FilePath | None = None) -> FilePath | TorchSource:
+    """`source` as it is where it is a file; the module where it is written ``module:callable``.
 
     Parameters
     ----------
-    source : path
-        An .onnx file, or a Caffe network's .prototxt.
+    source : path or str
+        ``torchvision.models:resnet18``, say, is imported (from the working directory, too) and called. That is your own code, by its name:
+        nothing that a file says is run.
     weights : path, optional
-        The .caffemodel that goes with a .prototxt.
+        A state dict, as ``torch.save(module.state_dict(), path)`` writes it. It is loaded without running what is pickled in it.
+
+    Raises
+    ------
+    ConversionError
+        No PyTorch, nothing of that name, code that fails, no module, or a state dict that is none or does not fit.
+    """
+    names = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+    if not isinstance(source, str) or not re.fullmatch(f"{names}:{names}", source) or Path(source).exists():
+        return source
+    try:
+        from fastdtd.importers import pytorch
+    except ModuleNotFoundError as error:
+        raise ConversionError(f"{source}: {error}; `pip install torch` installs what reading PyTorch's modules takes") from None
+    try:
+        module, content = pytorch.made_by(source), b""
+        if weights is not None:
+            content = _read(Path(weights), MAX_STATE_BYTES)
+            pytorch.load_weights(module, content)
+    except ConversionError as error:
+        raise ConversionError(f"{source}: {error}") from error
+    return TorchSource(module, source, *(() if weights is None else (Path(weights), hashlib.sha256(content).hexdigest())))
+
+
+def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, color: str | None = None,
+            size: int | tuple[int, int] | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1, scale: float = 1,
+            box: Any = None, labels: FilePath | Sequence[str] | None = None) -> Model:
+    """A network from an ONNX or Caffe file, or from a PyTorch module's name, and what these do not say.
+
+    That is how a picture becomes the network's input, and what its outputs mean.
+
+    Parameters
+    ----------
+    source : path or str
+        An .onnx file, a Caffe network's .prototxt, or ``module:callable`` for what makes a PyTorch module, see `opened`.
+    weights : path, optional
+        The .caffemodel that goes with a .prototxt, or a PyTorch module's state dict.
     color : {"rgb", "bgr", "gray"}, optional
         Order of the input's channels. Default: "rgb" for three channels, "gray" for one, else the input is no picture.
     size : (height, width) or int, optional
-        Size of the input. Required where the file leaves it open; elsewhere it replaces the file's.
+        Size of the input. Required where the file leaves it open, and for PyTorch; elsewhere it replaces the file's.
     resize : {"stretch", "crop"}
     mean, std : float, (C,) or (C, H, W)
     scale : float
@@ -61,6 +112,9 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
     ...                 box=[(-104, 151), (-117, 138), (-123, 132)], labels="names.txt")
     >>> fastdtd.save(model, "net.h5")
     """
+    source = opened(source, weights) if not isinstance(source, TorchSource) else source
+    if isinstance(source, TorchSource):
+        return _from_torch_source(source, _checked_size(size), color, (resize, mean, std, scale), box, labels)
     files = [Path(source)] + ([] if weights is None else [Path(weights)])
     try:
         with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
@@ -75,14 +129,35 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
         raise ConversionError(f"{source}: {error}") from error
 
 
-def verify(model: Model, source: FilePath) -> float:
-    """How far a converted network's scores are from those of onnxruntime on the .onnx file it is from.
+def _from_torch_source(source: TorchSource, size: tuple[int, int] | None, color: str | None, preprocessing: tuple[Any, ...], box: Any,
+                       labels: FilePath | Sequence[str] | None) -> Model:
+    import torch
+
+    from fastdtd.importers import pytorch
+
+    try:
+        if size is None:
+            raise ConversionError("a PyTorch module does not say the size of its input; give size=(height, width)")
+        channels = {"gray": 1, "rgb": 3, "bgr": 3}.get(color or "") or pytorch.input_channels(source.module)
+        example = torch.zeros(1, channels, *size)
+        with np.errstate(all="ignore"):
+            layers, shape, file_format = pytorch.parse(source.module, example)
+            provenance = {"source": ", ".join([source.name] + ([source.weights.name] if source.weights else [])),
+                          **({"sha256": source.digest} if source.weights else {}), "format": file_format}
+            resize, mean, std, scale = preprocessing
+            return _model(layers, shape, box, color, resize, mean, std, scale, labels, provenance)
+    except (ConversionError, ModelError) as error:
+        raise ConversionError(f"{source}: {error}") from error
+
+
+def verify(model: Model, source: FilePath | TorchSource) -> float:
+    """How far a converted network's scores are from those of onnxruntime on the .onnx file, or of the PyTorch module, that it is from.
 
     Parameters
     ----------
     model : Model
-    source : path
-        The .onnx file.
+    source : path or TorchSource
+        The .onnx file, or the module as `opened` gives it.
 
     Returns
     -------
@@ -92,14 +167,12 @@ def verify(model: Model, source: FilePath) -> float:
     Raises
     ------
     ConversionError
-        No onnxruntime, a source of another kind, or one that onnxruntime cannot run.
+        No onnxruntime, a source of another kind, or one that does not run.
     """
-    if Path(source).suffix.lower() != ".onnx":
-        raise ConversionError(f"{source}: only .onnx files can be verified, by onnxruntime; there is no runtime here for others")
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ConversionError(f"{error}; `pip install onnxruntime` installs what verifying takes") from None
+    if not isinstance(source, TorchSource) and Path(source).suffix.lower() != ".onnx":
+        raise ConversionError(f"{source}: only .onnx files and PyTorch modules can be verified, by onnxruntime and PyTorch; there is no "
+                              "runtime here for others")
+    run: Callable[[Any, Any, Model], Any] = _scores_by_torch if isinstance(source, TorchSource) else _scores_by_onnxruntime
     from fastdtd.explainer import Explainer
 
     graph = model.graph
@@ -108,15 +181,9 @@ def verify(model: Model, source: FilePath) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores that are not positive
         scores = Explainer(model)(batch).output
-    try:
-        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-        name, output = session.get_inputs()[0], session.get_outputs()[0].name
-        pictures = batch if len(name.shape) == 4 else batch[:, :, 0, 0]
-        theirs = np.concatenate([session.run([output], {name.name: picture[None]})[0].reshape(1, -1) for picture in pictures])
-    except Exception as error:  # onnxruntime has many kinds, and none in common
-        raise ConversionError(f"{source}: onnxruntime cannot run it: {str(error).strip().splitlines()[0]}") from error
+    theirs = run(source, batch, model)
     if theirs.shape != scores.shape:
-        raise ConversionError(f"{source}: onnxruntime gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
+        raise ConversionError(f"{source}: it gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
     exponents = np.exp(scores - scores.max(1, keepdims=True))
     probabilities = exponents / exponents.sum(1, keepdims=True)
     if np.allclose(theirs.sum(1), 1, atol=1e-3) and (theirs >= 0).all():  # behind a softmax, which conversion drops
@@ -124,6 +191,32 @@ def verify(model: Model, source: FilePath) -> float:
     elif np.allclose(np.exp(theirs).sum(1), 1, atol=1e-3):
         scores = np.log(probabilities)
     return float(np.abs(scores - theirs).max() / np.abs(theirs).max())
+
+
+def _scores_by_onnxruntime(source: Any, batch: Any, model: Model) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ConversionError(f"{error}; `pip install onnxruntime` installs what verifying takes") from None
+    from fastdtd.importers.onnx import CHANNELS_LAST
+
+    try:
+        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+        name, output = session.get_inputs()[0], session.get_outputs()[0].name
+        pictures = {2: batch[:, :, 0, 0], 3: batch[:, :, 0]}.get(len(name.shape), batch)
+        if model.provenance.get("format", "").endswith(CHANNELS_LAST):
+            pictures = np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
+        size = name.shape[0] if isinstance(name.shape[0], int) and name.shape[0] > 0 else 1
+        repeated = [np.repeat(picture[None], size, 0) for picture in pictures]
+        return np.concatenate([session.run([output], {name.name: same})[0].reshape(size, -1)[:1] for same in repeated])
+    except Exception as error:  # onnxruntime has many kinds, and none in common
+        raise ConversionError(f"{source}: onnxruntime cannot run it: {str(error).strip().splitlines()[0]}") from error
+
+
+def _scores_by_torch(source: TorchSource, batch: Any, _: Model) -> Any:
+    from fastdtd.importers import pytorch
+
+    return pytorch.scores(source.module, batch)
 
 
 def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
@@ -196,7 +289,10 @@ def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer]
             raise ConversionError(f"{error}; `pip install 'fastdtd[caffe]'` installs what reading Caffe's files takes") from None
         contents = [_read(files[0], MAX_TEXT_BYTES), _read(files[1], MAX_WEIGHT_BYTES)]
         return *caffe.parse(contents[0], contents[1], size), contents
-    raise ConversionError("neither an .onnx nor a .prototxt file, by its name"
+    if kind in (".pt2", ".pt", ".pth"):
+        raise ConversionError(f"loading a {kind} file would run code that is pickled in it; required: MODULE:CALLABLE, Python code that "
+                              "makes the module, and as second file its state dict")
+    raise ConversionError("neither an .onnx nor a .prototxt file, by its name, nor MODULE:CALLABLE"
                           + ("; give the .prototxt first, then the .caffemodel" if kind == ".caffemodel" else ""))
 
 

@@ -7,7 +7,11 @@ of axes are followed along the way: the graph makes no difference between (N, C,
 from __future__ import annotations
 
 import difflib
+import importlib
+import io
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -71,6 +75,57 @@ def parse_exported(exported: Any, example: Any) -> tuple[list[Layer], Shape, str
     call = _Call(network, output, "output")
     layers = network.leading_to(network.plain(call, network.unsquared(call, result)).layer)
     return layers, network.input_shape, f"torch.export of PyTorch {torch.__version__}"
+
+
+def made_by(source: str) -> Any:
+    """What the callable that `source` names, ``module:callable``, makes when it is called without arguments."""
+    place, _, name = source.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made: Any = importlib.import_module(place)
+        for part in name.split("."):
+            made = getattr(made, part)
+        if not isinstance(made, torch.nn.Module):
+            made = made()
+    except Exception as error:  # whatever that code raises
+        text = str(error).strip().splitlines() or [""]
+        raise ConversionError(f"importing {place!r} and calling {name!r} failed: {type(error).__name__}: {text[0]}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(made, torch.nn.Module):
+        raise ConversionError(f"{name!r} made a {type(made).__name__}; required: a torch.nn.Module")
+    return made.eval()
+
+
+def load_weights(module: Any, content: bytes) -> None:
+    """Put a state dict into `module`; nothing that is pickled in the file is run."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise ConversionError("the file of weights is damaged, or holds more than tensors; required: a state dict, as "
+                              "torch.save(module.state_dict(), path) writes it") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # as training scripts keep it
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConversionError("the file of weights holds no state dict; required: one, as torch.save(module.state_dict(), path) writes it")
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}  # put before it by DataParallel
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ConversionError(f"the state dict does not fit the module: {' '.join(lines)[:500]}") from error
+
+
+def input_channels(module: Any) -> int:
+    """Channels of the first convolution; three where there is none."""
+    return next((int(part.in_channels) for part in module.modules() if isinstance(part, torch.nn.Conv2d)), 3)
+
+
+def scores(module: Any, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What `module` itself gives for a batch (N, C, H, W)."""
+    with torch.inference_mode():
+        made = module(torch.from_numpy(batch))
+    return _array(made.reshape(len(batch), -1)).astype(np.float32)
 
 
 def _described(example: Any) -> str:

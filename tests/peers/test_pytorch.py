@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastdtd import ConversionError, Explainer, from_torch
+from fastdtd import ConversionError, Explainer, cli, convert, from_torch, load
 from fastdtd import graph as g
 
 
@@ -189,3 +189,126 @@ def test_refusals(function, message):
 def test_what_is_given(module, example, message):
     with pytest.raises(ConversionError, match=message):
         from_torch(module, example)
+
+
+class Shuffled(nn.Module):
+    """As ShuffleNet v2: half of the channels pass, and all are shuffled."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = conv(3, 8, 3, 2), conv(4, 4, 3)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        passed, x = self.stem(x).chunk(2, dim=1)
+        x = torch.cat((passed, self.branch(x)), 1)
+        n, channels, height, width = x.size()
+        x = x.view(n, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(n, channels, height, width)
+        return self.head(x).mean([2, 3])
+
+
+class Pixelwise(nn.Module):
+    """Channels last, where a linear layer is a convolution of 1 x 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(functional.relu(self.inner(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2).mean((2, 3)))
+
+
+def headed(*parts, features):
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *parts, nn.Flatten(), nn.Linear(features, 5))
+
+
+@pytest.mark.parametrize(("module", "layers"), [
+    (Shuffled, {g.Rearrange: 3, g.Concat: 1}),
+    (Pixelwise, {g.Conv2d: 1, g.Dense: 1, g.Rearrange: 0}),
+    (lambda: headed(nn.LeakyReLU(0.2), features=6 * 64), {g.LeakyReLU: 1}),
+    (lambda: headed(nn.PReLU(), nn.MaxPool2d(2), nn.PReLU(6), features=6 * 16), {g.LeakyReLU: 2}),
+    (lambda: headed(nn.LPPool2d(2, 2), features=6 * 16), {g.Power: 2, g.AveragePool2d: 1, g.ReLU: 0}),
+    (lambda: headed(nn.ConvTranspose2d(6, 4, (3, 2), 2, 1, (1, 0), groups=2), features=4 * 16 * 14), {g.Conv2d: 2}),
+    (lambda: headed(nn.Flatten(2), nn.Conv1d(6, 4, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1), features=4 * 8),
+     {g.Conv2d: 2, g.MaxPool2d: 1, g.AveragePool2d: 1}),
+    (lambda: headed(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(4), features=32 * 64),
+     {g.Rearrange: 1}),
+    (lambda: headed(nn.ReflectionPad2d(1), nn.MaxPool2d(2), nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(6, 4, 3), features=4 * 6 * 4),
+     {g.Rearrange: 1}),
+])
+def test_what_moves_numbers_and_more(module, layers):
+    torch.manual_seed(1)
+    graph = scores_agree(module(), (3, 8, 8))
+    assert {kind: sum(isinstance(layer, kind) for layer in graph) for kind in layers} == layers
+
+
+def test_weights_that_are_computed():
+    torch.manual_seed(1)
+    scores_agree(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+                 (3, 8, 8))
+
+
+# ---- By name -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A working directory with code that makes modules, and a state dict."""
+    (tmp_path / "my_networks.py").write_text("""
+from torch import nn
+
+def small():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1))
+
+made = small()
+
+def none():
+    return 3
+
+def failing():
+    raise OSError("nowhere to be found")
+""")
+    monkeypatch.chdir(tmp_path)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1))
+    torch.save(module.state_dict(), "state.pth")
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in module.state_dict().items()}}, "checkpoint.pth")
+    torch.save(module, "module.pth")
+    torch.save(nn.Linear(2, 3).state_dict(), "other.pth")
+    torch.save([1, 2], "list.pth")
+    (tmp_path / "garbage.pth").write_bytes(b"garbage")
+    return module
+
+
+@pytest.mark.parametrize("weights", ["state.pth", "checkpoint.pth"])
+def test_module_by_name_and_state_dict(project, weights, capsys):
+    assert cli.main(["convert", "my_networks:small", weights, "net.h5", "--size", "9,8", "--verify"]) == 0
+    assert "my_networks:small: scores within " in capsys.readouterr().out
+    model = load("net.h5")
+    assert model.graph.input_shape == (1, 9, 8)
+    np.testing.assert_array_equal(model.graph.layers[-1].weight, project[4].weight.detach().numpy())
+    assert model.provenance["source"] == f"my_networks:small, {weights}"
+    assert len(model.provenance["sha256"]) == 64
+
+
+def test_module_by_name_with_the_weights_it_has(project, capsys):
+    assert cli.main(["convert", "my_networks:made", "net.h5", "--size", "9", "--verify"]) == 0
+    assert "of the module's, relative to the largest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("source", "weights", "size", "message"), [
+    ("my_networks:none", None, 9, "'none' made a int; required: a torch.nn.Module"),
+    ("my_networks:failing", None, 9, "calling 'failing' failed: OSError: nowhere to be found"),
+    ("my_networks:missing", None, 9, "AttributeError"),
+    ("no_such_networks:small", None, 9, "importing 'no_such_networks' .* ModuleNotFoundError"),
+    ("my_networks:small", None, None, r"give size=\(height, width\)"),
+    ("my_networks:small", "module.pth", 9, "holds more than tensors; required: a state dict"),
+    ("my_networks:small", "garbage.pth", 9, "is damaged, or holds more than tensors"),
+    ("my_networks:small", "list.pth", 9, "holds no state dict"),
+    ("my_networks:small", "other.pth", 9, "does not fit the module: Missing key"),
+    ("my_networks:small", "missing.pth", 9, "no file 'missing.pth'"),
+    ("module.pth", None, 9, "would run code that is pickled in it; required: MODULE:CALLABLE"),
+    ("module.pt2", None, 9, "would run code that is pickled in it"),
+])
+def test_refused_names_and_weights(project, source, weights, size, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(source, weights, size=size)
