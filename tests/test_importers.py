@@ -597,8 +597,8 @@ def normalised(size=5, *, pad="p5", pool=None, by="x"):
     """Local response normalisation as PyTorch's exporters write it."""
     return [node("Mul", [by, by], ["squares"]), node("Reshape", ["squares", "s5"], ["r"]), node("Pad", ["r", pad], ["p"]),
             node("AveragePool", ["p"], ["a"], kernel_shape=pool or [size, 1, 1], count_include_pad=1),
-            node("Squeeze", ["a", "axis"], ["q"]), node("Reshape", ["q", "s4"], ["m"]), node("Mul", ["m", "alpha"], ["n"]), node("Add", ["n", "k"], ["o"]),
-            node("Pow", ["o", "beta"], ["d"]), node("Div", ["x", "d"], ["t"]), POOL]
+            node("Squeeze", ["a", "axis"], ["q"]), node("Reshape", ["q", "s4"], ["m"]), node("Mul", ["m", "alpha"], ["n"]),
+            node("Add", ["n", "k"], ["o"]), node("Pow", ["o", "beta"], ["d"]), node("Div", ["x", "d"], ["t"]), POOL]
 
 
 NORM = {"s5": ints(0, 1, 3, 9, -1), "s4": ints(0, 3, 9, -1), "p5": ints(0, 0, 2, 0, 0, 0, 0, 2, 0, 0), "axis": ints(1),

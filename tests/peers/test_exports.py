@@ -1,0 +1,160 @@
+"""What PyTorch's exporters make of modules, the older and the one that is built on torch.export: onnxruntime's scores."""
+
+import contextlib
+import importlib.util
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch_nets  # noqa: F401  # makes torchvision importable
+from torch import nn
+from torch.nn import functional
+from torchvision import models
+
+import fastdtd
+from fastdtd import graph as g
+from fastdtd.importers import verify
+
+OLDER = [("older", opset, batch) for opset, batch in ((9, "open"), (11, "open"), (13, 2), (17, "open"), (18, 2), (20, "open"))]
+NEWER = [("newer", opset, batch) for opset, batch in ((18, 2), (20, "open"), (23, 2))]
+needs_onnxscript = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="the newer exporter takes onnxscript")
+EXPORTS = [*OLDER, *(pytest.param(*export, marks=needs_onnxscript) for export in NEWER)]
+
+
+def export(module, example, path, exporter, opset, batch):
+    """batch: how many pictures the file is for, or "open"."""
+    options = {"input_names": ["x"], "opset_version": opset, "dynamo": exporter == "newer", "verbose": False}
+    if exporter == "newer":
+        options |= {"external_data": False}
+        options |= {"dynamic_shapes": ({0: torch.export.Dim("n")},)} if batch == "open" else {}
+    elif batch == "open":
+        options |= {"dynamic_axes": {"x": {0: "n"}}}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of what is deprecated in PyTorch
+        torch.onnx.export(module.eval(), (example[:1].repeat(2, *[1] * (example.ndim - 1)),), path, **options)
+    return path
+
+
+class AlexNet(nn.Module):
+    """As torchvision's, with the normalisation that the original has."""
+
+    def __init__(self):
+        super().__init__()
+        plain = models.alexnet(weights=None)
+        parts = list(plain.features)
+        self.features = nn.Sequential(*parts[:2], nn.LocalResponseNorm(5, k=2.0), *parts[2:5], nn.LocalResponseNorm(5, k=2.0), *parts[5:])
+        self.pool, self.classifier = plain.avgpool, plain.classifier
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+class Shuffle(nn.Module):
+    def forward(self, x):
+        n, channels, height, width = x.size()
+        return x.view(n, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(n, -1, height, width)
+
+
+class Cut(nn.Module):
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        return torch.cat((a[:, :, 1:-1, 1:], functional.relu(b)[:, 1:, :-2, :-1]), 1)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+PARTS = {
+    "local response norm": (lambda: nn.LocalResponseNorm(5, 1e-2, 0.6, 2.0), {g.LocalResponseNorm: 1, g.Power: 0}),
+    "flatten by size": (lambda: Function(lambda x: x.reshape(x.size(0), -1)), {g.Flatten: 1}),
+    "mean": (lambda: Function(lambda x: x.mean((-2, -1), keepdim=True)), {g.GlobalAveragePool: 1}),
+    "mean without axes": (lambda: Function(lambda x: x.mean((2, 3))), {g.GlobalAveragePool: 1}),
+    "largest": (lambda: Function(lambda x: x.amax((2, 3))), {g.MaxPool2d: 1}),
+    "one pixel": (lambda: nn.AdaptiveAvgPool2d(1), {g.GlobalAveragePool: 1}),
+    "largest pixel": (lambda: nn.AdaptiveMaxPool2d(1), {g.MaxPool2d: 1}),
+    "hard tanh": (lambda: nn.Hardtanh(-0.5, 0.5), {g.Clip: 1}),
+    "ReLU6": (nn.ReLU6, {g.Clip: 1}),
+    "leaky ReLU": (lambda: nn.LeakyReLU(0.2), {g.LeakyReLU: 1}),
+    "PReLU": (lambda: nn.Sequential(nn.PReLU(), nn.PReLU(6)), {g.LeakyReLU: 2}),
+    "p-norm": (lambda: nn.LPPool2d(2, 3, 2), {g.Power: 2, g.ReLU: 0}),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(6, 4, (4, 3), 2, 1, (0, 1), groups=2), {g.Conv2d: 2, g.Rearrange: 1}),
+    "pads": (lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(6, 4, 3), nn.ReflectionPad2d(2), nn.MaxPool2d(2)),
+             {g.Rearrange: 1}),
+    "same": (lambda: nn.Conv2d(6, 4, 4, padding="same"), {g.Conv2d: 2, g.Rearrange: 0}),
+    "upsampling": (lambda: nn.Upsample(scale_factor=2), {g.Rearrange: 1}),
+    "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2)), {g.Rearrange: 1}),
+    "channel shuffle": (Shuffle, {g.Rearrange: 1}),
+    "chunks and slices": (Cut, {g.Concat: 1, g.Rearrange: 2}),
+    "channels last": (lambda: Function(lambda x: functional.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), {g.Rearrange: 0}),
+    "one dimension": (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(6, 4, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1)),
+                      {g.Conv2d: 2, g.MaxPool2d: 1, g.AveragePool2d: 1}),
+    "ceil mode": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True)), {g.AveragePool2d: 1}),
+    "arithmetic": (lambda: Function(lambda x: functional.relu((x - 0.5) / 0.3) - x), {g.Add: 1}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("exporter", "opset", "batch"), EXPORTS)
+def test_part(tmp_path, exporter, opset, batch, part):
+    make, layers = PARTS[part]
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), make(), nn.Flatten(), nn.LazyLinear(5)).eval()
+    example = torch.rand(1, 3, 12, 12)
+    module(example)
+    path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
+    model = fastdtd.convert(path)
+    assert verify(model, path) <= 1e-5
+    assert {kind: sum(isinstance(layer, kind) for layer in model.graph) for kind in layers} == layers
+
+
+NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
+    "resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0",
+    "regnet_x_400mf")}}
+
+
+def network(name):
+    torch.manual_seed(0)
+    options = {} if name == "alexnet with LRN" else {"weights": None}
+    options |= {"googlenet": {"init_weights": False, "aux_logits": False}, "inception_v3": {"init_weights": False}}.get(name, {})
+    module = NETWORKS[name](**options).eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):  # as after training, not as new
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    size = 299 if name == "inception_v3" else 224
+    return module, torch.rand(1, 3, size, size)
+
+
+@pytest.mark.parametrize(("exporter", "opset"), [("older", 13), pytest.param("newer", 20, marks=needs_onnxscript)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(tmp_path, name, exporter, opset):
+    module, example = network(name)
+    batch = "open"
+    if name == "alexnet with LRN" and exporter == "older":  # else it loses the size of what it normalises, and then fails at the next pool
+        opset, batch = 9, 2
+    path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
+    model = fastdtd.convert(path)
+    difference = verify(model, path)
+    path.unlink()
+    print(f"{name}, {exporter} exporter: scores within {difference:.1e}")
+    assert difference <= 1e-4
+    assert sum(isinstance(layer, g.LocalResponseNorm) for layer in model.graph) == (2 if "LRN" in name else 0)
+
+
+@pytest.mark.parametrize("name", ["alexnet with LRN", "shufflenet_v2_x1_0"])
+def test_module_itself(name):
+    module, batch = network(name)
+    e = fastdtd.Explainer(fastdtd.from_torch(module, batch, box=(0, 1)))(batch.numpy())
+    with torch.inference_mode():
+        expected = module(batch).numpy()
+    assert np.abs(e.output - expected).max() <= 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(e.relevance.sum(dtype=float) + e.absorbed[0], e.explained[0], rtol=1e-5)
+    assert e.relevance.min() >= 0
