@@ -96,7 +96,7 @@ def _network() -> g.Graph:
         g.LocalResponseNorm("normed", ("wide/relu",), 5),
         g.LocalResponseNorm("normed again", ("normed",), 5),
         g.Power("power", ("normed again",), 2),
-        g.Rearrange("turned", ("power",), np.arange(64 * 16 * 16 // 8).reshape(8, 16, 16)),
+        g.Rearrange("turned", ("power",), np.arange(64 * 16 * 16 // 8, dtype=np.int32).reshape(8, 16, 16)),
         g.GlobalAveragePool("mean", ("turned",)),
         g.Flatten("flat", ("proportional",)),
         g.Flatten("flat average", ("average",)),
