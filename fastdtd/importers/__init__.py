@@ -17,6 +17,7 @@ from fastdtd.model import Model, Preprocessing
 
 MAX_WEIGHT_BYTES = 2**31  # what protobuf can hold in one message
 MAX_TEXT_BYTES = 2**24
+KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 
 FilePath = str | os.PathLike[str]
 
@@ -24,12 +25,12 @@ FilePath = str | os.PathLike[str]
 def convert(source: FilePath, weights: FilePath | None = None, *, color: str | None = None, size: int | tuple[int, int] | None = None,
             resize: str = "stretch", mean: Any = 0, std: Any = 1, scale: float = 1, box: Any = None,
             labels: FilePath | Sequence[str] | None = None) -> Model:
-    """A network from an ONNX or Caffe file, with what the file does not say: how a picture becomes its input, and what its outputs mean.
+    """A network from an ONNX, Keras or Caffe file, with what the file does not say: how a picture becomes its input, what its outputs mean.
 
     Parameters
     ----------
     source : path
-        An .onnx file, or a Caffe network's .prototxt.
+        An .onnx file, a .keras file, an .h5 or .hdf5 file of Keras's, or a Caffe network's .prototxt.
     weights : path, optional
         The .caffemodel that goes with a .prototxt.
     color : {"rgb", "bgr", "gray"}, optional
@@ -60,6 +61,7 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
     >>> model = convert("deploy.prototxt", "net.caffemodel", color="bgr", mean=(104, 117, 123),
     ...                 box=[(-104, 151), (-117, 138), (-123, 132)], labels="names.txt")
     >>> fastdtd.save(model, "net.h5")
+    >>> model = convert("net.keras", box=(0, 255))
     """
     files = [Path(source)] + ([] if weights is None else [Path(weights)])
     try:
@@ -76,13 +78,13 @@ def convert(source: FilePath, weights: FilePath | None = None, *, color: str | N
 
 
 def verify(model: Model, source: FilePath) -> float:
-    """How far a converted network's scores are from those of onnxruntime on the .onnx file it is from.
+    """How far a converted network's scores are from those of onnxruntime, or of Keras, on the file it is from.
 
     Parameters
     ----------
     model : Model
     source : path
-        The .onnx file.
+        The .onnx, .keras, .h5 or .hdf5 file.
 
     Returns
     -------
@@ -92,31 +94,33 @@ def verify(model: Model, source: FilePath) -> float:
     Raises
     ------
     ConversionError
-        No onnxruntime, a source of another kind, or one that onnxruntime cannot run.
+        No onnxruntime or Keras, a source of another kind, or one that they cannot run.
     """
-    if Path(source).suffix.lower() != ".onnx":
-        raise ConversionError(f"{source}: only .onnx files can be verified, by onnxruntime; there is no runtime here for others")
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ConversionError(f"{error}; `pip install onnxruntime` installs what verifying takes") from None
+    kind = Path(source).suffix.lower()
+    if kind != ".onnx" and kind not in KERAS_SUFFIXES:
+        raise ConversionError(f"{source}: only .onnx files can be verified, by onnxruntime, and .keras, .h5 and .hdf5 files, by Keras; "
+                              "there is no runtime here for others")
+    runtime, their_scores = ("onnxruntime", _onnxruntime_scores) if kind == ".onnx" else ("Keras", _keras_scores)
     from fastdtd.explainer import Explainer
 
     graph = model.graph
     low, high = (-1.0, 1.0) if graph.box is None else (bound[:, None, None] for bound in graph.box)
     batch = np.asarray(low + (high - low) * np.random.default_rng(0).random((4, *graph.input_shape)), np.float32)
+    try:
+        theirs = their_scores(Path(source), batch)
+    except ModuleNotFoundError as error:
+        packages = "onnxruntime" if kind == ".onnx" else "keras tensorflow"
+        raise ConversionError(f"{error}; `pip install {packages}` installs what verifying takes") from None
+    except ConversionError:
+        raise
+    except Exception as error:  # both have many kinds, and none in common
+        message = str(error).strip() or type(error).__name__
+        raise ConversionError(f"{source}: {runtime} cannot run it: {message.splitlines()[0]}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores that are not positive
         scores = Explainer(model)(batch).output
-    try:
-        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-        name, output = session.get_inputs()[0], session.get_outputs()[0].name
-        pictures = batch if len(name.shape) == 4 else batch[:, :, 0, 0]
-        theirs = np.concatenate([session.run([output], {name.name: picture[None]})[0].reshape(1, -1) for picture in pictures])
-    except Exception as error:  # onnxruntime has many kinds, and none in common
-        raise ConversionError(f"{source}: onnxruntime cannot run it: {str(error).strip().splitlines()[0]}") from error
     if theirs.shape != scores.shape:
-        raise ConversionError(f"{source}: onnxruntime gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
+        raise ConversionError(f"{source}: {runtime} gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
     exponents = np.exp(scores - scores.max(1, keepdims=True))
     probabilities = exponents / exponents.sum(1, keepdims=True)
     if np.allclose(theirs.sum(1), 1, atol=1e-3) and (theirs >= 0).all():  # behind a softmax, which conversion drops
@@ -124,6 +128,26 @@ def verify(model: Model, source: FilePath) -> float:
     elif np.allclose(np.exp(theirs).sum(1), 1, atol=1e-3):
         scores = np.log(probabilities)
     return float(np.abs(scores - theirs).max() / np.abs(theirs).max())
+
+
+def _onnxruntime_scores(source: Path, batch: Any) -> Any:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    name, output = session.get_inputs()[0], session.get_outputs()[0].name
+    pictures = batch if len(name.shape) == 4 else batch[:, :, 0, 0]
+    return np.concatenate([session.run([output], {name.name: picture[None]})[0].reshape(1, -1) for picture in pictures])
+
+
+def _keras_scores(source: Path, batch: Any) -> Any:
+    import keras
+
+    _parse([source], batch.shape[2:] if batch.shape[2] > 1 else None)  # for Keras runs the code in a file, and this refuses it
+    network = keras.models.load_model(str(source), compile=False)
+    rank = len(network.inputs[0].shape)
+    pictures = batch.transpose(0, 2, 3, 1) if rank == 4 else batch[:, :, 0].transpose(0, 2, 1) if rank == 3 else batch[:, :, 0, 0]
+    scores = network.predict(pictures, verbose=0)
+    return np.reshape(scores[0] if isinstance(scores, list) else scores, (len(batch), -1))
 
 
 def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
@@ -187,6 +211,13 @@ def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer]
             raise ConversionError(f"{error}; `pip install 'fastdtd[onnx]'` installs what reading .onnx takes") from None
         contents = [_read(files[0], MAX_WEIGHT_BYTES)]
         return *onnx.parse(contents[0], size), contents
+    if kind in KERAS_SUFFIXES:
+        if len(files) > 1:
+            raise ConversionError(f"an {kind} file of Keras's holds its weights; required: no second file")
+        from fastdtd.importers import keras
+
+        contents = [_read(files[0], MAX_WEIGHT_BYTES)]
+        return *keras.parse(contents[0], size), contents
     if kind == ".prototxt":
         if len(files) == 1:
             raise ConversionError("a .prototxt holds no weights; required: the .caffemodel that goes with it, as second file")
@@ -196,7 +227,7 @@ def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer]
             raise ConversionError(f"{error}; `pip install 'fastdtd[caffe]'` installs what reading Caffe's files takes") from None
         contents = [_read(files[0], MAX_TEXT_BYTES), _read(files[1], MAX_WEIGHT_BYTES)]
         return *caffe.parse(contents[0], contents[1], size), contents
-    raise ConversionError("neither an .onnx nor a .prototxt file, by its name"
+    raise ConversionError("neither an .onnx, .keras, .h5, .hdf5 nor .prototxt file, by its name"
                           + ("; give the .prototxt first, then the .caffemodel" if kind == ".caffemodel" else ""))
 
 
