@@ -550,6 +550,8 @@ def _input(node: _Node, model: _Node, size: tuple[int, int] | None) -> _Tensor:
     if min(axes) < 1:
         raise ConversionError(f"the input has shape {shape}, which leaves its size open"
                               + ("; give size=(height, width)" if len(axes) == 3 and axes[2] > 0 else "; required: a model that fixes it"))
+    if math.prod(axes) > MAX_TENSOR_ELEMENTS:
+        raise ConversionError(f"the input has shape {shape}; at most {MAX_TENSOR_ELEMENTS} numbers are accepted")
     channels, *places = axes[-1:] + axes[:-1]
     height, width = (1, *places) if len(places) == 1 else places or (1, 1)
     return _Tensor(INPUT, (channels, height, width), len(axes) + 1)
@@ -934,6 +936,8 @@ def _normalization(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
     else:
         shape = () if axis in (None, []) else (x.shape[0],)
         mean, variance = (np.ravel(array).astype(np.float64) for array in network.arrays(node, ("mean", shape), ("variance", shape)))
+    if mean.size != variance.size:
+        node.refuse(f"has {mean.size} means and {variance.size} variances; required: as many of each")
     deviation = np.maximum(np.sqrt(variance), _EPSILON)
     if node.get("invert", bool, False):
         return _affine(network, node, x, deviation, mean)
