@@ -28,7 +28,7 @@ MAX_TEXT_BYTES = 4096  # one string
 MAX_EXPANSION = 2000
 SMALL_BYTES = 2**20
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _HEAP = b"GCOL\x01\0\0\0"  # how a global heap of HDF5 begins
 
 
@@ -42,7 +42,7 @@ def opened(source: Path | io.BytesIO | bytes, required: str, longest: int = MAX_
 
     with contextlib.ExitStack() as stack:
         with errors(required):  # and what is done with the file later is the caller's
-            if not (h5py.is_hdf5(source) if isinstance(source, Path) else isinstance(source, io.BytesIO) or source.startswith(_SIGNATURE)):
+            if not (h5py.is_hdf5(source) if isinstance(source, Path) else isinstance(source, io.BytesIO) or source.startswith(SIGNATURE)):
                 raise ModelError(f"is not an HDF5 file, or its start is damaged; required: {required}")
             if isinstance(source, Path):
                 with open(source, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

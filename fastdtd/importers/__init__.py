@@ -111,11 +111,12 @@ def verify(model: Model, source: FilePath) -> float:
     except ModuleNotFoundError as error:
         packages = "onnxruntime" if kind == ".onnx" else "keras tensorflow"
         raise ConversionError(f"{error}; `pip install {packages}` installs what verifying takes") from None
-    except ConversionError:
+    except (ConversionError, ModelError):
         raise
     except Exception as error:  # both have many kinds, and none in common
-        message = str(error).strip() or type(error).__name__
-        raise ConversionError(f"{source}: {runtime} cannot run it: {message.splitlines()[0]}") from error
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        advice = "" if kind == ".onnx" else "; required: the version that wrote the file, for Keras 3 reads few files of Keras 2"
+        raise ConversionError(f"{source}: {runtime} cannot run it: {message}{advice}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores that are not positive
         scores = Explainer(model)(batch).output

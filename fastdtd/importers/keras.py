@@ -92,7 +92,11 @@ def parse(data: bytes, size: tuple[int, int] | None = None) -> tuple[list[Layer]
     ModelError
         Damage in HDF5, or a layer that contradicts itself or its input.
     """
-    return _parse_zip(data, size) if data.startswith(b"PK") else _parse_hdf5(data, size)
+    if data.startswith(b"PK"):
+        return _parse_zip(data, size)
+    if data.startswith(hdf5.SIGNATURE):
+        return _parse_hdf5(data, size)
+    raise ConversionError(f"neither a zip nor an HDF5 file, or its start is damaged; required: {_REQUIRED}")
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------------------------------
@@ -460,7 +464,7 @@ class _Network:
         return self._materialised[key][1]
 
     def _rearrange(self, node: _Node, x: _Tensor) -> _Tensor:
-        index = _channels_first(self.numbering(node, x))
+        index = _channels_first(self.numbering(x))
         if index is None:
             node.refuse(f"reads a tensor of {x.rank} axes, made by {x.made_by!r}; required: at most 4, the batch included")
         name = x.made_by or node.path + "/rearrange"
@@ -472,12 +476,10 @@ class _Network:
         self.layers[name] = Flatten(name, (x.layer,)) if is_flat else Rearrange(name, (x.layer,), index)
         return _Tensor(name, index.shape, x.rank)
 
-    def numbering(self, node: _Node, x: _Tensor) -> Index:
+    def numbering(self, x: _Tensor) -> Index:
         """For each number of `x`, in Keras's order, its place in what its layer makes."""
         if x.view is not None:
             return x.view
-        padded = (x.shape[0], x.shape[1] + x.pad[0] + x.pad[2], x.shape[2] + x.pad[1] + x.pad[3])
-        self.check_size(node, padded)
         index = np.arange(math.prod(x.shape), dtype=np.int32).reshape(x.shape)
         index = np.pad(index, ((0, 0), (x.pad[0], x.pad[2]), (x.pad[1], x.pad[3])), constant_values=-1)
         return index.transpose(1, 2, 0) if x.rank == 4 else index[:, 0].T if x.rank == 3 else index.ravel()
@@ -817,6 +819,9 @@ def _transposed(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
             made = whole + extra[axis] - (2 * (span // 2) if mode == "same" else 0)
         else:
             made = size * stride[axis] + (max(span - stride[axis], 0) if mode == "valid" else 0)
+        if made < 1 or (extra is not None and extra[axis] >= stride[axis]):
+            node.refuse(f"has a kernel of {kernel[axis]}, stride {stride[axis]} and output_padding {extra} over {size} places; "
+                        "required: an output of one place at least, and an output_padding less than the stride")
         # TensorFlow's: the way back through a convolution that makes the input from the output.
         total = max((size - 1) * stride[axis] + span - made, 0) if mode == "same" else 0
         before[axis] = total // 2
@@ -984,7 +989,9 @@ def _zero_padding(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
     node.require_channels_last()
     axes = _axes(node)
     x = network.image(node, x, axes, padded=True)
-    return replace(x, pad=sum_of(node.sides("padding", axes, 1), x.pad), made_by=node.path)
+    pad = sum_of(node.sides("padding", axes, 1), x.pad)
+    network.check_size(node, (x.shape[0], x.shape[1] + pad[0] + pad[2], x.shape[2] + pad[1] + pad[3]))
+    return replace(x, pad=pad, made_by=node.path)
 
 
 def _cropping(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
@@ -993,7 +1000,7 @@ def _cropping(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
     if x.rank != axes + 2:
         node.refuse(f"reads a tensor of {x.rank} axes, the batch included; required: {axes + 2}")
     top, left, bottom, right = node.sides("cropping", axes, 0 if axes == 2 else 1)
-    index = network.numbering(node, x)
+    index = network.numbering(x)
     index = index[left:index.shape[0] - right] if axes == 1 else index[top:index.shape[0] - bottom, left:index.shape[1] - right]
     if not index.size:
         node.refuse("crops everything away; required: one row and column at least that stay")
@@ -1008,7 +1015,7 @@ def _upsampling(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
     if node.get("interpolation", str, "nearest") != "nearest":
         node.refuse(f"has interpolation {node.get('interpolation', str)!r}; required: nearest")
     times = node.pair("size", axes, default=2)[2 - axes:]
-    index = network.numbering(node, x)
+    index = network.numbering(x)
     network.check_size(node, (index.size, *times))
     for axis, count in enumerate(times):
         index = np.repeat(index, count, axis)
@@ -1017,12 +1024,12 @@ def _upsampling(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
 
 def _flatten(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
     node.require_channels_last()
-    return x if x.rank == 2 else network.viewed(node, x, network.numbering(node, x).ravel())
+    return x if x.rank == 2 else network.viewed(node, x, network.numbering(x).ravel())
 
 
 def _reshape(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
     target = [_expect(n, int, f"{node.where}: target_shape") for n in node.get("target_shape", list)]
-    index = network.numbering(node, x)
+    index = network.numbering(x)
     known = math.prod(n for n in target if n != -1)
     if target.count(-1) == 1 and known > 0 and index.size % known == 0:
         target[target.index(-1)] = index.size // known
@@ -1032,7 +1039,7 @@ def _reshape(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
 
 
 def _permute(network: _Network, node: _Node, x: _Tensor) -> _Tensor:
-    index = network.numbering(node, x)
+    index = network.numbering(x)
     axes = node.integers("dims", index.ndim, 1)
     if sorted(axes) != list(range(1, index.ndim + 1)):
         node.refuse(f"has dims {axes}; required: each of 1 to {index.ndim} once")

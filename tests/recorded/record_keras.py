@@ -28,8 +28,8 @@ def sequential(shape, *layers):
 
 def convolutions():
     return sequential(
-        (15, 14, 3), L.Rescaling([0.5, 1.0, 2.0], offset=-0.25), L.Conv2D(6, 3, strides=2, padding="same", name="stem"), L.BatchNormalization(),
-        L.ReLU(6.0), L.ZeroPadding2D(((0, 1), (2, 1))), L.DepthwiseConv2D(3, depth_multiplier=2, strides=2),
+        (15, 14, 3), L.Rescaling([0.5, 1.0, 2.0], offset=-0.25), L.Conv2D(6, 3, strides=2, padding="same", name="stem"),
+        L.BatchNormalization(), L.ReLU(6.0), L.ZeroPadding2D(((0, 1), (2, 1))), L.DepthwiseConv2D(3, depth_multiplier=2, strides=2),
         L.BatchNormalization(scale=False), L.Activation("relu6"), L.SeparableConv2D(8, (3, 2), padding="same", activation="relu"),
         L.Conv2D(4, 3, dilation_rate=2, padding="same", groups=2, use_bias=False, activation="leaky_relu"), L.Dropout(0.5),
         L.SpatialDropout2D(0.5), L.Flatten(), L.Dense(7, activation="relu"), L.BatchNormalization(center=False),
