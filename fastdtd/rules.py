@@ -410,13 +410,13 @@ def _assigned(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Assigne
             if signed and (has_weights or not domain.nonnegative):
                 return Assigned(rule, (positive, negative), codes.SIGNS)
             return Assigned(rule, (positive,))
+    if rule.name == "alpha-beta" and (rule.alpha, rule.beta, rule.epsilon, rule.bias) == (1, 0, 0, "ignored"):
+        return Assigned(rule, (positive,))
     if not has_weights:
         raise RuleError(f"rule {rule} does not apply to {type(layer).__name__} {layer.name!r}, which has no weights; required: one of "
                         "z+ (without parameters), zB, w2, flat, epsilon, gradient")
     if rule.name == "gamma":
         return Assigned(rule, (positive, negative, *bias), codes.GAMMA)
-    if (rule.alpha, rule.beta, rule.epsilon, rule.bias) == (1, 0, 0, "ignored"):
-        return Assigned(rule, (positive,))
     return Assigned(rule, (positive, *((negative,) if rule.beta else ()), *bias), codes.ALPHA_BETA)
 
 

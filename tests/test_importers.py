@@ -18,7 +18,7 @@ from fastdtd.model import Model, Preprocessing
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
 
-from fastdtd.importers import caffe  # noqa: E402  # after importorskip
+from fastdtd.importers import caffe, network  # noqa: E402  # after importorskip
 from fastdtd.importers import onnx as onnx_importer  # noqa: E402  # after importorskip
 
 
@@ -352,7 +352,8 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
 
 @pytest.mark.parametrize(("nodes", "constants", "message"), [
     ([node("Relu", ["x"], ["r"]), node("Erf", ["r"], ["t"], name="norm"), POOL], {},
-     r"net\.onnx: Erf 'norm' \(node 2 of 3, reads 'r'\) is an operator that is not supported; supported: Add, AveragePool, .*, Transpose$"),
+     r"net\.onnx: Erf 'norm' \(node 2 of 3, reads 'r'\) is an operator that is not supported; nearest: Relu, LeakyRelu or Clip; "
+     r"supported: Abs, Add, .*, Upsample$"),
     ([node("Relu", ["x"], ["t"], domain="com.example"), POOL], {}, "an operator of domain 'com.example' that is not supported"),
     ([node("Conv", ["x", "x"], ["t"]), POOL], {}, "computes its input 'x'; required: a constant"),
     ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 3)}, r"weights of shape \(4, 3, 3\)"),
@@ -369,7 +370,8 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("MaxPool", ["x"], ["t"]), POOL], {}, "kernel_shape None"),
     ([node("MaxPool", ["x"], ["t"], kernel_shape=[2, 2], dilations=[2, 2]), POOL], {}, "has dilations"),
     ([node("MaxPool", ["x"], ["m", "t"], kernel_shape=[2, 2]), POOL], {}, "reads 't', which no node before it makes"),
-    ([node("ReduceMean", ["x"], ["y"], axes=[1])], {}, "does not average over height and width"),
+    ([node("ReduceMean", ["x"], ["y"], axes=[0, 1])], {}, r"works along axis 0 of \(N, 3, 9, 8\), the batch"),
+    ([node("ReduceMean", ["x"], ["y"])], {}, "over all axes, the batch too"),
     ([node("Gemm", ["x", "w"], ["y"])], {"w": numbers(3, 5)}, r"with 4 axes; required: \(N, F\)"),
     ([*FLAT, node("Gemm", ["f", "w"], ["y"], transA=1)], {"w": numbers(3, 5)}, "transA 0"),
     ([*FLAT, node("Gemm", ["f", "w", "b"], ["y"])], {"w": numbers(3, 5), "b": numbers(4)}, r"shape \(4,\) for 5 channels"),
@@ -377,11 +379,14 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "b"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1), "b": numbers(4, 9, 8)},
      r"shape \(4, 9, 8\) for 4 channels"),
     ([*FLAT, node("Add", ["p", "f"], ["y"])], {}, "tensors of one shape"),
-    ([node("Concat", ["x", "x"], ["t"], axis=2), POOL], {}, "has axis 2 over 4 axes"),
+    ([node("Concat", ["x", "x"], ["t"], axis=0), POOL], {}, "works along axis 0"),
+    ([node("Concat", ["x", "x"], ["t"], axis=4), POOL], {}, "has axis 4 for a tensor of 4 axes"),
     ([node("Flatten", ["x"], ["y"], axis=2)], {}, "has axis 2"),
-    ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([0, 3, -1])}, r"makes \(0, 3, -1\) of \(N, 3, 9, 8\)"),
-    ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([2, 108])}, r"required: \(N, 216\)"),
-    ([node("Squeeze", ["x", "a"], ["y"])], {"a": np.array([2, 3])}, "more than one pixel"),
+    ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([0, 5, -1])},
+     r"makes \(1, 5, -1\) of \(N, 3, 9, 8\); required: a shape of as many"),
+    ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([2, 108])}, "the batch left in front"),
+    ([node("Squeeze", ["x", "a"], ["y"])], {"a": np.array([2, 3])},
+     r"removes axes \(2, 3\) of \(N, 3, 9, 8\); required: axes of length 1"),
     ([node("Softmax", ["x"], ["t"], axis=-1), POOL], {}, "has axis -1 over 4 axes"),
     ([*FLAT, node("Softmax", ["f"], ["s"]), node("Gemm", ["s", "w"], ["y"])], {"w": numbers(3, 5)}, "softmax only at the end"),
     ([node("BatchNormalization", ["x", "w", "w", "w", "w"], ["t"]), POOL], {"w": numbers(4)}, r"required: \(3,\)"),
@@ -389,14 +394,13 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("Clip", ["x", "", "b"], ["t"]), POOL], {"b": np.float32(-1)}, r"clips to \[-inf, -1\]"),
     ([node("LRN", ["x"], ["t"], size=3, bias=0.0), POOL], {}, "bias 0; required: none negative"),
     ([node("LRN", ["x"], ["t"]), POOL], {}, "has size 0"),
-    ([node("Mul", ["x", "x"], ["t"]), POOL], {}, "multiplies two tensors"),
-    ([node("Sub", ["a", "x"], ["t"]), POOL], {"a": np.float32(1)}, "subtracts what is computed"),
+    ([node("Relu", ["x"], ["r"]), node("Mul", ["x", "r"], ["t"]), POOL], {}, "multiplies two tensors"),
+    ([node("Div", ["a", "x"], ["t"]), POOL], {"a": np.float32(1)}, "divides by what is computed"),
     ([node("Div", ["x", "a"], ["t"]), POOL], {"a": np.float32(0)}, "by zero"),
     ([node("Dropout", ["x", "r", "m"], ["t"]), POOL], {"r": np.float32(0.5), "m": np.array(True)}, "drops at inference"),
-    ([node("Pad", ["x", "p"], ["q"]), node("MaxPool", ["q"], ["t"], kernel_shape=[2, 2]), POOL], {"p": np.array([0, 0, 1, 1] * 2)},
-     "before Conv and AveragePool only"),
-    ([node("Pad", ["x", "p"], ["t"], mode="reflect"), POOL], {"p": np.array([0, 0, 1, 1] * 2)}, "constant zeros"),
-    ([node("Pad", ["x", "p"], ["t"]), POOL], {"p": np.array([0, 1, 1, 1] * 2)}, "none for batch and channels"),
+    ([node("Pad", ["x", "p", "v"], ["t"]), POOL], {"p": np.array([0, 0, 1, 1] * 2), "v": np.float32(1)}, "something else than zeros"),
+    ([node("Pad", ["x", "p"], ["t"], mode="wrap"), POOL], {"p": np.array([0, 0, 1, 1] * 2)}, "required: constant zeros, reflect or edge"),
+    ([node("Pad", ["x", "p"], ["t"]), POOL], {"p": np.array([1, 0, 1, 1] * 2)}, "required: none for the batch"),
     ([node("Relu", ["y"], ["t"]), POOL], {}, "which no node before it makes"),
     ([node("Relu", ["x"], ["t"]), node("Relu", ["x"], ["t"]), POOL], {}, "two nodes make the tensor 't'"),
     ([node("Relu", ["x"], ["z"])], {}, "output 'y' is not computed"),
@@ -411,7 +415,7 @@ def test_refused_operators(convert_nodes, nodes, constants, message):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"shape": ["N", 3, "H", "W"]}, r"leaves its height and width open; give size=\(height, width\)"),
     ({"shape": ["N", "C", 4, 4]}, "leaves its number of channels open"),
-    ({"shape": ["N", 3, 4]}, "has 3 axes"),
+    ({"shape": ["N", 3, 4, 4, 4]}, "has 5 axes"),
     ({"shape": ["N", 3], "size": 4}, "required: no size"),
     ({"size": (4, 4, 4)}, "size"), ({"size": 0}, "size 0 given"), ({"size": (3.5, 4)}, "size"), ({"size": "large"}, "size"),
     ({"opset": 6}, "opset 6; required: 7"),
@@ -456,7 +460,7 @@ def test_a_shape_beyond_the_content_allocates_nothing(convert_nodes, dims):
 
 
 def test_shared_weights_do_not_grow_without_bound(convert_nodes, monkeypatch):
-    monkeypatch.setattr(onnx_importer, "MAX_WEIGHT_ELEMENTS", 20)
+    monkeypatch.setattr(network, "MAX_WEIGHT_ELEMENTS", 20)
     with pytest.raises(ConversionError, match="beyond 20 weights"):
         convert_nodes([node("Conv", ["x", "w"], ["a"]), node("Conv", ["a", "w"], ["b"]), node("Conv", ["b", "w"], ["t"]), POOL],
                       {"w": numbers(3, 3, 1, 1)})

@@ -160,15 +160,19 @@ class Computed(nn.Module):
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    (torch.sigmoid, r"Computed: sigmoid \(node 'sigmoid'\) is not supported; supported: adaptive_avg_pool2d, .*view"),
-    (lambda y: y * y, "adaptive_avg_pool2d .* reads the product of a tensor with itself"),
+    (torch.sigmoid, r"Computed: sigmoid \(node 'sigmoid'\) is not supported; nearest: relu, leaky_relu or clamp; "
+     "supported: .*, view"),
     (lambda y: y * y.relu(), "multiplies two tensors"),
+    (lambda y: y ** 3, "raises to 3 what can be negative; required: an even power"),
+    (lambda y: torch.sign(y) + y, "reads the sign of a tensor"),
+    (lambda y: y / (1 + y * y), "divides by what is computed"),
+    (lambda y: y.flatten(0, 1)[None, :, :, None], "along axis 0"),
+    (lambda y: functional.pad(y, (1, 1), value=2.0), "has mode 'constant' and value 2.0"),
     (lambda y: functional.hardtanh(y, 1, 2), r"clips to \[1, 2\]"),
     (lambda y: functional.local_response_norm(y, 4), "over 4 channels; required: an odd number"),
     (lambda y: functional.adaptive_avg_pool2d(y, 4), r"makes \(4, 4\) of \(6, 6\); required: a size that divides it"),
-    (lambda y: torch.cat([y, y], 2), "joins along axis 2"),
+    (lambda y: torch.cat([y, y], 0)[:1], "works along axis 0"),
     (lambda y: functional.max_pool2d(y, 2, dilation=2), "has a dilation"),
-    (lambda y: functional.relu(functional.pad(y, (1, 1, 1, 1))), "reads what a pad makes"),
     (lambda y: y if y.sum() > 0 else -y, "torch.export cannot export the module"),
 ])
 def test_refusals(function, message):
@@ -179,7 +183,8 @@ def test_refusals(function, message):
 @pytest.mark.parametrize(("module", "example", "message"), [
     (len, torch.zeros(1, 3, 8, 8), "required: a torch.nn.Module"),
     (nn.ReLU(), np.zeros((1, 3, 8, 8)), "the example is a ndarray; required: a tensor"),
-    (nn.ReLU(), torch.zeros(3, 8, 8), "a tensor of 3 axes"),
+    (nn.ReLU(), torch.zeros(1, 3, 8, 8, 8), "a tensor of 5 axes"),
+    (nn.Conv2d(3, 4, 3), torch.zeros(3, 8, 8), "required: an example .N, C, H, W., with its batch"),
 ])
 def test_what_is_given(module, example, message):
     with pytest.raises(ConversionError, match=message):

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from graphs import PLAIN, graphs_and_rules, pictures
 from hypothesis import HealthCheck, assume, given, note, settings
-from torch_nets import zennit_relevance
+from torch_nets import without_max_pools, zennit_relevance
 
 from fastdtd import Explainer, ExplanationWarning, Model, Preprocessing, load
 from fastdtd import graph as g
@@ -31,17 +31,6 @@ def test_random_networks(case):
     np.testing.assert_allclose(e.output, scores, atol=1e-5 * max(1, np.abs(scores).max()))
     # Where everything is absorbed the norm is 0: then 1e-4 of the score is the measure.
     assert np.linalg.norm(e.relevance - theirs) <= 1e-4 * max(np.linalg.norm(theirs), 1e-3 * e.explained[0])
-
-
-def without_max_pools(model):
-    """The same weights with average pools: no winner that turns on the last bit."""
-    def averaged(layer):
-        if not isinstance(layer, g.MaxPool2d):
-            return layer
-        return g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
-
-    layers = map(averaged, model.graph)
-    return Model(g.Graph(tuple(layers), model.graph.input_shape, model.graph.box), model.preprocessing, model.classes)
 
 
 def errors_on(model, photographs):

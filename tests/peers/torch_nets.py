@@ -1,6 +1,7 @@
 """A Graph as a PyTorch module, and zennit's rules for its layers: what the peers compute of the same network.
 
-Paddings must be symmetric. They are the modules' own, for zennit takes what is padded outside of a module for input.
+Paddings are the modules' own where they are symmetric. zennit takes what is padded outside of a module for input, which makes a difference
+where zero is no zero: under zB, w2 and flat.
 """
 
 import importlib.util
@@ -31,14 +32,20 @@ from zennit.core import BasicHook, Composite, Stabilizer  # noqa: E402  # as abo
 from zennit.layer import Sum  # noqa: E402  # as above
 from zennit.rules import Flat, NoMod, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
 
+from fastdtd import Model  # noqa: E402  # as above
 from fastdtd import graph as g  # noqa: E402  # as above
+
+
+def is_symmetric(layer):
+    return layer.padding[:2] == layer.padding[2:]
 
 
 def module_of(layer, shape):
     match layer:
         case g.Conv2d():
             outputs, _, *kernel = layer.weight.shape
-            module = nn.Conv2d(shape[0], outputs, kernel, layer.stride, layer.padding[:2], layer.dilation, layer.groups)
+            padding = layer.padding[:2] if is_symmetric(layer) else 0
+            module = nn.Conv2d(shape[0], outputs, kernel, layer.stride, padding, layer.dilation, layer.groups)
         case g.Dense():
             module = nn.Linear(*layer.weight.shape[::-1])
         case g.ReLU():
@@ -47,6 +54,8 @@ def module_of(layer, shape):
             return nn.Hardtanh(layer.low, layer.high)
         case g.LeakyReLU():
             return nn.LeakyReLU(layer.slope)
+        case g.LocalResponseNorm(within_channel=True):
+            return NormWithinChannel(layer)
         case g.LocalResponseNorm():
             return nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.bias)
         case g.MaxPool2d():
@@ -64,6 +73,17 @@ def module_of(layer, shape):
     return module
 
 
+class NormWithinChannel(nn.Module):
+    """Local response normalisation over an odd number of pixels down and across, which PyTorch has none of."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.mean = layer, nn.AvgPool2d(layer.size, 1, layer.size // 2)
+
+    def forward(self, x):
+        return x / (self.layer.bias + self.layer.alpha * self.mean(x * x))**self.layer.beta
+
+
 class Net(nn.Module):
     """Runs a Graph's layers in order."""
 
@@ -79,6 +99,12 @@ class Net(nn.Module):
             match layer:
                 case g.Dense():
                     value = part(inputs[0].flatten(1))[:, :, None, None]
+                case g.Conv2d() if not is_symmetric(layer):
+                    top, left, bottom, right = layer.padding
+                    value = part(nn.functional.pad(inputs[0], (left, right, top, bottom)))
+                case g.Rearrange():
+                    value = (inputs[0].flatten(1)[:, layer.index.ravel()] * torch.tensor(layer.index.ravel() >= 0)).reshape(
+                        -1, *layer.index.shape)
                 case g.Add():
                     value = part(torch.stack(inputs, -1))
                 case g.Concat():
@@ -156,6 +182,17 @@ class CaptumExplainer:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
             return self.lrp.attribute(x, target=torch.as_tensor(targets)).detach()
+
+
+def without_max_pools(model):
+    """The same weights with average pools: no winner that turns on the last bit."""
+    def averaged(layer):
+        if not isinstance(layer, g.MaxPool2d):
+            return layer
+        return g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
+
+    layers = map(averaged, model.graph)
+    return Model(g.Graph(tuple(layers), model.graph.input_shape, model.graph.box), model.preprocessing, model.classes)
 
 
 def zennit_relevance(graph, rules, batch, targets, dtype=torch.float64):
