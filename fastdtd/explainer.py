@@ -47,16 +47,18 @@ class Explanation:
     Attributes
     ----------
     relevance : (N, C, H, W) float32
-        The share of `explained` that each input value carries: non-negative, and summing to `explained` less what `ledger` names.
+        The share of `explained` that each input value carries, summing to `explained` less what `ledger` names. Non-negative by the rules
+        of "dtd"; epsilon, gamma and alpha-beta can make it negative. The presets named after derivatives have these instead.
     output : (N, K) float32
         Class scores, before any softmax.
     target : (N,) int64
         The output that is explained.
     explained : (N,) float32
-        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0.
+        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0. Beside derivatives
+        the score as it is.
     ledger : dict of str to (N,) float64
         By layer, the relevance that it absorbed: where a neuron is active though none of its inputs speaks for it (its bias does), the
-        rule has nowhere to send its relevance.
+        rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a rule's sums, kept.
     """
 
     relevance: Array
@@ -117,7 +119,7 @@ class Explainer:
     ----------
     model : Model
         From `fastdtd.load` or `fastdtd.convert`.
-    rules : str, or mapping of str to str
+    rules : str, mapping of str to str or Rule, or sequence of these
         See `fastdtd.rules.assign`: "dtd" is the method as published, each layer's rule following from its input domain.
     device : "cpu"
     threads : int or None

@@ -116,7 +116,8 @@ def test_relevance_at_every_layer(case):
         for i in range(2):
             expected = oracle[i][name].reshape(shape)
             assert np.linalg.norm(ours[i] - expected) <= 1e-4 * max(np.linalg.norm(expected), np.abs(e.output[i]).max(), 1)
-    assert (e.at("input") == e.relevance).all()
+    # What several layers give back to a tensor is added in another order where tensors do not share memory.
+    np.testing.assert_allclose(e.at("input"), e.relevance, atol=1e-5 * max(1, np.abs(e.relevance).max(), np.abs(e.output).max()))
     assert {name: came.tolist() for name, came in e.flow().items()} == {
         name: e.at(name).sum((1, 2, 3), dtype=np.float64).tolist() for name in e.ledger}
 

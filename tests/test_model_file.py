@@ -17,13 +17,18 @@ from fastdtd.errors import InputError, ModelError, OutputError
 from fastdtd.graph import (
     Add,
     AveragePool2d,
+    Clip,
     Concat,
     Conv2d,
     Dense,
     Flatten,
     GlobalAveragePool,
     Graph,
+    LeakyReLU,
+    LocalResponseNorm,
     MaxPool2d,
+    Power,
+    Rearrange,
     ReLU,
 )
 from fastdtd.model import Model, Preprocessing
@@ -45,7 +50,12 @@ def every_layer():
         Add("sum", ("r é", "c")),
         MaxPool2d("p", ("sum",), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True),
         AveragePool2d("q", ("sum",), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True, count_include_pad=True),
-        Concat("both", ("p", "q", "p")),
+        Clip("clip", ("q",), -0.5, 3.5),
+        LeakyReLU("leaky", ("clip",), 0.125),
+        LocalResponseNorm("norm", ("leaky",), 3, 0.01, 0.5, 2.0, True),
+        Power("power", ("norm",), 1.5),
+        Rearrange("turned", ("power",), np.arange(-1, 47).reshape(4, 4, 3)[:, ::-1]),
+        Concat("both", ("p", "turned", "p")),
         GlobalAveragePool("g", ("both",)),
         Flatten("f", ("g",)),
         Dense("d", ("f",), numbers(200, 12, seed=3), numbers(200, seed=4)),
@@ -64,8 +74,9 @@ def assert_same_layers(actual, expected, change=lambda array: array):
         for field in dataclasses.fields(e):
             left, right = getattr(a, field.name), getattr(e, field.name)
             if isinstance(right, np.ndarray):
-                assert left.dtype == np.float32
-                np.testing.assert_array_equal(left, change(right), err_msg=f"{e.name} {field.name}")
+                assert left.dtype == right.dtype
+                expected = right if field.name in e.integer_arrays else change(right)
+                np.testing.assert_array_equal(left, expected, err_msg=f"{e.name} {field.name}")
             else:
                 assert left == right, f"{e.name} {field.name}"
 
@@ -118,7 +129,7 @@ def test_round_trip(model, path, dtype, compression):
     np.testing.assert_array_equal(again.preprocessing.mean, model.preprocessing.mean)
     np.testing.assert_array_equal(again.preprocessing.std, np.float32([1, 2, 3, 4]).reshape(4, 1, 1))
     with h5py.File(path) as file:
-        big = file["layers/00009/weight"]
+        big = next(group["weight"] for group in file["layers"].values() if group.attrs["name"] == b"d")
         assert big.dtype == np.dtype(dtype)
         assert big.compression == compression
 

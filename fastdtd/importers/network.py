@@ -497,14 +497,16 @@ class Network:
             node.refuse(f"has weights of shape {weight.shape} in {groups} groups; required: (C, K / group, *kernel_shape), in {axes} "
                         "dimensions, and groups that divide C")
         x = self.plain(node, x)
-        if x.shape[0] != weight.shape[0]:
-            node.refuse(f"expects {weight.shape[0]} input channels but reads a tensor {x}")
+        outputs = weight.shape[1] * groups
+        if x.shape[0] != weight.shape[0] or (bias is not None and bias.shape != (outputs,)):
+            node.refuse(f"has weights of shape {weight.shape} and bias of shape {None if bias is None else bias.shape} for a tensor {x}; "
+                        f"required: weights for as many channels, and bias ({outputs},)")
         weight = weight.reshape(*weight.shape[:2], *_two(weight.shape[2:], 1))
         stride, dilation, more, cut = _two(stride, 1), _two(dilation, 1), _two(more, 0), _four(padding)
         if not all(1 <= n <= 256 for n in stride) or min(*dilation, 1) < 1 or min(*cut, *more) < 0:
             node.refuse(f"has strides {stride}, dilations {dilation}, pads {cut} and output padding {more}; required: strides from 1 to "
                         "256, dilations from 1, and nothing negative")
-        kernel, outputs = weight.shape[2:], weight.shape[1] * groups
+        kernel = weight.shape[2:]
         sizes = [(x.shape[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 + more[i] for i in (0, 1)]
         if any(sizes[i] <= cut[i] + cut[i + 2] for i in (0, 1)):
             node.refuse(f"leaves nothing of a tensor {x}")

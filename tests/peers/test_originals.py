@@ -1,10 +1,14 @@
 """Presets named after zennit and Captum compute what those compute, and derivatives what PyTorch does."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import test_presets
 import torch
 from captum.attr import LRP
 from captum.attr._utils.lrp_rules import EpsilonRule
+from conftest import TABLES, table_in_readme
 from graphs import graphs, pictures
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
@@ -39,14 +43,40 @@ def network(seed, add=True):
     return g.Graph(tuple(layers), (3, 12, 15), (-1.0, 1.5))
 
 
+RECORDED = Path(test_presets.__file__).parent / "recorded"
+
+
 def explanation(graph, preset, count=4):
     batch = pictures(graph, count, seed=3)
     return batch, Explainer(Model(graph, Preprocessing(None)), preset, threads=1)(batch)
 
 
+def compare(ours, theirs):
+    """The largest relative difference of a picture's relevance."""
+    assert np.linalg.norm(theirs) > 0.01  # the sum over pixels is about 1
+    worst = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, theirs, strict=True))
+    assert worst <= 1e-5
+    return worst
+
+
+def note(rows, preset, original, distances):
+    rows["presets"].append([f"`{preset}`", original, f"{max(distances):.0e}"])
+
+
+@pytest.mark.parametrize("preset", ["deep_taylor", "deep_taylor.bounded"])
+def test_innvestigate(preset, rows):
+    recorded = dict(np.load(RECORDED / "innvestigate.npz"))
+    graph = test_presets.network(recorded)
+    e = Explainer(Model(graph, Preprocessing(None)), f"innvestigate.{preset}")(recorded["pictures"], int(recorded["target"]))
+    note(rows, f"innvestigate.{preset}", "iNNvestigate 2.1.2, recorded", [compare(e.relevance, recorded[preset])])
+
+
 @pytest.mark.parametrize("name", COMPOSITES)
-@pytest.mark.parametrize("seed", range(5))
-def test_zennit(name, seed):
+def test_zennit(name, rows):
+    note(rows, f"zennit.{name}", f"zennit 0.5.1, {COMPOSITES[name].__name__}", [distance_to_zennit(name, seed) for seed in range(5)])
+
+
+def distance_to_zennit(name, seed):
     graph = network(seed)
     batch, e = explanation(graph, f"zennit.{name}")
     assert (e.explained > 0).all()
@@ -55,16 +85,16 @@ def test_zennit(name, seed):
     with Gradient(module, zennit_composite(COMPOSITES[name], graph)) as attribute:
         chosen = nn.functional.one_hot(torch.tensor(e.target), 5)
         _, theirs = attribute(x, lambda y: chosen * y)
-    theirs = theirs.detach().numpy()
-    assert np.linalg.norm(theirs) > 0.01  # the sum over pixels is about 1
-    for ours, their in zip(e.relevance, theirs, strict=True):
-        assert np.linalg.norm(ours - their) <= 1e-5 * np.linalg.norm(their)
     lost = np.array(list(e.ledger.values())).sum(0)
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + lost, e.explained, rtol=1e-5, atol=1e-5)
+    return compare(e.relevance, theirs.detach().numpy())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_captum(seed):
+def test_captum(rows):
+    note(rows, "captum.lrp", "Captum 0.9.0, LRP", map(distance_to_captum, range(5)))
+
+
+def distance_to_captum(seed):
     graph = network(seed, add=False)
     batch, e = explanation(graph, "captum.lrp")
     parts = [nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]]) for layer in graph]
@@ -73,10 +103,18 @@ def test_captum(seed):
             part.rule = EpsilonRule()
     lrp = LRP(nn.Sequential(*parts).double().eval())
     x = torch.tensor(batch, dtype=torch.float64, requires_grad=True)
-    theirs = lrp.attribute(x, target=torch.tensor(e.target)).detach().numpy()
-    for ours, their in zip(e.relevance, theirs, strict=True):
-        # Relevance is signed and its sum no bound of its size: outputs near zero amplify float32's rounding.
-        assert np.linalg.norm(ours - their) <= 1e-5 * np.linalg.norm(their)
+    return compare(e.relevance, lrp.attribute(x, target=torch.tensor(e.target)).detach().numpy())
+
+
+def test_gradient(rows):
+    def distance(seed):
+        graph = network(seed)
+        batch, e = explanation(graph, "gradient")
+        x = torch.tensor(batch, dtype=torch.float64, requires_grad=True)
+        theirs, = torch.autograd.grad(Net(graph).double()(x)[torch.arange(len(batch)), torch.tensor(e.target)].sum(), x)
+        return compare(e.relevance, theirs.numpy())
+
+    note(rows, "gradient", "PyTorch, autograd", map(distance, range(5)))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -98,3 +136,11 @@ def test_derivatives(graph):
     np.testing.assert_allclose(Explainer(model, "sensitivity", threads=2)(batch).relevance, theirs**2, **close | {
         "atol": 1e-5 * max(1, (theirs**2).max())})
     assert not e.absorbed.any()
+
+
+def test_the_table_in_the_readme_is_of_these_presets():
+    table = table_in_readme("presets")
+    assert table.startswith(TABLES["presets"])
+    names = [line.split("|")[1].strip(" `") for line in table.splitlines()[2:]]
+    assert names == ["innvestigate.deep_taylor", "innvestigate.deep_taylor.bounded", *(f"zennit.{name}" for name in COMPOSITES),
+                     "captum.lrp", "gradient"]
