@@ -839,6 +839,7 @@ YES = {"yes": np.array(True)}
     ([node("Pow", ["x", "e"], ["t"]), POOL], {"e": np.float32(3)}, "raises to 3 what can be negative; required: an even power"),
     ([node("ConvTranspose", ["x", "w"], ["t"], strides=[2**20, 1]), POOL], {"w": numbers(3, 2, 2, 2)}, "required: strides from 1 to 256"),
     ([node("ConvTranspose", ["x", "w"], ["t"], dilations=[2**30, 2**30]), POOL], {"w": numbers(3, 2, 2, 2)}, "brings the network beyond"),
+    ([node("ConvTranspose", ["x", "w", "b"], ["t"]), POOL], {"w": numbers(3, 2, 2, 2), "b": numbers(3)}, r"and bias \(2,\)"),
     ([node("ConvTranspose", ["x", "w"], ["t"], pads=[100] * 4), POOL], {"w": numbers(3, 2, 2, 2)}, "leaves nothing"),
     ([node("ConvTranspose", ["x", "w"], ["t"], output_padding=[2**40, 0]), POOL], {"w": numbers(3, 2, 2, 2)}, "moves .* numbers; at most"),
     ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "brings the network beyond"),
