@@ -44,7 +44,8 @@ examples:
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
 """
 _CONVERT = """\
-Convert a network to fastdtd's own format: from ONNX (one file), from Caffe (.prototxt and .caffemodel) or from PyTorch.
+Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt and .caffemodel) or from
+PyTorch.
 
 A PyTorch network is given as MODULE:CALLABLE, such as torchvision.models:resnet18: MODULE is imported and CALLABLE called, without
 arguments. That runs your own code, by its name; nothing that a file holds is run. WEIGHTS is then a state dict, as
@@ -58,6 +59,7 @@ _CONVERT_EXAMPLES = """\
 examples:
   fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --labels names.txt
   fastdtd convert net.onnx net.h5 --verify                   and compare its scores with onnxruntime's
+  fastdtd convert net.keras net.h5 --box=0,255               from Keras 2 or 3, or net.h5 as they wrote before
   fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
       --box=-104:151,-117:138,-123:132 --labels synset_words.txt
   fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop --verify
@@ -151,9 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
                          "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread)")
 
-    convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Caffe or PyTorch network")
+    convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Keras, Caffe or PyTorch network")
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SOURCE", help=".onnx or .prototxt file, or MODULE:CALLABLE for PyTorch")
+    convert.add_argument("source", metavar="SOURCE", help=".onnx, .keras, .h5 (of Keras) or .prototxt file, or MODULE:CALLABLE for PyTorch")
     convert.add_argument("weights", metavar="WEIGHTS", nargs="?", help=".caffemodel file, with a .prototxt; state dict, with "
                          "MODULE:CALLABLE")
     convert.add_argument("model", metavar="MODEL.h5", help="file to write")
@@ -167,9 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
                          "channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
-    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with the PyTorch module's, or with "
-                         "onnxruntime's, which must be installed (`pip install onnxruntime`); nothing is written where they differ by more "
-                         "than 0.1 %%")
+    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with those of onnxruntime, Keras (which "
+                         "must be installed: `pip install onnxruntime`, or `keras tensorflow`) or the PyTorch module; nothing is written "
+                         "where they differ by more than 0.1 %%")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -292,7 +294,7 @@ def _target(text: str | None) -> int | str | None:
 def _convert(options: argparse.Namespace) -> int:
     from fastdtd import model_file
     from fastdtd.errors import ConversionError
-    from fastdtd.importers import TorchSource, convert, opened, verify
+    from fastdtd.importers import convert, opened, runtime_of, verify
 
     def numbers(values: list[float]) -> Any:
         return values if len(values) > 1 else values[0]
@@ -301,11 +303,11 @@ def _convert(options: argparse.Namespace) -> int:
     model = convert(source, options.weights, color=options.color, size=options.size, resize=options.resize,
                     mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
     if options.verify:
-        difference, peer = verify(model, source), "the module's" if isinstance(source, TorchSource) else "onnxruntime's"
+        difference, runtime = verify(model, source), runtime_of(source)
         if not difference <= _MOST_DIFFERENCE:
-            raise ConversionError(f"{options.source}: scores differ from {peer} by {difference:.1%} of the largest; nothing was "
+            raise ConversionError(f"{options.source}: scores differ from {runtime}'s by {difference:.1%} of the largest; nothing was "
                                   "written. Please report this network")
-        print(f"{options.source}: scores within {difference:.1e} of {peer}, relative to the largest")
+        print(f"{options.source}: scores within {difference:.1e} of {runtime}'s, relative to the largest")
     model_file.save(model, options.model, options.dtype)
     print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
           f"`fastdtd show {options.model}` lists them")

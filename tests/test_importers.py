@@ -475,12 +475,15 @@ def test_garbage(tmp_path, content):
 
 
 def test_kinds_of_files(tmp_path):
-    for name in ("net.onnx", "net.prototxt", "net.caffemodel", "net.h5"):
+    for name in ("net.onnx", "net.prototxt", "net.caffemodel", "net.keras", "net.h5", "net.hdf5", "net.pt"):
         (tmp_path / name).write_bytes(b"")
     for arguments, message in [
-        (["missing.onnx"], "no file"), (["net.h5"], "neither an .onnx nor a .prototxt"), (["net.caffemodel"], "the .prototxt first"),
+        (["missing.onnx"], "no file"), (["net.pt"], "would run code"), (["net.keras"], "neither a zip nor an HDF5 file"),
+        (["net.h5"], "neither a zip nor an HDF5 file"), (["net.hdf5"], "neither a zip nor an HDF5 file"),
+        (["net.keras", "net.h5"], "no second file"),
+        (["net.caffemodel"], "the .prototxt first"),
         (["net.onnx", "net.caffemodel"], "no second file"), (["net.prototxt"], "required: the .caffemodel"),
-        (["net.prototxt", "missing.caffemodel"], "no file"), ([""], "neither"),
+        (["net.prototxt", "missing.caffemodel"], "no file"), ([""], "none of the kinds"),
     ]:
         with pytest.raises(ConversionError, match=message):
             convert(*(tmp_path / name for name in arguments))

@@ -20,6 +20,7 @@ from fastdtd.model import Model, Preprocessing
 MAX_WEIGHT_BYTES = 2**31  # what protobuf can hold in one message
 MAX_STATE_BYTES = 2**34
 MAX_TEXT_BYTES = 2**24
+KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 
 FilePath = str | os.PathLike[str]
 
@@ -73,14 +74,15 @@ def opened(source: FilePath, weights: FilePath | None = None) -> FilePath | Torc
 def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, color: str | None = None,
             size: int | tuple[int, int] | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1, scale: float = 1,
             box: Any = None, labels: FilePath | Sequence[str] | None = None) -> Model:
-    """A network from an ONNX or Caffe file, or from a PyTorch module's name, and what these do not say.
+    """A network from an ONNX, Keras or Caffe file, or from a PyTorch module's name, and what these do not say.
 
     That is how a picture becomes the network's input, and what its outputs mean.
 
     Parameters
     ----------
     source : path or str
-        An .onnx file, a Caffe network's .prototxt, or ``module:callable`` for what makes a PyTorch module, see `opened`.
+        An .onnx file, a .keras file, an .h5 or .hdf5 file of Keras's, a Caffe network's .prototxt, or ``module:callable`` for what makes a
+        PyTorch module, see `opened`.
     weights : path, optional
         The .caffemodel that goes with a .prototxt, or a PyTorch module's state dict.
     color : {"rgb", "bgr", "gray"}, optional
@@ -111,6 +113,7 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     >>> model = convert("deploy.prototxt", "net.caffemodel", color="bgr", mean=(104, 117, 123),
     ...                 box=[(-104, 151), (-117, 138), (-123, 132)], labels="names.txt")
     >>> fastdtd.save(model, "net.h5")
+    >>> model = convert("net.keras", box=(0, 255))
     """
     source = opened(source, weights) if not isinstance(source, TorchSource) else source
     if isinstance(source, TorchSource):
@@ -151,13 +154,13 @@ def _from_torch_source(source: TorchSource, size: tuple[int, int] | None, color:
 
 
 def verify(model: Model, source: FilePath | TorchSource) -> float:
-    """How far a converted network's scores are from those of onnxruntime on the .onnx file, or of the PyTorch module, that it is from.
+    """How far a converted network's scores are from those of its source: onnxruntime or Keras on the file, or the PyTorch module.
 
     Parameters
     ----------
     model : Model
     source : path or TorchSource
-        The .onnx file, or the module as `opened` gives it.
+        The .onnx, .keras, .h5 or .hdf5 file, or the module as `opened` gives it.
 
     Returns
     -------
@@ -167,12 +170,11 @@ def verify(model: Model, source: FilePath | TorchSource) -> float:
     Raises
     ------
     ConversionError
-        No onnxruntime, a source of another kind, or one that does not run.
+        No onnxruntime or Keras, a source of another kind, or one that does not run.
     """
-    if not isinstance(source, TorchSource) and Path(source).suffix.lower() != ".onnx":
-        raise ConversionError(f"{source}: only .onnx files and PyTorch modules can be verified, by onnxruntime and PyTorch; there is no "
-                              "runtime here for others")
-    run: Callable[[Any, Any, Model], Any] = _scores_by_torch if isinstance(source, TorchSource) else _scores_by_onnxruntime
+    runtime = runtime_of(source)
+    runtimes: dict[str, Callable[[Any, Any, Model], Any]] = {
+        "onnxruntime": _onnxruntime_scores, "Keras": _keras_scores, "PyTorch": _torch_scores}
     from fastdtd.explainer import Explainer
 
     graph = model.graph
@@ -181,9 +183,19 @@ def verify(model: Model, source: FilePath | TorchSource) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores that are not positive
         scores = Explainer(model)(batch).output
-    theirs = run(source, batch, model)
+    try:
+        theirs = runtimes[runtime](source, batch, model)
+    except ModuleNotFoundError as error:
+        packages = "onnxruntime" if runtime == "onnxruntime" else "keras tensorflow"
+        raise ConversionError(f"{error}; `pip install {packages}` installs what verifying takes") from None
+    except (ConversionError, ModelError):
+        raise
+    except Exception as error:  # all have many kinds, and none in common
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        advice = "; required: the version that wrote the file, for Keras 3 reads few files of Keras 2" if runtime == "Keras" else ""
+        raise ConversionError(f"{source}: {runtime} cannot run it: {message}{advice}") from error
     if theirs.shape != scores.shape:
-        raise ConversionError(f"{source}: it gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
+        raise ConversionError(f"{source}: {runtime} gives {theirs.shape[1]} outputs, the converted network {scores.shape[1]}")
     exponents = np.exp(scores - scores.max(1, keepdims=True))
     probabilities = exponents / exponents.sum(1, keepdims=True)
     if np.allclose(theirs.sum(1), 1, atol=1e-3) and (theirs >= 0).all():  # behind a softmax, which conversion drops
@@ -193,27 +205,46 @@ def verify(model: Model, source: FilePath | TorchSource) -> float:
     return float(np.abs(scores - theirs).max() / np.abs(theirs).max())
 
 
-def _scores_by_onnxruntime(source: Any, batch: Any, model: Model) -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ConversionError(f"{error}; `pip install onnxruntime` installs what verifying takes") from None
+def runtime_of(source: FilePath | TorchSource) -> str:
+    """What runs a source to verify it: "onnxruntime", "Keras" or "PyTorch". ConversionError: there is nothing for this kind."""
+    if isinstance(source, TorchSource):
+        return "PyTorch"
+    kind = Path(source).suffix.lower()
+    if kind == ".onnx":
+        return "onnxruntime"
+    if kind in KERAS_SUFFIXES:
+        return "Keras"
+    raise ConversionError(f"{source}: only .onnx files can be verified, by onnxruntime, .keras, .h5 and .hdf5 files, by Keras, and PyTorch "
+                          "modules; there is no runtime here for others")
+
+
+def _onnxruntime_scores(source: FilePath, batch: Any, model: Model) -> Any:
+    import onnxruntime
+
     from fastdtd.importers.onnx import CHANNELS_LAST
 
-    try:
-        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-        name, output = session.get_inputs()[0], session.get_outputs()[0].name
-        pictures = {2: batch[:, :, 0, 0], 3: batch[:, :, 0]}.get(len(name.shape), batch)
-        if model.provenance.get("format", "").endswith(CHANNELS_LAST):
-            pictures = np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-        size = name.shape[0] if isinstance(name.shape[0], int) and name.shape[0] > 0 else 1
-        repeated = [np.repeat(picture[None], size, 0) for picture in pictures]
-        return np.concatenate([session.run([output], {name.name: same})[0].reshape(size, -1)[:1] for same in repeated])
-    except Exception as error:  # onnxruntime has many kinds, and none in common
-        raise ConversionError(f"{source}: onnxruntime cannot run it: {str(error).strip().splitlines()[0]}") from error
+    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    name, output = session.get_inputs()[0], session.get_outputs()[0].name
+    pictures = {2: batch[:, :, 0, 0], 3: batch[:, :, 0]}.get(len(name.shape), batch)
+    if model.provenance.get("format", "").endswith(CHANNELS_LAST):
+        pictures = np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
+    size = name.shape[0] if isinstance(name.shape[0], int) and name.shape[0] > 0 else 1
+    repeated = [np.repeat(picture[None], size, 0) for picture in pictures]
+    return np.concatenate([session.run([output], {name.name: same})[0].reshape(size, -1)[:1] for same in repeated])
 
 
-def _scores_by_torch(source: TorchSource, batch: Any, _: Model) -> Any:
+def _keras_scores(source: FilePath, batch: Any, _: Model) -> Any:
+    import keras
+
+    _parse([Path(source)], batch.shape[2:] if batch.shape[2] > 1 else None)  # for Keras runs the code in a file, and this refuses it
+    network = keras.models.load_model(str(source), compile=False)
+    rank = len(network.inputs[0].shape)
+    pictures = batch.transpose(0, 2, 3, 1) if rank == 4 else batch[:, :, 0].transpose(0, 2, 1) if rank == 3 else batch[:, :, 0, 0]
+    scores = network.predict(pictures, verbose=0)
+    return np.reshape(scores[0] if isinstance(scores, list) else scores, (len(batch), -1))
+
+
+def _torch_scores(source: TorchSource, batch: Any, _: Model) -> Any:
     from fastdtd.importers import pytorch
 
     return pytorch.scores(source.module, batch)
@@ -280,6 +311,13 @@ def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer]
             raise ConversionError(f"{error}; `pip install 'fastdtd[onnx]'` installs what reading .onnx takes") from None
         contents = [_read(files[0], MAX_WEIGHT_BYTES)]
         return *onnx.parse(contents[0], size), contents
+    if kind in KERAS_SUFFIXES:
+        if len(files) > 1:
+            raise ConversionError(f"an {kind} file of Keras's holds its weights; required: no second file")
+        from fastdtd.importers import keras
+
+        contents = [_read(files[0], MAX_WEIGHT_BYTES)]
+        return *keras.parse(contents[0], size), contents
     if kind == ".prototxt":
         if len(files) == 1:
             raise ConversionError("a .prototxt holds no weights; required: the .caffemodel that goes with it, as second file")
@@ -292,7 +330,8 @@ def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer]
     if kind in (".pt2", ".pt", ".pth"):
         raise ConversionError(f"loading a {kind} file would run code that is pickled in it; required: MODULE:CALLABLE, Python code that "
                               "makes the module, and as second file its state dict")
-    raise ConversionError("neither an .onnx nor a .prototxt file, by its name, nor MODULE:CALLABLE"
+    raise ConversionError("none of the kinds that can be converted (.onnx, .keras, .h5 or .hdf5 of Keras, .prototxt), by its name, nor "
+                          "MODULE:CALLABLE"
                           + ("; give the .prototxt first, then the .caffemodel" if kind == ".caffemodel" else ""))
 
 

@@ -292,7 +292,7 @@ def test_module_by_name_and_state_dict(project, weights, capsys):
 
 def test_module_by_name_with_the_weights_it_has(project, capsys):
     assert cli.main(["convert", "my_networks:made", "net.h5", "--size", "9", "--verify"]) == 0
-    assert "of the module's, relative to the largest" in capsys.readouterr().out
+    assert "of PyTorch's, relative to the largest" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("source", "weights", "size", "message"), [
