@@ -450,6 +450,57 @@ def test_weights_in_another_file_are_not_followed(convert_nodes, tmp_path):
         convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1)}, change=outside)
 
 
+def external(entries, location="net.onnx.data"):
+    """A change that puts the first constant's bytes where `entries` say."""
+    def change(model):
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": location, **entries}.items():
+            tensor.external_data.add(key=key, value=value)
+
+    return change
+
+
+@pytest.mark.parametrize("entries", [{}, {"offset": "0", "length": "48"}, {"offset": "16", "length": "48"}])
+def test_weights_beside_the_file_as_pytorch_puts_them(convert_nodes, tmp_path, entries):
+    weight = numbers(4, 3, 1, 1)
+    (tmp_path / "net.onnx.data").write_bytes(bytes(int(entries.get("offset", 0))) + weight.tobytes())
+    model = convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": weight}, change=external(entries))
+    same(model.graph.layers[0].weight, weight)
+    assert model.provenance["source"] == "net.onnx, net.onnx.data"
+
+
+def test_weights_in_a_file_that_is_given(convert_nodes, tmp_path):
+    weight = numbers(4, 3, 1, 1)
+    (tmp_path / "weights.bin").write_bytes(weight.tobytes())
+    model = convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": weight}, change=external({}, "weights.bin"),
+                          weights=tmp_path / "weights.bin")
+    same(model.graph.layers[0].weight, weight)
+
+
+@pytest.mark.parametrize(("entries", "message"), [
+    ({"offset": "8", "length": "48"}, "has 48 bytes from 8 on in 'net.onnx.data', which has 48"),
+    ({"offset": "-8", "length": "48"}, "begins at '-8'"), ({"length": "1e3"}, "has length '1e3'"), ({"length": "9" * 30}, "has length"),
+    ({"length": "40"}, "damaged constant 'w'"),
+])
+def test_damaged_places_of_weights(convert_nodes, tmp_path, entries, message):
+    (tmp_path / "net.onnx.data").write_bytes(numbers(4, 3, 1, 1).tobytes())
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1)}, change=external(entries))
+
+
+def test_bytes_beside_the_file_are_taken_once(convert_nodes, tmp_path):
+    def twice(model):
+        external({})(model)
+        model.graph.initializer.append(model.graph.initializer[0])
+        model.graph.initializer[1].name = "v"
+
+    (tmp_path / "net.onnx.data").write_bytes(numbers(3, 3, 1, 1).tobytes())
+    with pytest.raises(ConversionError, match="or others have the same"):
+        convert_nodes([node("Conv", ["x", "w"], ["c"]), node("Conv", ["c", "v"], ["t"]), POOL], {"w": numbers(3, 3, 1, 1)}, change=twice)
+
+
 @pytest.mark.parametrize("dims", [[2**40, 2**40, 2, 2], [4, 3, 1, 2], [-1, 3, 1, 1], [2**62] * 4])
 def test_a_shape_beyond_the_content_allocates_nothing(convert_nodes, dims):
     def grow(model):
@@ -482,7 +533,7 @@ def test_kinds_of_files(tmp_path):
         (["net.h5"], "neither a zip nor an HDF5 file"), (["net.hdf5"], "neither a zip nor an HDF5 file"),
         (["net.keras", "net.h5"], "no second file"),
         (["net.caffemodel"], "the .prototxt first"),
-        (["net.onnx", "net.caffemodel"], "no second file"), (["net.prototxt"], "required: the .caffemodel"),
+        (["net.onnx", "net.caffemodel"], "no ONNX file"), (["net.prototxt"], "required: the .caffemodel"),
         (["net.prototxt", "missing.caffemodel"], "no file"), ([""], "none of the kinds"),
     ]:
         with pytest.raises(ConversionError, match=message):
