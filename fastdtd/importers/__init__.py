@@ -84,7 +84,8 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
         An .onnx file, a .keras file, an .h5 or .hdf5 file of Keras's, a Caffe network's .prototxt, or ``module:callable`` for what makes a
         PyTorch module, see `opened`.
     weights : path, optional
-        The .caffemodel that goes with a .prototxt, or a PyTorch module's state dict.
+        The .caffemodel that goes with a .prototxt, a PyTorch module's state dict, or the file of an .onnx file's weights, where they are in
+        another one; NAME.onnx.data is found by itself.
     color : {"rgb", "bgr", "gray"}, optional
         Order of the input's channels. Default: "rgb" for three channels, "gray" for one, else the input is no picture.
     size : (height, width) or int, optional
@@ -119,6 +120,9 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     if isinstance(source, TorchSource):
         return _from_torch_source(source, _checked_size(size), color, (resize, mean, std, scale), box, labels)
     files = [Path(source)] + ([] if weights is None else [Path(weights)])
+    beside = Path(f"{files[0]}.data")
+    if weights is None and files[0].suffix.lower() == ".onnx" and beside.is_file() and not beside.is_symlink():
+        files.append(beside)  # where PyTorch puts the weights; an .onnx file may name no other on its own
     try:
         with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
             layers, shape, file_format, contents = _parse(files, _checked_size(size))
@@ -303,14 +307,12 @@ def _parse(files: list[Path], size: tuple[int, int] | None) -> tuple[list[Layer]
     """Layers, input shape and format of the network in `files`, and the files' contents."""
     kind = files[0].suffix.lower()
     if kind == ".onnx":
-        if len(files) > 1:
-            raise ConversionError("an .onnx file holds its weights; required: no second file")
         try:
             from fastdtd.importers import onnx
         except ModuleNotFoundError as error:
             raise ConversionError(f"{error}; `pip install 'fastdtd[onnx]'` installs what reading .onnx takes") from None
-        contents = [_read(files[0], MAX_WEIGHT_BYTES)]
-        return *onnx.parse(contents[0], size), contents
+        contents = [_read(files[0], MAX_WEIGHT_BYTES), *(_read(file, MAX_STATE_BYTES) for file in files[1:])]
+        return *onnx.parse(contents[0], size, {file.name: content for file, content in zip(files[1:], contents[1:], strict=True)}), contents
     if kind in KERAS_SUFFIXES:
         if len(files) > 1:
             raise ConversionError(f"an {kind} file of Keras's holds its weights; required: no second file")

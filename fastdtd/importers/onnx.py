@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,7 +29,7 @@ ROOM = 2**24  # numbers that a file's constant arithmetic may make, and eight mo
 Constant = npt.NDArray[Any]
 
 
-def parse(data: bytes, size: tuple[int, int] | None = None) -> tuple[list[Layer], Shape, str]:
+def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None) -> tuple[list[Layer], Shape, str]:
     """The network in an ONNX file.
 
     Where it has several outputs, the first is taken, and layers that do not lead to it are left out.
@@ -40,6 +40,8 @@ def parse(data: bytes, size: tuple[int, int] | None = None) -> tuple[list[Layer]
         The file.
     size : (height, width), optional
         Replaces the input size in the file.
+    others : dict of str to bytes, optional
+        By name, files that may hold weights of this one. It names where in them, but no file that is not given is read.
 
     Returns
     -------
@@ -56,11 +58,35 @@ def parse(data: bytes, size: tuple[int, int] | None = None) -> tuple[list[Layer]
         A layer that contradicts itself or its input.
     """
     try:
-        return _parse(onnx.ModelProto.FromString(data), size, ROOM + 8 * len(data))
+        model = onnx.ModelProto.FromString(data)
+        _put_inside(model, others or {})
+        return _parse(model, size, ROOM + 8 * (len(data) + sum(map(len, (others or {}).values()))))
     except DecodeError:
         raise ConversionError("damaged, or no ONNX file") from None
     except UnicodeDecodeError:
         raise ConversionError("damaged: it holds a name that is no text") from None
+
+
+def _put_inside(model: Any, others: Mapping[str, bytes]) -> None:
+    """Weights that are in other files, as far as these are given. Each byte of them is taken at most once: none grow by it."""
+    left = {name: len(content) for name, content in others.items()}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        name = where.get("location", "")
+        if tensor.data_location != onnx.TensorProto.EXTERNAL or name not in others:
+            continue
+        start, length = where.get("offset", "0"), where.get("length", str(len(others[name])))
+        if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in (start, length)):
+            raise ConversionError(f"damaged: the constant {tensor.name!r} begins at {start[:20]!r} of {name!r} and has length "
+                                  f"{length[:20]!r}")
+        content = others[name][int(start):int(start) + int(length)]
+        left[name] -= len(content)
+        if len(content) != int(length) or left[name] < 0:
+            raise ConversionError(f"damaged: the constant {tensor.name!r} has {length} bytes from {start} on in {name!r}, which "
+                                  f"has {len(others[name])}, or others have the same")
+        tensor.raw_data = content
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        tensor.ClearField("external_data")
 
 
 def _parse(model: Any, size: tuple[int, int] | None, room: int) -> tuple[list[Layer], Shape, str]:
@@ -343,8 +369,8 @@ _NEAREST = {
 
 def _decode(node: _Node, tensor: Any) -> Constant:
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        node.refuse(f"has its constant {tensor.name!r} in another file; required: weights inside the .onnx file "
-                    "(torch.onnx.export with external_data=False, or onnx.load and onnx.save, put them there)")
+        node.refuse(f"has its constant {tensor.name!r} in another file; required: weights inside the .onnx file, in "
+                    "NAME.onnx.data beside it, or in a second file that is given")
     if tensor.data_type not in constants.TYPES:
         node.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: float16, float32, float64, int32, "
                     "int64 or bool")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +61,3 @@ def transposed_convolution(weight: npt.NDArray[Any], bias: npt.NDArray[Any] | No
     phase = (y % stride[0])[:, None] * stride[1] + x % stride[1]
     channel = (k // per_group * phases * per_group + k % per_group)[:, None, None] + phase * per_group
     return fields, (channel * grid[0] + (y // stride[0])[:, None]) * grid[1] + x // stride[1]
-
-
-def by_channel(value: Any, x: Tensor, refuse: Callable[[str], NoReturn]) -> npt.NDArray[Any]:
-    """`value`, which is combined with `x`, as one number for each channel."""
-    try:
-        return np.broadcast_to(value, (1, x.shape[0]) + (1,) * (x.rank - 2)).reshape(-1)
-    except ValueError:
-        refuse(f"has a constant of shape {np.shape(value)} for {x.shape[0]} channels; required: one number, or one for each channel")

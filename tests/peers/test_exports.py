@@ -115,6 +115,17 @@ def test_part(tmp_path, exporter, opset, batch, part):
     assert {kind: sum(isinstance(layer, kind) for layer in model.graph) for kind in layers} == layers
 
 
+@needs_onnxscript
+def test_weights_beside_the_file(tmp_path):
+    """As the newer exporter writes them unless it is told otherwise."""
+    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)).eval()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (torch.rand(1, 3, 12, 12),), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    assert (tmp_path / "net.onnx.data").exists()
+    assert verify(fastdtd.convert(tmp_path / "net.onnx"), tmp_path / "net.onnx") <= 1e-5
+
+
 NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
     "resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0",
     "regnet_x_400mf")}}
