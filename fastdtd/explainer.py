@@ -24,7 +24,7 @@ from fastdtd.errors import InputError
 from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
-from fastdtd.plan import Plan
+from fastdtd.plan import Plan, fusible_activations
 from fastdtd.rules import Rules, absorbers, assign, derived_from
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
@@ -71,7 +71,8 @@ class Explanation:
     def at(self, layer: str) -> Array:
         """Relevance of what a layer makes: the share of `explained` that each number carries there.
 
-        It is computed now, by explaining the pictures again. A layer and the ReLU or clip behind it have the same relevance.
+        It is computed now, by explaining the pictures again. A layer and the ReLU or clip behind it have the same relevance; derivatives
+        have only those behind.
 
         Parameters
         ----------
@@ -85,7 +86,7 @@ class Explanation:
         Raises
         ------
         InputError
-            The network has no such layer.
+            The network has no such layer, or not the derivative by it.
         """
         return self._at([layer])[layer]
 
@@ -268,6 +269,9 @@ class Explainer:
         for name in layers:
             if name not in graph.shapes:
                 raise InputError(f"the network has no layer {name!r}; it has {', '.join(graph.shapes)}")
+            if self._derivative and (behind := fusible_activations(graph).get(name)):
+                raise InputError(f"the derivative by what layer {name!r} makes is not kept, for the activation behind it is computed with "
+                                 f"it; required: a layer such as {behind.name!r}")
         found = {name: np.empty((len(pictures), *graph.shapes[name]), np.float32) for name in layers}
         plan = self._make(1, 1, layers)
         for i in range(len(pictures)):

@@ -118,7 +118,7 @@ class Plan:
         self.step_layers: list[str] = []  # which layer each step belongs to
         self._conditions: dict[int, npt.NDArray[np.uint8]] = {}  # steps for which there is nothing to do where this is all zero
         self._scratch: dict[str, int] = {}
-        self._activation_behind = _fusible_activations(graph)
+        self._activation_behind = fusible_activations(graph)
         self._relevance_carriers = relevance_carriers(graph, rules)
         # Tensors that share memory share what their readers give back, so who looks at one of them needs them apart.
         self._roots = {name: (name, 0, math.prod(shape)) for name, shape in graph.shapes.items()} if observed else _roots(graph)
@@ -684,7 +684,7 @@ def _zeros(count: int) -> Array:
     return read_only(np.zeros(count, np.float32))
 
 
-def _fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
+def fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
     """Layer's name -> the activation behind it, for each that alone reads a layer which can apply it itself."""
     by_name = {layer.name: layer for layer in graph}
     return {layer.inputs[0]: layer for layer in graph if isinstance(layer, (g.ReLU, g.Clip))

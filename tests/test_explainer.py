@@ -126,6 +126,10 @@ def test_no_such_layer_and_no_network():
     e = explain(explainer(small()), pictures(small(), 1))
     with pytest.raises(InputError, match="has no layer 'conv9'; it has input, conv, relu, pool, scores"):
         e.at("conv9")
+    derived = explain(explainer(small(), "gradient"), pictures(small(), 1))
+    assert derived.at("relu").shape == (1, 4, 4, 3)
+    with pytest.raises(InputError, match="by what layer 'conv' makes is not kept, .* such as 'relu'"):
+        derived.at("conv")
     kept = pickle.loads(pickle.dumps(e))
     assert (kept.relevance == e.relevance).all()
     with pytest.raises(InputError, match="pickled, without the network"):
