@@ -128,7 +128,7 @@ def test_no_such_layer_and_no_network():
         e.at("conv9")
     derived = explain(explainer(small(), "gradient"), pictures(small(), 1))
     assert derived.at("relu").shape == (1, 4, 4, 3)
-    with pytest.raises(InputError, match="by what layer 'conv' makes is not kept, .* such as 'relu'"):
+    with pytest.raises(InputError, match=r"by what layer 'conv' makes is not kept, .* such as 'relu'"):
         derived.at("conv")
     kept = pickle.loads(pickle.dumps(e))
     assert (kept.relevance == e.relevance).all()
