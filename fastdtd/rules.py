@@ -312,9 +312,12 @@ def assign(graph: Graph, rules: Rules = "dtd") -> dict[str, Assigned]:
 
 
 def derived_from(rules: Rules) -> str | None:
-    """Which of the presets that derive and do not share, "gradient", "gradient*input" or "sensitivity"; None for others."""
-    first = rules if isinstance(rules, str) else rules[0] if isinstance(rules, Sequence) and rules else None
-    return first if isinstance(first, str) and first in DERIVATIVES else None
+    """What is derived and not shared, by the name of the preset: "gradient", "gradient*input" or "sensitivity"; None for other rules."""
+    first, *others = [rules] if isinstance(rules, (str, Mapping)) else list(rules) or ["dtd"]
+    if isinstance(first, str) and first in DERIVATIVES:
+        return first
+    given = {str(rule) for part in (first, *others) if isinstance(part, Mapping) for rule in part.values()}
+    return "gradient" if "gradient" in given else None
 
 
 def input_domain(graph: Graph, layer: Layer) -> Domain:

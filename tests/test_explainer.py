@@ -122,6 +122,14 @@ def test_relevance_at_every_layer(case):
         name: e.at(name).sum((1, 2, 3), dtype=np.float64).tolist() for name in e.ledger}
 
 
+def test_derivatives_by_rules_of_layers_are_those_of_the_preset():
+    batch = pictures(small(), 2)
+    preset, by_layer = (explain(explainer(small(), rules), batch) for rules in ("gradient", {"conv": "gradient", "[ps]*": "gradient"}))
+    assert preset.relevance.any()
+    assert (preset.relevance == by_layer.relevance).all()
+    assert (preset.explained == by_layer.explained).all()
+
+
 def test_no_such_layer_and_no_network():
     e = explain(explainer(small()), pictures(small(), 1))
     with pytest.raises(InputError, match="has no layer 'conv9'; it has input, conv, relu, pool, scores"):
