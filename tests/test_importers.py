@@ -7,6 +7,7 @@ import itertools
 import sys
 import warnings
 
+import naive
 import numpy as np
 import pytest
 
@@ -974,6 +975,30 @@ def test_caffe_convolution(convert_text, parameters, kernel, expected, bias):
     same(conv.bias, weights[1] if bias else None)
 
 
+def test_caffe_leaky_relu(convert_text):
+    leaky, _ = convert_text(layer("r", "ReLU", "x", "t", "relu_param { negative_slope: 0.125 }") + GLOBAL, {}).graph
+    assert (type(leaky), leaky.slope) == (g.LeakyReLU, 0.125)
+
+
+@pytest.mark.parametrize(("parameters", "kernel", "stride", "pad", "dilation"), [
+    ("kernel_size: 2 stride: 2", (2, 2), (2, 2), (0, 0), (1, 1)), ("kernel_size: 3", (3, 3), (1, 1), (0, 0), (1, 1)),
+    ("kernel_h: 4 kernel_w: 3 stride_h: 3 stride_w: 2 pad_h: 2 pad_w: 1 dilation: 2", (4, 3), (3, 2), (2, 1), (2, 2)),
+])
+def test_caffe_deconvolution(convert_text, parameters, kernel, stride, pad, dilation):
+    """Each number of the input adds the kernel, times itself, to the output."""
+    weight, bias = numbers(3, 2, *kernel), numbers(6, seed=1)
+    graph = convert_text(layer("d", "Deconvolution", "x", "t", f"convolution_param {{ num_output: 6 group: 3 {parameters} }}") + GLOBAL,
+                         {"d": [weight.reshape(3, 2, *kernel), bias]}).graph
+    picture = numbers(3, 9, 8, seed=2)
+    sizes = [(n - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i, n in enumerate(picture.shape[1:])]
+    expected = np.zeros((6, *sizes))
+    for c, y, x, k, i, j in np.ndindex(3, 9, 8, 2, *kernel):
+        expected[2 * c + k, y * stride[0] + i * dilation[0], x * stride[1] + j * dilation[1]] += weight[c, k, i, j] * picture[c, y, x]
+    expected = expected[:, pad[0]:sizes[0] - pad[0], pad[1]:sizes[1] - pad[1]] + bias[:, None, None]
+    assert graph.shapes["d"] == expected.shape
+    np.testing.assert_allclose(naive.forward(graph, picture)["d"].reshape(expected.shape), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 def test_caffe_inner_product_is_flattened_for(convert_text, transpose):
     weight = numbers(2, 216)
@@ -1090,7 +1115,14 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
     (layer("d", "InnerProduct", more="inner_product_param { num_output: 4 axis: 2 }"), {}, "axis 2"),
     (layer("p", "Pooling", more="pooling_param { pool: STOCHASTIC kernel_size: 2 }"), {}, "pools at random"),
     (layer("p", "Pooling"), {}, "kernel"),
-    (layer("r", "ReLU", more="relu_param { negative_slope: 0.1 }"), {}, "negative_slope 0.1"),
+    (layer("r", "ReLU", more="relu_param { negative_slope: -0.1 }"), {}, "has slope -0.1; required: 0 to 1"),
+    (layer("d", "Deconvolution", more="convolution_param { num_output: 2 kernel_size: 2 stride: 0 }"), {},
+     "required: axis 1, numbers from 1"),
+    (layer("d", "Deconvolution", more="convolution_param { num_output: 2 group: 2 kernel_size: 2 }"), {}, "groups that divide both"),
+    (layer("d", "Deconvolution", more="convolution_param { num_output: 2 kernel_size: 2 pad: 9 }"), {}, "at least one pixel"),
+    (layer("d", "Deconvolution", more="convolution_param { num_output: 2 kernel_size: 2 stride: 1000000 }"), {},
+     "at most 268435456 numbers"),
+    (layer("d", "Deconvolution", more="convolution_param { num_output: 2 kernel_size: 2 }"), {"d": [numbers(3, 2, 3, 3), numbers(2)]}, r"weights of shape .*; required: \(3, 2, 2, 2\)"),
     (layer("k", "Concat", "x x", more="concat_param { axis: 2 }"), {}, "axis 2"),
     (layer("e", "Eltwise", "x x", more="eltwise_param { operation: MAX }"), {}, "is a MAX"),
     (layer("e", "Eltwise", "x x", more="eltwise_param { coeff: 1 coeff: -1 }"), {}, r"coefficients \[1.0, -1.0\]"),

@@ -6,6 +6,7 @@ ways to write a network are read: `layer` with types as text, and the older `lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,6 +18,8 @@ from google.protobuf.message import DecodeError
 from fastdtd.errors import ConversionError
 from fastdtd.graph import (
     INPUT,
+    MAX_TENSOR_ELEMENTS,
+    MAX_WEIGHT_ELEMENTS,
     Add,
     Array,
     AveragePool2d,
@@ -27,12 +30,15 @@ from fastdtd.graph import (
     Flatten,
     GlobalAveragePool,
     Layer,
+    LeakyReLU,
     LocalResponseNorm,
     MaxPool2d,
+    Rearrange,
     ReLU,
     Shape,
     Softmax,
 )
+from fastdtd.importers.tensors import transposed_convolution
 
 # "message: field number type [= default], ..."; * marks what repeats. `data` is a packed list of floats, which on the wire is the same as
 # bytes, and bytes become an array without a loop.
@@ -301,6 +307,23 @@ def _convolution(network: _Network, node: _Node) -> _Blob:
                        padding=(top, left, top, left), dilation=_pair(node, p, "dilation", 1), groups=p.group)
 
 
+def _deconvolution(network: _Network, node: _Node) -> _Blob:
+    x, p = network.only_blob(node), node.proto.convolution_param
+    kernel, stride, dilation = _pair(node, p, "kernel_size"), _pair(node, p, "stride", 1), _pair(node, p, "dilation", 1)
+    pad, groups, outputs = _pair(node, p, "pad"), p.group, p.num_output
+    if p.axis != 1 or min(*kernel, *stride, *dilation, groups) < 1 or x.shape[0] % groups or outputs % groups:
+        node.refuse(f"has axis {p.axis}, kernel {kernel}, stride {stride}, dilation {dilation} and {groups} groups for {x.shape[0]} to "
+                    f"{outputs} channels; required: axis 1, numbers from 1, and groups that divide both")
+    sizes = [(x.shape[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    weights = x.shape[0] * outputs // groups * math.prod(stride) * math.prod(-(-dilation[i] * kernel[i] // stride[i]) + 1 for i in (0, 1))
+    if min(sizes[i] - 2 * pad[i] for i in (0, 1)) < 1 or outputs * math.prod(sizes) > MAX_TENSOR_ELEMENTS or weights > MAX_WEIGHT_ELEMENTS:
+        node.refuse(f"makes {outputs} x {sizes[0]} x {sizes[1]} less padding {pad}, of {weights} weights; required: at least one pixel, at "
+                    f"most {MAX_TENSOR_ELEMENTS} numbers and {MAX_WEIGHT_ELEMENTS} weights")
+    weight, *bias = node.weights((x.shape[0], outputs // groups, *kernel), *[(outputs,)] * p.bias_term)
+    fields, index = transposed_convolution(weight, bias[0] if bias else None, x.shape, stride, (*pad, *pad), dilation, groups)
+    return network.add(Rearrange, node, [network.add(Conv2d, node, [x], "/phases", **fields)], index=index)
+
+
 def _inner_product(network: _Network, node: _Node) -> _Blob:
     x, p = network.only_blob(node), node.proto.inner_product_param
     if p.axis != 1:
@@ -328,9 +351,9 @@ def _pooling(network: _Network, node: _Node) -> _Blob:
 
 
 def _relu(network: _Network, node: _Node) -> _Blob:
-    if node.proto.relu_param.negative_slope:
-        node.refuse(f"has negative_slope {node.proto.relu_param.negative_slope:g}; required: 0")
-    return network.add(ReLU, node, [network.only_blob(node)])
+    slope = node.proto.relu_param.negative_slope
+    return network.add(LeakyReLU, node, [network.only_blob(node)], slope=slope) if slope else network.add(
+        ReLU, node, [network.only_blob(node)])
 
 
 def _lrn(network: _Network, node: _Node) -> _Blob:
@@ -400,7 +423,8 @@ def _same(network: _Network, node: _Node) -> _Blob:
 
 
 _TYPES: dict[str, Callable[[_Network, _Node], _Blob]] = {
-    "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten,
+    "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Deconvolution": _deconvolution,
+    "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten,
     "InnerProduct": _inner_product, "Pooling": _pooling, "ReLU": _relu, "Scale": _scale, "LRN": _lrn, "Softmax": _softmax, "Split": _same,
 }
 _SKIPPED = {"input", "accuracy", "silence", "softmaxwithloss", "softmaxloss"}  # lower case; what they make is not the network's output
