@@ -19,6 +19,9 @@ PRESETS = ["dtd", "zennit.epsilon_plus_flat", "zennit.epsilon_gamma_box", "zenni
 def sheet(model, pictures):
     batch = np.stack([model.preprocess(path) for path in pictures])
     columns = [fastdtd.Explainer(model, preset)(batch) for preset in PRESETS]
+    for preset, e in zip(PRESETS, columns, strict=True):
+        if e.ledger:  # derivatives have none
+            print(f"{preset}: {', '.join(f'{share:.1%}' for share in e.absorbed / e.explained)} of the scores in the ledger")
     figure, panels = plt.subplots(len(pictures), 1 + len(PRESETS), figsize=(15, 2.35 * len(pictures)), squeeze=False, layout="constrained")
     for i, path in enumerate(pictures):
         panels[i, 0].imshow(images.fit(images.open_picture(path), model.graph.input_shape[:0:-1], model.preprocessing.resize))
@@ -41,6 +44,7 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, _, file in [("squeezenet1_1", "", "squeezenet1_1"), *(item.partition("=") for item in options.model)]:
+        print(name)
         sheet(fastdtd.load(file), options.pictures).savefig(options.out / f"gallery_{name}.jpg", dpi=80, pil_kwargs={"quality": 85})
 
 
