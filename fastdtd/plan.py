@@ -9,7 +9,6 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -413,10 +412,8 @@ class Plan:
                 # Inputs that lie in the result's own memory have what was written there.
 
     def _direction(self, rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
-        assert rule.direction is not None
-        bounded = len(inspect.signature(rule.direction).parameters) == 4
         try:
-            kernels: tuple[Callable[..., None], Callable[..., None]] = self._kernels.direction_kernels(rule.direction, bounded)
+            kernels: tuple[Callable[..., None], Callable[..., None]] = self._kernels.direction_kernels(rule.direction, rule.asks_for_bounds)
         except TypeError as error:
             raise RuleError(f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that returns a "
                             "number, in Python that Numba can compile") from None

@@ -109,6 +109,11 @@ class Rule:
     bias: str = "ignored"
     direction: Callable[..., float] | None = None
 
+    @property
+    def asks_for_bounds(self) -> bool:
+        """Whether `direction` is a function of (a, w, low, high)."""
+        return self.direction is not None and len(inspect.signature(self.direction).parameters) == 4
+
     def __str__(self) -> str:
         """As `rule_of` reads it."""
         parameters = PARAMETERS.get(self.name, {})
@@ -401,7 +406,7 @@ def _assigned(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Assigne
         case "proportional":
             return Assigned(rule, (Term(codes.BOX if bounded else hidden_features, "positive"),))
         case "direction":
-            if len(inspect.signature(rule.direction).parameters) == 4 and not bounded:  # type: ignore[arg-type]
+            if rule.asks_for_bounds and not bounded:
                 raise RuleError(f"the direction of layer {layer.name!r} asks for bounds of what it reads, which are known only for the "
                                 "network's input and only where the model gives its value box; required: a function of (a, w)")
             return Assigned(rule, (Term(codes.VALUE, "direction"),), codes.DIRECTION)
