@@ -205,7 +205,7 @@ def _multiply_tile(results, stride, a, offsets, b, depth, places, panel_rows):
 
 @kernel
 def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, pattern, least, planes, block, results,
-                   x_channel, a_channel, step_down, step_right, block_rows, block_columns, more_rows, more_columns, channels, shares,
+                   x_channel, a_channel, stride_down, stride_right, block_rows, block_columns, more_rows, more_columns, channels, shares,
                    features, least_x, most_x, relevance, first, last):
     """x <- W a + bias, clipped to least_x..most_x; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something (elementwise.ratio_of).
 
@@ -247,7 +247,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                         for i in range(len(planes)):
                             p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
                             copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
-                                       y * step_down + planes[i, 0], left * step_right + planes[i, 1], step_down, step_right, _ZERO)
+                                       y * stride_down + planes[i, 0], left * stride_right + planes[i, 1], stride_down, stride_right, _ZERO)
                             if copies == 2:
                                 keep_sign_vectors(p_block + 4 * at, plane_rows * width, copy == 0)
                             at += plane_rows * width

@@ -38,7 +38,7 @@ def direction_kernels(direction, bounded):
         def v(a, w, low, high):
             return np.float32(compiled(a, w))
 
-    def direction_forward(z, a, weight, low, high, a_channel, groups, step_down, step_right, top, left, dilate_down, dilate_right,
+    def direction_forward(z, a, weight, low, high, a_channel, groups, stride_down, stride_right, top, left, dilate_down, dilate_right,
                           first, last):
         """z (N, K, OH, OW) <- sum of v w. weight (K, C / groups, kernel height, width). Units are channels of images."""
         outputs, rows, columns = z.shape[1:]
@@ -52,15 +52,15 @@ def direction_kernels(direction, bounded):
                     for j in range(weight.shape[3]):
                         w = weight[k, channel, i, j]
                         for row in range(rows):
-                            y = row * step_down + i * dilate_down - top
+                            y = row * stride_down + i * dilate_down - top
                             if not 0 <= y < a.shape[2]:
                                 continue
                             for column in range(columns):
-                                x = column * step_right + j * dilate_right - left
+                                x = column * stride_right + j * dilate_right - left
                                 if 0 <= x < a.shape[3]:
                                     z[n, k, row, column] += v(a[n, a_channel + c, y, x], w, low[c], high[c]) * w
 
-    def direction_redistribute(c_in, c, ratio, a, weight, low, high, c_in_channel, c_channel, a_channel, groups, step_down, step_right,
+    def direction_redistribute(c_in, c, ratio, a, weight, low, high, c_in_channel, c_channel, a_channel, groups, stride_down, stride_right,
                                top, left, dilate_down, dilate_right, accumulate, first, last):
         """c_in <- sum of v w (ratio * c), or added to c_in if `accumulate`. Units are channels of images."""
         outputs, rows, columns = ratio.shape[1:]
@@ -76,11 +76,11 @@ def direction_kernels(direction, bounded):
                     for j in range(weight.shape[3]):
                         w = weight[k, channel % per_group, i, j]
                         for row in range(rows):
-                            y = row * step_down + i * dilate_down - top
+                            y = row * stride_down + i * dilate_down - top
                             if not 0 <= y < a.shape[2]:
                                 continue
                             for column in range(columns):
-                                x = column * step_right + j * dilate_right - left
+                                x = column * stride_right + j * dilate_right - left
                                 if 0 <= x < a.shape[3]:
                                     share = v(a[n, a_channel + channel, y, x], w, low[channel], high[channel]) * w
                                     c_in[n, c_in_channel + channel, y, x] += (

@@ -16,24 +16,24 @@ def inside(first, step, size, count):
 
 
 @kernel
-def copy_plane(block, rows, width, plane, height, across, first_y, first_x, step_down, step_right, outside):
+def copy_plane(block, rows, width, plane, height, across, first_y, first_x, stride_down, stride_right, outside):
     """block (rows, width) <- the plane (height, across) at first + index * step, `outside` beside it."""
-    top, bottom = inside(first_y, step_down, height, rows)
-    left, right = inside(first_x, step_right, across, width)
+    top, bottom = inside(first_y, stride_down, height, rows)
+    left, right = inside(first_x, stride_right, across, width)
     if left == right:
         top = bottom = rows
     fill_vectors(block, top * width, outside)
-    to, source = block + 4 * top * width, plane + 4 * ((first_y + top * step_down) * across + first_x + left * step_right)
+    to, source = block + 4 * top * width, plane + 4 * ((first_y + top * stride_down) * across + first_x + left * stride_right)
     for _ in range(top, bottom):
         fill_vectors(to, left, outside)
-        if step_right == 1:
+        if stride_right == 1:
             copy_vectors(to + 4 * left, source, 0, right - left)
-        elif step_right == 2:
+        elif stride_right == 2:
             copy_second_vectors(to + 4 * left, source, right - left)
         else:
-            copy_strided(to + 4 * left, source, step_right, right - left)
+            copy_strided(to + 4 * left, source, stride_right, right - left)
         fill_vectors(to + 4 * right, width - right, outside)
-        to, source = to + 4 * width, source + 4 * step_down * across
+        to, source = to + 4 * width, source + 4 * stride_down * across
     fill_vectors(to, (rows - bottom) * width, outside)
 
 

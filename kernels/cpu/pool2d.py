@@ -201,8 +201,8 @@ def _give_features(typing_context, out, results, a, count, shift, negate, whole,
 
 
 @kernel
-def max_pool2d_forward(x, winner, a, planes, offsets, places, block, x_channel, a_channel, step_down, step_right, block_rows, block_columns,
-                       more_rows, more_columns, first, last):
+def max_pool2d_forward(x, winner, a, planes, offsets, places, block, x_channel, a_channel, stride_down, stride_right,
+                       block_rows, block_columns, more_rows, more_columns, first, last):
     """x <- the largest number of each window; winner (N, C, OH, OW) int32 <- where in the plane it lies, the first of equals.
 
     Numbers that rounding may have made unequal count as equal: else in an evenly coloured area noise would pick the winners. planes (P, 2)
@@ -220,13 +220,13 @@ def max_pool2d_forward(x, winner, a, planes, offsets, places, block, x_channel, 
         for y in range(0, height, block_rows):
             for left in range(0, across, block_columns):
                 for i in range(len(planes)):
-                    copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3], y * step_down + planes[i, 0],
-                               left * step_right + planes[i, 1], step_down, step_right, _NEVER)
+                    copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3], y * stride_down + planes[i, 0],
+                               left * stride_right + planes[i, 1], stride_down, stride_right, _NEVER)
                 for row in range(min(block_rows, height - y)):
                     to = 4 * ((y + row) * across + left)
                     _find_winners(to_x + to, to_winner + to, p_block + 4 * row * width, offsets.ctypes.data, places.ctypes.data,
-                                  len(offsets), min(block_columns, across - left), (y + row) * step_down * a.shape[3] + left * step_right,
-                                  step_right)
+                                  len(offsets), min(block_columns, across - left),
+                                  (y + row) * stride_down * a.shape[3] + left * stride_right, stride_right)
 
 
 @kernel
@@ -247,7 +247,8 @@ def max_pool2d_redistribute(c_in, c, winner, c_in_channel, c_channel, accumulate
 
 @kernel
 def pool2d_forward(x, ratio, dead, a, low, planes, offsets, counted_down, counted_across, block, x_channel, a_channel,
-                   step_down, step_right, block_rows, block_columns, more_rows, more_columns, maximum, features, relevance, first, last):
+                   stride_down, stride_right, block_rows, block_columns, more_rows, more_columns, maximum, features, relevance,
+                   first, last):
     """x <- the largest number (if `maximum`) or the mean of each window; ratio <- |x| / z, z the sum of its features.
 
     The weights of a window are equal and cancel between z and V^T, so they are left out of both. A mean's divisor is counted_down (OH,)
@@ -273,8 +274,8 @@ def pool2d_forward(x, ratio, dead, a, low, planes, offsets, counted_down, counte
         for y in range(0, height if len(planes) else 0, block_rows):
             for left in range(0, across, block_columns):
                 for i in range(len(planes)):
-                    copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3], y * step_down + planes[i, 0],
-                               left * step_right + planes[i, 1], step_down, step_right, _NO_NUMBER)
+                    copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3], y * stride_down + planes[i, 0],
+                               left * stride_right + planes[i, 1], stride_down, stride_right, _NO_NUMBER)
                 for row in range(min(block_rows, height - y)):
                     to = (y + row) * across + left
                     absorbs |= _reduce_windows(p_x + 4 * (to_x + to), p_ratio + 4 * (to_ratio + to), p_block + 4 * row * width,

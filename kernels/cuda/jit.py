@@ -1,0 +1,39 @@
+"""How CUDA kernels are compiled and launched.
+
+What runs on the device stands under the first banner of each file: parts of kernels (`part`) and kernels (`kernel`). What starts them
+stands under the second: launchers, plain Python functions with the names and parameters of kernels/cpu.
+"""
+
+import threading
+
+from numba import cuda
+
+THREADS = 256  # of a block, where nothing asks for another number
+
+_of_thread = threading.local()
+
+
+def kernel(function):
+    """A function that runs on the device and is started from the host."""
+    return cuda.jit(function)
+
+
+def part(function):
+    """A function that kernels call."""
+    return cuda.jit(device=True)(function)
+
+
+def launch(function, blocks, threads, *arguments):
+    """Start so many blocks of so many threads, in the stream of the calling thread; nothing where there is nothing to do."""
+    if blocks:
+        function[blocks, threads, getattr(_of_thread, "stream", 0)](*arguments)
+
+
+def launch_for_each(function, count, *arguments):
+    """One thread for each of `count` numbers, and a few that have none: kernels look whether cuda.grid(1) is below the count."""
+    launch(function, -(-count // THREADS), THREADS, *arguments)
+
+
+def use_stream(stream):
+    """Launches of the calling thread go to this Numba stream; 0 is the default one."""
+    _of_thread.stream = stream
