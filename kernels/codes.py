@@ -38,3 +38,9 @@ SHARED = 2
 NORM_IDENTITY = 10
 NORM_TAYLOR = 11
 NORM_GRADIENT = 12
+
+# How convolutions multiply on CUDA:
+
+FP32 = 0  # float32 throughout
+TF32 = 1  # factors rounded to 11 bits, on tensor cores; sums in float32
+TF32X3 = 2  # each factor as two of these, three products of four: float32's accuracy on tensor cores
