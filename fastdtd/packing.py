@@ -20,17 +20,20 @@ from fastdtd.kernels import codes
 from fastdtd.rules import Assigned, Term, relevance_carriers
 
 
-def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType) -> dict[str, Any]:
-    """For each convolution its PackedConv2d; for each dense layer, of each of its rule's sums, the weights and their sum z where that is
-    all of z; for each rearrangement (starts, readers): number i of its input is read by outputs readers[starts[i]:starts[i + 1]], none by
-    those before."""
+def pack(graph: Graph, rules: dict[str, Assigned], kernels: ModuleType, precision: int = codes.TF32) -> dict[str, Any]:
+    """For each convolution its PackedConv2d, for each dense layer its PackedDense; for each rearrangement (starts, readers): number i of
+    its input is read by outputs readers[starts[i]:starts[i + 1]], none by those before.
+
+    precision: of products on tensor cores (fastdtd.kernels.codes), where there are any.
+    """
     carriers = relevance_carriers(graph, rules)
     packed: dict[str, Any] = {}
     for layer in graph:
         if isinstance(layer, g.Conv2d):
-            packed[layer.name] = _pack_conv2d(layer, graph, rules[layer.name], layer.inputs[0] in carriers, kernels)
+            packed[layer.name] = _pack_conv2d(layer, graph, rules[layer.name], layer.inputs[0] in carriers, kernels, precision)
         elif isinstance(layer, g.Dense):
-            packed[layer.name] = [_pack_dense(layer, term) for term in rules[layer.name].sums]
+            weight = kernels.constant(read_only(layer.weight))
+            packed[layer.name] = PackedDense(weight, [_pack_dense(layer, term, weight, kernels) for term in rules[layer.name].sums])
         elif isinstance(layer, g.Rearrange):
             index, inputs = layer.index.ravel(), int(np.prod(graph.shapes[layer.inputs[0]]))
             starts = np.searchsorted(np.sort(index), np.arange(inputs + 1))
@@ -129,21 +132,55 @@ class Winograd:
 
 
 @dataclass(frozen=True, eq=False)
+class ImplicitForward:
+    """For conv2d_forward of a device that gathers by address: see kernels/cuda/conv2d.py."""
+
+    features: int
+    weights: Any
+    taps: Any
+    constant: Any
+    pattern: Any
+    least: Any
+    precision: int
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitBack:
+    """For conv2d_redistribute of such a device."""
+
+    features: int
+    weights: Any  # the phases' one behind the other, flat
+    panel_rows: int
+    taps: Any
+    phases: tuple[tuple[int, ...], ...]
+    precision: int
+
+
+@dataclass(frozen=True, eq=False)
 class PackedConv2d:
     """Of each of the rule's sums, and of each of its terms."""
 
-    forward: list[DirectForward | Winograd]
-    back: list[DirectBack | Winograd | None]  # None: a direction, whose kernels read the weights themselves
+    forward: list[DirectForward | ImplicitForward | Winograd]
+    back: list[DirectBack | ImplicitBack | Winograd | None]  # None: a direction, whose kernels read the weights themselves
+
+
+@dataclass(frozen=True, eq=False)
+class PackedDense:
+    """The weights, and of each of the rule's sums its weights and z where that depends on nothing else."""
+
+    weight: Any
+    sums: list[tuple[Any, Array]]
 
 
 # ---- Packing -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _pack_dense(layer: g.Dense, term: Term) -> tuple[Array, Array]:
+def _pack_dense(layer: g.Dense, term: Term, weight: Any, kernels: ModuleType) -> tuple[Any, Array]:
     sums = np.zeros(len(layer.weight))
     if term.features == codes.ONES:
         sums = term.share_weights(layer.weight)[0].sum(1, dtype=np.float64)
-    return read_only(_signed(layer.weight, term)), read_only(sums.astype(np.float32))
+    signed = kernels.constant(read_only(_signed(layer.weight, term))) if term.weights == "negative" else weight
+    return signed, read_only(sums.astype(np.float32))
 
 
 def _signed(weight: Array, term: Term) -> Array:
@@ -151,7 +188,10 @@ def _signed(weight: Array, term: Term) -> Array:
     return -weight if term.weights == "negative" else weight
 
 
-def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, kernels: ModuleType) -> PackedConv2d:
+def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, kernels: ModuleType, precision: int) -> PackedConv2d:
+    if kernels.CONV2D_IS_IMPLICIT:
+        return PackedConv2d([_pack_implicit(layer, graph, term, kernels, precision) for term in rule.sums],
+                            [_pack_implicit_back(layer, graph, term, kernels, precision) for term in rule.terms])
     return PackedConv2d([_pack_sum(layer, graph, term, kernels) for term in rule.sums],
                         [_pack_term(layer, graph, term, carries, kernels) for term in rule.terms])
 
@@ -172,12 +212,12 @@ def _pack_sum(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleType) ->
 def _pack_term(layer: g.Conv2d, graph: Graph, term: Term, carries: bool, kernels: ModuleType) -> DirectBack | Winograd | None:
     if term.weights == "direction":
         return None
-    shares, in_shape = term.share_weights(layer.weight), graph.shapes[layer.inputs[0]]
+    in_shape = graph.shapes[layer.inputs[0]]
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     if _suits_winograd(layer, term) and not carries and kernels.winograd2d_pays(outputs, channels, *in_shape[1:]):
-        turned = shares[0].reshape(layer.groups, outputs, channels, 3, 3)[..., ::-1, ::-1].swapaxes(1, 2)
+        turned = _of_back(layer, term).reshape(layer.groups, outputs, channels, 3, 3)[..., ::-1, ::-1].swapaxes(1, 2)
         return _pack_winograd(None, (turned,), layer.groups, (2 - layer.padding[0], 2 - layer.padding[1]), kernels)
-    return _pack_back(layer, term, shares, in_shape, kernels)
+    return _pack_back(layer, term, in_shape, kernels)
 
 
 def _pack_winograd(source: Array | None, weights: tuple[Array, ...], groups: int, padding: tuple[int, int], kernels: ModuleType
@@ -215,32 +255,24 @@ def _pack_forward(layer: g.Conv2d, term: Term, weight: Array, graph: Graph, kern
     bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
     sides = np.repeat(np.array([side for _, side in copies]), matrices.shape[2] // len(copies))
     kernels.conv2d_pack_split(packed, packed_offsets, bounds, np.ascontiguousarray(matrices), offsets, sides)
-    constant, pattern = _constant(layer, term, graph)
-    # What rounding leaves of a z that is a difference may not be divided by.
-    least = np.maximum(1e-6 * np.abs(constant).max((1, 2)) if term.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
+    constant, pattern, least = _constant(layer, term, graph, reads_in_place(layer), kernels)
     return DirectForward(term.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
-                         0 if in_place else per_group * len(copies), read_only(constant), pattern, read_only(least.astype(np.float32)))
+                         0 if in_place else per_group * len(copies), constant, pattern, least)
 
 
-def _pack_back(layer: g.Conv2d, term: Term, shares: list[Array], in_shape: Shape, kernels: ModuleType) -> DirectBack:
+def _pack_back(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: ModuleType) -> DirectBack:
     outputs, per_group, *kernel = layer.weight.shape
     from_group = outputs // layer.groups
     in_place = reads_in_place(layer)
-    grids: list[tuple[int, int, int, int]] = []  # first row and column, rows, columns
-    taps: list[list[tuple[int, int]]] = []  # of the kernel, that reach each phase
-    for down in range(layer.stride[0]):
-        for right in range(layer.stride[1]):
-            phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
-            (top, grid_rows, tap_rows), (left, grid_columns, tap_columns) = phase
-            if grid_rows * grid_columns:
-                grids.append((top, left, 1, grid_rows * grid_columns) if in_place else (top, left, grid_rows, grid_columns))
-                taps.append([(i, j) for i in tap_rows for j in tap_columns])
+    grids, taps = _phases(layer, in_shape)
+    if in_place:
+        grids = [(top, left, 1, rows * columns) for top, left, rows, columns in grids]
     reads = [(_offset(grid[0], i, 0, layer), _offset(grid[1], j, 1, layer)) for grid, own in zip(grids, taps, strict=True) for i, j in own]
     rows, columns = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
     blocks = _blocks(reads, (1, 1), (rows, columns), from_group, kernels)
     all_offsets = blocks.offsets(from_group).reshape(from_group, -1)
-    split = len(shares) == 2  # W+ and -W-, or the other way
-    v = (shares[0] - shares[1] if split else shares[0]).reshape(layer.groups, from_group, per_group, -1)
+    split = term.features in (codes.SIGNED, codes.BOX)  # W+ and -W-, or the other way
+    v = _of_back(layer, term)
     shape_of = kernels.conv2d_split_shape if split else kernels.conv2d_packed_shape
 
     weights, offsets, bounds = [np.zeros(0, np.float32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
@@ -267,6 +299,60 @@ def _pack_back(layer: g.Conv2d, term: Term, shares: list[Array], in_shape: Shape
     units = -(-rows // blocks.rows) * -(-columns // blocks.columns)
     return DirectBack(term.features, blocks, read_only(np.concatenate(weights)), groups * panels, read_only(np.concatenate(offsets)),
                       read_only(np.concatenate(bounds)), _table(phases, 8), units, from_group)
+
+
+def _pack_implicit(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleType, precision: int) -> ImplicitForward:
+    _, height, width = graph.shapes[layer.inputs[0]]
+    channel, i, j = (index.ravel() for index in np.indices(layer.weight.shape[1:]))
+    downs, rights = i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]
+    taps = kernels.conv2d_taps((channel * height + downs) * width + rights, downs, rights)
+    matrices = _signed(layer.weight, term).reshape(layer.groups, len(layer.weight) // layer.groups, -1)
+    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
+    kernels.conv2d_pack(packed, matrices)
+    constant, pattern, least = (kernels.constant(array) for array in _constant(layer, term, graph, False, kernels))
+    return ImplicitForward(term.features, kernels.constant(packed), kernels.constant(taps), constant, pattern, least, precision)
+
+
+def _pack_implicit_back(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleType, precision: int) -> ImplicitBack | None:
+    if term.weights == "direction":
+        return None
+    _, rows, columns = graph.shapes[layer.name]
+    from_group, per_group = len(layer.weight) // layer.groups, layer.weight.shape[1]
+    v = _of_back(layer, term)
+    weights, taps, phases = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)], []
+    for grid, own in zip(*_phases(layer, graph.shapes[layer.inputs[0]]), strict=True):
+        downs, rights = (np.array([_offset(grid[axis], tap[axis], axis, layer) for tap in own], np.int64) for axis in (0, 1))
+        channel = np.arange(from_group)[:, None]
+        phase_taps = kernels.conv2d_taps(((channel * rows + downs) * columns + rights).ravel(), np.tile(downs, from_group),
+                                         np.tile(rights, from_group))
+        matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1)
+        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
+        kernels.conv2d_pack(packed, matrices)
+        phases.append((*grid, len(phase_taps), sum(part.size for part in weights), sum(part.size for part in taps)))
+        weights.append(packed.ravel())
+        taps.append(phase_taps)
+    panel_rows = kernels.conv2d_packed_shape(layer.groups, per_group, 1)[3]
+    return ImplicitBack(term.features, kernels.constant(np.concatenate(weights)), panel_rows, kernels.constant(np.concatenate(taps)),
+                        tuple(phases), precision)
+
+
+def _of_back(layer: g.Conv2d, term: Term) -> Array:
+    """V, or what has both features' V as its positive and negative part: (groups, outputs, inputs, taps), outputs and inputs of a group."""
+    first, *second = term.share_weights(layer.weight)
+    return (first - second[0] if second else first).reshape(layer.groups, len(layer.weight) // layer.groups, layer.weight.shape[1], -1)
+
+
+def _phases(layer: g.Conv2d, in_shape: Shape) -> tuple[list[tuple[int, int, int, int]], list[list[tuple[int, int]]]]:
+    """Grids of inputs that the same taps reach (first row and column, rows, columns), and these taps of the kernel."""
+    grids, taps = [], []
+    for down in range(layer.stride[0]):
+        for right in range(layer.stride[1]):
+            phase = [_phase(remainder, axis, layer, in_shape[1 + axis]) for axis, remainder in enumerate((down, right))]
+            (top, rows, tap_rows), (left, columns, tap_columns) = phase
+            if rows * columns:
+                grids.append((top, left, rows, columns))
+                taps.append([(i, j) for i in tap_rows for j in tap_columns])
+    return grids, taps
 
 
 def reads_in_place(layer: g.Conv2d) -> bool:
@@ -325,19 +411,22 @@ def _offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
     return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
 
 
-def _constant(layer: g.Conv2d, term: Term, graph: Graph) -> tuple[Array, npt.NDArray[np.int64]]:
-    """z under ONES, z - y under BOX: (K, patterns, OW), and which pattern each row has (OH,).
+def _constant(layer: g.Conv2d, term: Term, graph: Graph, in_a_row: bool, kernels: ModuleType
+              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
+    """z under ONES, z - y under BOX: (K, patterns, OW), which pattern each row has (OH,), and the least z of each output (K,).
 
-    They depend on the place alone, by the taps that fall inside the input. Most rows are alike.
+    They depend on the place alone, by the taps that fall inside the input. Most rows are alike. in_a_row: all places of a channel count as
+    one row.
     """
-    in_shape, (_, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+    in_shape, (outputs, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     if term.features not in (codes.BOX, codes.ONES):
-        return np.zeros((1, 1, 1), np.float32), _table([(0,)] * rows, 1).ravel()
+        least = np.full(outputs, kernels.LEAST, np.float32)
+        return read_only(np.zeros((1, 1, 1), np.float32)), _table([(0,)] * rows, 1).ravel(), read_only(least)
     shares = term.share_weights(layer.weight)
     if term.features == codes.ONES:
         each = shares[0].sum(1, dtype=np.float64)
     else:
-        low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(len(layer.weight) // layer.groups, 0)[..., None, None]
+        low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(outputs // layer.groups, 0)[..., None, None]
                      for bound in bounds_of(graph, layer.inputs[0]))
         each = (shares[1] * high - shares[0] * low).sum(1)
     inside = []
@@ -345,11 +434,13 @@ def _constant(layer: g.Conv2d, term: Term, graph: Graph) -> tuple[Array, npt.NDA
         tap, place = np.ogrid[:layer.weight.shape[2 + axis], :(rows, columns)[axis]]
         at = place * layer.stride[axis] + tap * layer.dilation[axis] - layer.padding[axis]
         inside.append(((at >= 0) & (at < in_shape[1 + axis])).astype(np.float64))
-    if reads_in_place(layer):  # all places of a channel in one row
+    if in_a_row:
         inside = [np.ones((1, 1)), np.ones((1, rows * columns))]
     patterns, pattern = np.unique(inside[0], axis=1, return_inverse=True)
     sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), patterns)
-    return sums.astype(np.float32), read_only(pattern.reshape(-1).astype(np.int64))
+    # What rounding leaves of a z that is a difference may not be divided by.
+    least = np.maximum(1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
+    return read_only(sums.astype(np.float32)), read_only(pattern.reshape(-1).astype(np.int64)), read_only(least.astype(np.float32))
 
 
 def bounds_of(graph: Graph, name: str) -> tuple[Array, Array]:

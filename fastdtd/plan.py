@@ -9,6 +9,8 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -18,13 +20,23 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastdtd import graph as g
 from fastdtd.errors import InputError, RuleError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
-from fastdtd.packing import DirectBack, DirectForward, Winograd, bounds_of, read_only, reads_in_place, window_blocks
+from fastdtd.packing import (
+    Blocks,
+    DirectBack,
+    DirectForward,
+    ImplicitBack,
+    ImplicitForward,
+    Winograd,
+    bounds_of,
+    read_only,
+    reads_in_place,
+    window_blocks,
+)
 from fastdtd.rules import Assigned, Rule, Term, absorbers, relevance_carriers
 
 _ALIGNMENT = 16  # floats: one cache line
@@ -115,7 +127,7 @@ class Plan:
         self.batch, self.workers = batch, workers
         self._steps: list[tuple[Callable[..., None], list[Any], int]] = []
         self.step_layers: list[str] = []  # which layer each step belongs to
-        self._conditions: dict[int, npt.NDArray[np.uint8]] = {}  # steps for which there is nothing to do where this is all zero
+        self._conditions: dict[int, Any] = {}  # steps for which there is nothing to do where this is all zero
         self._scratch: dict[str, int] = {}
         self._activation_behind = fusible_activations(graph)
         self._relevance_carriers = relevance_carriers(graph, rules)
@@ -124,9 +136,9 @@ class Plan:
         self._activations: dict[str, _Buffer] = {}
         self._factors: dict[str, _Buffer] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}
-        self._tapes: dict[tuple[str, int], tuple[_Use, npt.NDArray[np.uint8]]] = {}
+        self._tapes: dict[tuple[str, int], tuple[_Use, Any]] = {}
         self.ledger_layers = absorbers(graph, rules)
-        self.ledger = np.zeros((batch, len(self.ledger_layers)))
+        self.ledger = kernels.zeros((batch, len(self.ledger_layers)), np.float64)
         self.starts_with_relevance = graph.output in self._relevance_carriers
         self._derives = any(rule.name == "gradient" for rule in rules.values())
 
@@ -142,7 +154,7 @@ class Plan:
         start = self._factor(graph.output)
         self._touch(start.use, middle)
         self._mark_written(graph.output)
-        self.observed = {name: np.zeros((batch, *graph.shapes[name]), np.float32) for name in observed}
+        self.observed = {name: kernels.zeros((batch, *graph.shapes[name]), np.float32) for name in observed}
         for layer in reversed(layers):
             for name in self.observed.keys() & {layer.name, self._result(layer)[0]}:
                 self._observe(name, self._result(layer)[0])
@@ -157,7 +169,7 @@ class Plan:
         buffers |= {id(t.use.buffer): t.use.buffer for t in (source, output, start, relevance)}
         self.arena_elements = _lay_out(buffers.values(), batch)
         try:
-            self._arena = np.empty(self.arena_elements + kernels.CONV2D_COLUMNS, np.float32)  # tiles are read beyond the last place
+            self._arena = kernels.empty(self.arena_elements)
         except MemoryError:
             size = self.arena_elements * 4 / 2**30
             raise InputError(f"the network needs {size:.1f} GiB for {batch} pictures at a time, more than there is") from None
@@ -166,15 +178,14 @@ class Plan:
             (relevance, graph.input_shape)))
         self.output, self.start = self.output[:, :, 0, 0], self.start[:, :, 0, 0]
         self._bound = [self._bind(worker) for worker in range(workers)]  # what the tables hold addresses of
-        self._tables = [np.array([(call.code, call.slots.ctypes.data, call.first, call.last) for call in calls], np.int64)
-                        for calls in self._bound]
+        self._tables = [kernels.table(calls) for calls in self._bound]
         self._middle = middle
 
     @property
     def nbytes(self) -> int:
         """Memory of the arena and of all workers' scratch."""
-        scratch = sum(elements + int(self._kernels.CONV2D_COLUMNS) for elements in self._scratch.values())
-        return self._arena.nbytes + 4 * self.workers * scratch
+        scratch = sum(elements + int(self._kernels.MARGIN) for elements in self._scratch.values())
+        return int(self._arena.nbytes) + 4 * self.workers * scratch
 
     def forward(self, submit: Callable[..., Any] | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
@@ -214,7 +225,7 @@ class Plan:
         for begin, stop in [*covered, (end, end)]:
             if begin > at:
                 whole = _Use(self._factors.setdefault(root, _Buffer(elements)), (elements, 1, 1))
-                self._step(self._kernels.clear_redistribute, [whole, at, begin], self.batch)
+                self._step(self._kernels.clear_redistribute, self.batch, c_in=whole, begin=at, end=begin)
             at = max(at, stop)
         return True
 
@@ -224,7 +235,10 @@ class Plan:
 
     # -- Writing steps down
 
-    def _step(self, kernel: Callable[..., None], arguments: list[Any], units: int) -> None:
+    def _step(self, kernel: Callable[..., None], units: int, **offered: Any) -> None:
+        """Write down a call. Of what is offered by name a device's kernel takes what it has parameters for: a processor's blocks and
+        scratch mean nothing to others."""
+        arguments = [offered[name] for name in _parameters(kernel)]
         for use in arguments:
             if isinstance(use, _Use):
                 self._touch(use, len(self._steps))
@@ -246,11 +260,12 @@ class Plan:
     def _bounds(self, name: str) -> tuple[Array, Array]:
         return bounds_of(self._graph, name)
 
-    def _tape(self, layer: Layer, part: int = 0, dtype: type[np.generic] = np.float32) -> tuple[_Use, npt.NDArray[np.uint8]]:
+    def _tape(self, layer: Layer, part: int = 0, dtype: type[np.generic] = np.float32) -> tuple[_Use, Any]:
         """What a layer keeps for the way back, of each term of its rule, and whether something is absorbed, of each image."""
         shape = self._graph.shapes[layer.name]
-        tape = _Use(_Buffer(int(np.prod(shape))), shape, dtype), np.zeros(self.batch, np.uint8)
-        return self._tapes.setdefault((layer.name, part), tape)
+        if (layer.name, part) not in self._tapes:
+            self._tapes[layer.name, part] = _Use(_Buffer(int(np.prod(shape))), shape, dtype), self._kernels.zeros(self.batch, np.uint8)
+        return self._tapes[layer.name, part]
 
     def _emit_forward(self, layer: Layer) -> None:
         kernels, batch = self._kernels, self.batch
@@ -263,35 +278,35 @@ class Plan:
             case g.MaxPool2d() if rule and not rule.terms:
                 winner, _ = self._tape(layer, dtype=np.int32)
                 blocks, places = window_blocks(layer, self._graph, kernels)
-                self._step(kernels.max_pool2d_forward, [
-                    x.use, winner, a.use, blocks.planes, read_only(blocks.offsets(1)), places,
-                    self._scratch_of("block", blocks.elements(1)), x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns,
-                    blocks.more_rows, blocks.more_columns,
-                ], batch * channels)
+                self._step(
+                    kernels.max_pool2d_forward, batch * channels, x=x.use, winner=winner, a=a.use, x_channel=x.channel, a_channel=a.channel,
+                    places=places, offsets=read_only(blocks.offsets(1)), block=self._scratch_of("block", blocks.elements(1)),
+                    **_cut(blocks), **self._geometry(layer))
             case g.LocalResponseNorm():
                 ratio, _ = self._tape(layer)
-                self._step(kernels.normalize_forward, [x.use, ratio, a.use, x.channel, a.channel, *_normalisation(layer)],
-                           batch * self._graph.shapes[layer.name][1])
+                self._step(kernels.normalize_forward, batch * self._graph.shapes[layer.name][1], x=x.use, ratio=ratio, a=a.use,
+                           x_channel=x.channel, a_channel=a.channel, **_normalisation(layer))
             case _ if rule and rule.formula is None:
                 self._emit_sum(layer, 0, x, *self._tape(layer), clip, carries)
             case _ if rule:
                 self._emit_formula(layer, rule, x, clip, carries)
             case g.ReLU() | g.Clip() | g.LeakyReLU():
-                self._step(kernels.activate_forward, [x.use, a.use, x.channel, a.channel, channels, _slope(layer), *_clips_to(layer)],
-                           batch * channels)
+                self._step(kernels.activate_forward, batch * channels, x=x.use, a=a.use, x_channel=x.channel, a_channel=a.channel,
+                           channels=channels, **_pointwise(layer))
             case g.Power():
                 ratio, _ = self._tape(layer)
-                self._step(kernels.power_forward, [x.use, ratio, a.use, x.channel, a.channel, layer.exponent, self._derives],
-                           batch * channels)
+                self._step(kernels.power_forward, batch * channels, x=x.use, ratio=ratio, a=a.use, x_channel=x.channel,
+                           a_channel=a.channel, exponent=layer.exponent, derive=self._derives)
             case g.Rearrange():
-                self._step(kernels.rearrange_forward, [x.use, a.use, read_only(layer.index), x.channel, a.channel], batch)
+                self._step(kernels.rearrange_forward, batch, x=x.use, a=a.use, index=read_only(layer.index), x_channel=x.channel,
+                           a_channel=a.channel)
             case g.Concat() | g.Flatten():
                 for source, place in self._copied_inputs(layer):
                     self._copy(self._activations, layer.name, place, source, 0, source, False)
             case _:
                 raise AssertionError(f"no kernel for {type(layer).__name__}: the graph is not canonical")
 
-    def _emit_sum(self, layer: Layer, index: int, x: _Tensor, ratio: _Use, dead: npt.NDArray[np.uint8], clip: tuple[float, float],
+    def _emit_sum(self, layer: Layer, index: int, x: _Tensor, ratio: _Use, dead: Any, clip: tuple[float, float],
                   relevance: bool) -> None:
         """The layer's output, and the ratio of one of its rule's sums. The bias is left out where a formula adds it."""
         kernels, batch, rule = self._kernels, self.batch, self._rules[layer.name]
@@ -303,49 +318,52 @@ class Plan:
             case g.Conv2d():
                 self._emit_convolution(layer, self._packed[layer.name].forward[index], bias, x, ratio, dead, a, clip, relevance)
             case g.Dense():
-                weight, constant = self._packed[layer.name][index]
-                self._step(kernels.dense_forward, [
-                    x.use, ratio, dead, a.use, weight, bias, constant, low, high,
-                    self._scratch_of("results", kernels.dense_forward_elements(batch)), x.channel, a.channel, features, *clip, relevance,
-                ], channels)
+                weight, constant = self._packed[layer.name].sums[index]
+                self._step(
+                    kernels.dense_forward, channels, x=x.use, ratio=ratio, dead=dead, a=a.use, weight=weight, bias=bias, constant=constant,
+                    low=low, high=high, sums=self._scratch_of("results", kernels.dense_forward_elements(batch)), x_channel=x.channel,
+                    a_channel=a.channel, features=features, least=clip[0], most=clip[1], relevance=relevance)
             case g.Add():
-                b = self._activation(layer.inputs[1])
-                self._step(kernels.add_forward, [
-                    x.use, ratio, dead, a.use, b.use, low, high, *self._bounds(layer.inputs[1]), x.channel, a.channel, b.channel,
-                    features, *clip, relevance,
-                ], batch * channels)
+                b, (low_b, high_b) = self._activation(layer.inputs[1]), self._bounds(layer.inputs[1])
+                self._step(
+                    kernels.add_forward, batch * channels, x=x.use, ratio=ratio, dead=dead, a=a.use, b=b.use, low_a=low, high_a=high,
+                    low_b=low_b, high_b=high_b, x_channel=x.channel, a_channel=a.channel, b_channel=b.channel, features=features,
+                    least=clip[0], most=clip[1], relevance=relevance)
             case _:
-                _, stride, _, _ = self._window(layer)
-                planes, offsets, shape = self._window_reads(layer)
-                self._step(kernels.pool2d_forward, [
-                    x.use, ratio, dead, a.use, low, planes, offsets, *self._window_counts(layer),
-                    self._scratch_of("block", len(planes) * (shape[0] + shape[2]) * (shape[1] + shape[3])), x.channel, a.channel, *stride,
-                    *shape, isinstance(layer, g.MaxPool2d), features, relevance,
-                ], batch * channels)
+                blocks = self._window_blocks(layer)
+                counted_down, counted_across = self._window_counts(layer)
+                self._step(
+                    kernels.pool2d_forward, batch * channels, x=x.use, ratio=ratio, dead=dead, a=a.use, low=low,
+                    offsets=read_only(blocks.offsets(1)), counted_down=counted_down, counted_across=counted_across,
+                    block=self._scratch_of("block", blocks.elements(1)), x_channel=x.channel, a_channel=a.channel,
+                    maximum=isinstance(layer, g.MaxPool2d), features=features, relevance=relevance, **_cut(blocks),
+                    **self._geometry(layer))
 
     def _emit_formula(self, layer: Layer, rule: Assigned, x: _Tensor, clip: tuple[float, float], relevance: bool) -> None:
         """The sums of the rule, one after the other, then what follows from them."""
         tapes = {term: self._tape(layer, part)[0] for part, term in enumerate(rule.terms)}
         first, dead = self._tape(layer)
+        nobody = self._kernels.zeros(self.batch, np.uint8)  # the formula finds out what is absorbed
         for index, term in enumerate(rule.sums):
-            self._emit_sum(layer, index, x, tapes.get(term, first), np.zeros(self.batch, np.uint8), (-math.inf, math.inf), True)
+            self._emit_sum(layer, index, x, tapes.get(term, first), nobody, (-math.inf, math.inf), True)
         if rule.rule.direction:
             a, (low, high) = self._activation(layer.inputs[0]), self._bounds(layer.inputs[0])
-            self._step(self._direction(rule.rule)[0], [first, a.use, *_as_convolution(layer, low, high, a.channel)],
-                       self.batch * self._graph.shapes[layer.name][0])
+            self._step(self._direction(rule.rule)[0], self.batch * self._graph.shapes[layer.name][0], z=first, a=a.use, low=low, high=high,
+                       a_channel=a.channel, **_as_convolution(layer))
         second = next((tapes[term] for term in rule.terms if term.weights == "negative"), first)
         third = next((tapes[term] for term in rule.terms[1:] if term.weights == "flat"), first)
         lost = self._tape(layer, _LOST)[0] if rule.loses else first
         _, second_dead = self._tape(layer, 1) if second is not first else (second, dead)
         is_pool = isinstance(layer, (g.Pool2d, g.GlobalAveragePool))
         _, height, width = self._graph.shapes[layer.name]
-        counts = self._window_counts(layer) if is_pool else [read_only(np.ones(size, np.float32)) for size in (height, width)]
+        down, across = self._window_counts(layer) if is_pool else [read_only(np.ones(size, np.float32)) for size in (height, width)]
         bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) else _zeros(self._graph.shapes[layer.name][0])
         assert rule.formula is not None
-        self._step(self._kernels.ratios_forward, [
-            x.use, first, second, third, lost, dead, second_dead, bias, *counts, x.channel, rule.formula,
-            _FACTORS[rule.formula](rule.rule), rule.rule.beta, rule.rule.epsilon, _BIASES[rule.rule.bias], *clip, relevance,
-        ], self.batch * self._graph.shapes[layer.name][0])
+        self._step(
+            self._kernels.ratios_forward, self.batch * self._graph.shapes[layer.name][0], x=x.use, one=first, other=second, even=third,
+            lost=lost, dead=dead, other_dead=second_dead, bias=bias, counted_down=down, counted_across=across, x_channel=x.channel,
+            formula=rule.formula, factor=_FACTORS[rule.formula](rule.rule), beta=rule.rule.beta, epsilon=rule.rule.epsilon,
+            kept=_BIASES[rule.rule.bias], least=clip[0], most=clip[1], relevance=relevance)
 
     def _emit_back(self, layer: Layer) -> None:
         kernels, batch = self._kernels, self.batch
@@ -357,28 +375,30 @@ class Plan:
         absorbs = layer.name in self.ledger_layers
         column = self.ledger_layers.index(layer.name) if absorbs else 0
         if rule and rule.loses and not isinstance(layer, g.LocalResponseNorm):
-            self._step(kernels.lose_redistribute, [self.ledger, self._tape(layer, _LOST)[0], c.use, column, c.channel], batch)
+            self._step(kernels.lose_redistribute, batch, ledger=self.ledger, lost=self._tape(layer, _LOST)[0], c=c.use, column=column,
+                       c_channel=c.channel)
         elif rule and absorbs and rule.formula in (None, codes.SIGNS):
             for part in range(len(rule.terms)):
                 ratio, dead = self._tape(layer, part)
                 self._conditions[len(self._steps)] = dead
-                self._step(kernels.absorb_redistribute, [self.ledger, ratio, c.use, dead, column, c.channel], batch)
+                self._step(kernels.absorb_redistribute, batch, ledger=self.ledger, ratio=ratio, c=c.use, dead=dead, column=column,
+                           c_channel=c.channel)
         match layer:
             case g.MaxPool2d() if rule and not rule.terms:
                 winner, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
-                self._step(kernels.max_pool2d_redistribute, [c_in.use, c.use, winner, c_in.channel, c.channel, accumulate],
-                           batch * channels)
+                self._step(kernels.max_pool2d_redistribute, batch * channels, c_in=c_in.use, c=c.use, winner=winner,
+                           c_in_channel=c_in.channel, c_channel=c.channel, accumulate=accumulate, **self._geometry(layer))
             case g.LocalResponseNorm() if rule and rule.formula != codes.NORM_IDENTITY:
                 ratio, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation(source)
-                whole = self._graph.shapes[source]
-                self._step(kernels.normalize_shares_redistribute, [
-                    c_in.use, self.ledger, c.use, ratio, a.use, self._scratch_of("results", 2 * int(np.prod(whole)) + whole[2]), column,
-                    c_in.channel, c.channel, a.channel, *_normalisation(layer), rule.formula, rule.rule.epsilon, accumulate,
-                ], batch)
+                elements = kernels.normalize_shares_elements(batch, self._graph.shapes[source])
+                self._step(
+                    kernels.normalize_shares_redistribute, batch, c_in=c_in.use, ledger=self.ledger, c=c.use, ratio=ratio, a=a.use,
+                    scratch=self._scratch_of("results", elements), column=column, c_in_channel=c_in.channel, c_channel=c.channel,
+                    a_channel=a.channel, formula=rule.formula, epsilon=rule.rule.epsilon, accumulate=accumulate, **_normalisation(layer))
             case _ if rule and rule.terms:
                 for part, term in enumerate(rule.terms):
                     for name in layer.inputs:
@@ -388,24 +408,24 @@ class Plan:
             case g.ReLU() | g.Clip() | g.LeakyReLU():
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation(source)
-                self._step(kernels.activate_redistribute, [
-                    c_in.use, c.use, a.use, c_in.channel, c.channel, a.channel, channels, _slope(layer), *_clips_to(layer),
-                    carries and not self._derives, self._derives, accumulate,
-                ], batch * channels)
+                self._step(
+                    kernels.activate_redistribute, batch * channels, c_in=c_in.use, c=c.use, a=a.use, c_in_channel=c_in.channel,
+                    c_channel=c.channel, a_channel=a.channel, channels=channels, relevance=carries and not self._derives,
+                    derive=self._derives, accumulate=accumulate, **_pointwise(layer))
             case g.Rearrange():
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
-                self._step(kernels.rearrange_redistribute, [
-                    c_in.use, self.ledger, c.use, *self._packed[layer.name], column, c_in.channel, c.channel, carries and absorbs,
-                    accumulate,
-                ], batch)
+                starts, readers = self._packed[layer.name]
+                self._step(
+                    kernels.rearrange_redistribute, batch, c_in=c_in.use, ledger=self.ledger, c=c.use, starts=starts, readers=readers,
+                    column=column, c_in_channel=c_in.channel, c_channel=c.channel, relevance=carries and absorbs, accumulate=accumulate)
             case g.LocalResponseNorm() | g.Power():
                 ratio, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
-                self._step(kernels.normalize_redistribute, [
-                    c_in.use, c.use, ratio, c_in.channel, c.channel, carries and not self._derives, accumulate,
-                ], batch * channels)
+                self._step(
+                    kernels.normalize_redistribute, batch * channels, c_in=c_in.use, c=c.use, ratio=ratio, c_in_channel=c_in.channel,
+                    c_channel=c.channel, relevance=carries and not self._derives, accumulate=accumulate)
             case g.Concat() | g.Flatten():
                 for name, place in self._copied_inputs(layer):
                     self._copy(self._factors, name, 0, layer.name, place, name, self._accumulates(name))
@@ -422,9 +442,8 @@ class Plan:
     def _observe(self, name: str, result: str) -> None:
         """Write down the relevance of a tensor, whose relevance that of `result` is, once all who read it have given it theirs."""
         x, c = self._activation(result), self._factor(result)
-        self._step(self._kernels.observe_redistribute, [
-            self.observed[name], x.use, c.use, x.channel, c.channel, result in self._relevance_carriers,
-        ], self.batch)
+        self._step(self._kernels.observe_redistribute, self.batch, out=self.observed[name], x=x.use, c=c.use, x_channel=x.channel,
+                   c_channel=c.channel, relevance=result in self._relevance_carriers)
 
     def _emit_term(self, layer: Layer, part: int, term: Term, source: str, c: _Tensor, accumulate: bool) -> None:
         """What a layer's input `source` gets through one term of its rule."""
@@ -433,79 +452,87 @@ class Plan:
         c_in, a = self._factor(source), self._activation_for(term, source)
         carries, channels = source in self._relevance_carriers, self._graph.shapes[source][0]
         low, high = self._bounds(source)
+        tensors = {"c_in": c_in.use, "c": c.use, "ratio": ratio, "a": a.use, "low": low, "high": high, "c_in_channel": c_in.channel,
+                   "c_channel": c.channel, "a_channel": a.channel, "relevance": carries, "accumulate": accumulate}
         match layer:
             case _ if term.weights == "direction":
-                self._step(self._direction(self._rules[layer.name].rule)[1], [
-                    c_in.use, c.use, ratio, a.use, *_as_convolution(layer, low, high, c_in.channel, c.channel, a.channel), accumulate,
-                ], batch * channels)
+                self._step(self._direction(self._rules[layer.name].rule)[1], batch * channels, **tensors, **_as_convolution(layer))
             case g.Conv2d():
-                self._emit_convolution_back(layer, self._packed[layer.name].back[part], c_in, c, ratio, a, carries, accumulate)
+                self._emit_convolution_back(layer, self._packed[layer.name].back[part], source, tensors)
             case g.Dense():
                 sums, shares = kernels.dense_redistribute_elements(batch, len(layer.weight))
-                self._step(kernels.dense_redistribute, [
-                    c_in.use, c.use, ratio, a.use, layer.weight, low, high, self._scratch_of("results", sums),
-                    self._scratch_of("block", shares), c_in.channel, c.channel, a.channel, term.features, _WEIGHTS[term.weights], carries,
-                    accumulate,
-                ], -(-channels // kernels.DENSE_FEATURES))
+                self._step(
+                    kernels.dense_redistribute, -(-channels // kernels.DENSE_FEATURES), **tensors, weight=self._packed[layer.name].weight,
+                    sums=self._scratch_of("results", sums), shares=self._scratch_of("block", shares), features=term.features,
+                    weights=_WEIGHTS[term.weights])
             case g.Add():
-                self._step(kernels.add_redistribute, [
-                    c_in.use, c.use, ratio, a.use, low, high, c_in.channel, c.channel, a.channel, term.features, carries, accumulate,
-                ], batch * channels)
+                self._step(kernels.add_redistribute, batch * channels, **tensors, features=term.features)
             case _:
                 kernel, stride, padding, _ = self._window(layer)
                 block, results = kernels.pool2d_redistribute_elements(kernel, stride, padding, self._graph.shapes[source][1:],
                                                                       self._graph.shapes[layer.name][1:])
-                self._step(kernels.pool2d_redistribute, [
-                    c_in.use, c.use, ratio, a.use, low, self._scratch_of("block", block), self._scratch_of("results", results),
-                    c_in.channel, c.channel, a.channel, *kernel, *stride, *padding[:2], term.features, carries, accumulate,
-                ], batch * channels)
+                self._step(
+                    kernels.pool2d_redistribute, batch * channels, **tensors, block=self._scratch_of("block", block),
+                    results=self._scratch_of("results", results), features=term.features, **self._geometry(layer))
 
-    def _emit_convolution(self, layer: g.Conv2d, packed: DirectForward | Winograd, bias: Array, x: _Tensor, ratio: _Use,
-                          dead: npt.NDArray[np.uint8], a: _Tensor, clip: tuple[float, float], carries: bool) -> None:
+    def _emit_convolution(self, layer: g.Conv2d, packed: DirectForward | ImplicitForward | Winograd, bias: Array, x: _Tensor, ratio: _Use,
+                          dead: Any, a: _Tensor, clip: tuple[float, float], carries: bool) -> None:
         kernels, (_, height, width) = self._kernels, self._graph.shapes[layer.name]
+        common = {"dead": dead, "bias": bias, "x_channel": x.channel, "a_channel": a.channel, "relevance": carries}
         if isinstance(packed, Winograd):
             block, together, shares, units, scratch = self._winograd(packed, height, width)
-            self._step(kernels.winograd2d_forward, [
-                x.use, ratio, dead, a.use, packed.source, packed.weights, packed.offsets(block), bias, *scratch,
-                x.channel, a.channel, packed.channels, packed.groups, *packed.padding, block, together, shares, *clip, carries,
-            ], units)
+            self._step(
+                kernels.winograd2d_forward, units, x=x.use, ratio=ratio, a=a.use, weight=packed.source, packed=packed.weights,
+                offsets=packed.offsets(block), channels=packed.channels, groups=packed.groups, top=packed.padding[0],
+                left=packed.padding[1], block=block, panels_together=together, shares=shares, least=clip[0], most=clip[1], **scratch,
+                **common)
+            return
+        common |= {"packed": packed.weights, "constant": packed.constant, "pattern": packed.pattern, "least": packed.least,
+                   "features": packed.features, "channels": layer.weight.shape[1], "stride_down": layer.stride[0],
+                   "stride_right": layer.stride[1], "least_x": clip[0], "most_x": clip[1]}
+        if isinstance(packed, ImplicitForward):
+            self._step(kernels.conv2d_forward, self.batch, x=x.use, ratio=ratio, a=a.use, taps=packed.taps, precision=packed.precision,
+                       **common)
             return
         blocks, in_place = packed.blocks, packed.copies == 0
         units = packed.units(*((1, height * width) if in_place else (height, width)))
         shares = self._shares(units, packed.weights.shape[0] * packed.weights.shape[1])
-        self._step(kernels.conv2d_forward, [
-            self._in_a_row(x.use, in_place), self._in_a_row(ratio, in_place), dead, self._in_a_row(a.use, in_place), packed.weights,
-            packed.offsets, packed.bounds, bias, packed.constant, packed.pattern, packed.least, blocks.planes,
-            self._scratch_of("block", blocks.elements(packed.copies)),
-            self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())),
-            x.channel, a.channel, *layer.stride, blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns,
-            layer.weight.shape[1], shares, packed.features, *clip, carries,
-        ], self.batch * units * shares)
+        self._step(
+            kernels.conv2d_forward, self.batch * units * shares, x=self._in_a_row(x.use, in_place), ratio=self._in_a_row(ratio, in_place),
+            a=self._in_a_row(a.use, in_place), offsets=packed.offsets, bounds=packed.bounds,
+            block=self._scratch_of("block", blocks.elements(packed.copies)),
+            results=self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())), shares=shares, **_cut(blocks),
+            **common)
 
-    def _emit_convolution_back(self, layer: g.Conv2d, packed: DirectBack | Winograd, c_in: _Tensor, c: _Tensor, ratio: _Use, a: _Tensor,
-                               carries: bool, accumulate: bool) -> None:
-        kernels, (channels, height, width) = self._kernels, self._graph.shapes[layer.inputs[0]]
+    def _emit_convolution_back(self, layer: g.Conv2d, packed: DirectBack | ImplicitBack | Winograd, source: str, tensors: dict[str, Any]
+                               ) -> None:
+        """tensors: what every kernel on the way back takes."""
+        kernels, (channels, height, width) = self._kernels, self._graph.shapes[source]
         if isinstance(packed, Winograd):
             block, together, shares, units, scratch = self._winograd(packed, height, width)
-            self._step(kernels.winograd2d_redistribute, [
-                c_in.use, c.use, ratio, packed.weights[0], packed.offsets(block), *scratch[:-1], c_in.channel, c.channel, channels,
-                packed.groups, *packed.padding, block, together, shares, accumulate,
-            ], units)
+            self._step(
+                kernels.winograd2d_redistribute, units, **tensors, packed=packed.weights[0], offsets=packed.offsets(block),
+                inputs=channels, groups=packed.groups, top=packed.padding[0], left=packed.padding[1], block=block,
+                panels_together=together, shares=shares, **scratch)
             return
-        in_place = reads_in_place(layer)
+        common = {"packed": packed.weights, "phases": packed.phases, "features": packed.features, "groups": layer.groups,
+                  "stride_down": layer.stride[0], "stride_right": layer.stride[1]}
+        if isinstance(packed, ImplicitBack):
+            self._step(kernels.conv2d_redistribute, self.batch, taps=packed.taps, panel_rows=packed.panel_rows, precision=packed.precision,
+                       **tensors, **common)
+            return
+        if reads_in_place(layer):
+            tensors = tensors | {name: self._in_a_row(tensors[name], True) for name in ("c_in", "c", "ratio", "a")}
         blocks = packed.blocks
         shares = self._shares(packed.units, packed.panels)
-        low, high = self._bounds(layer.inputs[0])
-        self._step(kernels.conv2d_redistribute, [
-            *(self._in_a_row(use, in_place) for use in (c_in.use, c.use, ratio, a.use)),
-            packed.weights, packed.offsets, packed.bounds, low, high, packed.phases, blocks.planes,
-            self._scratch_of("block", blocks.elements(packed.copies)),
-            self._scratch_of("results", kernels.conv2d_redistribute_results_elements(blocks.places(), blocks.columns, layer.stride[1])),
-            c_in.channel, c.channel, a.channel, layer.groups, *layer.stride, blocks.rows, blocks.columns,
-            blocks.more_rows, blocks.more_columns, shares, packed.features, carries, accumulate,
-        ], self.batch * packed.units * shares)
+        self._step(
+            kernels.conv2d_redistribute, self.batch * packed.units * shares, offsets=packed.offsets, bounds=packed.bounds,
+            block=self._scratch_of("block", blocks.elements(packed.copies)),
+            results=self._scratch_of("results", kernels.conv2d_redistribute_results_elements(blocks.places(), blocks.columns,
+                                                                                             layer.stride[1])),
+            shares=shares, **tensors, **common, **_cut(blocks))
 
-    def _winograd(self, packed: Winograd, height: int, width: int) -> tuple[int, int, int, int, list[_Scratch]]:
+    def _winograd(self, packed: Winograd, height: int, width: int) -> tuple[int, int, int, int, dict[str, _Scratch]]:
         """Tiles of a block, panels of a group, shares of a block, units, scratch."""
         kernels = self._kernels
         tiles, panels = self.batch * kernels.winograd2d_tiles(height, width), packed.weights.shape[-3]
@@ -513,8 +540,8 @@ class Plan:
         blocks = -(-tiles // block) * packed.groups
         shares = self._shares_of(blocks, panels)
         sizes = kernels.winograd2d_scratch(packed.channels, packed.products * together, block, width)
-        scratch = [self._scratch_of(f"winograd {name}", size)
-                   for name, size in zip(("lines", "points", "sums", "stage", "seen"), sizes, strict=True)]
+        scratch = {name: self._scratch_of(f"winograd {name}", size)
+                   for name, size in zip(("lines", "points", "sums", "stage", "seen"), sizes, strict=True)}
         return block, min(together, panels), shares, blocks * shares, scratch
 
     def _activation_for(self, term: Term, name: str) -> _Tensor:
@@ -529,14 +556,18 @@ class Plan:
         assert isinstance(layer, g.Pool2d)
         return layer.kernel, layer.stride, layer.padding, isinstance(layer, g.AveragePool2d) and layer.count_include_pad
 
-    def _window_reads(self, layer: Layer) -> tuple[Any, Any, tuple[int, int, int, int]]:
-        """planes, offsets and the shape of a block of pool2d_forward; no planes where the one window holds the whole input."""
+    def _geometry(self, layer: Layer) -> dict[str, int]:
+        kernel, stride, padding, _ = self._window(layer)
+        return {"kernel_down": kernel[0], "kernel_right": kernel[1], "stride_down": stride[0], "stride_right": stride[1],
+                "top": padding[0], "left": padding[1]}
+
+    def _window_blocks(self, layer: Layer) -> Blocks:
+        """For pool2d_forward; no planes where the one window holds the whole input."""
         kernel, _, padding, _ = self._window(layer)
         if kernel == self._graph.shapes[layer.inputs[0]][1:] and self._graph.shapes[layer.name][1:] == (1, 1) and not any(padding):
-            return read_only(np.zeros((0, 2), np.int64)), read_only(np.zeros(0, np.int32)), (1, 1, 0, 0)
+            return Blocks(read_only(np.zeros((0, 2), np.int64)), [], 1, 1, 0, 0)
         assert isinstance(layer, g.Pool2d)
-        blocks, _ = window_blocks(layer, self._graph, self._kernels)
-        return blocks.planes, read_only(blocks.offsets(1)), (blocks.rows, blocks.columns, blocks.more_rows, blocks.more_columns)
+        return window_blocks(layer, self._graph, self._kernels)[0]
 
     def _window_counts(self, layer: Layer) -> list[Array]:
         """How many numbers each window counts down, and how many across: their product is a mean's divisor. 1 for a maximum."""
@@ -586,20 +617,22 @@ class Plan:
             root, offset, elements = self._roots[name]
             ends.append((_Use(buffers.setdefault(root, _Buffer(elements)), (elements, 1, 1)), offset + place))
         (x, x_begin), (a, a_begin) = ends
-        self._step(self._kernels.copy_forward, [x, a, x_begin, a_begin, int(np.prod(self._graph.shapes[what])), add], self.batch)
+        self._step(self._kernels.copy_forward, self.batch, x=x, a=a, x_begin=x_begin, a_begin=a_begin,
+                   count=int(np.prod(self._graph.shapes[what])), accumulate=add)
 
     # -- Binding them
 
-    def _bind_use(self, use: _Use) -> npt.NDArray[Any]:
+    def _bind_use(self, use: _Use) -> Any:
         flat = self._arena[use.buffer.offset:use.buffer.offset + use.buffer.elements * self.batch]
         return flat.view(use.dtype).reshape(self.batch, *use.shape)
 
     def _bind_tensor(self, item: tuple[_Tensor, Shape]) -> Array:
         tensor, shape = item
-        return self._bind_use(tensor.use)[:, tensor.channel:tensor.channel + shape[0]]
+        bound: Array = self._bind_use(tensor.use)[:, tensor.channel:tensor.channel + shape[0]]
+        return bound
 
     def _bind(self, worker: int) -> list[_Call]:
-        scratch = {name: np.empty(elements + self._kernels.CONV2D_COLUMNS, np.float32) for name, elements in self._scratch.items()}
+        scratch = {name: self._kernels.empty(elements) for name, elements in self._scratch.items()}
         calls = []
         for kernel, arguments, units in self._steps:
             bound: list[Any] = []
@@ -620,10 +653,11 @@ class Plan:
 
     def _run(self, steps: Iterable[int], submit: Callable[..., Any] | None) -> None:
         """Make the calls of these steps, each once all workers are done with the one before."""
-        wanted = np.array([step for step in steps if step not in self._conditions or self._conditions[step].any()], np.int64)
+        wanted = np.array([step for step in steps if step not in self._conditions or self._kernels.may_hold(self._conditions[step])],
+                          np.int64)
         counter = np.zeros(1, np.int64)
 
-        def work(table: npt.NDArray[np.int64]) -> None:
+        def work(table: Any) -> None:
             progress = np.zeros(2, np.int64)
             try:
                 while not self._kernels.run_steps(table, wanted, progress, counter, self.workers):
@@ -656,10 +690,10 @@ class _Scratch:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A step of one worker, bound: addresses of code and arguments, the arguments themselves, and which units it does."""
+    """A step of one worker, bound: what the kernels' `bind` made of it, its arguments, and which units it does."""
 
-    code: int
-    slots: npt.NDArray[np.int64]
+    code: Any
+    slots: Any
     arguments: list[Any]
     first: int
     last: int
@@ -669,12 +703,14 @@ def _bias(layer: g.Conv2d | g.Dense) -> Array:
     return _zeros(len(layer.weight)) if layer.bias is None else read_only(layer.bias)
 
 
-def _as_convolution(layer: Layer, low: Array, high: Array, *channels: int) -> list[Any]:
-    """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel; `channels` in between."""
+def _as_convolution(layer: Layer) -> dict[str, Any]:
+    """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel."""
+    names = ("groups", "stride_down", "stride_right", "top", "left", "dilate_down", "dilate_right")
     if isinstance(layer, g.Dense):
-        return [read_only(layer.weight.reshape(*layer.weight.shape, 1, 1)), low, high, *channels, 1, 1, 1, 0, 0, 1, 1]
+        return {"weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))}
     assert isinstance(layer, g.Conv2d)
-    return [read_only(layer.weight), low, high, *channels, layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation]
+    numbers = layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation
+    return {"weight": read_only(layer.weight), **dict(zip(names, numbers, strict=True))}
 
 
 def _zeros(count: int) -> Array:
@@ -688,10 +724,11 @@ def fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
             and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and len(graph.consumers(layer.inputs[0])) == 1}
 
 
-def _normalisation(layer: g.LocalResponseNorm) -> tuple[int, int, bool, float, float, float]:
+def _normalisation(layer: g.LocalResponseNorm) -> dict[str, Any]:
     """How far its sums reach before and behind a number, whether within the channel, alpha of a sum, beta, bias."""
     summed = layer.size**2 if layer.within_channel else layer.size
-    return (layer.size - 1) // 2, layer.size // 2, layer.within_channel, layer.alpha / summed, layer.beta, layer.bias
+    return {"before": (layer.size - 1) // 2, "behind": layer.size // 2, "within": layer.within_channel, "alpha": layer.alpha / summed,
+            "beta": layer.beta, "bias": layer.bias}
 
 
 def _clips_to(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
@@ -703,8 +740,22 @@ def _clips_to(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
     return -math.inf, math.inf
 
 
-def _slope(layer: g.ReLU | g.Clip | g.LeakyReLU) -> float:
-    return layer.slope if isinstance(layer, g.LeakyReLU) else 1.0
+def _pointwise(layer: g.ReLU | g.Clip | g.LeakyReLU) -> dict[str, float]:
+    least, most = _clips_to(layer)
+    return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "least": least, "most": most}
+
+
+def _cut(blocks: Blocks) -> dict[str, Any]:
+    return {"planes": blocks.planes, "block_rows": blocks.rows, "block_columns": blocks.columns, "more_rows": blocks.more_rows,
+            "more_columns": blocks.more_columns}
+
+
+@functools.cache
+def _parameters(kernel: Callable[..., None]) -> tuple[str, ...]:
+    """What a kernel takes besides the units that a call does."""
+    *names, first, last = inspect.signature(getattr(kernel, "py_func", kernel)).parameters
+    assert (first, last) == ("first", "last")
+    return tuple(names)
 
 
 def _roots(graph: Graph) -> dict[str, tuple[str, int, int]]:

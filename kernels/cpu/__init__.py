@@ -2,6 +2,7 @@
 
 from fastdtd.kernels.cpu.conv2d import (
     CONV2D_COLUMNS,
+    CONV2D_IS_IMPLICIT,
     conv2d_block_shape,
     conv2d_forward,
     conv2d_pack,
@@ -35,7 +36,13 @@ from fastdtd.kernels.cpu.elementwise import (
     rearrange_redistribute,
 )
 from fastdtd.kernels.cpu.formulas import lose_redistribute, observe_redistribute, ratios_forward
-from fastdtd.kernels.cpu.normalize import normalize_forward, normalize_redistribute, normalize_shares_redistribute
+from fastdtd.kernels.cpu.memory import MARGIN, constant, empty, may_hold, to_host, zeros
+from fastdtd.kernels.cpu.normalize import (
+    normalize_forward,
+    normalize_redistribute,
+    normalize_shares_elements,
+    normalize_shares_redistribute,
+)
 from fastdtd.kernels.cpu.pool2d import (
     max_pool2d_forward,
     max_pool2d_redistribute,
@@ -43,7 +50,7 @@ from fastdtd.kernels.cpu.pool2d import (
     pool2d_redistribute,
     pool2d_redistribute_elements,
 )
-from fastdtd.kernels.cpu.steps import BROKEN, bind, run_steps, steps_compiled
+from fastdtd.kernels.cpu.steps import BROKEN, bind, run_steps, steps_compiled, table
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block,
     winograd2d_forward,
@@ -58,8 +65,10 @@ from fastdtd.kernels.cpu.winograd import (
 __all__ = [
     "BROKEN",
     "CONV2D_COLUMNS",
+    "CONV2D_IS_IMPLICIT",
     "DENSE_FEATURES",
     "LEAST",
+    "MARGIN",
     "absorb_redistribute",
     "activate_forward",
     "activate_redistribute",
@@ -67,6 +76,7 @@ __all__ = [
     "add_redistribute",
     "bind",
     "clear_redistribute",
+    "constant",
     "conv2d_block_shape",
     "conv2d_forward",
     "conv2d_pack",
@@ -83,11 +93,14 @@ __all__ = [
     "dense_redistribute",
     "dense_redistribute_elements",
     "direction_kernels",
+    "empty",
     "lose_redistribute",
     "max_pool2d_forward",
     "max_pool2d_redistribute",
+    "may_hold",
     "normalize_forward",
     "normalize_redistribute",
+    "normalize_shares_elements",
     "normalize_shares_redistribute",
     "observe_redistribute",
     "pool2d_forward",
@@ -99,6 +112,8 @@ __all__ = [
     "rearrange_redistribute",
     "run_steps",
     "steps_compiled",
+    "table",
+    "to_host",
     "winograd2d_block",
     "winograd2d_forward",
     "winograd2d_pack",
@@ -107,4 +122,5 @@ __all__ = [
     "winograd2d_redistribute",
     "winograd2d_scratch",
     "winograd2d_tiles",
+    "zeros",
 ]

@@ -4,6 +4,8 @@ The sum is over the channels from `before` before to `behind` behind, or over as
 Tensors are (N, *, H, W) and used from a given channel on.
 """
 
+import math
+
 import numpy as np
 from fastdtd.kernels.codes import NORM_TAYLOR
 from fastdtd.kernels.cpu.elementwise import run, together_from
@@ -88,6 +90,11 @@ def _add_around(sums, terms, k, row, channels, height, width, before, behind, wi
                 sums[i] += value[i + shift]
 
 
+def normalize_shares_elements(images, shape):
+    """Floats of the scratch array of normalize_shares_redistribute, which takes one image after the other."""
+    return 2 * math.prod(shape) + shape[2]
+
+
 @kernel
 def normalize_shares_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_in_channel, c_channel, a_channel, before, behind, within,
                                   alpha, beta, bias, formula, epsilon, accumulate, first, last):
@@ -95,8 +102,8 @@ def normalize_shares_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_
 
         x_k ~ a_k (bias + alpha a_k^2)^-beta - sum over i != k of 2 alpha beta a_k a_i^2 (bias + alpha sum)^(-beta - 1)
 
-    (Binder et al., arXiv:1604.00825.) What `epsilon`, added to the size of that sum, keeps goes to ledger[n, column]. scratch holds
-    2 C H W + W floats. Units are images.
+    (Binder et al., arXiv:1604.00825.) What `epsilon`, added to the size of that sum, keeps goes to ledger[n, column]. scratch
+    holds normalize_shares_elements. Units are images.
     """
     channels, height, width = ratio.shape[1:]
     size = channels * height * width

@@ -44,6 +44,11 @@ def bind(function, arguments):
     return _address(_step(function, kinds)), np.array(slots, np.int64)
 
 
+def table(calls):
+    """What run_steps walks through, from calls that have `code` and `slots` of `bind`, and `first` and `last` of their units."""
+    return np.array([(call.code, call.slots.ctypes.data, call.first, call.last) for call in calls], np.int64).reshape(-1, 4)
+
+
 def steps_compiled():
     """What was bound in this process: (kernel, types of its arguments) -> compiled function."""
     return dict(_bound)

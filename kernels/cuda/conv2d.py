@@ -47,6 +47,7 @@ from fastdtd.kernels.cuda.microkernel import (
 )
 from numba import cuda, float32
 
+CONV2D_IS_IMPLICIT = True  # input is gathered by address, not copied into blocks of planes
 _ZERO = np.float32(0)
 _FEW_ROWS = 4  # of a group, at most: then each thread works for itself
 _CHUNK = 16  # rows of a tile that are finished together; 1 << 4
@@ -425,7 +426,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, taps, low, high, phases, c_in
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, it is multiplied by u: relevance instead of its factor.
 
     packed is flat: the panels of one phase behind those of another, made of the transposed V, or of W itself where an input has two
-    features (SIGNED, BOX). phases (P, 7), on the host, has of each phase its grid of inputs (first row and column, rows, columns), its
+    features (SIGNED, BOX). phases, on the host, has of each phase its grid of inputs (first row and column, rows, columns), its
     depth in whole tiles, and where it begins in packed and taps. Units are images.
     """
     images, (_, outputs, c_rows, c_columns) = last - first, ratio.shape
@@ -437,7 +438,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, taps, low, high, phases, c_in
     numbers = (c_in_numbers, first * c_in_numbers + c_in_channel * height * width, c_numbers,
                first * c_numbers + c_channel * c_rows * c_columns, a_numbers, first * a_numbers + a_channel * height * width, height, width,
                inputs, groups, outputs, c_rows, c_columns, stride_down, stride_right, int(features), int(relevance), int(accumulate))
-    for top, left, rows, columns, depth, packed_begin, taps_begin in phases.tolist():
+    for top, left, rows, columns, depth, packed_begin, taps_begin in phases:
         if panel_rows == 1:
             launch(_sum_inputs, -(-images * inputs * rows * columns // THREADS), THREADS, *arrays, top, left, rows, columns, depth,
                    packed_begin, taps_begin, *numbers)
