@@ -277,11 +277,8 @@ class Plan:
         match layer:
             case g.MaxPool2d() if rule and not rule.terms:
                 winner, _ = self._tape(layer, dtype=np.int32)
-                blocks, places = window_blocks(layer, self._graph, kernels)
-                self._step(
-                    kernels.max_pool2d_forward, batch * channels, x=x.use, winner=winner, a=a.use, x_channel=x.channel, a_channel=a.channel,
-                    places=places, offsets=read_only(blocks.offsets(1)), block=self._scratch_of("block", blocks.elements(1)),
-                    **_cut(blocks), **self._geometry(layer))
+                self._step(kernels.max_pool2d_forward, batch * channels, x=x.use, winner=winner, a=a.use, x_channel=x.channel,
+                           a_channel=a.channel, **self._geometry(layer), **self._windows(layer))
             case g.LocalResponseNorm():
                 ratio, _ = self._tape(layer)
                 self._step(kernels.normalize_forward, batch * self._graph.shapes[layer.name][1], x=x.use, ratio=ratio, a=a.use,
@@ -330,14 +327,12 @@ class Plan:
                     low_b=low_b, high_b=high_b, x_channel=x.channel, a_channel=a.channel, b_channel=b.channel, features=features,
                     least=clip[0], most=clip[1], relevance=relevance)
             case _:
-                blocks = self._window_blocks(layer)
                 counted_down, counted_across = self._window_counts(layer)
                 self._step(
                     kernels.pool2d_forward, batch * channels, x=x.use, ratio=ratio, dead=dead, a=a.use, low=low,
-                    offsets=read_only(blocks.offsets(1)), counted_down=counted_down, counted_across=counted_across,
-                    block=self._scratch_of("block", blocks.elements(1)), x_channel=x.channel, a_channel=a.channel,
-                    maximum=isinstance(layer, g.MaxPool2d), features=features, relevance=relevance, **_cut(blocks),
-                    **self._geometry(layer))
+                    counted_down=counted_down, counted_across=counted_across, x_channel=x.channel, a_channel=a.channel,
+                    maximum=isinstance(layer, g.MaxPool2d), features=features, relevance=relevance, **self._geometry(layer),
+                    **self._windows(layer))
 
     def _emit_formula(self, layer: Layer, rule: Assigned, x: _Tensor, clip: tuple[float, float], relevance: bool) -> None:
         """The sums of the rule, one after the other, then what follows from them."""
@@ -561,13 +556,19 @@ class Plan:
         return {"kernel_down": kernel[0], "kernel_right": kernel[1], "stride_down": stride[0], "stride_right": stride[1],
                 "top": padding[0], "left": padding[1]}
 
-    def _window_blocks(self, layer: Layer) -> Blocks:
-        """For pool2d_forward; no planes where the one window holds the whole input."""
+    def _windows(self, layer: Layer) -> dict[str, Any]:
+        """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole input."""
+        if not self._kernels.COPIES_BLOCKS:
+            return {}
         kernel, _, padding, _ = self._window(layer)
-        if kernel == self._graph.shapes[layer.inputs[0]][1:] and self._graph.shapes[layer.name][1:] == (1, 1) and not any(padding):
-            return Blocks(read_only(np.zeros((0, 2), np.int64)), [], 1, 1, 0, 0)
-        assert isinstance(layer, g.Pool2d)
-        return window_blocks(layer, self._graph, self._kernels)[0]
+        whole = kernel == self._graph.shapes[layer.inputs[0]][1:] and self._graph.shapes[layer.name][1:] == (1, 1) and not any(padding)
+        if whole and self._rules[layer.name].terms:
+            blocks, places = Blocks(read_only(np.zeros((0, 2), np.int64)), [], 1, 1, 0, 0), None
+        else:
+            assert isinstance(layer, g.Pool2d)
+            blocks, places = window_blocks(layer, self._graph, self._kernels)
+        return {"places": places, "offsets": read_only(blocks.offsets(1)), "block": self._scratch_of("block", blocks.elements(1)),
+                **_cut(blocks)}
 
     def _window_counts(self, layer: Layer) -> list[Array]:
         """How many numbers each window counts down, and how many across: their product is a mean's divisor. 1 for a maximum."""

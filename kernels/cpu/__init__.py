@@ -2,7 +2,6 @@
 
 from fastdtd.kernels.cpu.conv2d import (
     CONV2D_COLUMNS,
-    CONV2D_IS_IMPLICIT,
     conv2d_block_shape,
     conv2d_forward,
     conv2d_pack,
@@ -36,7 +35,7 @@ from fastdtd.kernels.cpu.elementwise import (
     rearrange_redistribute,
 )
 from fastdtd.kernels.cpu.formulas import lose_redistribute, observe_redistribute, ratios_forward
-from fastdtd.kernels.cpu.memory import MARGIN, constant, empty, may_hold, to_host, zeros
+from fastdtd.kernels.cpu.memory import COPIES_BLOCKS, MARGIN, constant, empty, may_hold, to_host, zeros
 from fastdtd.kernels.cpu.normalize import (
     normalize_forward,
     normalize_redistribute,
@@ -65,7 +64,7 @@ from fastdtd.kernels.cpu.winograd import (
 __all__ = [
     "BROKEN",
     "CONV2D_COLUMNS",
-    "CONV2D_IS_IMPLICIT",
+    "COPIES_BLOCKS",
     "DENSE_FEATURES",
     "LEAST",
     "MARGIN",

@@ -42,7 +42,6 @@ from fastdtd.kernels.cpu.planes import copy_plane, copy_product
 from fastdtd.kernels.cpu.rows import copy_exactly, fill_vectors, interleave_vectors, keep_sign_vectors, spread
 from fastdtd.kernels.cpu.vector_code import LANES
 
-CONV2D_IS_IMPLICIT = False  # input is copied into blocks of planes, not gathered by address
 CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)  # of a tile; tiles read this far beyond the last place
 _BLOCK_BYTES = 1 << 18  # a block of planes stays in the second-level cache beside the weights that stream past it
 _BLOCK_PLACES = 1536  # and so do its results

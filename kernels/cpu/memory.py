@@ -3,6 +3,7 @@
 import numpy as np
 from fastdtd.kernels.cpu.conv2d import CONV2D_COLUMNS
 
+COPIES_BLOCKS = True  # convolutions and pools copy blocks of what they read
 MARGIN = CONV2D_COLUMNS  # floats behind each allocation: tiles are read beyond the last place
 
 

@@ -47,7 +47,6 @@ from fastdtd.kernels.cuda.microkernel import (
 )
 from numba import cuda, float32
 
-CONV2D_IS_IMPLICIT = True  # input is gathered by address, not copied into blocks of planes
 _ZERO = np.float32(0)
 _FEW_ROWS = 4  # of a group, at most: then each thread works for itself
 _CHUNK = 16  # rows of a tile that are finished together; 1 << 4

@@ -4,9 +4,11 @@ CuPy supplies the memory, from its pool. In Numba's simulator, where there is no
 """
 
 import numpy as np
-from numba import config
+from numba import config, cuda
 
 if config.ENABLE_CUDASIM:
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray as as_device_array
+
     cupy = None
     arrays = np
 else:
@@ -14,6 +16,11 @@ else:
 
     arrays = cupy
 
+    def as_device_array(array):
+        """An array of the device as Numba's kernels take it. Nothing is waited for: what came before in the same stream is done before."""
+        return cuda.as_cuda_array(array, sync=False)
+
+COPIES_BLOCKS = False  # convolutions and pools gather what they read by address
 MARGIN = 0  # floats behind each allocation: nothing is read there
 
 
