@@ -6,7 +6,7 @@
 >>> e.relevance, e.output, e.target, e.explained, e.ledger
 """
 
-from fastdtd.errors import ConversionError, FastDTDError, InputError, ModelError, OutputError, PictureError, RuleError
+from fastdtd.errors import ConversionError, DeviceError, FastDTDError, InputError, ModelError, OutputError, PictureError, RuleError
 from fastdtd.explainer import Explainer, Explanation, ExplanationWarning
 from fastdtd.graph import Graph
 from fastdtd.importers import convert, from_torch
@@ -16,7 +16,7 @@ from fastdtd.rules import search_direction
 
 __version__ = "0.1.0"
 __all__ = [
-    "ConversionError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model", "ModelError",
-    "OutputError", "PictureError", "Preprocessing", "RuleError", "convert", "from_torch", "load", "save",
+    "ConversionError", "DeviceError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model",
+    "ModelError", "OutputError", "PictureError", "Preprocessing", "RuleError", "convert", "from_torch", "load", "save",
     "search_direction",
 ]

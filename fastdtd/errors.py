@@ -21,6 +21,10 @@ class InputError(FastDTDError):
     """An array, a target or an option that the network or the machine cannot take."""
 
 
+class DeviceError(FastDTDError):
+    """A GPU that cannot be used: no driver, a missing package, versions that do not fit, or a chip too old."""
+
+
 class PictureError(FastDTDError):
     """A picture file that cannot be read as a picture."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -18,19 +19,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd import kernels
-from fastdtd.compiling import load_kernels
+from fastdtd import devices
 from fastdtd.errors import InputError
 from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
-from fastdtd.plan import Plan, fusible_activations
+from fastdtd.plan import NoRoomError, Plan, fusible_activations
 from fastdtd.rules import Rules, absorbers, assign, derived_from
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
 _ARENA_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
-_MOST_IMAGES = 32
 _SMALL_NETWORK = 1 << 25  # multiply-adds of one product of all layers; half a millisecond or less
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -122,20 +121,28 @@ class Explainer:
         From `fastdtd.load` or `fastdtd.convert`.
     rules : str, mapping of str to str or Rule, or sequence of these
         See `fastdtd.rules.assign`: "dtd" is the method as published, each layer's rule following from its input domain.
-    device : "cpu"
+    device : str
+        "cpu"; "cuda": all GPUs that CUDA shows, which share out the images of a call; "cuda:1": one of them; "auto": "cuda" where that
+        works, else "cpu". GPUs need `pip install "fastdtd[cuda]"`.
     threads : int or None
         None: as many as this process may use. However many callers there are, no more threads than these compute at a time; but with one,
-        each call is computed by the thread that makes it.
+        each call is computed by the thread that makes it. On GPUs those that read and write pictures for `fastdtd.runner`.
     memory : str, int or None
-        The most memory that activations, tapes and scratch may take, of all calls together and of what is kept for the next: a text such
-        as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer images are explained at a time, and if need be all
-        threads work on one; the results are the same bits. Weights, pictures and explanations are not counted. None: whatever is fastest,
-        which is at most 256 MiB, or one image, for each thread.
+        The most memory that activations, tapes and scratch may take (on each GPU), of all calls together and of what is kept for the next:
+        a text such as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer images are explained at a time, and if need
+        be all threads work on one; the results are the same bits. Weights, pictures and explanations are not counted. None: whatever is
+        fastest, which is at most 256 MiB, or one image, for each thread; of a GPU at most 80 % of what is free.
+    precision : str or None
+        How GPUs multiply in convolutions: "tf32", on tensor cores, with 11 bits of each factor; "3xtf32", on tensor cores with float32's
+        accuracy; "fp32", without tensor cores. None: "tf32" where the chip has it.
 
     Attributes
     ----------
     batch : int
-        Images that a thread, or all threads where they must share one image's memory, take at a time.
+        Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a time. It is halved
+        when a GPU has no memory left for as many.
+    precision : str
+        What GPUs compute with; "" on processors.
 
     Raises
     ------
@@ -143,6 +150,8 @@ class Explainer:
         A rule that does not exist or does not fit.
     InputError
         An unknown device, a number of threads below 1, or a limit of memory that is none, or in which not one image can be explained.
+    DeviceError
+        A GPU that cannot be used: what is missing or does not fit, and what to do.
 
     References
     ----------
@@ -151,9 +160,7 @@ class Explainer:
     """
 
     def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
-                 memory: str | int | None = None):
-        if device not in kernels.DEVICES:
-            raise InputError(f"device {device!r} is unknown; required: one of {', '.join(map(repr, kernels.DEVICES))}")
+                 memory: str | int | None = None, precision: str | None = None):
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; required: a whole number from 1, or None for all processors")
         limit = math.inf if memory is None else _bytes(memory)
@@ -161,26 +168,53 @@ class Explainer:
         self.rules = assign(model.graph, rules)
         self._derivative = derived_from(rules)
         self.threads = threads or _usable_processors()
-        device_kernels = load_kernels(device)
-        packed = pack(model.graph, self.rules, device_kernels)
-        self._make = partial(Plan, model.graph, self.rules, device_kernels, packed)
-        self._plans = _Plans(self._make, self.threads, limit)
+        found = devices.find(device, precision)
+        self.precision = found.precision
+        self._kernels, own = found.kernels, found.kernels.PLANS_AT_ONCE
+        # Of each device: its number, and plans.
+        self._places = [(number, self._plans_on(number, own or self.threads, limit)) for number in found.numbers]
+        self._at_once = len(self._places) * (own or self.threads)
         self._forget_threads()
         if hasattr(os, "register_at_fork"):  # threads and who holds a lock do not come along into a forked process
             forked = weakref.WeakMethod(self._forget_threads)
             os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
-        one = self._plans.nbytes(1, 1)
+        plans, room = self._plans, self._kernels.room(found.numbers[0])
+        limit = min(limit, room or limit)
+        one = plans.nbytes(1, 1)
         if one > limit:
-            raise InputError(f"one picture takes {_rounded_up(one)} for activations, tapes and scratch, and memory is limited to "
-                             f"{memory!r}; raise the limit, or use a network with a smaller input")
-        self._plans.kept = everything = min(limit, self.threads * max(one, _ARENA_BYTES))
-        self._apart = self.threads * one <= limit  # is there room for a picture in each thread?
-        self._small = _multiply_adds(model.graph) < _SMALL_NETWORK
+            told = f"memory is limited to {memory!r}; raise the limit, or" if memory is not None else "the GPU has less;"
+            raise InputError(f"one picture takes {_rounded_up(one)} for activations, tapes and scratch, and {told} use a network with a "
+                             "smaller input")
+        at_once = own or self.threads
+        everything = int(limit) if room else min(limit, at_once * max(one, _ARENA_BYTES))
+        for _, each in self._places:
+            each.kept = everything
+        self._apart = at_once * one <= limit or bool(own)  # is there room for a picture in each thread?
+        self._small = bool(own) or _multiply_adds(model.graph) < _SMALL_NETWORK
         self._workers = self.threads  # on one plan, where they work together
-        if limit < math.inf and (scratch := self._plans.nbytes(1, 2) - one):  # of each further worker
+        if own:
+            self._workers = 1
+        elif limit < math.inf and (scratch := plans.nbytes(1, 2) - one):  # of each further worker
             self._workers = min(self.threads, 1 + int(limit - one) // scratch)
-        self._batch_together = self._plans.most_images(self._workers, everything)
-        self.batch = self._plans.most_images(1, everything // self.threads) if self._apart else self._batch_together
+        self._batch_together = plans.most_images(self._workers, everything)
+        self.batch = plans.most_images(1, everything // at_once) if self._apart else self._batch_together
+
+    def _plans_on(self, number: int, at_once: int, limit: float) -> _Plans:
+        """Plans of one device, with the weights there."""
+        graph, device_kernels = self.model.graph, self._kernels
+        with device_kernels.on_device(number):
+            packed = pack(graph, self.rules, device_kernels, devices.PRECISIONS.get(self.precision, devices.PRECISIONS["fp32"]))
+
+        def make(batch: int, workers: int, observed: Sequence[str] = ()) -> Plan:
+            with device_kernels.on_device(number):
+                return Plan(graph, self.rules, device_kernels, packed, batch, workers, observed)
+
+        return _Plans(make, at_once, min(limit, device_kernels.room(number) or limit), device_kernels.MOST_IMAGES)
+
+    @property
+    def _plans(self) -> _Plans:
+        """Of the first device."""
+        return self._places[0][1]
 
     def __call__(self, batch: npt.ArrayLike, target: Target = None, start: npt.ArrayLike | None = None) -> Explanation:
         """Explain each picture of a batch.
@@ -188,7 +222,8 @@ class Explainer:
         Parameters
         ----------
         batch : (N, C, H, W) or (C, H, W) array of float32, or what converts to it
-            As `model.preprocess` makes it. Values beyond the model's value box are clipped to it, with a warning.
+            As `model.preprocess` makes it. Values beyond the model's value box are clipped to it, with a warning. With device="cuda" it may
+            be an array of CuPy on one of the explainer's GPUs; it is explained there, and relevance and output stay there.
         target : int, str, sequence of these, or None
             The output to explain: its number or class name, one for all or one for each picture. None: the one with the highest score.
         start : (N, K) or (K,) array, or None
@@ -213,53 +248,57 @@ class Explainer:
         pictures = self._checked(batch)
         count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
         targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
-        names = absorbers(self.model.graph, self.rules)
+        names, library, read = absorbers(self.model.graph, self.rules), self._kernels.namespace(pictures), self._kernels.read
         explained_targets = np.empty(count, np.int64)
-        e = Explanation(np.empty_like(pictures), np.empty((count, outputs), np.float32), explained_targets, np.empty(count, np.float32),
-                        {name: np.zeros(count) for name in names}, partial(self._observed, pictures, explained_targets, begins))
+        e = Explanation(library.empty_like(pictures), library.empty((count, outputs), np.float32), explained_targets,
+                        np.empty(count, np.float32), {name: np.zeros(count) for name in names},
+                        partial(self._observed, pictures, explained_targets, begins))
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
-            e.output[part], e.target[part], e.explained[part] = self._run(
+            scores, e.target[part], e.explained[part] = self._run(
                 plan, pictures[part], None if targets is None else targets[part], None if begins is None else begins[part], first)
+            e.output[part] = library.asarray(scores)
+            read(e.relevance[part], plan.relevance)
             match self._derivative:
                 case "gradient*input":
-                    np.multiply(plan.relevance, pictures[part], out=e.relevance[part])
+                    e.relevance[part] *= pictures[part]
                 case "sensitivity":
-                    np.square(plan.relevance, out=e.relevance[part])
-                case _:
-                    e.relevance[part] = plan.relevance
+                    e.relevance[part] **= 2
+            ledger = np.empty(plan.ledger.shape)
+            read(ledger, plan.ledger)
             for column, name in enumerate(plan.ledger_layers):
-                e.ledger[name][part] = plan.ledger[:, column]
+                e.ledger[name][part] = ledger[:, column]
 
-        self._share_out(explain, count)
-        if not (np.isfinite(e.output).all() and np.isfinite(e.relevance).all()):
-            worst = int(np.argmin(np.isfinite(e.output).all(1) & np.isfinite(e.relevance).all((1, 2, 3))))
+        self._share_out(explain, count, self._places_of(pictures))
+        if not (library.isfinite(e.output).all() and library.isfinite(e.relevance).all()):
+            worst = int(library.argmin(library.isfinite(e.output).all(1) & library.isfinite(e.relevance).all((1, 2, 3))))
             raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too large")
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not self._derivative:
             picture, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to decompose and "
                           f"the relevance is zero; the first is picture {picture}, {self.model.class_name(which)!r}, score "
-                          f"{e.output[picture, which]:.4g}", ExplanationWarning, stacklevel=2)
+                          f"{float(e.output[picture, which]):.4g}", ExplanationWarning, stacklevel=2)
         return e
 
     def _run(self, plan: Plan, pictures: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
         """Forward and back: scores, what is explained of each picture, and how much that is. first: the number of the first picture."""
         submit = self._threads().submit if plan.workers > 1 else None
-        plan.input[:] = pictures
+        self._kernels.write(plan.input, pictures)
         plan.forward(submit)
-        scores = plan.output.copy()
+        scores = np.empty(plan.output.shape, np.float32)
+        self._kernels.read(scores, plan.output)
         if begins is None:
             target = scores.argmax(1) if targets is None else targets
             score = np.take_along_axis(scores, target[:, None], 1)
             explained = score[:, 0] if self._derivative else np.maximum(score, 0)[:, 0]
-            relevance = np.zeros_like(plan.start)
+            relevance = np.zeros_like(scores)
             np.put_along_axis(relevance, target[:, None], 1 if self._derivative else explained[:, None], 1)
         else:
             relevance, target, explained = begins, begins.argmax(1), begins.sum(1)
-        plan.start[:] = relevance if plan.starts_with_relevance else _factors(relevance, scores, first)
+        self._kernels.write(plan.start, relevance if plan.starts_with_relevance else _factors(relevance, scores, first))
         plan.back(submit)
         return scores, target, explained
 
@@ -272,80 +311,108 @@ class Explainer:
             if self._derivative and (behind := fusible_activations(graph).get(name)):
                 raise InputError(f"the derivative by what layer {name!r} makes is not kept, for the activation behind it is computed with "
                                  f"it; required: a layer such as {behind.name!r}")
-        found = {name: np.empty((len(pictures), *graph.shapes[name]), np.float32) for name in layers}
-        plan = self._make(1, 1, layers)
-        for i in range(len(pictures)):
-            part = slice(i, i + 1)
-            self._run(plan, pictures[part], targets[part], None if begins is None else begins[part], i)
-            for name, relevance in found.items():
-                relevance[part] = plan.observed[name]
+        library, (number, plans) = self._kernels.namespace(pictures), self._places_of(pictures)[0]
+        with self._kernels.on_device(number):
+            found = {name: library.empty((len(pictures), *graph.shapes[name]), np.float32) for name in layers}
+            plan = plans.make(1, 1, layers)
+            for i in range(len(pictures)):
+                part = slice(i, i + 1)
+                self._run(plan, pictures[part], targets[part], None if begins is None else begins[part], i)
+                for name, relevance in found.items():
+                    self._kernels.read(relevance[part], plan.observed[name])
         return found
 
-    def _share_out(self, explain: Callable[[Plan, int, int], None], count: int) -> None:
+    def _places_of(self, pictures: Array) -> list[tuple[int, _Plans]]:
+        """The devices for these pictures: all, or the one that they are on."""
+        if self._kernels.namespace(pictures) is np:
+            return self._places
+        own = int(pictures.device.id)  # type: ignore[attr-defined]  # of CuPy's arrays
+        places = [(number, plans) for number, plans in self._places if number == own]
+        if not places:
+            raise InputError(f"the batch is on cuda:{own}; required: pictures on cuda:{', cuda:'.join(str(n) for n, _ in self._places)}, "
+                             "or of NumPy")
+        return places
+
+    def _share_out(self, explain: Callable[[Plan, int, int], None], count: int, places: list[tuple[int, _Plans]]) -> None:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many.
 
-        Threads that share an image meet after each layer: a small network is done before that pays.
+        Threads that share an image meet after each layer: a small network is done before that pays. Devices take turns.
         """
         apart = self._apart and (count >= self.threads or self._small)
         workers, most = (1, self.batch) if apart else (self._workers, self._batch_together)
         parts = -(-count // most)
-        if apart and count > 1:
+        if apart and count > 1 and not self._kernels.PLANS_AT_ONCE:
             parts = -(-parts // self.threads) * self.threads  # as many for each thread
         edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
-        elsewhere = self._threads() if apart and self.threads > 1 and count > 1 else None
+        elsewhere = self._threads() if apart and self._at_once > 1 and parts > 1 else None
         failed = False
 
-        def run(loan: list[Plan], first: int, last: int) -> None:
+        def run(loan: list[Plan], place: tuple[int, _Plans], first: int, last: int) -> None:
             nonlocal failed
             plan, done = loan.pop(), False
             try:
-                explain(plan, first, last)
+                with self._kernels.on_device(place[0]):
+                    explain(plan, first, last)
                 done = True
             finally:
                 failed |= not done
-                self._plans.give_back(plan, done)
+                place[1].give_back(plan, done)
 
-        running: list[tuple[Future[None], list[Plan]]] = []
+        running: list[tuple[Future[None], list[Plan], _Plans]] = []
+        todo = [(first, last) for first, last in pairwise(edges) if first < last][::-1]
+        turns = itertools.cycle(places)
         try:
-            for first, last in pairwise(edges):
-                if first == last or failed:
+            while todo and not failed:
+                first, last = todo.pop()
+                place = next(turns)
+                try:
+                    loan = [place[1].take(last - first, workers)]  # `run` takes it out: a plan known here would keep its memory
+                except NoRoomError:
+                    busy = [future for future, _, _ in running if not future.done()]
+                    if last - first == 1 and not busy:
+                        raise
+                    wait(busy)
+                    place[1].drop_idle()
+                    middle = (first + last) // 2
+                    todo += [(i, j) for i, j in ((middle, last), (first, middle)) if i < j]
+                    self.batch = min(self.batch, max(1, (last - first) // 2))
                     continue
-                loan = [self._plans.take(last - first, workers)]  # `run` takes it out: a plan that is known here would keep its memory
                 if elsewhere is None:
-                    run(loan, first, last)
+                    run(loan, place, first, last)
                 else:
-                    running.append((elsewhere.submit(run, loan, first, last), loan))
-            for future, _ in running:
+                    running.append((elsewhere.submit(run, loan, place, first, last), loan, place[1]))
+            for future, _, _ in running:
                 future.result()
         finally:
-            for future, loan in running:
+            for future, loan, plans in running:
                 if future.cancel():
-                    self._plans.give_back(loan.pop(), False)
+                    plans.give_back(loan.pop(), False)
 
     def _forget_threads(self) -> None:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
-        self._plans.forget_users()
+        for _, plans in self._places:
+            plans.forget_users()
 
     def _threads(self) -> ThreadPoolExecutor:
         """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot start."""
         with self._lock:
             if self._executor is None:
-                executor, ready = ThreadPoolExecutor(self.threads, "fastdtd"), threading.Event()
+                executor, ready = ThreadPoolExecutor(self._at_once, "fastdtd"), threading.Event()
                 try:
-                    for _ in range(self.threads):
+                    for _ in range(self._at_once):
                         executor.submit(ready.wait)
                 except RuntimeError as error:
-                    raise InputError(f"{self.threads} threads cannot be started ({error}); use fewer") from None
+                    raise InputError(f"{self._at_once} threads cannot be started ({error}); use fewer") from None
                 finally:
                     ready.set()
                 self._executor = executor
             return self._executor
 
     def _checked(self, batch: npt.ArrayLike) -> Array:
-        shape = self.model.graph.input_shape
+        shape, library = self.model.graph.input_shape, self._kernels.namespace(batch)
         try:
-            given = np.asarray(batch)
+            given = library.asarray(batch)
         except (ValueError, TypeError) as error:
             raise InputError(f"the batch is no array of one shape ({error}); required: (N, {', '.join(map(str, shape))}) float32") from None
         if given.dtype.kind not in "fiu":
@@ -356,16 +423,16 @@ class Explainer:
             raise InputError(f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
                              "model.preprocess returns")
         with np.errstate(over="ignore"):
-            pictures = np.ascontiguousarray(given, np.float32)
-        if not np.isfinite(pictures).all():
-            worst = int(np.argmin(np.isfinite(pictures).all((1, 2, 3))))
+            pictures: Array = library.ascontiguousarray(given, np.float32)
+        if not library.isfinite(pictures).all():
+            worst = int(library.argmin(library.isfinite(pictures).all((1, 2, 3))))
             raise InputError(f"picture {worst} holds NaN or infinity (as float32); required: finite numbers")
         box = self.model.graph.box
         if box is None:
             return pictures
-        low, high = (bound[:, None, None] for bound in box)
-        clipped = np.clip(pictures, low, high)
-        beyond = np.abs(pictures - clipped) > _CLIP_TOLERANCE * (high - low)
+        low, high = (library.asarray(bound)[:, None, None] for bound in box)
+        clipped: Array = library.clip(pictures, low, high)
+        beyond = library.abs(pictures - clipped) > _CLIP_TOLERANCE * (high - low)
         if beyond.any():
             warnings.warn(f"{int(beyond.any((1, 2, 3)).sum())} of {len(pictures)} pictures have values beyond the model's value box "
                           f"{box[0].tolist()}..{box[1].tolist()}; they were clipped to it. Was model.preprocess used?",
@@ -427,15 +494,17 @@ class _Plans:
     Parameters
     ----------
     make : callable
-        (batch, workers) -> Plan
+        (batch, workers, observed=()) -> Plan
     threads : int
         How many may work at a time on all plans together. With 1, each caller works in a thread of its own, and there may be any number.
     limit : int or infinity
         Bytes of all plans, used and idle.
+    most_images : int
+        Of one plan.
     """
 
-    def __init__(self, make: Callable[[int, int], Plan], threads: int, limit: float) -> None:
-        self._make, self._limit = make, limit
+    def __init__(self, make: Callable[..., Plan], threads: int, limit: float, most_images: int) -> None:
+        self.make, self._limit, self._most_images = make, limit, most_images
         self._most_workers = threads if threads > 1 else math.inf
         self.kept = limit  # bytes of idle plans
         self.idle: list[Plan] = []  # the last used last
@@ -450,7 +519,7 @@ class _Plans:
     def nbytes(self, batch: int, workers: int) -> int:
         """What a plan takes. Found by making one: that takes address space, and memory only when it runs."""
         if (batch, workers) not in self._nbytes:
-            plan = self._make(batch, workers)
+            plan = self.make(batch, workers)
             with self._change:
                 self._nbytes[batch, workers] = plan.nbytes
                 self._keep(plan)
@@ -458,7 +527,7 @@ class _Plans:
 
     def most_images(self, workers: int, room: float) -> int:
         """How many images at a time a plan of `room` bytes holds, at least 1."""
-        images = int(max(1, min(_MOST_IMAGES, room // self.nbytes(1, 1))))
+        images = int(max(1, min(self._most_images, room // self.nbytes(1, 1))))
         while images > 1 and self._limit < math.inf and self.nbytes(images, workers) > room:
             images -= 1
         return images
@@ -475,7 +544,7 @@ class _Plans:
             plan = None if i is None else self.idle.pop(i)
             self._keep()
         try:
-            return plan or self._make(batch, workers)
+            return plan or self.make(batch, workers)
         except BaseException:
             self._release(batch, workers)
             raise
@@ -483,6 +552,11 @@ class _Plans:
     def give_back(self, plan: Plan, sound: bool = True) -> None:
         """After use. A plan that is not sound, for its work was cut short, is not used again."""
         self._release(plan.batch, plan.workers, *([plan] if sound else []))
+
+    def drop_idle(self) -> None:
+        """Give back the memory of plans that nobody uses."""
+        with self._change:
+            self.idle.clear()
 
     def _release(self, batch: int, workers: int, *plans: Plan) -> None:
         with self._change:

@@ -101,6 +101,10 @@ def _room(buffer: _Buffer, batch: int) -> int:
 # ---- The plan ----------------------------------------------------------------------------------------------------------------------------
 
 
+class NoRoomError(InputError):
+    """A plan for which there is no memory."""
+
+
 class Plan:
     """Bound calls for `batch` images at a time, shared out among `workers` threads. Not for two callers at once.
 
@@ -170,14 +174,14 @@ class Plan:
         self.arena_elements = _lay_out(buffers.values(), batch)
         try:
             self._arena = kernels.empty(self.arena_elements)
+            self._bound = [self._bind(worker) for worker in range(workers)]  # what the tables hold addresses of
         except MemoryError:
             size = self.arena_elements * 4 / 2**30
-            raise InputError(f"the network needs {size:.1f} GiB for {batch} pictures at a time, more than there is") from None
+            raise NoRoomError(f"the network needs {size:.1f} GiB for {batch} pictures at a time, more than there is") from None
         self.input, self.output, self.start, self.relevance = map(self._bind_tensor, (
             (source, graph.input_shape), (output, graph.shapes[graph.output]), (start, graph.shapes[graph.output]),
             (relevance, graph.input_shape)))
         self.output, self.start = self.output[:, :, 0, 0], self.start[:, :, 0, 0]
-        self._bound = [self._bind(worker) for worker in range(workers)]  # what the tables hold addresses of
         self._tables = [kernels.table(calls) for calls in self._bound]
         self._middle = middle
 

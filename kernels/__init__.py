@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 
 
 def load(device: str, on_compile: Callable[[], Any] | None = None, on_unkept: Callable[[str], Any] | None = None) -> ModuleType:

@@ -619,7 +619,7 @@ def test_a_plan_that_cannot_be_made_takes_no_memory(monkeypatch):
         def refuse(*_):
             raise InputError("more than there is")
 
-        patch.setattr(made._plans, "_make", refuse)
+        patch.setattr(made._plans, "make", refuse)
         for _ in range(3):
             with pytest.raises(InputError, match="more than there is"):
                 explain(made, batch)
@@ -634,7 +634,7 @@ def test_who_works_side_by_side(threads, callers):
     batch = pictures(made.model.graph, threads)
     expected = explain(made, batch, 0).relevance
     for _ in range(2):
-        plan = made._plans._make(1, 1)
+        plan = made._plans.make(1, 1)
         plan.forward = lambda submit, forward=plan.forward: (both.wait(), forward(submit))  # goes on when another plan is there too
         made._plans.idle.append(plan)
     with ThreadPoolExecutor(callers) as executor:

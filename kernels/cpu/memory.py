@@ -1,9 +1,13 @@
 """Memory of this device: what plans allocate, and what else differs by where numbers lie."""
 
+from contextlib import nullcontext
+
 import numpy as np
 from fastdtd.kernels.cpu.conv2d import CONV2D_COLUMNS
 
 COPIES_BLOCKS = True  # convolutions and pools copy blocks of what they read
+MOST_IMAGES = 32  # at a time
+PLANS_AT_ONCE = None  # on a device: as many as threads
 MARGIN = CONV2D_COLUMNS  # floats behind each allocation: tiles are read beyond the last place
 
 
@@ -21,9 +25,28 @@ def constant(array):
     return array
 
 
-def to_host(array):
-    """What kernels wrote, as a NumPy array; a copy or not."""
-    return np.asarray(array)
+def write(to, numbers):
+    """to <- numbers of the host."""
+    to[:] = numbers
+
+
+def read(out, numbers):
+    """out <- what kernels wrote."""
+    out[:] = numbers
+
+
+def namespace(array):
+    """The library that an array is of, if this device takes its arrays; else NumPy."""
+    return np
+
+
+def on_device(number):
+    """While in this context, the calling thread works on the device of that number, and all that it began is done when it leaves."""
+    return nullcontext()
+
+
+def room(number):
+    """Bytes that plans may take on the device of that number; None: whatever is fastest."""
 
 
 def may_hold(flags):

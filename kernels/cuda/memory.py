@@ -3,6 +3,9 @@
 CuPy supplies the memory, from its pool. In Numba's simulator, where there is no device, NumPy does.
 """
 
+import threading
+from contextlib import contextmanager
+
 import numpy as np
 from numba import config, cuda
 
@@ -21,7 +24,12 @@ else:
         return cuda.as_cuda_array(array, sync=False)
 
 COPIES_BLOCKS = False  # convolutions and pools gather what they read by address
+MOST_IMAGES = 64  # at a time
+PLANS_AT_ONCE = 2  # on a device: one copies while the other computes
 MARGIN = 0  # floats behind each allocation: nothing is read there
+_SHARE_OF_MEMORY = 0.8  # of what is free: other libraries, and what is copied, want some too
+
+_of_thread = threading.local()
 
 
 def empty(elements):
@@ -38,9 +46,71 @@ def constant(array):
     return arrays.asarray(array)
 
 
-def to_host(array):
-    """What kernels wrote, as a NumPy array; a copy or not. Waits for the stream of the calling thread."""
-    return array if cupy is None else cupy.asnumpy(array)
+def write(to, numbers):
+    """to <- numbers of the host, through page-locked memory, so that the copy is asynchronous; or of a device."""
+    if cupy is None or isinstance(numbers, cupy.ndarray):
+        to[:] = numbers
+        return
+    staged = _page_locked(numbers.size).reshape(numbers.shape)
+    staged[:] = numbers
+    beside = cupy.empty(numbers.shape, np.float32)
+    beside.set(staged, stream=cupy.cuda.get_current_stream())
+    to[:] = beside
+
+
+def read(out, numbers):
+    """out <- what kernels wrote; out is the host's or a device's. Waits for what the calling thread began."""
+    if cupy is None or isinstance(out, cupy.ndarray):
+        out[:] = numbers
+    elif numbers.dtype == np.float32:
+        stream, staged = cupy.cuda.get_current_stream(), _page_locked(numbers.size).reshape(numbers.shape)
+        cupy.ascontiguousarray(numbers).get(stream=stream, out=staged, blocking=False)
+        stream.synchronize()
+        out[:] = staged
+    else:
+        out[:] = cupy.asnumpy(numbers)
+
+
+def _page_locked(elements):
+    """Floats of the calling thread's page-locked memory. What is there from before is overwritten: `write` is followed by a `read`, which
+    waits, before the thread writes again."""
+    if getattr(_of_thread, "staged", np.empty(0)).size < elements:
+        _of_thread.staged = np.frombuffer(cupy.cuda.alloc_pinned_memory(4 * elements), np.float32)
+    return _of_thread.staged[:elements]
+
+
+def namespace(array):
+    """The library that an array is of, if this device takes its arrays; else NumPy."""
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
+
+
+@contextmanager
+def on_device(number):
+    """While in this context, the calling thread works on the device of that number, and all that it began is done when it leaves.
+
+    It does so in a stream of its own, so that the copies of one thread go on while kernels of another compute.
+    """
+    if cupy is None:
+        yield
+        return
+    with cuda.gpus[number], cupy.cuda.Device(number):
+        streams = vars(_of_thread).setdefault("streams", {})
+        stream = streams.setdefault(number, None) or cupy.cuda.Stream(non_blocking=True)
+        streams[number] = stream
+        with stream:
+            try:
+                yield
+            finally:
+                stream.synchronize()
+
+
+def room(number):
+    """Bytes that plans may take on the device of that number."""
+    if cupy is None:
+        return 1 << 30
+    with cupy.cuda.Device(number):
+        free, _ = cupy.cuda.runtime.memGetInfo()
+        return int(_SHARE_OF_MEMORY * free)
 
 
 def may_hold(flags):
