@@ -3,6 +3,19 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # before anything imports Numba: kernels for GPUs run in its simulator
+
+
+@pytest.fixture(scope="session")
+def simulator():
+    """Numba's simulator of CUDA, or lockstep's in its place."""
+    pytest.importorskip("numba_cuda")
+    from numba import config
+    if not config.ENABLE_CUDASIM:
+        pytest.skip("NUMBA_ENABLE_CUDASIM is not 1; on a GPU, run benchmarks/gpu.py")
+    import lockstep
+    lockstep.install()
+
 
 @pytest.fixture(autouse=True)
 def _threads_share_small_networks_too(monkeypatch):
