@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import devices
-from fastdtd.errors import InputError
+from fastdtd.errors import DeviceError, InputError
 from fastdtd.graph import Array, Conv2d, Dense, Graph
 from fastdtd.model import Model
 from fastdtd.packing import pack
@@ -141,6 +140,8 @@ class Explainer:
     batch : int
         Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a time. It is halved
         when a GPU has no memory left for as many.
+    at_once : int
+        Images that all threads, or the streams of all GPUs, take together.
     precision : str
         What GPUs compute with; "" on processors.
 
@@ -163,30 +164,29 @@ class Explainer:
                  memory: str | int | None = None, precision: str | None = None):
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; required: a whole number from 1, or None for all processors")
-        limit = math.inf if memory is None else _bytes(memory)
+        given = math.inf if memory is None else _bytes(memory)
         self.model = model
         self.rules = assign(model.graph, rules)
         self._derivative = derived_from(rules)
         self.threads = threads or _usable_processors()
         found = devices.find(device, precision)
         self.precision = found.precision
-        self._kernels, own = found.kernels, found.kernels.PLANS_AT_ONCE
+        self._kernels, own, self._process = found.kernels, found.kernels.PLANS_AT_ONCE, os.getpid()
         # Of each device: its number, and plans.
-        self._places = [(number, self._plans_on(number, own or self.threads, limit)) for number in found.numbers]
+        self._places = [(number, self._plans_on(number, own or self.threads, given)) for number in found.numbers]
         self._at_once = len(self._places) * (own or self.threads)
         self._forget_threads()
         if hasattr(os, "register_at_fork"):  # threads and who holds a lock do not come along into a forked process
             forked = weakref.WeakMethod(self._forget_threads)
             os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
-        plans, room = self._plans, self._kernels.room(found.numbers[0])
-        limit = min(limit, room or limit)
+        plans, limit = self._plans, min(plans.limit for _, plans in self._places)
         one = plans.nbytes(1, 1)
         if one > limit:
-            told = f"memory is limited to {memory!r}; raise the limit, or" if memory is not None else "the GPU has less;"
+            told = f"memory is limited to {memory!r}; raise the limit, or" if limit == given else "a GPU has less;"
             raise InputError(f"one picture takes {_rounded_up(one)} for activations, tapes and scratch, and {told} use a network with a "
                              "smaller input")
         at_once = own or self.threads
-        everything = int(limit) if room else min(limit, at_once * max(one, _ARENA_BYTES))
+        everything = int(limit) if own else min(limit, at_once * max(one, _ARENA_BYTES))
         for _, each in self._places:
             each.kept = everything
         self._apart = at_once * one <= limit or bool(own)  # is there room for a picture in each thread?
@@ -202,14 +202,25 @@ class Explainer:
     def _plans_on(self, number: int, at_once: int, limit: float) -> _Plans:
         """Plans of one device, with the weights there."""
         graph, device_kernels = self.model.graph, self._kernels
-        with device_kernels.on_device(number):
-            packed = pack(graph, self.rules, device_kernels, devices.PRECISIONS.get(self.precision, devices.PRECISIONS["fp32"]))
+        try:
+            with device_kernels.on_device(number):
+                packed = pack(graph, self.rules, device_kernels, devices.PRECISIONS.get(self.precision, devices.PRECISIONS["fp32"]))
+        except MemoryError as error:
+            raise InputError(f"there is no memory for the network's weights ({error}); use a device with more, or a smaller network"
+                             ) from None
 
         def make(batch: int, workers: int, observed: Sequence[str] = ()) -> Plan:
-            with device_kernels.on_device(number):
-                return Plan(graph, self.rules, device_kernels, packed, batch, workers, observed)
+            try:
+                with device_kernels.on_device(number):
+                    return Plan(graph, self.rules, device_kernels, packed, batch, workers, observed)
+            except MemoryError as error:
+                raise NoRoomError(f"there is no memory for {batch} pictures at a time ({error})") from None
 
         return _Plans(make, at_once, min(limit, device_kernels.room(number) or limit), device_kernels.MOST_IMAGES)
+
+    @property
+    def at_once(self) -> int:
+        return self.batch * (self._at_once if self._apart else 1)
 
     @property
     def _plans(self) -> _Plans:
@@ -239,20 +250,23 @@ class Explainer:
         InputError
             A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a start of another
             shape, negative, beside a target, or at an output whose score is zero; scores or relevance beyond float32.
+        DeviceError
+            It was made for GPUs before the process was forked.
 
         Warns
         -----
         ExplanationWarning
             Values were clipped, or a target's score is not positive.
         """
-        pictures = self._checked(batch)
-        count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
-        targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
-        names, library, read = absorbers(self.model.graph, self.rules), self._kernels.namespace(pictures), self._kernels.read
-        explained_targets = np.empty(count, np.int64)
-        e = Explanation(library.empty_like(pictures), library.empty((count, outputs), np.float32), explained_targets,
-                        np.empty(count, np.float32), {name: np.zeros(count) for name in names},
-                        partial(self._observed, pictures, explained_targets, begins))
+        names, library, read = absorbers(self.model.graph, self.rules), self._kernels.namespace(batch), self._kernels.read
+        with self._kernels.beside(batch):
+            pictures = self._checked(batch)
+            count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
+            targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
+            explained_targets = np.empty(count, np.int64)
+            e = Explanation(library.empty_like(pictures), library.empty((count, outputs), np.float32), explained_targets,
+                            np.empty(count, np.float32), {name: np.zeros(count) for name in names},
+                            partial(self._observed, pictures, explained_targets, begins))
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
@@ -271,9 +285,11 @@ class Explainer:
                 e.ledger[name][part] = ledger[:, column]
 
         self._share_out(explain, count, self._places_of(pictures))
-        if not (library.isfinite(e.output).all() and library.isfinite(e.relevance).all()):
-            worst = int(library.argmin(library.isfinite(e.output).all(1) & library.isfinite(e.relevance).all((1, 2, 3))))
-            raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too large")
+        with self._kernels.beside(batch):
+            if not (library.isfinite(e.output).all() and library.isfinite(e.relevance).all()):
+                worst = int(library.argmin(library.isfinite(e.output).all(1) & library.isfinite(e.relevance).all((1, 2, 3))))
+                raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too "
+                                 "large")
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not self._derivative:
             picture, which = nothing[0], int(e.target[nothing[0]])
@@ -312,9 +328,14 @@ class Explainer:
                 raise InputError(f"the derivative by what layer {name!r} makes is not kept, for the activation behind it is computed with "
                                  f"it; required: a layer such as {behind.name!r}")
         library, (number, plans) = self._kernels.namespace(pictures), self._places_of(pictures)[0]
-        with self._kernels.on_device(number):
+        with self._kernels.beside(pictures):
             found = {name: library.empty((len(pictures), *graph.shapes[name]), np.float32) for name in layers}
-            plan = plans.make(1, 1, layers)
+        with self._kernels.on_device(number):
+            try:
+                plan = plans.make(1, 1, layers)
+            except NoRoomError:
+                plans.drop_idle()
+                plan = plans.make(1, 1, layers)
             for i in range(len(pictures)):
                 part = slice(i, i + 1)
                 self._run(plan, pictures[part], targets[part], None if begins is None else begins[part], i)
@@ -324,6 +345,9 @@ class Explainer:
 
     def _places_of(self, pictures: Array) -> list[tuple[int, _Plans]]:
         """The devices for these pictures: all, or the one that they are on."""
+        if self._kernels.PLANS_AT_ONCE and os.getpid() != self._process:
+            raise DeviceError("this explainer was made before the process was forked, and no GPU can be used from both sides of a fork; "
+                              "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
         if self._kernels.namespace(pictures) is np:
             return self._places
         own = int(pictures.device.id)  # type: ignore[attr-defined]  # of CuPy's arrays
@@ -336,53 +360,66 @@ class Explainer:
     def _share_out(self, explain: Callable[[Plan, int, int], None], count: int, places: list[tuple[int, _Plans]]) -> None:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many.
 
-        Threads that share an image meet after each layer: a small network is done before that pays. Devices take turns.
+        Threads that share an image meet after each layer: a small network is done before that pays. Of several devices each gets as many
+        images, and those that a device has no memory for come again, in halves.
         """
         apart = self._apart and (count >= self.threads or self._small)
         workers, most = (1, self.batch) if apart else (self._workers, self._batch_together)
         parts = -(-count // most)
         if apart and count > 1 and not self._kernels.PLANS_AT_ONCE:
             parts = -(-parts // self.threads) * self.threads  # as many for each thread
+        parts = min(count, -(-parts // len(places)) * len(places))
         edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
         elsewhere = self._threads() if apart and self._at_once > 1 and parts > 1 else None
         failed = False
+        todo = [(first, last) for first, last in pairwise(edges) if first < last][::-1]
+
+        def halve(first: int, last: int) -> None:
+            middle = (first + last) // 2
+            todo.extend((i, j) for i, j in ((middle, last), (first, middle)) if i < j)
+            if middle > first:
+                self.batch = min(self.batch, middle - first)
 
         def run(loan: list[Plan], place: tuple[int, _Plans], first: int, last: int) -> None:
             nonlocal failed
-            plan, done = loan.pop(), False
+            plan, done, too_many = loan.pop(), False, False
             try:
                 with self._kernels.on_device(place[0]):
                     explain(plan, first, last)
                 done = True
+            except MemoryError:  # of a GPU, where others may have taken some
+                too_many = bool(self._kernels.PLANS_AT_ONCE) and last - first > 1
+                if not too_many:
+                    raise
             finally:
-                failed |= not done
+                failed |= not (done or too_many)
                 place[1].give_back(plan, done)
+                del plan  # and its memory, where it was not given back
+            if too_many:
+                halve(first, last)
 
         running: list[tuple[Future[None], list[Plan], _Plans]] = []
-        todo = [(first, last) for first, last in pairwise(edges) if first < last][::-1]
-        turns = itertools.cycle(places)
         try:
-            while todo and not failed:
+            while (todo and not failed) or running:
+                if failed or not todo:  # what is under way may be to do again
+                    running[0][0].result()
+                    del running[0]
+                    continue
                 first, last = todo.pop()
-                place = next(turns)
+                place = min(places, key=lambda place: place[1].used_workers)
                 try:
                     loan = [place[1].take(last - first, workers)]  # `run` takes it out: a plan known here would keep its memory
                 except NoRoomError:
                     busy = [future for future, _, _ in running if not future.done()]
-                    if last - first == 1 and not busy:
-                        raise
                     wait(busy)
-                    place[1].drop_idle()
-                    middle = (first + last) // 2
-                    todo += [(i, j) for i, j in ((middle, last), (first, middle)) if i < j]
-                    self.batch = min(self.batch, max(1, (last - first) // 2))
-                    continue
+                    if place[1].drop_idle() or busy or last - first > 1:
+                        halve(first, last)
+                        continue
+                    raise
                 if elsewhere is None:
                     run(loan, place, first, last)
                 else:
                     running.append((elsewhere.submit(run, loan, place, first, last), loan, place[1]))
-            for future, _, _ in running:
-                future.result()
         finally:
             for future, loan, plans in running:
                 if future.cancel():
@@ -504,7 +541,7 @@ class _Plans:
     """
 
     def __init__(self, make: Callable[..., Plan], threads: int, limit: float, most_images: int) -> None:
-        self.make, self._limit, self._most_images = make, limit, most_images
+        self.make, self.limit, self._most_images = make, limit, most_images
         self._most_workers = threads if threads > 1 else math.inf
         self.kept = limit  # bytes of idle plans
         self.idle: list[Plan] = []  # the last used last
@@ -517,7 +554,7 @@ class _Plans:
         self.used_bytes = self.used_workers = 0
 
     def nbytes(self, batch: int, workers: int) -> int:
-        """What a plan takes. Found by making one: that takes address space, and memory only when it runs."""
+        """What a plan takes. Found by making one: that takes address space, and memory only when it runs (of a GPU at once)."""
         if (batch, workers) not in self._nbytes:
             plan = self.make(batch, workers)
             with self._change:
@@ -528,8 +565,13 @@ class _Plans:
     def most_images(self, workers: int, room: float) -> int:
         """How many images at a time a plan of `room` bytes holds, at least 1."""
         images = int(max(1, min(self._most_images, room // self.nbytes(1, 1))))
-        while images > 1 and self._limit < math.inf and self.nbytes(images, workers) > room:
-            images -= 1
+        while images > 1 and self.limit < math.inf:
+            try:
+                if self.nbytes(images, workers) <= room:
+                    break
+                images -= 1
+            except NoRoomError:  # a GPU's memory is in pieces, or others have taken some
+                images //= 2
         return images
 
     def take(self, batch: int, workers: int) -> Plan:
@@ -537,7 +579,7 @@ class _Plans:
         nbytes = self.nbytes(batch, workers)
         with self._turn, self._change:
             self._change.wait_for(lambda: not self.used_workers or (self.used_workers + workers <= self._most_workers
-                                                                    and self.used_bytes + nbytes <= self._limit))
+                                                                    and self.used_bytes + nbytes <= self.limit))
             self.used_bytes += nbytes
             self.used_workers += workers
             i = next((i for i in reversed(range(len(self.idle))) if (self.idle[i].batch, self.idle[i].workers) == (batch, workers)), None)
@@ -553,10 +595,12 @@ class _Plans:
         """After use. A plan that is not sound, for its work was cut short, is not used again."""
         self._release(plan.batch, plan.workers, *([plan] if sound else []))
 
-    def drop_idle(self) -> None:
-        """Give back the memory of plans that nobody uses."""
+    def drop_idle(self) -> bool:
+        """Give back the memory of plans that nobody uses. Returns whether there were any."""
         with self._change:
+            dropped = bool(self.idle)
             self.idle.clear()
+        return dropped
 
     def _release(self, batch: int, workers: int, *plans: Plan) -> None:
         with self._change:
@@ -568,7 +612,7 @@ class _Plans:
     def _keep(self, *plans: Plan) -> None:
         """Put plans among the idle ones; those not used for longest go where there is no room for all."""
         self.idle += plans
-        while sum(plan.nbytes for plan in self.idle) > min(self.kept, self._limit - self.used_bytes):
+        while sum(plan.nbytes for plan in self.idle) > min(self.kept, self.limit - self.used_bytes):
             self.idle.pop(0)
 
 

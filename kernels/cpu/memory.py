@@ -40,6 +40,11 @@ def namespace(array):
     return np
 
 
+def beside(array):
+    """While in this context, new arrays lie where `array` does."""
+    return nullcontext()
+
+
 def on_device(number):
     """While in this context, the calling thread works on the device of that number, and all that it began is done when it leaves."""
     return nullcontext()
