@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import os
+import logging
 import re
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from fastdtd.compiling import load_kernels
 from fastdtd.errors import DeviceError, InputError
 from fastdtd.kernels import codes
 
 PRECISIONS = {"fp32": codes.FP32, "tf32": codes.TF32, "3xtf32": codes.TF32X3}
-_OLDEST_CHIP = (7, 0)  # what current CUDA compiles for
 _OLDEST_TENSOR_CORES = (8, 0)  # that take TF32, and copy asynchronously
 _INSTALL = 'pip install "fastdtd[cuda]"'
+_LOG = logging.getLogger("fastdtd")
 
 
 @dataclass(frozen=True)
@@ -49,49 +49,74 @@ def find(device: str, precision: str | None) -> Devices:
         raise InputError(f"device {device!r} is unknown; required: 'cpu', 'cuda' (all GPUs), 'cuda:0' (one of them) or 'auto'")
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision {precision!r} is unknown; required: one of {', '.join(PRECISIONS)}, or None for the fastest")
+    why = ""
     if device != "cpu":
         try:
             return _gpus(device, precision)
-        except DeviceError:
+        except DeviceError as error:
             if device != "auto":
                 raise
+            why = f"; no GPU can be used: {error}"
     if precision not in (None, "fp32"):
-        raise InputError(f"precision {precision!r} is for GPUs; required on processors: 'fp32' or None")
+        raise InputError(f"precision {precision!r} is for GPUs; required on processors: 'fp32' or None{why}")
     return Devices(load_kernels("cpu"), (0,), "")
 
 
 def _gpus(device: str, precision: str | None) -> Devices:
-    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-    chips = {0: _OLDEST_TENSOR_CORES} if simulated else _chips()
+    if _simulated():
+        if device == "auto":
+            raise DeviceError("NUMBA_ENABLE_CUDASIM is set, which puts Numba's simulator, for tests, in the place of GPUs")
+        _say_simulated()
+        chips, oldest_chip, cuda = {0: _OLDEST_TENSOR_CORES}, _OLDEST_TENSOR_CORES, ""
+    else:
+        chips, version = _chips()
+        # Numba compiles for what its CUDA knows, which is that of CuPy.
+        oldest_chip, cuda = (7, 5) if version >= 13000 else (7, 0), f"CUDA {version // 1000}"
     _, _, number = device.partition(":")
     if number and int(number) not in chips:
-        raise DeviceError(f"device {device!r} was asked for and CUDA shows {len(chips)} GPU{'s'[:len(chips) != 1]}, cuda:0 to "
-                          f"cuda:{len(chips) - 1}; is CUDA_VISIBLE_DEVICES set?")
+        raise DeviceError(f"device {device!r} was asked for, and CUDA shows {', '.join(f'cuda:{i}' for i in chips)}; "
+                          "is CUDA_VISIBLE_DEVICES set?")
     numbers = (int(number),) if number else tuple(chips)
     oldest = min(chips[i] for i in numbers)
-    if oldest < _OLDEST_CHIP:
-        raise DeviceError(f"a GPU of {device!r} has compute capability {_dotted(oldest)}; required: {_dotted(_OLDEST_CHIP)} or newer. Use "
-                          "device='cpu', or name a newer GPU, as in 'cuda:1'")
+    if oldest < oldest_chip:
+        for_older = 'in place of the packages for CUDA 13 install cupy-cuda12x and "numba-cuda[cu12]", '
+        raise DeviceError(f"a GPU of {device!r} has compute capability {_dotted(oldest)}; required by {cuda}: {_dotted(oldest_chip)} or "
+                          f"newer. Name a newer GPU, as in 'cuda:1', {for_older if oldest >= (7, 0) else ''}or use device='cpu'")
     if oldest < _OLDEST_TENSOR_CORES and precision not in (None, "fp32"):
         raise DeviceError(f"precision {precision!r} needs compute capability {_dotted(_OLDEST_TENSOR_CORES)}, and a GPU of {device!r} has "
                           f"{_dotted(oldest)}; use precision='fp32'")
+    if not _simulated():
+        for i in numbers:
+            _try(i)
     return Devices(load_kernels("cuda"), numbers, precision or ("tf32" if oldest >= _OLDEST_TENSOR_CORES else "fp32"))
 
 
-def _chips() -> dict[int, tuple[int, int]]:
-    """GPU's number -> compute capability."""
+def _simulated() -> bool:
+    """Whether Numba's simulator takes the place of GPUs, as it does in our tests."""
+    from numba import config
+
+    return bool(config.ENABLE_CUDASIM)
+
+
+@functools.cache
+def _say_simulated() -> None:
+    _LOG.warning("fastdtd: NUMBA_ENABLE_CUDASIM is set, so no GPU is used but Numba's simulator, which is for tests and very slow")
+
+
+def _chips() -> tuple[dict[int, tuple[int, int]], int]:
+    """GPU's number -> compute capability; the version of CUDA that CuPy is made for."""
     if importlib.util.find_spec("numba_cuda") is None:
         raise DeviceError(f"device 'cuda' needs numba-cuda, which is not installed: {_INSTALL}")
     try:
         import cupy
     except ImportError as error:
-        raise DeviceError(f"device 'cuda' needs CuPy, which cannot be imported ({error}): {_INSTALL}, or the cupy-cuda12x package where "
-                          "the driver is older than CUDA 13") from None
+        raise DeviceError(f"device 'cuda' needs CuPy, which cannot be imported ({_line(error, -1)}): {_INSTALL}, or the cupy-cuda12x "
+                          "package where the driver is older than CUDA 13") from None
     runtime = cupy.cuda.runtime
     try:
         driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     except Exception as error:  # CuPy has a kind of error for each library that may be missing
-        raise DeviceError(f"CuPy cannot use CUDA: {_first_line(error)}. Is the NVIDIA driver installed? `nvidia-smi` tells") from None
+        raise DeviceError(f"CuPy cannot use CUDA: {_line(error)}. Is the NVIDIA driver installed? `nvidia-smi` tells") from None
     if driver == 0:
         raise DeviceError("no NVIDIA driver was found; install the one for your GPU (`nvidia-smi` tells), or use device='cpu'")
     if driver // 1000 < needed // 1000:
@@ -100,21 +125,27 @@ def _chips() -> dict[int, tuple[int, int]]:
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
-        raise DeviceError(f"CUDA shows no GPU: {_first_line(error)}; is CUDA_VISIBLE_DEVICES set?") from None
+        if "cudaErrorInitializationError" in str(error):
+            raise DeviceError("CUDA cannot start here; was this process forked from one that uses it? Start processes by "
+                              "multiprocessing's 'spawn'") from None
+        raise DeviceError(f"CUDA shows no GPU: {_line(error)}; is CUDA_VISIBLE_DEVICES set?") from None
     if count == 0:
         raise DeviceError("CUDA shows no GPU; is CUDA_VISIBLE_DEVICES set?")
+    properties = [runtime.getDeviceProperties(i) for i in range(count)]
+    return {i: (int(of["major"]), int(of["minor"])) for i, of in enumerate(properties)}, needed
+
+
+@functools.cache
+def _try(number: int) -> None:
+    """Compile and run a kernel that does nothing: what is missing is told here, not in the middle of the work."""
     try:
         from numba import cuda
 
-        cuda.current_context()
+        with cuda.gpus[number]:
+            cuda.jit(lambda: None)[128, 32]()  # of fewer blocks Numba says that they are few
+            cuda.synchronize()
     except Exception as error:  # of its driver bindings, its compiler or its libraries
-        raise DeviceError(f"numba-cuda cannot use the GPU: {_first_line(error)}; {_INSTALL} installs versions that fit") from None
-    return {i: _capability(runtime, i) for i in range(count)}
-
-
-def _capability(runtime: Any, number: int) -> tuple[int, int]:
-    properties = runtime.getDeviceProperties(number)
-    return int(properties["major"]), int(properties["minor"])
+        raise DeviceError(f"numba-cuda cannot use cuda:{number}: {_line(error)}; {_INSTALL} installs versions that fit") from None
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -125,5 +156,7 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _line(error: Exception, which: int = 0) -> str:
+    """Of a message; some are many lines long. CuPy's, where it cannot be imported, has the reason in the last, before a rule."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")]
+    return lines[which] if lines else type(error).__name__
