@@ -297,7 +297,7 @@ def test_signed_rules_agree_with_the_processor(case, count):
     graph, rules = case
     describe(graph)
     note(rules)
-    hold_to_the_processor(graph, rules, pictures(graph, count), tolerance=1e-4)  # their sums cancel, as in test_explainer.py
+    hold_to_the_processor(graph, rules, pictures(graph, count))
 
 
 @settings(few, max_examples=6)
