@@ -307,8 +307,8 @@ def _pack_implicit(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleTyp
     downs, rights = i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]
     taps = kernels.conv2d_taps((channel * height + downs) * width + rights, downs, rights)
     matrices = _signed(layer.weight, term).reshape(layer.groups, len(layer.weight) // layer.groups, -1)
-    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
-    kernels.conv2d_pack(packed, matrices)
+    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape, precision), np.float32)
+    kernels.conv2d_pack(packed, matrices, precision)
     constant, pattern, least = (kernels.constant(array) for array in _constant(layer, term, graph, False, kernels))
     return ImplicitForward(term.features, kernels.constant(packed), kernels.constant(taps), constant, pattern, least, precision)
 
@@ -326,12 +326,12 @@ def _pack_implicit_back(layer: g.Conv2d, graph: Graph, term: Term, kernels: Modu
         phase_taps = kernels.conv2d_taps(((channel * rows + downs) * columns + rights).ravel(), np.tile(downs, from_group),
                                          np.tile(rights, from_group))
         matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1)
-        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape), np.float32)
-        kernels.conv2d_pack(packed, matrices)
-        phases.append((*grid, len(phase_taps), sum(part.size for part in weights), sum(part.size for part in taps)))
+        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape, precision), np.float32)
+        kernels.conv2d_pack(packed, matrices, precision)
+        phases.append((*grid, packed.shape[2], sum(part.size for part in weights), sum(part.size for part in taps)))
         weights.append(packed.ravel())
         taps.append(phase_taps)
-    panel_rows = kernels.conv2d_packed_shape(layer.groups, per_group, 1)[3]
+    panel_rows = kernels.conv2d_packed_shape(layer.groups, per_group, 1, precision)[3]
     return ImplicitBack(term.features, kernels.constant(np.concatenate(weights)), panel_rows, kernels.constant(np.concatenate(taps)),
                         tuple(phases), precision)
 

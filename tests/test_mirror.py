@@ -15,7 +15,7 @@ OF_PROCESSORS = {"block", "results", "sums", "shares", "planes", "places", "offs
 # Where a thread of a GPU finds what it reads, which a processor's blocks say otherwise.
 OF_GPUS = {"taps", "precision", "panel_rows", "kernel_down", "kernel_right", "stride_down", "stride_right", "top", "left"}
 # Vector instructions; on tensor cores a direct product is fast, and Winograd's transforms would lose digits of TF32's eleven bits.
-FILES_OF_PROCESSORS = {"planes", "rows", "vector_code", "winograd"}
+FILES_OF_PROCESSORS = {"planes", "rows", "winograd"}
 NAMES_OF_PROCESSORS = {"CONV2D_COLUMNS", "conv2d_block_shape", "conv2d_pack_split", "conv2d_redistribute_results_elements",
                        "conv2d_results_elements", "conv2d_split_bounds", "conv2d_split_shape", "steps_compiled"}
 NAMES_OF_GPUS = {"conv2d_taps"}

@@ -23,55 +23,74 @@ from functools import cache
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, FP32, NONNEGATIVE, ONES, SIGNED
-from fastdtd.kernels.cuda.elementwise import finish, give, ratio_of_least
+from fastdtd.kernels.cuda.elementwise import finish, give
 from fastdtd.kernels.cuda.jit import THREADS, kernel, launch, part
 from fastdtd.kernels.cuda.microkernel import (
     DEPTH,
-    LARGE_ROWS,
-    NUMBERS_STRIDE,
     PAIR,
     PLACES,
     SIGNED_PAIR,
-    SMALL_ROWS,
     SPLIT,
     SUM,
+    layout,
+    most_registers,
+    multiply_kernel,
+    pack_tiles,
+    sums_of,
+    threads_of,
+    tile_rows,
+)
+from fastdtd.kernels.cuda.vector_code import (
+    ALIGNED,
+    ZERO,
+    address_of,
+    await_all_copies,
     await_copies,
     copy_four_later,
     copy_later,
+    divide,
     end_copies,
-    layout,
-    multiply_kernel,
-    sums_of,
-    threads_of,
-    weights_stride,
+    high_half,
+    is_below,
+    load,
+    load_four,
+    load_inside,
+    load_shared,
+    low_half,
+    split,
+    store,
+    store_four_shared,
+    store_shared,
 )
 from numba import cuda, float32
 
-_ZERO = np.float32(0)
+_ONE = np.float32(1)
 _FEW_ROWS = 4  # of a group, at most: then each thread works for itself
 _CHUNK = 16  # rows of a tile that are finished together; 1 << 4
-_STAGES = 3  # tiles in shared memory, where they are copied asynchronously
+_SHOWN_STRIDE = PLACES + 8
+_STAGES = 3  # tiles in shared memory, where they are copied asynchronously: with the largest, all that a block has without asking for more
 _FAR = 1 << 15  # no tap reaches so far up or left
 
 
 # ---- Sizes and tables, for the plan ------------------------------------------------------------------------------------------------------
 
 
-def conv2d_packed_shape(groups, rows, depth):
+def conv2d_packed_shape(groups, rows, depth, precision):
     """Shape of packed weights for a matrix of (rows, depth) in each group: (groups, panels, depth, rows of a tile)."""
-    panel_rows = 1 if rows <= _FEW_ROWS else SMALL_ROWS if rows <= 2 * SMALL_ROWS else LARGE_ROWS
+    if rows <= _FEW_ROWS:
+        return groups, rows, depth, 1
+    panel_rows = tile_rows(rows, precision)
     return groups, -(-rows // panel_rows), -(-depth // DEPTH) * DEPTH, panel_rows
 
 
-def conv2d_pack(packed, matrices):
+def conv2d_pack(packed, matrices, precision):
     """packed <- matrices (groups, rows, depth), with zeros to fill the last panel and the last tile's depth. On the host."""
-    groups, panels, _, panel_rows = packed.shape
-    _, rows, depth = matrices.shape
-    packed[:] = 0
-    for panel in range(panels):
-        part_of = matrices[:, panel * panel_rows:(panel + 1) * panel_rows]
-        packed[:, panel, :depth, :part_of.shape[1]] = part_of.transpose(0, 2, 1)
-    assert groups * rows * depth == matrices.size
+    groups, panels, depth, panel_rows = packed.shape
+    _, rows, given = matrices.shape
+    filled = np.zeros((groups, panels * panel_rows, depth), np.float32)
+    filled[:, :rows, :given] = matrices
+    panels_first = filled.reshape(groups, panels, panel_rows, depth).swapaxes(2, 3)
+    packed[:] = panels_first if panel_rows == 1 else pack_tiles(panels_first, precision)
 
 
 def conv2d_taps(offsets, downs, rights):
@@ -86,25 +105,32 @@ def conv2d_taps(offsets, downs, rights):
 
 @part
 def _is_inside(tap, from_y, from_x, height, width):
-    y = from_y + ((tap >> 16) & 0xFFFF) - _FAR
-    x = from_x + (tap & 0xFFFF) - _FAR
-    return 0 <= y < height and 0 <= x < width
+    """Whether a tap falls inside of the image; from_y and from_x are _FAR less than the place's own."""
+    both = low_half(tap)
+    return is_below(from_y + ((both >> 16) & 0xFFFF), height) & is_below(from_x + (both & 0xFFFF), width)
 
 
 @part
-def _finish_output(x, ratio, dead, n, k, place, y, z, outputs, places, x_begin, bias, constant, patterns, pattern, least, columns,
-                   features, least_x, most_x, relevance):
+def _ratio(value, z, least, relevance):
+    """elementwise.ratio_of_least, with the faster division."""
+    share = _ONE if relevance else abs(value)
+    return divide(share, z) if z > least else -share
+
+
+@part
+def _finish_output(x, ratio, dead, n, k, place, at_x, at_ratio, y, z, bias, constant, patterns, pattern, least, columns, features, least_x,
+                   most_x, relevance):
     """One number of x and of ratio, from its sums y (without bias) and z."""
     if features in (BOX, ONES):
-        row = place // columns
-        z = constant[(k * patterns + pattern[row]) * columns + place - row * columns]
+        row, column = split(place, columns)
+        z = constant[(k * patterns + pattern[row]) * columns + column]
         if features == BOX:
             z += y
-    value = finish(y + bias[k], least_x, most_x)
-    share = ratio_of_least(value, z, relevance, least[k])
-    x[x_begin + k * places + place] = value
-    ratio[(n * outputs + k) * places + place] = share
-    if share < _ZERO:
+    value = finish(y + load(bias, k, 0), least_x, most_x)
+    share = _ratio(value, z, load(least, k, 0), relevance)
+    store(x, at_x, 0, value)
+    store(ratio, at_ratio, 0, share)
+    if share < ZERO:
         dead[n] = 1
 
 
@@ -112,17 +138,20 @@ def _finish_output(x, ratio, dead, n, k, place, y, z, outputs, places, x_begin, 
 def _finish_input(c_in, a, at_in, at_a, first, second, low, high, features, relevance, accumulate):
     """One number of c_in, from what comes through positive (or all) weights and through negative ones."""
     if features == BOX:
-        result = max(a[at_a] - low, _ZERO) * first + max(high - a[at_a], _ZERO) * second
+        value = load(a, at_a, 0)
+        result = max(value - low, ZERO) * first + max(high - value, ZERO) * second
     elif features == SIGNED:
-        value = a[at_a]
-        result = first if value >= _ZERO else second
+        value = load(a, at_a, 0)
+        result = first if value >= ZERO else second
         if relevance:
             result *= abs(value)
     elif features == ONES or (features == NONNEGATIVE and not relevance):
         result = first
     else:
-        result = give(first, a[at_a], features, low, high, relevance)
-    c_in[at_in] = result + c_in[at_in] if accumulate else result
+        result = give(first, load(a, at_a, 0), features, low, high, relevance)
+    if accumulate:
+        result += load(c_in, at_in, 0)
+    store(c_in, at_in, 0, result)
 
 
 # ---- Kernels of one thread for one result ------------------------------------------------------------------------------------------------
@@ -136,18 +165,19 @@ def _sum_outputs(x, ratio, dead, a, packed, taps, bias, constant, pattern, least
     places = rows * columns
     if at >= images * outputs * places:
         return
-    n, k, place = at // (outputs * places), at // places % outputs, at % places
-    from_y, from_x = place // columns * stride_down, place % columns * stride_right
-    begin = n * a_numbers + a_begin + k // (outputs // groups) * channels * height * width + from_y * width + from_x
-    y = z = _ZERO
+    (both, place), (per_group, _) = split(at, places), split(outputs, groups)
+    (n, k), (row, column) = split(both, outputs), split(place, columns)
+    from_y, from_x = row * stride_down, column * stride_right
+    begin = n * a_numbers + a_begin + split(k, per_group)[0] * channels * height * width + from_y * width + from_x
+    y, z, address = ZERO, ZERO, address_of(a, begin)
     for d in range(depth):
-        tap = taps[d]
-        if _is_inside(tap, from_y, from_x, height, width):
-            w, b = packed[k * depth + d], a[begin + (tap >> 32)]
-            y += w * b
-            z += max(w, _ZERO) * b if features == NONNEGATIVE else max(w, _ZERO) * max(b, _ZERO) + max(-w, _ZERO) * max(-b, _ZERO)
-    _finish_output(x, ratio, dead, n, k, place, y, z, outputs, places, n * x_numbers + x_begin, bias, constant, patterns, pattern, least,
-                   columns, features, least_x, most_x, relevance)
+        tap = load(taps, 0, d)
+        b = load_inside(address, high_half(tap), _is_inside(tap, from_y - _FAR, from_x - _FAR, height, width))
+        w = load(packed, k * depth, d)
+        y += w * b
+        z += max(w, ZERO) * b if features == NONNEGATIVE else max(w, ZERO) * max(b, ZERO) + max(-w, ZERO) * max(-b, ZERO)
+    _finish_output(x, ratio, dead, n, k, place, n * x_numbers + x_begin + k * places + place, at, y, z, bias, constant, patterns, pattern,
+                   least, columns, features, least_x, most_x, relevance)
 
 
 @kernel
@@ -158,18 +188,18 @@ def _sum_inputs(c_in, c, ratio, a, packed, taps, low, high, images, top, left, r
     places = rows * columns
     if at >= images * inputs * places:
         return
-    n, channel, place = at // (inputs * places), at // places % inputs, at % places
-    i, j = place // columns, place % columns
-    begin = channel // (inputs // groups) * (outputs // groups) * c_rows * c_columns + i * c_columns + j
-    at_ratio, at_c = n * outputs * c_rows * c_columns + begin, n * c_numbers + c_begin + begin
-    first = second = _ZERO
+    both, place = split(at, places)
+    (n, channel), (i, j) = split(both, inputs), split(place, columns)
+    group = split(channel, split(inputs, groups)[0])[0]
+    begin = group * split(outputs, groups)[0] * c_rows * c_columns + i * c_columns + j
+    ratios, factors = address_of(ratio, n * outputs * c_rows * c_columns + begin), address_of(c, n * c_numbers + c_begin + begin)
+    first = second = ZERO
     for d in range(depth):
-        tap = taps[taps_begin + d]
-        if _is_inside(tap, i, j, c_rows, c_columns):
-            offset, w = tap >> 32, packed[packed_begin + channel * depth + d]
-            share = ratio[at_ratio + offset] * c[at_c + offset]
-            first += (max(w, _ZERO) if features in (BOX, SIGNED) else w) * share
-            second += max(-w, _ZERO) * share
+        tap, w = load(taps, taps_begin, d), load(packed, packed_begin + channel * depth, d)
+        inside = _is_inside(tap, i - _FAR, j - _FAR, c_rows, c_columns)
+        share = load_inside(ratios, high_half(tap), inside) * load_inside(factors, high_half(tap), inside)
+        first += (max(w, ZERO) if features in (BOX, SIGNED) else w) * share
+        second += max(-w, ZERO) * share
     own = (channel * height + top + i * stride_down) * width + left + j * stride_right
     _finish_input(c_in, a, n * c_in_numbers + c_in_begin + own, n * a_numbers + a_begin + own, first, second, low[channel], high[channel],
                   features, relevance, accumulate)
@@ -180,203 +210,225 @@ def _sum_inputs(c_in, c, ratio, a, packed, taps, low, high, images, top, left, r
 
 @cache
 def _parts_of_tile(rows, precision):
-    """Parts of the kernels below for tiles of so many rows."""
-    threads, stride, sums = threads_of(rows), weights_stride(rows), sums_of(rows)
+    """Parts of the kernels below for tiles of so many rows. In shared memory the weights of a tile lie behind its numbers."""
+    threads, sums, numbers = threads_of(rows), sums_of(rows), DEPTH * PLACES
     step = threads // PLACES  # depths that all threads fetch at a time
-    row_of, place_of = layout(rows, precision)
+    fours, all_fetch = -(-DEPTH * rows // (4 * threads)), DEPTH * rows % (4 * threads) == 0  # four weights at a time
+    row_of, place_of, swizzle_of = layout(rows, precision)
 
     @part
     def clear(one, two):
         for i in range(sums):
-            one[i] = _ZERO
-            two[i] = _ZERO
+            one[i] = ZERO
+            two[i] = ZERO
+
+    @part
+    def own_place(i, t):
+        """Where in the numbers of a tile thread t puts the i-th that it fetches."""
+        depth = (t >> 7) + i * step
+        return depth * PLACES + ((t & 127) ^ swizzle_of(depth))
 
     @part
     def fetch_weights(held, packed, at, t):
-        for i in range(DEPTH * rows // threads):
-            held[i] = packed[at + i * threads + t]
+        for i in range(fours):
+            if all_fetch or 4 * t < DEPTH * rows:
+                held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3] = load_four(packed, at + 4 * t, 4 * i * threads)
 
     @part
     def put_weights(tile, begin, held, t):
-        for i in range(DEPTH * rows // threads):
-            at = i * threads + t
-            tile[begin + at // rows * stride + at % rows] = held[i]
+        for i in range(fours):
+            if all_fetch or 4 * t < DEPTH * rows:
+                store_four_shared(tile, begin + numbers + 4 * (i * threads + t),
+                                  (held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]))
 
     @part
-    def put_numbers(tile, begin, held, t):
-        at = begin + (t >> 7) * NUMBERS_STRIDE + (t & 127)
+    def copy_weights(tile, begin, packed, at, t):
+        for i in range(fours):
+            if all_fetch or 4 * t < DEPTH * rows:
+                copy_four_later(tile, begin + numbers + 4 * (i * threads + t), packed, at + 4 * t, 4 * i * threads)
+
+    @part
+    def copy_tile(tile, begin, a, packed, at, taps, entry, from_y, from_x, height, width, t):
+        """Numbers and weights, asynchronously."""
         for i in range(DEPTH // step):
-            tile[at + i * step * NUMBERS_STRIDE] = held[i]
-
-    @part
-    def fetch_activations(held, a, begin, taps, entry, from_y, from_x, height, width, is_place, t):
-        for i in range(DEPTH // step):
-            tap = taps[entry + (t >> 7) + i * step]
-            held[i] = _ZERO
-            if is_place and _is_inside(tap, from_y, from_x, height, width):
-                held[i] = a[begin + (tap >> 32)]
-
-    @part
-    def fetch_products(held, ratio, at_ratio, c, at_c, taps, entry, i, j, c_rows, c_columns, is_place, t):
-        for number in range(DEPTH // step):
-            tap = taps[entry + (t >> 7) + number * step]
-            held[number] = _ZERO
-            if is_place and _is_inside(tap, i, j, c_rows, c_columns):
-                held[number] = ratio[at_ratio + (tap >> 32)] * c[at_c + (tap >> 32)]
-
-    @part
-    def copy_tile(tile, begin, a, a_begin, packed, at, taps, entry, from_y, from_x, height, width, is_place, t):
-        """Numbers and weights, asynchronously; the weights behind the numbers."""
-        to = begin + (t >> 7) * NUMBERS_STRIDE + (t & 127)
-        for i in range(DEPTH // step):
-            tap = taps[entry + (t >> 7) + i * step]
-            inside = is_place and _is_inside(tap, from_y, from_x, height, width)
-            copy_later(tile, to + i * step * NUMBERS_STRIDE, a, np.uint64(a_begin + (tap >> 32) if inside else 0), inside)
-        if 4 * t < DEPTH * rows:
-            to = begin + DEPTH * NUMBERS_STRIDE + 4 * t // rows * stride + 4 * t % rows
-            copy_four_later(tile, to, packed, np.uint64(at + 4 * t))
+            tap = load(taps, entry + (t >> 7), i * step)
+            copy_later(tile, begin + own_place(i, t), a, high_half(tap), _is_inside(tap, from_y, from_x, height, width))
+        copy_weights(tile, begin, packed, at, t)
 
     @part
     def show(tile, one, two, chunk, t):
-        """The sums of _CHUNK rows of the tile, (2, _CHUNK, NUMBERS_STRIDE), for all threads to see."""
+        """The sums of _CHUNK rows of the tile, (2, _CHUNK, _SHOWN_STRIDE), for all threads to see."""
         cuda.syncthreads()
         for i in range(sums):
             row = row_of(t, i)
             if row >> 4 == chunk:
-                at = (row & 15) * NUMBERS_STRIDE + place_of(t, i)
-                tile[at] = one[i]
-                tile[_CHUNK * NUMBERS_STRIDE + at] = two[i]
+                at = (row & 15) * _SHOWN_STRIDE + place_of(t, i)
+                store_shared(tile, at, one[i])
+                store_shared(tile, _CHUNK * _SHOWN_STRIDE + at, two[i])
         cuda.syncthreads()
 
-    return clear, fetch_weights, put_weights, put_numbers, fetch_activations, fetch_products, copy_tile, show
+    return clear, own_place, fetch_weights, put_weights, copy_weights, copy_tile, show
+
+
+def _sizes_of_tile(rows):
+    """Depths that all threads fetch at a time, numbers and weights that each thread holds, floats of a tile in shared memory."""
+    step = threads_of(rows) // PLACES
+    return step, DEPTH // step, max(4, DEPTH * rows // threads_of(rows)), DEPTH * (PLACES + rows)
 
 
 @cache
 def _forward_kernel(rows, kind, precision):
-    threads, sums, step = threads_of(rows), sums_of(rows), threads_of(rows) // PLACES
-    numbers_held, weights_held = DEPTH // step, DEPTH * rows // threads
+    sums, (step, numbers_held, weights_held, stage) = sums_of(rows), _sizes_of_tile(rows)
     multiply = multiply_kernel(rows, kind, precision)
-    clear, fetch_weights, put_weights, put_numbers, fetch_activations, _, copy_tile, show = _parts_of_tile(rows, precision)
-    weights, stage = DEPTH * NUMBERS_STRIDE, DEPTH * (NUMBERS_STRIDE + weights_stride(rows))
-    asynchronous = precision != FP32
+    clear, own_place, fetch_weights, put_weights, _, copy_tile, show = _parts_of_tile(rows, precision)
+    numbers, asynchronous = DEPTH * PLACES, precision != FP32
     floats = stage * (_STAGES if asynchronous else 2)
 
     @part
-    def sum_tile(one, two, tile, a, begin, packed, at, taps, tiles, from_y, from_x, height, width, is_place, t):
+    def fetch(held, a, taps, entry, from_y, from_x, height, width, t):
+        for i in range(numbers_held):
+            tap = load(taps, entry + (t >> 7), i * step)
+            held[i] = load_inside(a, high_half(tap), _is_inside(tap, from_y, from_x, height, width))
+
+    @part
+    def put(tile, begin, held, t):
+        for i in range(numbers_held):
+            store_shared(tile, begin + own_place(i, t), held[i])
+
+    @part
+    def sum_tile(one, two, tile, a, packed, at, taps, tiles, from_y, from_x, height, width, t):
         """All depths, through registers."""
         held, held_weights = cuda.local.array(numbers_held, float32), cuda.local.array(weights_held, float32)
-        fetch_activations(held, a, begin, taps, 0, from_y, from_x, height, width, is_place, t)
-        fetch_weights(held_weights, packed, at, t)
-        put_numbers(tile, 0, held, t)
-        put_weights(tile, weights, held_weights, t)
-        cuda.syncthreads()
-        for number in range(tiles):
-            following = min(number + 1, tiles - 1)
-            fetch_activations(held, a, begin, taps, following * DEPTH, from_y, from_x, height, width, is_place, t)
-            fetch_weights(held_weights, packed, at + following * DEPTH * rows, t)
-            now, then = (number & 1) * stage, (1 - (number & 1)) * stage
-            multiply(one, two, tile, now, now + weights, t)
-            put_numbers(tile, then, held, t)
-            put_weights(tile, then + weights, held_weights, t)
+        for number in range(tiles + 1):
+            this, before = (number & 1) * stage, (1 - (number & 1)) * stage
+            if number < tiles:
+                fetch(held, a, taps, number * DEPTH, from_y, from_x, height, width, t)
+                fetch_weights(held_weights, packed, at + number * DEPTH * rows, t)
+            if number > 0:
+                multiply(one, two, tile, before, before + numbers, t)
+            if number < tiles:
+                put(tile, this, held, t)
+                put_weights(tile, this, held_weights, t)
             cuda.syncthreads()
 
     @part
-    def sum_tile_asynchronously(one, two, tile, a, begin, packed, at, taps, tiles, from_y, from_x, height, width, is_place, t):
+    def sum_tile_asynchronously(one, two, tile, a, packed, at, taps, tiles, from_y, from_x, height, width, t):
         for number in range(_STAGES - 1):
-            ahead = min(number, tiles - 1)
-            copy_tile(tile, number * stage, a, begin, packed, at + ahead * DEPTH * rows, taps, ahead * DEPTH, from_y, from_x, height, width,
-                      is_place, t)
+            if number < tiles:
+                copy_tile(tile, number * stage, a, packed, at + number * DEPTH * rows, taps, number * DEPTH, from_y, from_x, height,
+                          width, t)
             end_copies()
         now, then = 0, (_STAGES - 1) * stage
         for number in range(tiles):
             await_copies()
             cuda.syncthreads()
-            ahead = min(number + _STAGES - 1, tiles - 1)
-            copy_tile(tile, then, a, begin, packed, at + ahead * DEPTH * rows, taps, ahead * DEPTH, from_y, from_x, height, width,
-                      is_place, t)
+            ahead = number + _STAGES - 1
+            if ahead < tiles:
+                copy_tile(tile, then, a, packed, at + ahead * DEPTH * rows, taps, ahead * DEPTH, from_y, from_x, height, width, t)
             end_copies()
-            multiply(one, two, tile, now, now + weights, t)
+            multiply(one, two, tile, now, now + numbers, t)
             now, then = now + stage if now < (_STAGES - 1) * stage else 0, now
+        await_all_copies()
 
     sum_all = sum_tile_asynchronously if asynchronous else sum_tile
 
-    @kernel
     def convolve(x, ratio, dead, a, packed, taps, bias, constant, pattern, least, images, depth, a_numbers, a_begin, height, width,
                  x_numbers, x_begin, outputs, groups, channels, out_rows, out_columns, stride_down, stride_right, patterns, features,
                  least_x, most_x, relevance):
-        tile = cuda.shared.array(floats, float32)
+        tile = cuda.shared.array(floats, float32, ALIGNED)
         one, two = cuda.local.array(sums, float32), cuda.local.array(sums, float32)
         t, block = cuda.threadIdx.x, cuda.blockIdx.x
-        per_group = outputs // groups
-        panels = (per_group + rows - 1) // rows
-        panel, place = block % (groups * panels), block // (groups * panels) * PLACES + (t & 127)
-        group, first_row = panel // panels, panel % panels * rows
-        places = out_rows * out_columns
+        per_group = split(outputs, groups)[0]
+        panels, places = (per_group + rows - 1) // rows, out_rows * out_columns
+        chunk_of_places, panel = split(block, groups * panels)
+        group, panel_of_group = split(panel, panels)
+        place, first_row = chunk_of_places * PLACES + (t & 127), panel_of_group * rows
         is_place = place < images * places
-        n, place = place // places, place % places
-        from_y, from_x = place // out_columns * stride_down, place % out_columns * stride_right
+        n, place = split(place, places)
+        row, column = split(place, out_columns)
+        from_y, from_x = row * stride_down, column * stride_right
         begin = n * a_numbers + a_begin + group * channels * height * width + from_y * width + from_x
         clear(one, two)
-        sum_all(one, two, tile, a, begin, packed, panel * depth * rows, taps, depth // DEPTH, from_y, from_x, height, width, is_place, t)
+        # No tap of a place that there is not is inside of the image.
+        sum_all(one, two, tile, address_of(a, begin), packed, panel * depth * rows, taps, depth // DEPTH,
+                from_y - _FAR if is_place else -2 * _FAR, from_x - _FAR, height, width, t)
+        at_x, at_ratio = n * x_numbers + x_begin + place, n * outputs * places + place
         for chunk in range(rows // _CHUNK):
             show(tile, one, two, chunk, t)
             for i in range(_CHUNK // step):
                 row = (t >> 7) + i * step
                 k = first_row + chunk * _CHUNK + row
                 if is_place and k < per_group:
-                    at = row * NUMBERS_STRIDE + (t & 127)
-                    _finish_output(x, ratio, dead, n, group * per_group + k, place, tile[at], tile[_CHUNK * NUMBERS_STRIDE + at], outputs,
-                                   places, n * x_numbers + x_begin, bias, constant, patterns, pattern, least, out_columns, features,
-                                   least_x, most_x, relevance)
+                    k += group * per_group
+                    at = row * _SHOWN_STRIDE + (t & 127)
+                    _finish_output(x, ratio, dead, n, k, place, at_x + k * places, at_ratio + k * places, load_shared(tile, at),
+                                   load_shared(tile, _CHUNK * _SHOWN_STRIDE + at), bias, constant, patterns, pattern, least, out_columns,
+                                   features, least_x, most_x, relevance)
 
-    return convolve
+    return kernel(convolve, most_registers(rows, kind, precision))
 
 
 @cache
 def _back_kernel(rows, kind, precision):
-    threads, sums, step = threads_of(rows), sums_of(rows), threads_of(rows) // PLACES
-    numbers_held, weights_held = DEPTH // step, DEPTH * rows // threads
+    sums, (step, numbers_held, weights_held, stage) = sums_of(rows), _sizes_of_tile(rows)
     multiply = multiply_kernel(rows, kind, precision)
-    clear, fetch_weights, put_weights, put_numbers, _, fetch_products, _, show = _parts_of_tile(rows, precision)
-    weights, stage = DEPTH * NUMBERS_STRIDE, DEPTH * (NUMBERS_STRIDE + weights_stride(rows))
-    floats = 2 * stage
+    clear, own_place, fetch_weights, put_weights, copy_weights, _, show = _parts_of_tile(rows, precision)
+    numbers, floats, asynchronous = DEPTH * PLACES, 2 * stage, precision != FP32
 
-    @kernel
+    @part
+    def fetch(ratios, factors, ratio, c, taps, entry, i, j, c_rows, c_columns, t):
+        for number in range(numbers_held):
+            tap = load(taps, entry + (t >> 7), number * step)
+            inside = _is_inside(tap, i, j, c_rows, c_columns)
+            ratios[number] = load_inside(ratio, high_half(tap), inside)
+            factors[number] = load_inside(c, high_half(tap), inside)
+
+    @part
+    def put(tile, begin, ratios, factors, t):
+        for i in range(numbers_held):
+            store_shared(tile, begin + own_place(i, t), ratios[i] * factors[i])
+
     def give_back(c_in, c, ratio, a, packed, taps, low, high, images, top, left, in_rows, in_columns, depth, packed_begin, taps_begin,
                   c_in_numbers, c_in_begin, c_numbers, c_begin, a_numbers, a_begin, height, width, inputs, groups, outputs, c_rows,
                   c_columns, stride_down, stride_right, features, relevance, accumulate):
-        tile = cuda.shared.array(floats, float32)
+        tile = cuda.shared.array(floats, float32, ALIGNED)
         one, two = cuda.local.array(sums, float32), cuda.local.array(sums, float32)
-        held, held_weights = cuda.local.array(numbers_held, float32), cuda.local.array(weights_held, float32)
+        ratios, factors = cuda.local.array(numbers_held, float32), cuda.local.array(numbers_held, float32)
+        held_weights = cuda.local.array(weights_held, float32)
         t, block = cuda.threadIdx.x, cuda.blockIdx.x
-        per_group = inputs // groups
-        panels = (per_group + rows - 1) // rows
-        panel, place = block % (groups * panels), block // (groups * panels) * PLACES + (t & 127)
-        group, first_row = panel // panels, panel % panels * rows
-        places = in_rows * in_columns
+        per_group = split(inputs, groups)[0]
+        panels, places = (per_group + rows - 1) // rows, in_rows * in_columns
+        chunk_of_places, panel = split(block, groups * panels)
+        group, panel_of_group = split(panel, panels)
+        place, first_row = chunk_of_places * PLACES + (t & 127), panel_of_group * rows
         is_place = place < images * places
-        n, place = place // places, place % places
-        i, j = place // in_columns, place % in_columns
-        begin = group * (outputs // groups) * c_rows * c_columns + i * c_columns + j
-        at_ratio, at_c = n * outputs * c_rows * c_columns + begin, n * c_numbers + c_begin + begin
-        at, tiles = packed_begin + panel * depth * rows, depth // DEPTH
+        n, place = split(place, places)
+        i, j = split(place, in_columns)
+        begin = group * split(outputs, groups)[0] * c_rows * c_columns + i * c_columns + j
+        own_ratio = address_of(ratio, n * outputs * c_rows * c_columns + begin)
+        own_c = address_of(c, n * c_numbers + c_begin + begin)
+        at, tiles, far_i = packed_begin + panel * depth * rows, depth // DEPTH, i - _FAR if is_place else -2 * _FAR
         clear(one, two)
-        if tiles > 0:
-            fetch_products(held, ratio, at_ratio, c, at_c, taps, taps_begin, i, j, c_rows, c_columns, is_place, t)
-            fetch_weights(held_weights, packed, at, t)
-            put_numbers(tile, 0, held, t)
-            put_weights(tile, weights, held_weights, t)
-            cuda.syncthreads()
-        for number in range(tiles):
-            following = min(number + 1, tiles - 1)
-            fetch_products(held, ratio, at_ratio, c, at_c, taps, taps_begin + following * DEPTH, i, j, c_rows, c_columns, is_place, t)
-            fetch_weights(held_weights, packed, at + following * DEPTH * rows, t)
-            now, then = (number & 1) * stage, (1 - (number & 1)) * stage
-            multiply(one, two, tile, now, now + weights, t)
-            put_numbers(tile, then, held, t)
-            put_weights(tile, then + weights, held_weights, t)
+        for number in range(tiles + 1):
+            this, before = (number & 1) * stage, (1 - (number & 1)) * stage
+            if number < tiles:
+                fetch(ratios, factors, own_ratio, own_c, taps, taps_begin + number * DEPTH, far_i, j - _FAR, c_rows, c_columns, t)
+                if asynchronous:
+                    copy_weights(tile, this, packed, at + number * DEPTH * rows, t)
+                    end_copies()
+                else:
+                    fetch_weights(held_weights, packed, at + number * DEPTH * rows, t)
+            if number > 0:
+                multiply(one, two, tile, before, before + numbers, t)
+            if number < tiles:
+                put(tile, this, ratios, factors, t)
+                if asynchronous:
+                    await_all_copies()
+                else:
+                    put_weights(tile, this, held_weights, t)
             cuda.syncthreads()
         own = (top + i * stride_down) * width + left + j * stride_right
+        at_in, at_a = n * c_in_numbers + c_in_begin + own, n * a_numbers + a_begin + own
         for chunk in range(rows // _CHUNK):
             show(tile, one, two, chunk, t)
             for number in range(_CHUNK // step):
@@ -384,11 +436,12 @@ def _back_kernel(rows, kind, precision):
                 channel = first_row + chunk * _CHUNK + row
                 if is_place and channel < per_group:
                     channel += group * per_group
-                    shown, to = row * NUMBERS_STRIDE + (t & 127), channel * height * width + own
-                    _finish_input(c_in, a, n * c_in_numbers + c_in_begin + to, n * a_numbers + a_begin + to, tile[shown],
-                                  tile[_CHUNK * NUMBERS_STRIDE + shown], low[channel], high[channel], features, relevance, accumulate)
+                    shown, to = row * _SHOWN_STRIDE + (t & 127), channel * height * width
+                    _finish_input(c_in, a, at_in + to, at_a + to, load_shared(tile, shown),
+                                  load_shared(tile, _CHUNK * _SHOWN_STRIDE + shown), load(low, channel, 0), load(high, channel, 0),
+                                  features, relevance, accumulate)
 
-    return give_back
+    return kernel(give_back, most_registers(rows, kind, precision))
 
 
 # ---- Launchers ---------------------------------------------------------------------------------------------------------------------------

@@ -6,16 +6,18 @@ stands under the second: launchers, plain Python functions with the names and pa
 
 import threading
 
-from numba import cuda
+from numba import config, cuda
 
 THREADS = 256  # of a block, where nothing asks for another number
 
 _of_thread = threading.local()
 
 
-def kernel(function):
-    """A function that runs on the device and is started from the host."""
-    return cuda.jit(function)
+def kernel(function, registers=None):
+    """A function that runs on the device and is started from the host, with at most so many registers for each thread."""
+    if registers is None or config.ENABLE_CUDASIM:
+        return cuda.jit(function)
+    return cuda.jit(max_registers=registers)(function)
 
 
 def part(function):

@@ -10,37 +10,42 @@ A block holds two sums for each of its rows x PLACES results, `one` and `two`. W
 so that W is stored and read once. Each thread has some of the results, at `row_of` and `place_of`; its sums are a local array that is
 indexed by constants alone, once loops are unrolled, and so lies in registers (tests/test_cuda_compiled.py sees to that).
 
-In float32 each thread multiplies by itself. On tensor cores a warp does together, by mma.sync.m16n8k8, whose lane 4 g + q holds of W
-(16 x 8) the rows g and g + 8 at depths q and q + 4, of b (8 x 8) place g at depths q and q + 4, and of the result (16 x 8) rows g and g + 8
-at places 2 q and 2 q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k8").
+In float32 each thread multiplies by itself. On tensor cores a warp does together, by mma.m16n8k8. Its lane 4 g + q holds of W (16 x 8) the
+rows g, g + 8, g, g + 8 at depths q, q, q + 4, q + 4; of b (8 x 8) place g at depths q and q + 4; of the result (16 x 8) the rows g, g,
+g + 8, g + 8 at places 2 q, 2 q + 1, 2 q, 2 q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k8"). Weights are packed in that order, so a lane
+reads its four at once. A warp has 32 places, and 16, 32 or 64 of the rows: with more rows, each number that is read serves more products.
+
+In shared memory, depth d of the numbers is a row of PLACES in which place p lies at p ^ swizzle_of(d): else the lanes of a fragment, which
+read four depths, would meet in the same banks.
 """
 
 from functools import cache
 
 import numpy as np
-from fastdtd.kernels.codes import FP32, TF32X3
+from fastdtd.kernels.codes import FP32, TF32, TF32X3
 from fastdtd.kernels.cuda.jit import part
-from numba import config, cuda, float32
+from fastdtd.kernels.cuda.vector_code import ZERO, load_four_shared, load_shared, mma, round_for_mma, truncate
+from numba import cuda, float32
 
 SUM, PAIR, SIGNED_PAIR, SPLIT = range(4)
 
 PLACES = 128  # 1 << 7
 DEPTH = 16
-LARGE_ROWS = 64  # of a tile; a layer with few rows takes tiles of SMALL_ROWS
-SMALL_ROWS = 16
-NUMBERS_STRIDE = PLACES + 8  # 8 modulo 32: the lanes of a fragment meet 32 banks
-_LANES_PLACES = 32  # of a warp's part of a tile
-_ZERO = np.float32(0)
+SMALL_ROWS, MIDDLE_ROWS, LARGE_ROWS = 16, 64, 128  # of a tile
+_FRAGMENT = 16 * 8  # weights of one mma
+
+
+def tile_rows(rows, precision):
+    """Rows of the tiles for a layer with so many. Large ones where they stand no emptier; only TF32 leaves registers for their sums."""
+    if rows <= 2 * SMALL_ROWS:
+        return SMALL_ROWS
+    fills = -(-rows // LARGE_ROWS) * 2 == -(-rows // MIDDLE_ROWS)
+    return LARGE_ROWS if fills and precision == TF32 else MIDDLE_ROWS
 
 
 def threads_of(rows):
     """Threads of a block with tiles of so many rows."""
-    return 256 if rows == LARGE_ROWS else 128
-
-
-def weights_stride(rows):
-    """Floats from one depth of a weights tile to the next."""
-    return rows + 8
+    return 128 if rows == SMALL_ROWS else 256
 
 
 def sums_of(rows):
@@ -48,124 +53,39 @@ def sums_of(rows):
     return rows * PLACES // threads_of(rows)
 
 
-# ---- Tensor cores ------------------------------------------------------------------------------------------------------------------------
+def most_registers(rows, kind, precision):
+    """Of a thread: so many that two blocks fit on a multiprocessor, one computing while the other waits; None where sums need more."""
+    floats = sums_of(rows) * (1 if kind == SUM else 2)
+    return 128 if precision != FP32 and floats <= 64 and (precision == TF32 or kind in (SUM, PAIR)) else None
 
 
-if config.ENABLE_CUDASIM:  # threads of the simulator know nothing of warps: `multiply` is another function there
-
-    def _mma(w0, w1, w2, w3, b0, b1, c0, c1, c2, c3):
-        raise NotImplementedError
-
-    def _to_tf32(number):
-        bits = np.float32(number).view(np.uint32)
-        return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-    def _copy_later(tile, at, source, index, inside):
-        tile[at] = source[index] if inside else _ZERO
-
-    def _copy_four_later(tile, at, source, index):
-        tile[at:at + 4] = source[index:index + 4]
-
-    def _end_copies():
-        pass
-
-    def _await_copies():
-        pass
-
-else:
-    from llvmlite import ir
-    from numba.cuda import cgutils
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.types import UniTuple, boolean, int64, uint64, void
-
-    _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-    _QUAD = ir.LiteralStructType([_F32] * 4)
-
-    @intrinsic
-    def _mma(typing_context, w0, w1, w2, w3, b0, b1, c0, c1, c2, c3):
-        def codegen(context, builder, signature, arguments):
-            product = builder.asm(
-                ir.FunctionType(_QUAD, [_I32] * 6 + [_F32] * 4),
-                "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};",
-                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                [builder.bitcast(factor, _I32) for factor in arguments[:6]] + list(arguments[6:]), side_effect=False)
-            return cgutils.pack_array(builder, [builder.extract_value(product, i) for i in range(4)])
-
-        return UniTuple(float32, 4)(*[float32] * 10), codegen
-
-    @intrinsic
-    def _to_tf32(typing_context, number):
-        """Rounded to nearest; the tensor core by itself would cut off, which makes sums of positive numbers too small."""
-        def codegen(context, builder, signature, arguments):
-            rounded = builder.asm(ir.FunctionType(_I32, [_F32]), "cvt.rna.tf32.f32 $0, $1;", "=r,f", arguments, side_effect=False)
-            return builder.bitcast(rounded, _F32)
-
-        return float32(float32), codegen
-
-    def _shared_address(context, builder, kind, tile, at):
-        data = context.make_array(kind)(context, builder, tile).data
-        shared = builder.addrspacecast(data, _F32.as_pointer(3))
-        return builder.ptrtoint(builder.gep(shared, [at]), _I32)
-
-    def _global_address(context, builder, kind, source, index):
-        return builder.ptrtoint(builder.gep(context.make_array(kind)(context, builder, source).data, [index]), _I64)
-
-    @intrinsic
-    def _copy_later(typing_context, tile, at, source, index, inside):
-        """tile[at] <- source[index], or 0 if not `inside`; done once _await_copies says so. Needs sm_80."""
-        def codegen(context, builder, signature, arguments):
-            tile, at, source, index, inside = arguments
-            count = builder.select(inside, ir.Constant(_I32, 4), ir.Constant(_I32, 0))
-            builder.asm(ir.FunctionType(ir.VoidType(), [_I32, _I64, _I32]),
-                        "cp.async.ca.shared.global [$0], [$1], 4, $2;", "r,l,r,~{memory}",
-                        [_shared_address(context, builder, signature.args[0], tile, at),
-                         _global_address(context, builder, signature.args[2], source, index), count], side_effect=True)
-            return context.get_dummy_value()
-
-        return void(tile, int64, source, uint64, boolean), codegen
-
-    @intrinsic
-    def _copy_four_later(typing_context, tile, at, source, index):
-        """tile[at:at + 4] <- source[index:index + 4], both aligned to four floats."""
-        def codegen(context, builder, signature, arguments):
-            tile, at, source, index = arguments
-            builder.asm(ir.FunctionType(ir.VoidType(), [_I32, _I64]), "cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}",
-                        [_shared_address(context, builder, signature.args[0], tile, at),
-                         _global_address(context, builder, signature.args[2], source, index)], side_effect=True)
-            return context.get_dummy_value()
-
-        return void(tile, int64, source, uint64), codegen
-
-    @intrinsic
-    def _end_copies(typing_context):
-        """All copies begun since the last such call are one group."""
-        def codegen(context, builder, signature, arguments):
-            builder.asm(ir.FunctionType(ir.VoidType(), []), "cp.async.commit_group;", "~{memory}", [], side_effect=True)
-            return context.get_dummy_value()
-
-        return void(), codegen
-
-    @intrinsic
-    def _await_copies(typing_context):
-        """All groups but the last one are there."""
-        def codegen(context, builder, signature, arguments):
-            builder.asm(ir.FunctionType(ir.VoidType(), []), "cp.async.wait_group 1;", "~{memory}", [], side_effect=True)
-            return context.get_dummy_value()
-
-        return void(), codegen
-
-
-copy_later, copy_four_later, end_copies, await_copies = _copy_later, _copy_four_later, _end_copies, _await_copies
+def pack_tiles(panels, precision):
+    """Weights (..., depth, rows of a tile) in the order in which tiles lie in shared memory. On the host."""
+    if precision == FP32:
+        return panels
+    *outer, depth, rows = panels.shape
+    split = panels.reshape(*outer, depth // 8, 2, 4, rows // 16, 2, 8)  # depth by 8, 4, 1, then rows by 16, 8, 1
+    axes = len(outer)
+    fragments = split.transpose(*range(axes), axes, axes + 3, axes + 5, axes + 2, axes + 1, axes + 4)
+    packed = np.ascontiguousarray(fragments, np.float32).reshape(panels.shape)
+    if precision == TF32:
+        packed.view(np.uint32)[...] = (packed.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return packed
 
 
 # ---- Which results a thread has ----------------------------------------------------------------------------------------------------------
 
 
+def _in_columns(rows):
+    """Warps below each other."""
+    return 1 if rows == SMALL_ROWS else 2
+
+
 @cache
 def layout(rows, precision):
-    """(row_of, place_of): parts of (thread, number of its result)."""
-    in_columns = 1 if rows == SMALL_ROWS else 2  # warps below each other
-    per_thread = sums_of(rows) // 4
+    """(row_of, place_of, swizzle_of): parts of (thread, number of its result), the same, and a depth."""
+    in_columns, per_thread = _in_columns(rows), sums_of(rows) // 4
+    warp_rows = rows // in_columns
 
     if precision == FP32:
         @part
@@ -175,18 +95,24 @@ def layout(rows, precision):
         @part
         def place_of(t, i):
             return (t & 31) + 32 * (i & 3)
+
+        @part
+        def swizzle_of(depth):
+            return 0
     else:
         @part
         def row_of(t, i):
-            warp_row = (t >> 5) & (in_columns - 1)
-            return warp_row * 32 + (i >> 4) * 16 + ((t & 31) >> 2) + 4 * (i & 2)
+            return ((t >> 5) & (in_columns - 1)) * warp_rows + (i >> 4) * 16 + ((t & 31) >> 2) + 4 * (i & 2)
 
         @part
         def place_of(t, i):
-            warp_column = (t >> 5) // in_columns
-            return warp_column * _LANES_PLACES + ((i >> 2) & 3) * 8 + 2 * (t & 3) + (i & 1)
+            return (t >> 5) // in_columns * 32 + ((i >> 2) & 3) * 8 + 2 * (t & 3) + (i & 1)
 
-    return row_of, place_of
+        @part
+        def swizzle_of(depth):
+            return (depth & 3) << 3
+
+    return row_of, place_of, swizzle_of
 
 
 # ---- The product -------------------------------------------------------------------------------------------------------------------------
@@ -196,125 +122,104 @@ def layout(rows, precision):
 def multiply_kernel(rows, kind, precision):
     """The part multiply(one, two, tile, numbers, weights, t): one, two += their sums over one tile.
 
-    one, two: thread t's sums. tile: shared memory, in which the numbers (DEPTH, NUMBERS_STRIDE) and weights (DEPTH, weights_stride) begin
-    at `numbers` and `weights`. Under SUM two is not touched.
+    one, two: thread t's sums. tile: shared memory, in which the numbers (DEPTH, PLACES) and weights (DEPTH * rows) begin at `numbers` and
+    `weights`. Under SUM two is not touched.
     """
-    if precision == FP32:
-        return _multiply_alone(rows, kind)
-    return (_multiply_simulated if config.ENABLE_CUDASIM else _multiply_together)(rows, kind, precision)
+    return _multiply_alone(rows, kind) if precision == FP32 else _multiply_together(rows, kind, precision)
 
 
 def _multiply_alone(rows, kind):
-    stride, per_thread = weights_stride(rows), sums_of(rows) // 4
+    fours = sums_of(rows) // 16
 
     @part
     def multiply(one, two, tile, numbers, weights, t):
-        at_weights, at_numbers = weights + (t >> 5) * per_thread, numbers + (t & 31)
+        at_weights, at_numbers = weights + (t >> 5) * 4 * fours, numbers + (t & 31)
+        b = cuda.local.array(4, float32)
         for depth in range(DEPTH):
-            for i in range(per_thread):
-                w = tile[at_weights + depth * stride + i]
-                w_for, w_against = max(w, _ZERO), max(-w, _ZERO)
-                for j in range(4):
-                    b = tile[at_numbers + depth * NUMBERS_STRIDE + 32 * j]
-                    if kind == SPLIT:
-                        one[4 * i + j] += w_for * b
-                        two[4 * i + j] += w_against * b
-                    else:
-                        one[4 * i + j] += w * b
-                        if kind == PAIR:
-                            two[4 * i + j] += w_for * b
-                        elif kind == SIGNED_PAIR:
-                            two[4 * i + j] += w_for * max(b, _ZERO) + w_against * max(-b, _ZERO)
+            for j in range(4):
+                b[j] = load_shared(tile, at_numbers + depth * PLACES + 32 * j)
+            for four in range(fours):
+                w = load_four_shared(tile, at_weights + depth * rows + 4 * four)
+                for i in range(4):
+                    w_for, w_against = max(w[i], ZERO), max(-w[i], ZERO)
+                    for j in range(4):
+                        at = (4 * four + i) * 4 + j
+                        if kind == SPLIT:
+                            one[at] += w_for * b[j]
+                            two[at] += w_against * b[j]
+                        else:
+                            one[at] += w[i] * b[j]
+                            if kind == PAIR:
+                                two[at] += w_for * b[j]
+                            elif kind == SIGNED_PAIR:
+                                two[at] += w_for * max(b[j], ZERO) + w_against * max(-b[j], ZERO)
 
     return multiply
 
 
 def _multiply_together(rows, kind, precision):
-    stride, tiles, in_columns = weights_stride(rows), sums_of(rows) // 16, 1 if rows == SMALL_ROWS else 2
-    fragments, needs_parts, needs_negative = 4 * tiles, kind != SUM, kind in (SIGNED_PAIR, SPLIT)
+    tiles, in_columns = sums_of(rows) // 16, _in_columns(rows)
+    both = precision == TF32X3  # each factor as the sum of two, the second what rounding left of it
 
     @part
-    def add_small(sums, at, w, m, b0, b1):
-        """sums[at:at + 4] += fragment m of w times (b0, b1)."""
-        sums[at], sums[at + 1], sums[at + 2], sums[at + 3] = _mma(
-            w[4 * m], w[4 * m + 1], w[4 * m + 2], w[4 * m + 3], b0, b1, sums[at], sums[at + 1], sums[at + 2], sums[at + 3])
+    def add_mma(sums, at, w, b0, b1):
+        sums[at], sums[at + 1], sums[at + 2], sums[at + 3] = mma(
+            w[0], w[1], w[2], w[3], b0, b1, sums[at], sums[at + 1], sums[at + 2], sums[at + 3])
 
     @part
-    def add(sums, at, w, rest, m, b0, b1):
-        """The same for w + rest, which hold what `keep` made of a number."""
-        large0, large1 = _to_tf32(b0), _to_tf32(b1)
-        if precision == TF32X3:
-            add_small(sums, at, rest, m, large0, large1)
-            add_small(sums, at, w, m, _to_tf32(b0 - large0), _to_tf32(b1 - large1))
-        add_small(sums, at, w, m, large0, large1)
+    def add(sums, at, w, w_rest, b, b_rest, n):
+        """sums[at:at + 4] += fragment w times fragment n of b."""
+        if both:
+            add_mma(sums, at, w_rest, b[2 * n], b[2 * n + 1])
+            add_mma(sums, at, w, b_rest[2 * n], b_rest[2 * n + 1])
+        add_mma(sums, at, w, b[2 * n], b[2 * n + 1])
 
     @part
-    def keep(w, rest, i, number):
-        w[i] = _to_tf32(number)
-        if precision == TF32X3:
-            rest[i] = _to_tf32(number - w[i])
+    def keep(parts, rests, i, number):
+        parts[i] = round_for_mma(number)
+        if both:
+            parts[i] = truncate(parts[i])
+            rests[i] = round_for_mma(number - parts[i])
 
     @part
     def multiply(one, two, tile, numbers, weights, t):
-        warp, g, q = t >> 5, (t & 31) >> 2, t & 3
-        at_weights = weights + q * stride + (warp & (in_columns - 1)) * 32 + g
-        at_numbers = numbers + q * NUMBERS_STRIDE + warp // in_columns * _LANES_PLACES + g
-        w, rest = cuda.local.array(fragments, float32), cuda.local.array(fragments, float32)
-        w_for, rest_for = cuda.local.array(fragments, float32), cuda.local.array(fragments, float32)
-        w_against, rest_against = cuda.local.array(fragments, float32), cuda.local.array(fragments, float32)
+        warp, lane, q = t >> 5, t & 31, t & 3
+        at_weights = weights + (warp & (in_columns - 1)) * (tiles * _FRAGMENT) + 4 * lane
+        at_numbers = numbers + q * PLACES + warp // in_columns * 32 + (lane >> 2)
+        b, b_rest = cuda.local.array(8, float32), cuda.local.array(8, float32)
+        b_for, b_for_rest = cuda.local.array(8, float32), cuda.local.array(8, float32)
+        b_against, b_against_rest = cuda.local.array(8, float32), cuda.local.array(8, float32)
+        w, w_rest = cuda.local.array(4, float32), cuda.local.array(4, float32)
+        w_for, w_for_rest = cuda.local.array(4, float32), cuda.local.array(4, float32)
+        w_against, w_against_rest = cuda.local.array(4, float32), cuda.local.array(4, float32)
         for depth in range(0, DEPTH, 8):
-            for i in range(4 * tiles):  # fragment i // 4: rows 0, 8, 0, 8, depths 0, 0, 4, 4
-                number = tile[at_weights + (depth + 4 * ((i >> 1) & 1)) * stride + (i >> 2) * 16 + 8 * (i & 1)]
-                if kind != SPLIT:
-                    keep(w, rest, i, number)
-                if needs_parts:
-                    keep(w_for, rest_for, i, max(number, _ZERO))
-                if needs_negative:
-                    keep(w_against, rest_against, i, max(-number, _ZERO))
-            for n in range(4):
-                b0 = tile[at_numbers + depth * NUMBERS_STRIDE + 8 * n]
-                b1 = tile[at_numbers + (depth + 4) * NUMBERS_STRIDE + 8 * n]
-                for m in range(tiles):
+            for i in range(8):  # fragment i // 2, depths q and q + 4
+                number = load_shared(tile, at_numbers + (depth + 4 * (i & 1)) * PLACES + (((i >> 1) ^ q) << 3))
+                keep(b, b_rest, i, number)
+                if kind == SIGNED_PAIR:
+                    keep(b_for, b_for_rest, i, max(number, ZERO))
+                    keep(b_against, b_against_rest, i, max(-number, ZERO))
+            for m in range(tiles):
+                given = load_four_shared(tile, at_weights + (depth * (rows // 16) // 8 + m) * _FRAGMENT)
+                for i in range(4):
+                    w[i] = given[i]  # of TF32, rounded when it was packed
+                    if both:
+                        keep(w, w_rest, i, given[i])
+                    w_for[i], w_against[i] = max(w[i], ZERO), max(-w[i], ZERO)
+                    if both:
+                        w_for_rest[i] = w_rest[i] if given[i] > ZERO else ZERO
+                        w_against_rest[i] = ZERO if given[i] > ZERO else -w_rest[i]
+                for n in range(4):
                     at = (4 * m + n) * 4
                     if kind == SPLIT:
-                        add(one, at, w_for, rest_for, m, b0, b1)
-                        add(two, at, w_against, rest_against, m, b0, b1)
+                        add(one, at, w_for, w_for_rest, b, b_rest, n)
+                        add(two, at, w_against, w_against_rest, b, b_rest, n)
                     else:
-                        add(one, at, w, rest, m, b0, b1)
+                        add(one, at, w, w_rest, b, b_rest, n)
                         if kind == PAIR:
-                            add(two, at, w_for, rest_for, m, b0, b1)
+                            add(two, at, w_for, w_for_rest, b, b_rest, n)
                         elif kind == SIGNED_PAIR:
-                            add(two, at, w_for, rest_for, m, max(b0, _ZERO), max(b1, _ZERO))
-                            add(two, at, w_against, rest_against, m, max(-b0, _ZERO), max(-b1, _ZERO))
-
-    return multiply
-
-
-def _multiply_simulated(rows, kind, precision):
-    """What _multiply_together does, result by result: for the simulator, in which there are no warps."""
-    stride = weights_stride(rows)
-    row_of, place_of = layout(rows, precision)
-
-    def product(w, b):
-        large_w, large_b = _to_tf32(w), _to_tf32(b)
-        total = large_w * large_b
-        if precision == TF32X3:
-            total += _to_tf32(w - large_w) * large_b + large_w * _to_tf32(b - large_b)
-        return total
-
-    @part
-    def multiply(one, two, tile, numbers, weights, t):
-        for i in range(sums_of(rows)):
-            for depth in range(DEPTH):
-                w = tile[weights + depth * stride + row_of(t, i)]
-                b = tile[numbers + depth * NUMBERS_STRIDE + place_of(t, i)]
-                w_for, w_against = max(w, _ZERO), max(-w, _ZERO)
-                one[i] += product(w_for if kind == SPLIT else w, b)
-                if kind == PAIR:
-                    two[i] += product(w_for, b)
-                elif kind == SIGNED_PAIR:
-                    two[i] += product(w_for, max(b, _ZERO)) + product(w_against, max(-b, _ZERO))
-                elif kind == SPLIT:
-                    two[i] += product(w_against, b)
+                            add(two, at, w_for, w_for_rest, b_for, b_for_rest, n)
+                            add(two, at, w_against, w_against_rest, b_against, b_against_rest, n)
 
     return multiply
