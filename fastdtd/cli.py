@@ -42,6 +42,8 @@ examples:
   fastdtd explain net.h5 cat.jpg --rules zennit.epsilon_plus --rule 'type:dense=epsilon(epsilon=0.25)'
   fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
+  fastdtd explain vgg16.h5 photos/ --device cuda             on all GPUs; cuda:1 is one of them
+  fastdtd explain vgg16.h5 photos/ --device cuda --precision 3xtf32
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt and .caffemodel) or from
@@ -148,10 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--ledger", action="store_true", help="print at the end where the scores went: to the pixels, and what each layer "
                          "absorbed because none of its inputs spoke for it")
     explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance", help="what to write (default: %(default)s)")
-    explain.add_argument("--batch", metavar="N", type=int, default=16, help="pictures at a time (default: %(default)s)")
+    explain.add_argument("--batch", metavar="N", type=int, help="pictures at a time (default: 16; on GPUs, as many as they take)")
     explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
     explain.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
-                         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread)")
+                         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 %% "
+                         "of what is free)")
+    explain.add_argument("--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
+                         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
+                         "(default: %(default)s)")
+    explain.add_argument("--precision", metavar="P", help="how GPUs multiply in convolutions: tf32, the fastest, with 11 bits of each "
+                         "factor; 3xtf32, with float32's accuracy on the same tensor cores; or fp32, without tensor cores, which older "
+                         "GPUs lack (default: tf32, or fp32 on those)")
 
     convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Keras, Caffe or PyTorch network")
     convert.set_defaults(run=_convert)
@@ -243,7 +252,8 @@ def _explain(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
-    explainer = Explainer(model, _rules(options), threads=options.threads, memory=options.memory)
+    explainer = Explainer(model, _rules(options), device=options.device, threads=options.threads, memory=options.memory,
+                          precision=options.precision)
     width = min(40, max(len(picture.name) for picture in pictures))
     books: dict[str, float] = defaultdict(float)
     flow: dict[str, float] = defaultdict(float)

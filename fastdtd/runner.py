@@ -36,6 +36,7 @@ _PART = "explanations.part-{:06d}.h5"
 _PARTS = f"explanations.part-{'[0-9]' * 6}.h5"
 _SOURCE = "source"
 _MORE_ROOM = 1 << 20
+_BATCH = 16  # of processors; GPUs take more
 _DRAWN = (".heatmap.png", ".overlay.png")
 _LEFT_BESIDE = re.compile(r"\..*(\.heatmap\.png|\.overlay\.png|explanations.*\.h5)\.[0-9a-f]{32}")  # see files.replace
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # the last ones stand for bytes that are no UTF-8
@@ -116,9 +117,9 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
     return list(found.values())
 
 
-def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None, outputs: Iterable[str] = OUTPUTS, batch: int = 16,
-        on_line: Callable[[Line], Any] = lambda line: None, on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False
-        ) -> Summary:
+def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None, outputs: Iterable[str] = OUTPUTS,
+        batch: int | None = None, on_line: Callable[[Line], Any] = lambda line: None,
+        on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False) -> Summary:
     """Explain every picture and write the results to `out`.
 
     Parameters
@@ -132,8 +133,8 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
         One output for all pictures. None: each picture's winner.
     outputs : some of "heatmap", "overlay", "relevance"
         What to write; "relevance" is the HDF5 file.
-    batch : int
-        Pictures at a time: what is lost if the run is cut off, and what is held in memory.
+    batch : int, optional
+        Pictures at a time: what is lost if the run is cut off, and what is held in memory. None: 16, or as many as GPUs take at once.
     on_line, on_progress : callable
         Told of each explained picture, and of each batch how many pictures it settled.
 
@@ -155,6 +156,8 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
     outputs = list(outputs)
     if not outputs or set(outputs) - set(OUTPUTS):
         raise InputError(f"outputs {', '.join(map(repr, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
+    if batch is None:
+        batch = max(_BATCH, explainer.at_once) if explainer.precision else _BATCH
     if batch < 1:
         raise InputError(f"batch is {batch}; required: 1 or more")
     if isinstance(target, str):
@@ -309,8 +312,8 @@ def _done_before(parts: list[Path], run_id: str, pictures: list[Picture]) -> set
         except (OSError, KeyError):
             names, same = [], False
         if not same:
-            raise OutputError(f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs or pictures; "
-                              "finish that one, remove its parts, or choose another folder")
+            raise OutputError(f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs, precision or "
+                              "pictures; finish that one, remove its parts, or choose another folder")
         done.update(names)
     return done
 
@@ -348,10 +351,12 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
 
 
 def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> str:
-    """Of all that must be the same for two calls to be the same, but the pictures."""
+    """Of all that must be the same for two calls to be the same, but the pictures. Processors, whose precision is "", and GPUs differ in
+    the last bits, GPUs among themselves by their precision."""
     graph, p = explainer.model.graph, explainer.model.preprocessing
     digest = hashlib.sha256(repr((target, outputs, graph.input_shape, p.color, p.resize, p.scale)).encode())
     rules = [(name, str(rule.rule)) for name, rule in explainer.rules.items()]
+    digest.update(explainer.precision.encode())
     for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph for v in (type(layer), *vars(layer).values()))):
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()

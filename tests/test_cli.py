@@ -124,6 +124,13 @@ def test_memory(run):
     assert run("explain", "net.h5", "pictures", "--memory", "1MiB") == run("explain", "net.h5", "pictures", "--memory=2GB") == plenty
 
 
+def test_device(run, simulator):
+    cpu = run("explain", "net.h5", "pictures", "-o", "a")
+    for options in (["--device", "cuda"], ["--device", "cuda:0", "--precision", "3xtf32"], ["--device", "auto"]):
+        status, out, _ = run("explain", "net.h5", "pictures", "-o", "a", *options)  # what the simulator is, it says on standard error
+        assert (status, out) == cpu[:2]
+
+
 def test_warmup(run, kernels):
     assert run("warmup") == (0, [f"all kernels are compiled and kept in {kernels}"], [])
 
@@ -141,6 +148,9 @@ def test_outputs(run, place):
     (["net.h5", "pictures", "--batch", "0"], "batch is 0"),
     (["net.h5", "pictures", "--memory", "2"], "memory is '2'; required: a number with one of the units"),
     (["net.h5", "pictures", "--memory", "0.5KiB"], "one picture takes "),
+    (["net.h5", "pictures", "--device", "gpu"], "device 'gpu' is unknown; required: 'cpu', 'cuda'"),
+    (["net.h5", "pictures", "--precision", "tf32"], "precision 'tf32' is for GPUs"),
+    (["net.h5", "pictures", "--device", "cuda", "--precision", "half"], "precision 'half' is unknown; required: one of fp32, tf32"),
     (["none.h5", "pictures"], "'none.h5' does not exist"),
     (["alexnet", "pictures"], "(embedded: squeezenet1_1)"),
     (["pictures", "pictures"], "is a directory"),

@@ -678,7 +678,8 @@ def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
             assert e.relevance.sum(dtype=np.float64) + e.absorbed[0] == pytest.approx(e.explained[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"device": "tpu"}, {"threads": 0}, {"threads": True}, {"threads": 1.5}])
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"precision": "tf32"}, {"precision": 32}, {"threads": 0}, {"threads": True},
+                                     {"threads": 1.5}])
 def test_bad_options(options):
     with pytest.raises(InputError):
         Explainer(Model(small(), Preprocessing(None)), **options)

@@ -124,6 +124,18 @@ def test_results(folder, tmp_path):
     assert left_over(out) == []
 
 
+def test_pictures_at_a_time(folder, tmp_path):
+    """Unless it is said: on GPUs as many as they take at once, if that is more."""
+    for precision, each, wanted in (("", 7, [10]), ("fp32", 3, [10]), ("fp32", 9, [10]), ("tf32", 9, [18, 2])):
+        made, steps = explainer(), []
+        made.precision, made.batch = precision, each
+        pictures = runner.find_pictures([folder]) * (2 if precision == "tf32" else 1)
+        runner.run(made, [runner.Picture(p.path, f"{i}") for i, p in enumerate(pictures)], tmp_path / f"{each}{precision}",
+                   on_progress=steps.append, outputs=["heatmap"])
+        assert made.at_once == 2 * each
+        assert steps == [0, *wanted]
+
+
 def test_overlay_shows_what_the_network_saw(tmp_path):
     photo = Image.new("RGB", (3000, 1000), "white")  # the network's part is the middle third, turned upright
     photo.paste("black", (1000, 0, 2000, 1000))
@@ -319,6 +331,10 @@ def test_only_the_same_call_goes_on(folder, tmp_path):
             runner.run(explainer(**model), pictures, out, **options)
     with pytest.raises(OutputError, match="left of a run that was cut off"):
         runner.run(Explainer(small_model(), {"conv": "flat"}, threads=1), pictures, out)
+    for_gpu = explainer()
+    for_gpu.precision = "tf32"
+    with pytest.raises(OutputError, match=r"left of a run that was cut off, with .* precision"):
+        runner.run(for_gpu, pictures, out)
     (tmp_path / "moved").mkdir()
     (folder / "2.png").rename(tmp_path / "moved" / "2.png")  # another picture of the same name
     with pytest.raises(OutputError, match="left of a run that was cut off"):
