@@ -14,6 +14,15 @@ import numpy as np
 from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, NONNEGATIVE, ONES, SIGNED, SQUARED
 from fastdtd.kernels.cuda.elementwise import finish, give, ratio_of
 from fastdtd.kernels.cuda.jit import kernel, launch, part
+from fastdtd.kernels.cuda.vector_code import (
+    ALIGNED,
+    address_of,
+    load,
+    load_four_shared,
+    load_inside,
+    load_shared,
+    store_shared,
+)
 from numba import cuda, float32
 
 DENSE_FEATURES = 32  # of one unit of redistribution
@@ -21,9 +30,11 @@ _WARPS = 8
 _IMAGES = 32
 _OUTPUTS = 16
 _DEPTH = 64  # features of a tile; each warp has an eighth of them
+_ROWS_STRIDE = _OUTPUTS + 4  # of a tile's weights, depth by depth: four are read at once
 _RESULTS = _OUTPUTS * _IMAGES
 _FORWARD_FLOATS = _WARPS * _RESULTS
-_SHARES = _DEPTH * _IMAGES
+_SHARES_STRIDE = _IMAGES + 4
+_SHARES = _DEPTH * _SHARES_STRIDE
 _BACK_FLOATS = 32 * (_IMAGES + 1)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -63,36 +74,38 @@ def _forward_kernel(features):
     @kernel
     def multiply(x, ratio, dead, a, weight, bias, constant, low, high, images, first_output, last_output, outputs, count, a_numbers,
                  a_begin, x_numbers, x_begin, least, most, relevance):
-        tile = cuda.shared.array(_FORWARD_FLOATS, float32)
+        tile = cuda.shared.array(_FORWARD_FLOATS, float32, ALIGNED)
         results = cuda.shared.array(_RESULTS, float32)
         one, two = cuda.local.array(_OUTPUTS, float32), cuda.local.array(_OUTPUTS, float32)
-        t, numbers = cuda.threadIdx.x, _OUTPUTS * (_DEPTH + 1)
+        t, numbers = cuda.threadIdx.x, _DEPTH * _ROWS_STRIDE
         image_tiles = (images + _IMAGES - 1) // _IMAGES
         first_image, first_row = cuda.blockIdx.x % image_tiles * _IMAGES, first_output + cuda.blockIdx.x // image_tiles * _OUTPUTS
         for i in range(_OUTPUTS):
             one[i] = _ZERO
             two[i] = _ZERO
+        own_weight = address_of(weight, (first_row + (t >> 6)) * count + (t & 63))
+        own_a = address_of(a, (first_image + (t >> 6)) * a_numbers + a_begin + (t & 63))
         for begin in range(0, count, _DEPTH):
-            feature = begin + (t & 63)
+            is_feature = begin + (t & 63) < count
             for i in range(_OUTPUTS // 4):
                 row = (t >> 6) + 4 * i
-                inside = feature < count and first_row + row < last_output
-                tile[row * (_DEPTH + 1) + (t & 63)] = weight[(first_row + row) * count + feature] if inside else _ZERO
+                store_shared(tile, (t & 63) * _ROWS_STRIDE + row,
+                             load_inside(own_weight, begin + 4 * i * count, is_feature & (first_row + row < last_output)))
             for i in range(_IMAGES // 4):
                 image = (t >> 6) + 4 * i
-                inside = feature < count and first_image + image < images
-                tile[numbers + (t & 63) * (_IMAGES + 1) + image] = \
-                    a[(first_image + image) * a_numbers + a_begin + feature] if inside else _ZERO
+                store_shared(tile, numbers + (t & 63) * (_IMAGES + 1) + image,
+                             load_inside(own_a, begin + 4 * i * a_numbers, is_feature & (first_image + image < images)))
             cuda.syncthreads()
             for i in range(_DEPTH // _WARPS):
                 depth = (t >> 5) * (_DEPTH // _WARPS) + i
-                value = tile[numbers + depth * (_IMAGES + 1) + (t & 31)]
+                value = load_shared(tile, numbers + depth * (_IMAGES + 1) + (t & 31))
                 at_bound = min(begin + depth, count - 1) if box else 0
-                for row in range(_OUTPUTS):
-                    w = tile[row * (_DEPTH + 1) + depth]
-                    one[row] += w * value
-                    if not counted:
-                        two[row] += z_of(w, value, low[at_bound], high[at_bound])
+                for row in range(0, _OUTPUTS, 4):
+                    w = load_four_shared(tile, depth * _ROWS_STRIDE + row)
+                    for j in range(4):
+                        one[row + j] += w[j] * value
+                        if not counted:
+                            two[row + j] += z_of(w[j], value, low[at_bound], high[at_bound])
             cuda.syncthreads()
         add_over_warps(tile, one, t)
         for i in range(_OUTPUTS // _WARPS):
@@ -138,7 +151,7 @@ def _back_kernel(weights, both):
     @kernel
     def multiply(c_in, c, ratio, a, weight, low, high, images, first_input, last_input, outputs, count, c_in_numbers, c_in_begin, c_numbers,
                  c_begin, a_numbers, a_begin, features, relevance, accumulate):
-        shares = cuda.shared.array(_SHARES, float32)
+        shares = cuda.shared.array(_SHARES, float32, ALIGNED)
         tile = cuda.shared.array(_BACK_FLOATS, float32)
         other = cuda.shared.array(_BACK_FLOATS, float32)
         one, two = cuda.local.array(_IMAGES, float32), cuda.local.array(_IMAGES, float32)
@@ -149,23 +162,25 @@ def _back_kernel(weights, both):
         for i in range(_IMAGES):
             one[i] = _ZERO
             two[i] = _ZERO
+        own_ratio = address_of(ratio, (first_image + (t >> 6)) * outputs + (t & 63))
+        own_c = address_of(c, (first_image + (t >> 6)) * c_numbers + c_begin + (t & 63))
         for begin in range(0, outputs, _DEPTH):
             cuda.syncthreads()
             for i in range(_IMAGES // 4):
-                image, k = first_image + (t >> 6) + 4 * i, begin + (t & 63)
-                inside = image < images and k < outputs
-                shares[(t & 63) * _IMAGES + (t >> 6) + 4 * i] = \
-                    ratio[image * outputs + k] * c[image * c_numbers + c_begin + k] if inside else _ZERO
+                inside = (first_image + (t >> 6) + 4 * i < images) & (begin + (t & 63) < outputs)
+                store_shared(shares, (t & 63) * _SHARES_STRIDE + (t >> 6) + 4 * i,
+                             load_inside(own_ratio, begin + 4 * i * outputs, inside) * load_inside(own_c, begin + 4 * i * c_numbers, inside))
             cuda.syncthreads()
             for i in range(_DEPTH // _WARPS):
                 depth = (t >> 5) * (_DEPTH // _WARPS) + i
-                w = weight[min(begin + depth, outputs - 1) * count + feature]
+                w = load(weight, feature, min(begin + depth, outputs - 1) * count)
                 first, second = v_of(w, weights == NEGATIVE), v_of(w, weights != NEGATIVE)
-                for image in range(_IMAGES):
-                    share = shares[depth * _IMAGES + image]
-                    one[image] += first * share
-                    if both:
-                        two[image] += second * share
+                for image in range(0, _IMAGES, 4):
+                    share = load_four_shared(shares, depth * _SHARES_STRIDE + image)
+                    for j in range(4):
+                        one[image + j] += first * share[j]
+                        if both:
+                            two[image + j] += second * share[j]
         add_over_warps(tile, one, t)
         if both:
             add_over_warps(other, two, t)
