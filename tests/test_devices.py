@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import pytest
 from fastdtd.kernels import cuda as kernels
-from fastdtd.kernels.cuda import memory
+from fastdtd.kernels.cuda import memory, steps
 from graphs import pictures
 
 from fastdtd import devices
@@ -459,3 +459,132 @@ def test_copies_of_channels_between_others_and_of_a_device_and_of_float64(copies
     ledger, read = np.arange(3.0), np.empty(3)
     memory.read(read, ledger.view(DeviceArray))
     np.testing.assert_array_equal(read, ledger)
+
+
+# ---- Graphs ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Capturing:
+    """A stream of CuPy that captures."""
+
+    ptr = 7
+
+    def __init__(self, events):
+        self.events = events
+
+    def begin_capture(self, mode):
+        self.events.append(f"begin {mode}")
+
+    def end_capture(self):
+        self.events.append("end")
+        return SimpleNamespace(launch=lambda: self.events.append("graph"))
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What a fake CuPy, and launchers that say so, are asked for."""
+    asked = []
+    cuda = SimpleNamespace(get_current_stream=lambda: Capturing(asked), runtime=SimpleNamespace(streamCaptureModeThreadLocal="local"))
+    monkeypatch.setattr(steps, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(steps, "cuda", SimpleNamespace(external_stream=lambda ptr: f"stream {ptr}"))
+    monkeypatch.setattr(steps, "use_stream", asked.append)
+    return asked
+
+
+def run_thrice(asked, wanted=(0, 2)):
+    """What each of three runs asks for, of calls that are numbered."""
+    calls = [SimpleNamespace(code=lambda name, first, last: asked.append(f"{name} {first}-{last}"), slots=[name], first=0, last=3)
+             for name in "abc"]
+    table, seen = steps.table(calls), []
+    for _ in range(3):
+        assert steps.run_steps(table, np.array(wanted), None, None, 1)
+        seen.append(asked.copy())
+        asked.clear()
+    return seen
+
+
+def test_calls_are_launched_then_captured_then_replayed(events):
+    walk = ["stream 7", "a 0-3", "c 0-3"]
+    assert run_thrice(events) == [walk, ["begin local", *walk, "end", "graph"], ["graph"]]
+    assert steps.config.CUDA_LOW_OCCUPANCY_WARNINGS == 1
+
+
+def test_what_cannot_be_captured_is_launched_one_by_one(events, monkeypatch):
+    monkeypatch.setattr(Capturing, "end_capture", raises(CUDARuntimeError("cudaErrorStreamCaptureInvalidated: why")))
+    walk = ["stream 7", "a 0-3", "c 0-3"]
+    with pytest.warns(RuntimeWarning, match="kernels are launched one by one.*cudaErrorStreamCaptureInvalidated: why") as told:
+        assert run_thrice(events) == [walk, ["begin local", *walk, *walk], walk]
+    assert len(told) == 1
+
+
+def test_a_first_walk_that_fails_is_not_taken_for_one(events):
+    call = SimpleNamespace(code=raises(ZeroDivisionError), slots=[], first=0, last=1)
+    table = steps.table([call])
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            steps.run_steps(table, np.array([0]), None, None, 1)
+    assert events == ["stream 7"] * 2
+
+
+@pytest.mark.parametrize("error", [MemoryError("of the pool"), RuntimeError("cudaErrorMemoryAllocation: out of memory"),
+                                   ValueError("[CUDA_ERROR_OUT_OF_MEMORY] in launch")])
+def test_every_lack_of_memory_is_a_memory_error(device_contexts, error):
+    with pytest.raises(MemoryError) as told, memory.on_device(1):
+        raise error
+    assert str(told.value) == str(error)
+    with pytest.raises(ValueError, match="another"), memory.on_device(1):
+        raise ValueError("another")
+    assert device_contexts == [*ENTERED, *LEFT] * 2
+
+
+ENTERED, LEFT = ["CuPy in", "Numba in", "stream in"], ["waits", "stream out", "Numba out", "CuPy out"]
+
+
+@pytest.fixture
+def device_contexts(monkeypatch):
+    """What is entered and left, of fakes."""
+    seen = []
+
+    class Context:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            seen.append(f"{self.name} in")
+
+        def __exit__(self, *_):
+            seen.append(f"{self.name} out")
+
+        def synchronize(self):
+            seen.append("waits")
+
+    fake = SimpleNamespace(ndarray=DeviceArray, cuda=SimpleNamespace(
+        Device=lambda number: Context("CuPy"), Stream=lambda non_blocking: Context("stream"), get_current_stream=lambda: Context(""),
+        runtime=SimpleNamespace(memGetInfo=lambda: (60, 100))), get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 40))
+    monkeypatch.setattr(memory, "cupy", fake)
+    monkeypatch.setattr(memory, "cuda", SimpleNamespace(gpus={1: Context("Numba")}))
+    monkeypatch.setattr(memory, "_of_thread", threading.local())
+    monkeypatch.setattr(DeviceArray, "device", Context("device"), raising=False)
+    return seen
+
+
+def test_work_on_a_device_is_done_when_it_is_left(device_contexts):
+    with memory.on_device(1):
+        assert device_contexts == ENTERED
+    with memory.on_device(1):
+        pass
+    assert device_contexts == [*ENTERED, *LEFT] * 2
+    assert len(memory._of_thread.streams) == 1
+
+
+def test_what_callers_began_is_done_before_other_streams_write(device_contexts):
+    with memory.beside(np.zeros(1)), memory.beside([1]):
+        pass
+    assert device_contexts == []
+    with memory.beside(np.zeros(1).view(DeviceArray)):
+        pass
+    assert device_contexts == ["device in", "waits", "device out"]
+
+
+def test_what_the_pool_keeps_counts_as_free(device_contexts):
+    assert memory.room(1) == 80
