@@ -24,13 +24,18 @@ _ADVICE = "set NUMBA_CACHE_DIR to a folder that can be written and has room"
 
 def load_kernels(device: str) -> ModuleType:
     """The kernels of `device`, which tell of their compilation, once in a process, through the logger "fastdtd"."""
-    module: ModuleType = kernels.load(device, _say_compiling, _say_unkept)
+    module: ModuleType = kernels.load(device, _say_compiling if device == "cpu" else _say_compiling_for_gpus, _say_unkept)
     return module
 
 
 @functools.cache
 def _say_compiling() -> None:
     _LOG.warning("fastdtd: compiling kernels for this processor, once; this can take half a minute")
+
+
+@functools.cache
+def _say_compiling_for_gpus() -> None:
+    _LOG.warning("fastdtd: compiling kernels for the GPU, which each process does; this can take half a minute")
 
 
 def _say_unkept(reason: str) -> None:

@@ -13,6 +13,14 @@ THREADS = 256  # of a block, where nothing asks for another number
 _of_thread = threading.local()
 
 
+def on_compile():
+    """Called before a kernel is compiled. To be replaced by who wants to know; see `kernels.load`."""
+
+
+def on_unkept(reason):
+    """As on processors; kernels for GPUs are not kept on disk."""
+
+
 def kernel(function, registers=None):
     """A function that runs on the device and is started from the host, with at most so many registers for each thread."""
     if registers is None or config.ENABLE_CUDASIM:
@@ -28,6 +36,8 @@ def part(function):
 def launch(function, blocks, threads, *arguments):
     """Start so many blocks of so many threads, in the stream of the calling thread; nothing where there is nothing to do."""
     if blocks:
+        if not (config.ENABLE_CUDASIM or function.overloads):
+            on_compile()
         function[blocks, threads, getattr(_of_thread, "stream", 0)](*arguments)
 
 

@@ -56,7 +56,8 @@ def sums_of(rows):
 def most_registers(rows, kind, precision):
     """Of a thread: so many that two blocks fit on a multiprocessor, one computing while the other waits; None where sums need more."""
     floats = sums_of(rows) * (1 if kind == SUM else 2)
-    return 128 if precision != FP32 and floats <= 64 and (precision == TF32 or kind in (SUM, PAIR)) else None
+    spare = precision != FP32 and (kind == SUM or (precision == TF32 and kind != SIGNED_PAIR))
+    return 128 if spare and floats <= 64 else None
 
 
 def pack_tiles(panels, precision):
