@@ -26,10 +26,11 @@ KERNELS = Path(device_kernels.__file__).parent
 ON_GPU = {"device": "cuda", "precision": "fp32"}
 SHAPES = ["several panels of outputs and inputs", "padding beyond the kernel", "stride over kernel, padded", "stride and dilation",
           "groups", "depthwise with a multiplier", "one pixel", "one channel, one output"]
-TILES = {  # as CONVOLUTIONS
+TILES = {  # as CONVOLUTIONS; 70 rows take more than one tile of 64, or one of 128 that is not full
     "16 rows": ((10, 3, 4), 22, (2, 2), (1, 2), (1, 0, 0, 1), (1, 1), 2),
-    "64 rows of outputs, and few": ((3, 4, 5), 70, (3, 2), (2, 1), (1, 0, 1, 1), (1, 1), 1),
-    "64 rows of inputs, and few": ((70, 2, 3), 5, (2, 1), (1, 1), (0, 0, 1, 0), (1, 1), 1),
+    "channels in whole tiles of depth": ((16, 2, 3), 16, (2, 2), (1, 1), (1, 0, 0, 1), (1, 1), 1),
+    "70 outputs": ((3, 4, 5), 70, (3, 2), (2, 1), (1, 0, 1, 1), (1, 1), 1),
+    "70 inputs": ((70, 2, 3), 5, (2, 1), (1, 1), (0, 0, 1, 0), (1, 1), 1),
 }
 SMALL_POOLS = [case for case in POOLS if case.count("several vectors") == 0 or case.startswith("whole")]
 
@@ -118,8 +119,9 @@ def with_a_dead_unit(*shape):
 
 @pytest.mark.parametrize(("case", "rule", "hidden", "precision"), [
     *((case, rule, "", "fp32") for case, rule in itertools.product(TILES, ["zB", "z+", "w2"])), ("16 rows", "z+", "relu", "fp32"),
-    ("64 rows of outputs, and few", "z+", "relu", "fp32"), ("16 rows", "z+", "relu", "tf32"), ("16 rows", "z+", "real", "3xtf32"),
-    ("64 rows of outputs, and few", "z+", "", "tf32"), ("64 rows of inputs, and few", "zB", "", "tf32"),
+    ("70 outputs", "z+", "relu", "fp32"), ("16 rows", "z+", "relu", "tf32"), ("16 rows", "z+", "real", "3xtf32"),
+    ("channels in whole tiles of depth", "z+", "relu", "tf32"),
+    ("70 outputs", "z+", "", "tf32"), ("70 inputs", "zB", "", "tf32"),
 ])
 def test_convolution_in_tiles(case, rule, hidden, precision):
     shape, outputs, kernel, *fields, groups = TILES[case]
@@ -149,6 +151,14 @@ def test_formulas_of_layers_with_weights(rule):
                      g.Dense("scores", ("dense",), rng.standard_normal((3, 9)), [0.1, -0.2, 0.3])), (4, 4, 6), (-1.0, 2.0))
     e = hold_to_the_oracle(graph, {"conv": rule, "dense": rule, "scores": rule}, tolerance=1e-5)
     assert e.relevance.any()
+
+
+def test_what_rounding_leaves_shares_nothing():
+    """Outputs that only their bias makes negative: what speaks against them is nothing, found as the difference of equal sums."""
+    graph = g.Graph((g.Dense("dense", (g.INPUT,), np.abs(weights(0, 40, 7)), np.full(40, -9.0)),
+                     g.Dense("scores", ("dense",), -np.abs(weights(1, 3, 40)))), (7, 1, 1), (0.0, 1.0))
+    e = hold_to_the_oracle(graph, {"dense": "z+", "scores": "z+"})
+    np.testing.assert_allclose(e.ledger["dense"], e.explained, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("direction", "layer"), [(to_the_middle, "conv"), (lambda a, w: a if a * w > 0 else 0, "hidden")])
@@ -236,6 +246,8 @@ PASSING = {
     "concatenation of what lies elsewhere": [g.ReLU("r", ("conv",)), g.Concat("both", ("r", "r")), g.Concat("tested", ("both", "conv"))],
     "rearrangement with zeros, some numbers twice, some never": [g.Rearrange("tested", ("conv",), np.random.default_rng(0).integers(
         -1, 48, (5, 2, 3)))],
+    "rearrangement, beside another reader": [
+        g.Rearrange("moved", ("conv",), np.random.default_rng(1).integers(0, 48, (4, 4, 3))), g.Add("tested", ("conv", "moved"))],
     "flatten, beside another reader": [g.Flatten("one", ("conv",)), g.Flatten("other", ("conv",)), g.Add("tested", ("one", "other"))],
     "concatenation of which another reads a part": [
         g.ReLU("r", ("conv",)), g.LeakyReLU("leaky", ("conv",), 0.2), g.Concat("both", ("r", "leaky")),
@@ -377,10 +389,11 @@ def test_what_dead_units_absorb_is_in_the_ledger():
 
 
 def kernels_in(tree, outside=""):
-    """Qualified names of the functions under @kernel."""
+    """Qualified names of the functions that are made kernels: by @kernel, or by kernel(function, ...)."""
+    made = {node.args[0].id for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "kernel"}
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
-            if any(isinstance(decorator, ast.Name) and decorator.id == "kernel" for decorator in node.decorator_list):
+            if node.name in made or "kernel" in map(ast.unparse, node.decorator_list):
                 yield outside + node.name
             yield from kernels_in(node, f"{outside}{node.name}.<locals>.")
 
