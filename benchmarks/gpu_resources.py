@@ -21,12 +21,12 @@ from pathlib import Path
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # before Numba is imported
 
+import fastdtd.kernels
 import numpy as np
 from networks import alexnet, googlenet, mobilenet, resnet18, vgg16
 from numba import cuda, types
 from numba.cuda import dispatcher
 
-import fastdtd.kernels
 from fastdtd import graph as g
 from fastdtd.packing import pack
 from fastdtd.plan import Plan
@@ -85,27 +85,31 @@ def _cases():
     bounded = search_direction(lambda a, w, low, high: a - low if w > 0 else a - high)
     direction = search_direction(lambda a, w: a if w > 0 else 0.0)
     for rules in ("dtd", "gradient", "zennit.epsilon_plus", "zennit.epsilon_alpha2_beta1", "zennit.epsilon_gamma_box", "captum.lrp",
-                  ["dtd", {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)", "pool": "proportional",
-                           "norm": "taylor"}],
+                  ["dtd", {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
+                   {"pool": "proportional", "norm": "taylor"}],
                   ["dtd", {"first": "w2", "few": "flat", "many": direction}], ["dtd", {"first": bounded}]):
-        yield _every_layer(), rules
+        yield _every_layer(100, 120, 20, 40, 10), rules
+        yield _every_layer(96, 112, 32, 48, 16), rules
 
 
-def _every_layer():
+def _every_layer(first, many, few, middle, groups):
+    """Of so many outputs each."""
     random = np.random.default_rng(0)
 
     def conv(name, source, inputs, outputs, **options):
         return g.Conv2d(name, (source,), random.standard_normal((outputs, inputs, 3, 3), np.float32), None, padding=(1,) * 4, **options)
 
+    numbers = 2 * few * 16
     return g.Graph((
-        conv("first", g.INPUT, 3, 100), g.LeakyReLU("leaky", ("first",), 0.1), g.LocalResponseNorm("norm", ("leaky",), 5, 1e-4, 0.75),
-        conv("many", "norm", 100, 120), g.ReLU("r", ("many",)), conv("few", "r", 12, 20, groups=10), g.Clip("clip", ("few",), 0, 6),
-        conv("to 64 rows", "few", 20, 40), conv("from 64 rows", "to 64 rows", 40, 20), g.Add("sum", ("clip", "from 64 rows")), g.MaxPool2d("pool", ("sum",), (2, 2), (2, 2)),
+        conv("first", g.INPUT, 3, first), g.LeakyReLU("leaky", ("first",), 0.1), g.LocalResponseNorm("norm", ("leaky",), 5, 1e-4, 0.75),
+        conv("many", "norm", first, many), g.ReLU("r", ("many",)), conv("few", "r", many // groups, few, groups=groups),
+        g.Clip("clip", ("few",), 0, 6), conv("to middle", "few", few, middle), conv("from middle", "to middle", middle, few),
+        g.Add("sum", ("clip", "from middle")), g.MaxPool2d("pool", ("sum",), (2, 2), (2, 2)),
         g.AveragePool2d("mean", ("sum",), (2, 2), (2, 2)), g.Concat("both", ("pool", "mean")), g.Power("power", ("both",), 2.0),
-        g.Rearrange("moved", ("power",), np.r_[-1, 0, np.arange(640)][:640].reshape(40, 4, 4)),
+        g.Rearrange("moved", ("power",), np.arange(-1, numbers - 1).reshape(2 * few, 4, 4)),
         g.GlobalAveragePool("average", ("moved",)), g.Flatten("flat", ("average",)), g.Flatten("flat2", ("moved",)),
         g.GlobalAveragePool("of a part", ("pool",)), g.Flatten("flat3", ("of a part",)), g.Concat("numbers", ("flat", "flat2", "flat3")),
-        g.Dense("scores", ("numbers",), random.standard_normal((7, 700), np.float32), None),
+        g.Dense("scores", ("numbers",), random.standard_normal((7, 3 * few + numbers), np.float32), None),
     ), (3, 8, 8), (-1.0, 2.0))
 
 
@@ -113,9 +117,10 @@ def names_of(kernels):
     """A kernel that a function makes has its name and what it was made for."""
     from fastdtd.kernels.cuda import conv2d, dense
     made = {}
-    for rows, sums, precision in itertools.product((16, 64, 128), range(4), range(3)):
+    for rows, sums, precision, in_planes in itertools.product((16, 64, 128), range(4), range(3), (False, True)):
         for factory, verb in ((conv2d._forward_kernel, "forward"), (conv2d._back_kernel, "redistribute")):
-            made[factory, rows, sums, precision] = f"conv2d_{verb}", f"{rows} rows, {SUMS[sums]}, {PRECISIONS[precision]}"
+            made[factory, rows, sums, precision, in_planes] = (
+                f"conv2d_{verb}", f"{PRECISIONS[precision]}, {SUMS[sums]}, {rows} rows{', in planes' if in_planes else ''}")
     for features in range(6):
         made[dense._forward_kernel, features] = "dense_forward", f"features {features}"
     for weights, both in itertools.product(range(5), (False, True)):

@@ -302,13 +302,13 @@ def _pack_back(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: ModuleType
 
 
 def _pack_implicit(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleType, precision: int) -> ImplicitForward:
-    _, height, width = graph.shapes[layer.inputs[0]]
-    channel, i, j = (index.ravel() for index in np.indices(layer.weight.shape[1:]))
-    downs, rights = i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1]
-    taps = kernels.conv2d_taps((channel * height + downs) * width + rights, downs, rights)
-    matrices = _signed(layer.weight, term).reshape(layer.groups, len(layer.weight) // layer.groups, -1)
-    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape, precision), np.float32)
+    outputs, channels, *kernel = layer.weight.shape
+    i, j = (index.ravel() for index in np.indices(kernel))
+    matrices = _signed(layer.weight, term).reshape(layer.groups, outputs // layer.groups, channels, -1)
+    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], channels * len(i), precision), np.float32)
     kernels.conv2d_pack(packed, matrices, precision)
+    taps = kernels.conv2d_taps(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1], channels,
+                               *graph.shapes[layer.inputs[0]][1:], packed.shape[3])
     constant, pattern, least = (kernels.constant(array) for array in _constant(layer, term, graph, False, kernels))
     return ImplicitForward(term.features, kernels.constant(packed), kernels.constant(taps), constant, pattern, least, precision)
 
@@ -319,19 +319,16 @@ def _pack_implicit_back(layer: g.Conv2d, graph: Graph, term: Term, kernels: Modu
     _, rows, columns = graph.shapes[layer.name]
     from_group, per_group = len(layer.weight) // layer.groups, layer.weight.shape[1]
     v = _of_back(layer, term)
+    panel_rows = kernels.conv2d_packed_shape(layer.groups, per_group, 1, precision)[3]
     weights, taps, phases = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)], []
     for grid, own in zip(*_phases(layer, graph.shapes[layer.inputs[0]]), strict=True):
         downs, rights = (np.array([_offset(grid[axis], tap[axis], axis, layer) for tap in own], np.int64) for axis in (0, 1))
-        channel = np.arange(from_group)[:, None]
-        phase_taps = kernels.conv2d_taps(((channel * rows + downs) * columns + rights).ravel(), np.tile(downs, from_group),
-                                         np.tile(rights, from_group))
-        matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1)
-        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape, precision), np.float32)
+        matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].swapaxes(1, 2)
+        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], from_group * len(own), precision), np.float32)
         kernels.conv2d_pack(packed, matrices, precision)
         phases.append((*grid, packed.shape[2], sum(part.size for part in weights), sum(part.size for part in taps)))
         weights.append(packed.ravel())
-        taps.append(phase_taps)
-    panel_rows = kernels.conv2d_packed_shape(layer.groups, per_group, 1, precision)[3]
+        taps.append(kernels.conv2d_taps(downs, rights, from_group, rows, columns, panel_rows))
     return ImplicitBack(term.features, kernels.constant(np.concatenate(weights)), panel_rows, kernels.constant(np.concatenate(taps)),
                         tuple(phases), precision)
 

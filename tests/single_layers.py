@@ -69,6 +69,9 @@ CONVOLUTIONS = {  # (shape of the input), outputs, kernel, stride, padding, dila
     "Winograd's tiles, more padding than kernel": ((8, 9, 10), 9, (3, 3), (1, 1), (4, 3, 2, 5), (1, 1), 1),
     "Winograd's tiles, groups": ((16, 10, 11), 24, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2),
     "Winograd's tiles, several blocks": ((8, 29, 31), 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "channels by the sixteen": ((16, 5, 4), 40, (3, 2), (1, 2), (1, 0, 1, 1), (1, 1), 1),
+    "channels by the sixteen, groups": ((32, 3, 4), 34, (2, 2), (1, 1), (1, 0, 1, 1), (1, 1), 2),
+    "pointwise, strided, outputs by the sixteen": ((5, 5, 6), 16, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1), 1),
     "one row": ((2, 1, 40), 3, (1, 5), (1, 2), (0, 2, 0, 2), (1, 1), 1),
     "one column": ((2, 40, 1), 3, (5, 1), (2, 1), (2, 0, 2, 0), (1, 1), 1),
 }

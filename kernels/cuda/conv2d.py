@@ -8,6 +8,9 @@ is inside of the image:
     forward         outputs    outputs of all images            the input at place * stride + (down, right)
     redistribute    inputs     inputs of all images, a phase    ratio * c at place + (down, right)
 
+Where channels come in whole tiles, a tile's depths are channels of one tap: that is looked up and held against the image's borders once,
+and the next number is always one plane further. Elsewhere (a first layer's three channels) a table says for each depth what it reads.
+
 Under a stride (s, t), the inputs of a redistribution fall into s t phases by the remainder of their position. All inputs of a phase are
 reached by the same taps of the kernel, so each phase is a plain convolution of its own and nothing is multiplied by zero.
 
@@ -27,6 +30,7 @@ from fastdtd.kernels.cuda.elementwise import finish, give
 from fastdtd.kernels.cuda.jit import THREADS, kernel, launch, part
 from fastdtd.kernels.cuda.microkernel import (
     DEPTH,
+    LARGE_ROWS,
     PAIR,
     PLACES,
     SIGNED_PAIR,
@@ -84,20 +88,32 @@ def conv2d_packed_shape(groups, rows, depth, precision):
 
 
 def conv2d_pack(packed, matrices, precision):
-    """packed <- matrices (groups, rows, depth), with zeros to fill the last panel and the last tile's depth. On the host."""
+    """packed <- matrices (groups, rows, channels, taps), with zeros to fill the last panel and the last tile's depth. On the host."""
     groups, panels, depth, panel_rows = packed.shape
-    _, rows, given = matrices.shape
+    _, rows, channels, taps = matrices.shape
+    if _in_planes(channels, panel_rows):  # tap after tap of the same channels, which are then still in the cache
+        matrices = matrices.reshape(groups, rows, channels // DEPTH, DEPTH, taps).swapaxes(3, 4)
     filled = np.zeros((groups, panels * panel_rows, depth), np.float32)
-    filled[:, :rows, :given] = matrices
+    filled[:, :rows, :channels * taps] = matrices.reshape(groups, rows, channels * taps)
     panels_first = filled.reshape(groups, panels, panel_rows, depth).swapaxes(2, 3)
     packed[:] = panels_first if panel_rows == 1 else pack_tiles(panels_first, precision)
 
 
-def conv2d_taps(offsets, downs, rights):
-    """taps (int64): where each depth reads, relative to a place, as one number; 0, which is far outside, to fill the last tile's depth."""
-    taps = np.zeros(-(-len(offsets) // DEPTH) * DEPTH, np.int64)
-    taps[:len(offsets)] = (np.asarray(offsets, np.int64) << 32) + (np.asarray(downs) + _FAR << 16) + (np.asarray(rights) + _FAR)
+def conv2d_taps(downs, rights, channels, height, width, panel_rows):
+    """taps (int64): what is read, relative to a place, as one number (offset, down, right): of each tile if its depths are the channels of
+    one tap, else of each depth, with 0, which is far outside, to fill the last tile. downs, rights: of a channel's taps."""
+    channel = np.arange(channels, dtype=np.int64)[:, None]
+    each = ((channel * height + downs) * width + rights << 32) + (np.asarray(downs) + _FAR << 16) + (np.asarray(rights) + _FAR)
+    if _in_planes(channels, panel_rows):
+        return each[::DEPTH].ravel()
+    taps = np.zeros(each.size if panel_rows == 1 else -(-each.size // DEPTH) * DEPTH, np.int64)
+    taps[:each.size] = each.ravel()
     return taps
+
+
+def _in_planes(channels, panel_rows):
+    """Whether a tile's depths are channels of one tap."""
+    return panel_rows > 1 and channels % DEPTH == 0
 
 
 # ---- Parts of kernels --------------------------------------------------------------------------------------------------------------------
@@ -209,10 +225,11 @@ def _sum_inputs(c_in, c, ratio, a, packed, taps, low, high, images, top, left, r
 
 
 @cache
-def _parts_of_tile(rows, precision):
+def _parts_of_tile(rows, precision, in_planes):
     """Parts of the kernels below for tiles of so many rows. In shared memory the weights of a tile lie behind its numbers."""
     threads, sums, numbers = threads_of(rows), sums_of(rows), DEPTH * PLACES
     step = threads // PLACES  # depths that all threads fetch at a time
+    swizzles = 4 // step
     fours, all_fetch = -(-DEPTH * rows // (4 * threads)), DEPTH * rows % (4 * threads) == 0  # four weights at a time
     row_of, place_of, swizzle_of = layout(rows, precision)
 
@@ -225,8 +242,7 @@ def _parts_of_tile(rows, precision):
     @part
     def own_place(i, t):
         """Where in the numbers of a tile thread t puts the i-th that it fetches."""
-        depth = (t >> 7) + i * step
-        return depth * PLACES + ((t & 127) ^ swizzle_of(depth))
+        return i * (step * PLACES) + (t >> 7) * PLACES + ((t & 127) ^ swizzle_of((t >> 7) + i % swizzles * step))
 
     @part
     def fetch_weights(held, packed, at, t):
@@ -248,12 +264,18 @@ def _parts_of_tile(rows, precision):
                 copy_four_later(tile, begin + numbers + 4 * (i * threads + t), packed, at + 4 * t, 4 * i * threads)
 
     @part
-    def copy_tile(tile, begin, a, packed, at, taps, entry, from_y, from_x, height, width, t):
-        """Numbers and weights, asynchronously."""
-        for i in range(DEPTH // step):
-            tap = load(taps, entry + (t >> 7), i * step)
-            copy_later(tile, begin + own_place(i, t), a, high_half(tap), _is_inside(tap, from_y, from_x, height, width))
-        copy_weights(tile, begin, packed, at, t)
+    def copy_tile(tile, begin, a, packed, at, taps, number, plane, from_y, from_x, height, width, t):
+        """Numbers and weights of one tile, asynchronously."""
+        if in_planes:
+            tap = load(taps, 0, number)
+            inside, offset = _is_inside(tap, from_y, from_x, height, width), high_half(tap) + (t >> 7) * plane
+            for i in range(DEPTH // step):
+                copy_later(tile, begin + own_place(i, t), a, offset + i * step * plane, inside)
+        else:
+            for i in range(DEPTH // step):
+                tap = load(taps, number * DEPTH + (t >> 7), i * step)
+                copy_later(tile, begin + own_place(i, t), a, high_half(tap), _is_inside(tap, from_y, from_x, height, width))
+        copy_weights(tile, begin, packed, at + number * DEPTH * rows, t)
 
     @part
     def show(tile, one, two, chunk, t):
@@ -277,18 +299,24 @@ def _sizes_of_tile(rows):
 
 
 @cache
-def _forward_kernel(rows, kind, precision):
+def _forward_kernel(rows, kind, precision, in_planes):
     sums, (step, numbers_held, weights_held, stage) = sums_of(rows), _sizes_of_tile(rows)
     multiply = multiply_kernel(rows, kind, precision)
-    clear, own_place, fetch_weights, put_weights, _, copy_tile, show = _parts_of_tile(rows, precision)
+    clear, own_place, fetch_weights, put_weights, _, copy_tile, show = _parts_of_tile(rows, precision, in_planes)
     numbers, asynchronous = DEPTH * PLACES, precision != FP32
     floats = stage * (_STAGES if asynchronous else 2)
 
     @part
-    def fetch(held, a, taps, entry, from_y, from_x, height, width, t):
-        for i in range(numbers_held):
-            tap = load(taps, entry + (t >> 7), i * step)
-            held[i] = load_inside(a, high_half(tap), _is_inside(tap, from_y, from_x, height, width))
+    def fetch(held, a, taps, number, plane, from_y, from_x, height, width, t):
+        if in_planes:
+            tap = load(taps, 0, number)
+            inside, offset = _is_inside(tap, from_y, from_x, height, width), high_half(tap) + (t >> 7) * plane
+            for i in range(numbers_held):
+                held[i] = load_inside(a, offset + i * step * plane, inside)
+        else:
+            for i in range(numbers_held):
+                tap = load(taps, number * DEPTH + (t >> 7), i * step)
+                held[i] = load_inside(a, high_half(tap), _is_inside(tap, from_y, from_x, height, width))
 
     @part
     def put(tile, begin, held, t):
@@ -296,13 +324,13 @@ def _forward_kernel(rows, kind, precision):
             store_shared(tile, begin + own_place(i, t), held[i])
 
     @part
-    def sum_tile(one, two, tile, a, packed, at, taps, tiles, from_y, from_x, height, width, t):
+    def sum_tile(one, two, tile, a, packed, at, taps, tiles, plane, from_y, from_x, height, width, t):
         """All depths, through registers."""
         held, held_weights = cuda.local.array(numbers_held, float32), cuda.local.array(weights_held, float32)
         for number in range(tiles + 1):
             this, before = (number & 1) * stage, (1 - (number & 1)) * stage
             if number < tiles:
-                fetch(held, a, taps, number * DEPTH, from_y, from_x, height, width, t)
+                fetch(held, a, taps, number, plane, from_y, from_x, height, width, t)
                 fetch_weights(held_weights, packed, at + number * DEPTH * rows, t)
             if number > 0:
                 multiply(one, two, tile, before, before + numbers, t)
@@ -312,11 +340,10 @@ def _forward_kernel(rows, kind, precision):
             cuda.syncthreads()
 
     @part
-    def sum_tile_asynchronously(one, two, tile, a, packed, at, taps, tiles, from_y, from_x, height, width, t):
+    def sum_tile_asynchronously(one, two, tile, a, packed, at, taps, tiles, plane, from_y, from_x, height, width, t):
         for number in range(_STAGES - 1):
             if number < tiles:
-                copy_tile(tile, number * stage, a, packed, at + number * DEPTH * rows, taps, number * DEPTH, from_y, from_x, height,
-                          width, t)
+                copy_tile(tile, number * stage, a, packed, at, taps, number, plane, from_y, from_x, height, width, t)
             end_copies()
         now, then = 0, (_STAGES - 1) * stage
         for number in range(tiles):
@@ -324,7 +351,7 @@ def _forward_kernel(rows, kind, precision):
             cuda.syncthreads()
             ahead = number + _STAGES - 1
             if ahead < tiles:
-                copy_tile(tile, then, a, packed, at + ahead * DEPTH * rows, taps, ahead * DEPTH, from_y, from_x, height, width, t)
+                copy_tile(tile, then, a, packed, at, taps, ahead, plane, from_y, from_x, height, width, t)
             end_copies()
             multiply(one, two, tile, now, now + numbers, t)
             now, then = now + stage if now < (_STAGES - 1) * stage else 0, now
@@ -351,7 +378,7 @@ def _forward_kernel(rows, kind, precision):
         clear(one, two)
         # No tap of a place that there is not is inside of the image.
         sum_all(one, two, tile, address_of(a, begin), packed, panel * depth * rows, taps, depth // DEPTH,
-                from_y - _FAR if is_place else -2 * _FAR, from_x - _FAR, height, width, t)
+                height * width, from_y - _FAR if is_place else -2 * _FAR, from_x - _FAR, height, width, t)
         at_x, at_ratio = n * x_numbers + x_begin + place, n * outputs * places + place
         for chunk in range(rows // _CHUNK):
             show(tile, one, two, chunk, t)
@@ -365,23 +392,29 @@ def _forward_kernel(rows, kind, precision):
                                    load_shared(tile, _CHUNK * _SHOWN_STRIDE + at), bias, constant, patterns, pattern, least, out_columns,
                                    features, least_x, most_x, relevance)
 
-    return kernel(convolve, most_registers(rows, kind, precision))
+    return kernel(convolve, most_registers(rows, kind, precision, in_planes) if rows < LARGE_ROWS else None)
 
 
 @cache
-def _back_kernel(rows, kind, precision):
+def _back_kernel(rows, kind, precision, in_planes):
     sums, (step, numbers_held, weights_held, stage) = sums_of(rows), _sizes_of_tile(rows)
     multiply = multiply_kernel(rows, kind, precision)
-    clear, own_place, fetch_weights, put_weights, copy_weights, _, show = _parts_of_tile(rows, precision)
+    clear, own_place, fetch_weights, put_weights, copy_weights, _, show = _parts_of_tile(rows, precision, in_planes)
     numbers, floats, asynchronous = DEPTH * PLACES, 2 * stage, precision != FP32
 
     @part
-    def fetch(ratios, factors, ratio, c, taps, entry, i, j, c_rows, c_columns, t):
-        for number in range(numbers_held):
-            tap = load(taps, entry + (t >> 7), number * step)
-            inside = _is_inside(tap, i, j, c_rows, c_columns)
-            ratios[number] = load_inside(ratio, high_half(tap), inside)
-            factors[number] = load_inside(c, high_half(tap), inside)
+    def fetch(ratios, factors, ratio, c, taps, entry, number, from_i, from_j, c_rows, c_columns, t):
+        if in_planes:
+            tap, plane = load(taps, entry, number), c_rows * c_columns
+            inside, offset = _is_inside(tap, from_i, from_j, c_rows, c_columns), high_half(tap) + (t >> 7) * plane
+            for i in range(numbers_held):
+                ratios[i] = load_inside(ratio, offset + i * step * plane, inside)
+                factors[i] = load_inside(c, offset + i * step * plane, inside)
+        else:
+            for i in range(numbers_held):
+                tap = load(taps, entry + number * DEPTH + (t >> 7), i * step)
+                inside = _is_inside(tap, from_i, from_j, c_rows, c_columns)
+                ratios[i], factors[i] = load_inside(ratio, high_half(tap), inside), load_inside(c, high_half(tap), inside)
 
     @part
     def put(tile, begin, ratios, factors, t):
@@ -412,7 +445,7 @@ def _back_kernel(rows, kind, precision):
         for number in range(tiles + 1):
             this, before = (number & 1) * stage, (1 - (number & 1)) * stage
             if number < tiles:
-                fetch(ratios, factors, own_ratio, own_c, taps, taps_begin + number * DEPTH, far_i, j - _FAR, c_rows, c_columns, t)
+                fetch(ratios, factors, own_ratio, own_c, taps, taps_begin, number, far_i, j - _FAR, c_rows, c_columns, t)
                 if asynchronous:
                     copy_weights(tile, this, packed, at + number * DEPTH * rows, t)
                     end_copies()
@@ -441,7 +474,7 @@ def _back_kernel(rows, kind, precision):
                                   load_shared(tile, _CHUNK * _SHOWN_STRIDE + shown), load(low, channel, 0), load(high, channel, 0),
                                   features, relevance, accumulate)
 
-    return kernel(give_back, most_registers(rows, kind, precision))
+    return kernel(give_back, most_registers(rows, kind, precision, in_planes))
 
 
 # ---- Launchers ---------------------------------------------------------------------------------------------------------------------------
@@ -470,7 +503,8 @@ def conv2d_forward(x, ratio, dead, a, packed, taps, bias, constant, pattern, lea
         launch(_sum_outputs, -(-images * outputs * rows * columns // THREADS), THREADS, *arrays, depth, *numbers)
         return
     blocks = -(-images * rows * columns // PLACES) * groups * panels
-    launch(_forward_kernel(panel_rows, _KINDS[features], precision), blocks, threads_of(panel_rows), *arrays, depth, *numbers)
+    forward_kernel = _forward_kernel(panel_rows, _KINDS[features], precision, _in_planes(channels, panel_rows))
+    launch(forward_kernel, blocks, threads_of(panel_rows), *arrays, depth, *numbers)
 
 
 def conv2d_redistribute(c_in, c, ratio, a, packed, taps, low, high, phases, c_in_channel, c_channel, a_channel, groups, stride_down,
@@ -496,7 +530,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, taps, low, high, phases, c_in
                    packed_begin, taps_begin, *numbers)
             continue
         kind = SPLIT if features in (BOX, SIGNED) else SUM
+        back_kernel = _back_kernel(panel_rows, kind, precision, _in_planes(outputs // groups, panel_rows))
         blocks = -(-images * rows * columns // PLACES) * groups * -(-(inputs // groups) // panel_rows)
-        launch(_back_kernel(panel_rows, kind, precision), blocks, threads_of(panel_rows), *arrays, top, left, rows, columns, depth,
-               packed_begin, taps_begin, *numbers)
+        launch(back_kernel, blocks, threads_of(panel_rows), *arrays, top, left, rows, columns, depth, packed_begin, taps_begin, *numbers)
 

@@ -168,8 +168,8 @@ def _back_kernel(weights, both):
             cuda.syncthreads()
             for i in range(_IMAGES // 4):
                 inside = (first_image + (t >> 6) + 4 * i < images) & (begin + (t & 63) < outputs)
-                store_shared(shares, (t & 63) * _SHARES_STRIDE + (t >> 6) + 4 * i,
-                             load_inside(own_ratio, begin + 4 * i * outputs, inside) * load_inside(own_c, begin + 4 * i * c_numbers, inside))
+                share = load_inside(own_ratio, begin + 4 * i * outputs, inside) * load_inside(own_c, begin + 4 * i * c_numbers, inside)
+                store_shared(shares, (t & 63) * _SHARES_STRIDE + (t >> 6) + 4 * i, share)
             cuda.syncthreads()
             for i in range(_DEPTH // _WARPS):
                 depth = (t >> 5) * (_DEPTH // _WARPS) + i

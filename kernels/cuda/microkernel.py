@@ -53,11 +53,11 @@ def sums_of(rows):
     return rows * PLACES // threads_of(rows)
 
 
-def most_registers(rows, kind, precision):
-    """Of a thread: so many that two blocks fit on a multiprocessor, one computing while the other waits; None where sums need more."""
-    floats = sums_of(rows) * (1 if kind == SUM else 2)
-    spare = precision != FP32 and (kind == SUM or (precision == TF32 and kind != SIGNED_PAIR))
-    return 128 if spare and floats <= 64 else None
+def most_registers(rows, kind, precision, in_planes):
+    """Of a thread: so many that two blocks fit on a multiprocessor, one computing while the other waits; None where they would not do."""
+    if precision == FP32 or kind in (SIGNED_PAIR, SPLIT) or (kind == PAIR and (precision == TF32X3 or rows == LARGE_ROWS)):
+        return None
+    return 128 if rows < LARGE_ROWS or in_planes else None
 
 
 def pack_tiles(panels, precision):

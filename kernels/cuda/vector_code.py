@@ -170,7 +170,8 @@ else:
             [builder.ptrtoint(_behind(builder, place_of(0), arguments[1], ir.Constant(_I64, 0)), _I64)]))
 
     def _float_behind(builder, address, offset):
-        return builder.add(address, builder.shl(builder.sext(_narrow(builder, offset), _I64), ir.Constant(_I64, 2)))
+        """One instruction, which LLVM would not find."""
+        return _asm(builder, _I64, [_I32, _I64], "mad.wide.s32 $0, $1, 4, $2;", "=l,r,l", [_narrow(builder, offset), address])
 
     @intrinsic
     def load_inside(typing_context, address, offset, inside):
@@ -231,13 +232,16 @@ else:
     @intrinsic
     def low_half(typing_context, number):
         """The low 32 bits of an int64."""
-        return _instruction(int32(int64), lambda builder, _, arguments: builder.trunc(arguments[0], _I32))
+        return _half("{.reg .b32 other; mov.b64 {$0, other}, $1;}")
 
     @intrinsic
     def high_half(typing_context, number):
         """The high 32 bits of an int64, with their sign."""
-        return _instruction(int32(int64), lambda builder, _, arguments: builder.trunc(
-            builder.ashr(arguments[0], ir.Constant(_I64, 32)), _I32))
+        return _half("{.reg .b32 other; mov.b64 {other, $0}, $1;}")
+
+    def _half(text):
+        """LLVM's own shift would be joined with what is added to it, in 64 bits."""
+        return _instruction(int32(int64), lambda builder, _, arguments: _asm(builder, _I32, [_I64], text, "=r,l", arguments))
 
     @intrinsic
     def is_below(typing_context, number, limit):

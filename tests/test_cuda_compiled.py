@@ -1,0 +1,70 @@
+"""Machine code of the kernels for GPUs, of which none is needed: benchmarks/gpu_resources.py compiles them for sm_80 and sm_90."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba_cuda")
+pytest.importorskip("cupy")
+ROOT = Path(__file__).parents[1]
+TILES = ("conv2d_forward", "conv2d_redistribute")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    run = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_resources.py", "--json"], capture_output=True, text=True, check=False,
+                         env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def named(row):
+    return f"{row['kernel']} {row['variant']}, sm_{row['capability']}"
+
+
+def test_nothing_is_spilled_and_sums_are_in_registers(rows):
+    """A local array whose index is no constant, or one too many, would lie in memory: a stack."""
+    assert [named(row) for row in rows if row["stack"] or row["spills"]] == []
+
+
+def test_both_chips_and_all_kinds_of_tiles_are_there(rows):
+    assert {row["capability"] for row in rows} == {"8.0", "9.0"}
+    variants = {(row["kernel"], row["variant"]) for row in rows}
+    for kernel, kinds in zip(TILES, (("SUM", "PAIR", "SIGNED_PAIR"), ("SUM", "SPLIT")), strict=True):
+        for precision in ("fp32", "tf32", "3xtf32"):
+            for kind in kinds:
+                for height in (16, 64, *[128] * (precision == "tf32")):
+                    assert any((kernel, f"{precision}, {kind}, {height} rows{planes}") in variants for planes in ("", ", in planes"))
+
+
+def test_tensor_cores_are_used_where_they_should_be(rows):
+    """As many products as a tile of 16 depths has for a warp, all unrolled."""
+    for row in rows:
+        if row["kernel"] not in TILES:
+            assert row["mma"] == 0
+            continue
+        precision, kind, height = row["variant"].split(", ")[:3]
+        products = {"SUM": 1, "PAIR": 2, "SIGNED_PAIR": 3, "SPLIT": 2}[kind] * {"fp32": 0, "tf32": 1, "3xtf32": 3}[precision]
+        fragments = {"16 rows": 1, "64 rows": 2, "128 rows": 4}[height] * 4 * 2
+        assert row["mma"] == products * fragments, named(row)
+
+
+def test_as_many_blocks_at_a_time_as_planned(rows):
+    for row in rows:
+        warps = row["blocks"] * row["threads"] // 32
+        if row["kernel"] not in TILES:
+            assert warps >= 16, named(row)  # half of what hides the way to memory
+            continue
+        precision, kind, height = row["variant"].split(", ")[:3]
+        two = precision != "fp32" and height == "64 rows" and (kind == "SUM" or (kind == "PAIR" and precision == "tf32"))
+        two |= row["variant"] == "tf32, SUM, 128 rows, in planes" and row["kernel"] == "conv2d_redistribute"
+        assert row["blocks"] >= (3 if height == "16 rows" else 2 if two else 1), named(row)
+
+
+def test_shared_memory_needs_no_asking_for(rows):
+    assert all(row["shared"] <= 48 * 1024 for row in rows)
