@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 from fastdtd.kernels.cuda.elementwise import flat, place_of, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch_for_each, part
+from fastdtd.kernels.cuda.vector_code import split
 from numba import cuda, njit, types
 from numba.core.errors import NumbaError
 
@@ -38,7 +39,9 @@ def direction_kernels(direction, bounded):
         at = cuda.grid(1)
         if at >= count:
             return
-        n, k, row, column = at // (outputs * rows * columns), at // (rows * columns) % outputs, at // columns % rows, at % columns
+        all_rows, column = split(at, columns)
+        planes, row = split(all_rows, rows)
+        n, k = split(planes, outputs)
         total = _ZERO
         for channel in range(channels):
             c = k // (outputs // groups) * channels + channel
@@ -59,8 +62,9 @@ def direction_kernels(direction, bounded):
         if at >= count:
             return
         numbers = channels * groups * height * width
-        n, own = at // numbers, at % numbers
-        c_channel, y, x = own // (height * width), own // width % height, own % width
+        n, own = split(at, numbers)
+        own_rows, x = split(own, width)
+        c_channel, y = split(own_rows, height)
         value, to = a[n * a_numbers + a_begin + own], n * in_numbers + in_begin + own
         group, total = c_channel // channels, _ZERO
         for i in range(taps_down):

@@ -9,6 +9,7 @@ import math
 import numpy as np
 from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.vector_code import split
 from numba import cuda, float64
 
 _ZERO = np.float32(0)
@@ -107,7 +108,8 @@ def _absorb(ledger, ratio, c, dead, column, c_numbers, c_begin, numbers, first):
 def _clear(c_in, numbers, begin, count, first, images):
     at = cuda.grid(1)
     if at < images * count:
-        c_in[(first + at // count) * numbers + begin + at % count] = _ZERO
+        n, i = split(at, count)
+        c_in[(first + n) * numbers + begin + i] = _ZERO
 
 
 @part
@@ -119,7 +121,7 @@ def _activation(a, slope, least, most):
 def _activate(x, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, slope, least, most):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         x[n * x_numbers + x_begin + i] = _activation(a[n * a_numbers + a_begin + i], slope, least, most)
 
 
@@ -128,7 +130,7 @@ def _give_through_activation(c_in, c, a, in_numbers, in_begin, c_numbers, c_begi
                              relevance, derive, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         value, to = a[n * a_numbers + a_begin + i], n * in_numbers + in_begin + i
         x = _activation(value, slope, least, most)
         kept = _ONE if relevance or x == value else abs(x) / abs(value)
@@ -142,7 +144,7 @@ def _give_through_activation(c_in, c, a, in_numbers, in_begin, c_numbers, c_begi
 def _power(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, exponent, derive):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         value = a[n * a_numbers + a_begin + i]
         size = abs(value)
         power = size ** exponent
@@ -157,7 +159,7 @@ def _power(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, 
 def _rearrange(x, a, index, x_numbers, x_begin, a_numbers, a_begin, numbers, count):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         x[n * x_numbers + x_begin + i] = a[n * a_numbers + a_begin + index[i]] if index[i] >= 0 else _ZERO
 
 
@@ -165,7 +167,7 @@ def _rearrange(x, a, index, x_numbers, x_begin, a_numbers, a_begin, numbers, cou
 def _give_back_places(c_in, c, starts, readers, in_numbers, in_begin, c_numbers, c_begin, numbers, count, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         to = n * in_numbers + in_begin + i
         total = c_in[to] if accumulate else _ZERO
         for j in range(starts[i], starts[i + 1]):
@@ -188,7 +190,7 @@ def _lose_zeros(ledger, c, starts, readers, column, c_numbers, c_begin, first):
 def _copy(x, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         to, value = n * x_numbers + x_begin + i, a[n * a_numbers + a_begin + i]
         x[to] = x[to] + value if accumulate else value
 
@@ -198,8 +200,8 @@ def _add(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_numbers, x_begin,
          numbers, count, features, least, most, relevance):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
-        k = i // places
+        n, i = split(at, numbers)
+        k, _ = split(i, places)
         p, q = a[n * a_numbers + a_begin + i], b[n * b_numbers + b_begin + i]
         z = feature_sum(p, features, low_a[k], high_a[k]) + feature_sum(q, features, low_b[k], high_b[k])
         value = finish(p + q, least, most)
@@ -207,7 +209,7 @@ def _add(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_numbers, x_begin,
         x[n * x_numbers + x_begin + i] = value
         ratio[at + first] = r
         if r < _ZERO:
-            dead[first // numbers + n] = 1
+            dead[split(first, numbers)[0] + n] = 1
 
 
 @kernel
@@ -215,8 +217,8 @@ def _give_to_summand(c_in, c, ratio, a, low, high, in_numbers, in_begin, c_numbe
                      features, relevance, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
-        k, to = i // places, n * in_numbers + in_begin + i
+        n, i = split(at, numbers)
+        (k, _), to = split(i, places), n * in_numbers + in_begin + i
         result = give(ratio[at] * c[n * c_numbers + c_begin + i], a[n * a_numbers + a_begin + i], features, low[k], high[k], relevance)
         c_in[to] = result + c_in[to] if accumulate else result
 

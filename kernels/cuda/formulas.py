@@ -9,6 +9,7 @@ import numpy as np
 from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, IGNORED, SHARED, SIGNS
 from fastdtd.kernels.cuda.elementwise import LEAST, SUMMING_THREADS, finish, flat, place_of, sum_of_block, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.vector_code import split
 from numba import cuda, float64
 
 _ZERO = np.float32(0)
@@ -38,11 +39,11 @@ def _ratios(x, one, other, even, lost, dead, other_dead, bias, counted_down, cou
     at = cuda.grid(1)
     if at >= total:
         return
-    n, i = at // numbers, at % numbers
-    k, place = i // places, i % places
-    at_x = n * x_numbers + x_begin + i
+    n, i = split(at, numbers)
+    (k, place), at_x = split(i, places), n * x_numbers + x_begin + i
+    row, column = split(place, width)
     at += first_image * numbers
-    t, count = x[at_x], counted_down[place // width] * counted_across[place % width]
+    t, count = x[at_x], counted_down[row] * counted_across[column]
     y = t + bias[k]
     value = finish(y, least, most)
     share = _ONE if relevance else abs(value)
@@ -119,7 +120,7 @@ def _lose(ledger, lost, c, column, c_numbers, c_begin, numbers, first):
 def _observe(out, x, c, x_numbers, x_begin, c_numbers, c_begin, first, numbers, count, relevance):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         factor = c[n * c_numbers + c_begin + i]
         out[first + at] = factor if relevance else abs(x[n * x_numbers + x_begin + i]) * factor
 

@@ -42,7 +42,12 @@ def launch(function, blocks, threads, *arguments):
 
 
 def launch_for_each(function, count, *arguments):
-    """One thread for each of `count` numbers, and a few that have none: kernels look whether cuda.grid(1) is below the count."""
+    """One thread for each of `count` numbers, and a few that have none: kernels look whether cuda.grid(1) is below the count.
+
+    MemoryError: so many at a time that 32 bits do not count them.
+    """
+    if count >= 1 << 32:
+        raise MemoryError(f"{count} numbers at a time; required: fewer than 2^32")
     launch(function, -(-count // THREADS), THREADS, *arguments)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from fastdtd.kernels.codes import NORM_TAYLOR
 from fastdtd.kernels.cuda.elementwise import SUMMING_THREADS, flat, place_of, sum_of_block, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.vector_code import load, split
 from numba import cuda, float64
 
 _ZERO = np.float32(0)
@@ -23,11 +24,11 @@ def _sum_around(numbers, begin, k, row, column, channels, height, width, before,
     if within:
         for y in range(max(row - before, 0), min(row + behind + 1, height)):
             for x in range(max(column - before, 0), min(column + behind + 1, width)):
-                value = numbers[begin + (k * height + y) * width + x]
+                value = load(numbers, begin, (k * height + y) * width + x)
                 total += value * value if squared else value
     else:
         for channel in range(max(k - before, 0), min(k + behind + 1, channels)):
-            value = numbers[begin + (channel * height + row) * width + column]
+            value = load(numbers, begin, (channel * height + row) * width + column)
             total += value * value if squared else value
     return total
 
@@ -38,8 +39,9 @@ def _normalize(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, channels, he
     at = cuda.grid(1)
     if at < count:
         numbers = channels * height * width
-        n, i = at // numbers, at % numbers
-        k, row, column = i // (height * width), i // width % height, i % width
+        n, i = split(at, numbers)
+        rest, column = split(i, width)
+        k, row = split(rest, height)
         begin = n * a_numbers + a_begin
         scale = (bias + alpha * _sum_around(a, begin, k, row, column, channels, height, width, before, behind, within, True)) ** -beta
         ratio[at] = scale
@@ -50,7 +52,7 @@ def _normalize(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, channels, he
 def _pass(c_in, c, ratio, in_numbers, in_begin, c_numbers, c_begin, numbers, count, relevance, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         to = n * in_numbers + in_begin + i
         result = c[n * c_numbers + c_begin + i] * (_ONE if relevance else ratio[at])
         c_in[to] = result + c_in[to] if accumulate else result
@@ -76,7 +78,7 @@ def _expand(a, scale, c, alpha, beta, bias, taylor, epsilon):
 def _write_terms(terms, own, c, ratio, a, c_numbers, c_begin, a_numbers, a_begin, numbers, count, alpha, beta, bias, taylor, epsilon):
     at = cuda.grid(1)
     if at < count:
-        n, i = at // numbers, at % numbers
+        n, i = split(at, numbers)
         value, factor = a[n * a_numbers + a_begin + i], c[n * c_numbers + c_begin + i]
         terms[at], own[at], _ = _expand(value, ratio[at], factor, alpha, beta, bias, taylor, epsilon)
 
@@ -87,8 +89,9 @@ def _gather_terms(c_in, terms, own, a, in_numbers, in_begin, a_numbers, a_begin,
     at = cuda.grid(1)
     if at < count:
         numbers = channels * height * width
-        n, i = at // numbers, at % numbers
-        k, row, column = i // (height * width), i // width % height, i % width
+        n, i = split(at, numbers)
+        rest, column = split(i, width)
+        k, row = split(rest, height)
         value, to = a[n * a_numbers + a_begin + i], n * in_numbers + in_begin + i
         # Who is so far behind me has me so far before.
         around = _sum_around(terms, n * numbers, k, row, column, channels, height, width, behind, before, within, False)

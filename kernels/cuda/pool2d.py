@@ -10,6 +10,7 @@ import numpy as np
 from fastdtd.kernels.codes import BOX, ONES
 from fastdtd.kernels.cuda.elementwise import flat, give, place_of, ratio_of, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.vector_code import load, split
 from numba import cuda, float32
 
 _ZERO = np.float32(0)
@@ -26,12 +27,12 @@ _WARP = 32
 @part
 def _first_window(place, kernel_size, stride, padding):
     """The first window that holds a place of an axis."""
-    return max(place + padding - kernel_size + stride, 0) // stride
+    return split(max(place + padding - kernel_size + stride, 0), stride)[0]
 
 
 @part
 def _after_last_window(place, stride, padding, windows):
-    return min((place + padding) // stride + 1, windows)
+    return min(split(place + padding, stride)[0] + 1, windows)
 
 
 @kernel
@@ -40,15 +41,16 @@ def _find_winners(x, winner, a, x_numbers, x_begin, a_numbers, a_begin, rows, co
     at = cuda.grid(1)
     if at >= count:
         return
-    n, i = at // numbers, at % numbers
-    k, row, column = i // (rows * columns), i // columns % rows, i % columns
+    n, i = split(at, numbers)
+    rest, column = split(i, columns)
+    k, row = split(rest, rows)
     plane = n * a_numbers + a_begin + k * height * width
     y, z = row * stride_down - top, column * stride_right - left
     largest = limit = _LOWEST
     place = max(y, 0) * width + max(z, 0)
     for line in range(max(y, 0), min(y + kernel_down, height)):
         for across in range(max(z, 0), min(z + kernel_right, width)):
-            value = a[plane + line * width + across]
+            value = load(a, plane, line * width + across)
             if value > limit:
                 largest, limit, place = value, value + _TIE * abs(value), line * width + across
     x[n * x_numbers + x_begin + i] = largest
@@ -61,18 +63,18 @@ def _give_to_winners(c_in, c, winner, in_numbers, in_begin, c_numbers, c_begin, 
     at = cuda.grid(1)
     if at >= count:
         return
-    n, i = at // numbers, at % numbers
-    k, place = i // (height * width), i % (height * width)
-    line, across = place // width, place % width
-    windows = (n * (numbers // (height * width)) + k) * rows * columns
+    n, i = split(at, numbers)
+    k, place = split(i, height * width)
+    line, across = split(place, width)
+    windows = (n * split(numbers, height * width)[0] + k) * rows * columns
     from_c = n * c_numbers + c_begin + k * rows * columns
     to = n * in_numbers + in_begin + i
     total = c_in[to] if accumulate else _ZERO
     for row in range(_first_window(line, kernel_down, stride_down, top), _after_last_window(line, stride_down, top, rows)):
         for column in range(_first_window(across, kernel_right, stride_right, left),
                             _after_last_window(across, stride_right, left, columns)):
-            if winner[windows + row * columns + column] == place:
-                total += c[from_c + row * columns + column]
+            if load(winner, windows, row * columns + column) == place:
+                total += load(c, from_c, row * columns + column)
     c_in[to] = total
 
 
@@ -103,15 +105,16 @@ def _reduce_windows(x, ratio, dead, a, low, counted_down, counted_across, first_
     at = cuda.grid(1)
     if at >= count:
         return
-    n, i = at // numbers, at % numbers
-    k, row, column = i // (rows * columns), i // columns % rows, i % columns
+    n, i = split(at, numbers)
+    rest, column = split(i, columns)
+    k, row = split(rest, rows)
     plane = n * a_numbers + a_begin + k * height * width
     first_line, first_across = row * stride_down - top, column * stride_right - left
     shift = low[k] if features == BOX else _ZERO
     y, z = -_INFINITY if maximum else _ZERO, _ZERO
     for line in range(max(first_line, 0), min(first_line + kernel_down, height)):
         for across in range(max(first_across, 0), min(first_across + kernel_right, width)):
-            value = a[plane + line * width + across]
+            value = load(a, plane, line * width + across)
             y = _larger(value, y) if maximum else y + value
             z += _feature(value, shift, features == ONES)
     _write_window(x, ratio, dead, n * x_numbers + x_begin + i, at, first_image + n, y, z, counted_down[row] * counted_across[column],
@@ -124,7 +127,7 @@ def _reduce_planes(x, ratio, dead, a, low, counted_down, counted_across, first_i
     """One window that holds the whole plane: a warp for each."""
     sums = cuda.shared.array(_WARP, float32)
     features_sums = cuda.shared.array(_WARP, float32)  # of its own line: the simulator tells arrays apart by that
-    t, n, k = cuda.threadIdx.x, cuda.blockIdx.x // channels, cuda.blockIdx.x % channels
+    t, (n, k) = cuda.threadIdx.x, split(cuda.blockIdx.x, channels)
     plane = n * a_numbers + a_begin + k * places
     shift = low[k] if features == BOX else _ZERO
     y, z = -_INFINITY if maximum else _ZERO, _ZERO
@@ -152,16 +155,16 @@ def _give_to_windows(c_in, c, ratio, a, low, in_numbers, in_begin, c_numbers, c_
     at = cuda.grid(1)
     if at >= count:
         return
-    n, i = at // numbers, at % numbers
-    k, place = i // (height * width), i % (height * width)
-    line, across = place // width, place % width
-    windows = (n * (numbers // (height * width)) + k) * rows * columns
+    n, i = split(at, numbers)
+    k, place = split(i, height * width)
+    line, across = split(place, width)
+    windows = (n * split(numbers, height * width)[0] + k) * rows * columns
     from_c = n * c_numbers + c_begin + k * rows * columns
     total = _ZERO
     for row in range(_first_window(line, kernel_down, stride_down, top), _after_last_window(line, stride_down, top, rows)):
         for column in range(_first_window(across, kernel_right, stride_right, left),
                             _after_last_window(across, stride_right, left, columns)):
-            total += ratio[windows + row * columns + column] * c[from_c + row * columns + column]
+            total += load(ratio, windows, row * columns + column) * load(c, from_c, row * columns + column)
     to = n * in_numbers + in_begin + i
     result = give(total, a[n * a_numbers + a_begin + i], features, low[k], _ZERO, relevance)
     c_in[to] = result + c_in[to] if accumulate else result
