@@ -2,13 +2,14 @@
 
 Numba starts a thread of Python for each thread of CUDA and polls them, which takes half a second for a block of 256. Here a block takes
 as long as its arithmetic. And it finds what the other would not: shared memory holds NaN at first, and a barrier that only some of a
-block's threads reach is an error. `install` puts it in place of Numba's.
+block's threads reach is an error, and so are copies that nobody waited for. `install` puts it in place of Numba's.
 """
 
 import sys
 from contextlib import contextmanager
 
 import numpy as np
+from fastdtd.kernels.cuda import vector_code
 from greenlet import getcurrent, greenlet
 from numba import cuda
 from numba.cuda.simulator import kernel, kernelapi
@@ -37,6 +38,7 @@ def _run_block(manager, block, *arguments):
         left = [thread for thread in running if not thread.dead]
         assert len(left) in (0, len(running)), f"{len(running) - len(left)} of {len(running)} threads left before a barrier"
         running = left
+    assert not any(copies for groups in vector_code.begun.values() for copies in groups), "copies that nobody waited for"
 
 
 class _Now:

@@ -8,6 +8,7 @@ import naive
 import numpy as np
 import pytest
 from fastdtd.kernels import cuda as device_kernels
+from fastdtd.kernels.cuda import vector_code
 from graphs import SIGNED_WITH_WEIGHTS, graphs, graphs_and_rules, pictures
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -128,6 +129,31 @@ def test_convolution_in_tiles(case, rule, hidden, precision):
     w, bias = with_a_dead_unit(outputs, shape[0] // groups, *kernel)
     check(lambda source: g.Conv2d("tested", (source,), w, bias, *fields, groups), shape, rule, hidden, device="cuda", precision=precision,
           tolerance=2e-3 if precision == "tf32" else 1e-5)
+
+
+SIZES = [(10, 22), (16, 16), (40, 48), (48, 40), (70, 80), (80, 70)]  # inputs, outputs: tiles of 16, 64, 128 rows; channels by the 16
+
+
+def through_tensor_cores(sizes, hidden, precision):
+    w, bias = with_a_dead_unit(sizes[1], sizes[0], 2, 1)
+    check(lambda source: g.Conv2d("tested", (source,), w, bias, (1, 1), (1, 0, 0, 0)), (sizes[0], 2, 3), "z+", hidden, device="cuda",
+          precision=precision, tolerance=5e-4 if precision == "tf32" else 1e-6)
+
+
+@pytest.mark.parametrize("hidden", ["relu", "real"])
+@pytest.mark.parametrize(("sizes", "precision"), [
+    *itertools.product(SIZES, ["tf32"]), *itertools.product(SIZES[:4], ["3xtf32"]),  # which has no tiles of 128 rows
+])
+def test_tensor_cores(sizes, hidden, precision):
+    """Lane by lane: which of a warp holds which numbers, and what is cut off where."""
+    through_tensor_cores(sizes, hidden, precision)
+
+
+@pytest.mark.parametrize("sizes", [(10, 22), (48, 40)])
+def test_copies_that_are_there_at_once(sizes, monkeypatch):
+    """In the other tests they are there as late as can be."""
+    monkeypatch.setattr(vector_code, "copies_are_late", False)
+    through_tensor_cores(sizes, "relu", "tf32")
 
 
 DENSE = [(features, outputs, 2, *rule) for features, outputs in [(1, 1), (17, 40)] for rule in RULES]

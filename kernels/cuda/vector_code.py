@@ -3,7 +3,7 @@
 Besides, loads and stores here take an index as it is. Numba's own look whether it is negative, in 64 bits, which in the loops of a product
 takes longer than the product. Indices of shared memory, and what is compared, are 32 bits.
 
-In Numba's simulator each is the Python that it means. What a copy brings is there as late as can be, or at once if copies_are_late is set
+In Numba's simulator each is the Python that it means; mma cuts sums off, the worst that a tensor core may do. What a copy brings is there as late as can be, or at once if copies_are_late is set
 to False: a kernel that is right in both waits for what it reads, and overwrites nothing that is still to be read (tests/lockstep.py).
 
 PTX ISA: mma.m16n8k8 with .tf32, cp.async, div.full.
@@ -78,12 +78,13 @@ if config.ENABLE_CUDASIM:
         t = cuda.threadIdx.x
         _lanes[t] = w0, w1, w2, w3, b0, b1, c0, c1, c2, c3
         cuda.syncthreads()
-        cut = (_lanes[t & ~31:(t | 31) + 1, :6].view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        cut = (_lanes[t & ~31:(t | 31) + 1, :6].view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
         g, q = (t & 31) >> 2, t & 3
         w, b = cut[4 * g:4 * g + 4, :4], [cut[4 * place:4 * place + 4, 4:] for place in (2 * q, 2 * q + 1)]
-        sums = [(w[:, row::2] * numbers).sum(dtype=np.float32) for row in (0, 1) for numbers in b]
+        sums = _lanes[t, 6:] + np.array([(w[:, row::2] * numbers).sum() for row in (0, 1) for numbers in b])
+        nearest = sums.astype(np.float32)
         cuda.syncthreads()
-        return c0 + sums[0], c1 + sums[1], c2 + sums[2], c3 + sums[3]
+        return tuple(np.where(abs(nearest) > abs(sums), np.nextafter(nearest, ZERO), nearest))
 
     @part
     def copy_later(tile, at, address, offset, inside):
