@@ -1,5 +1,6 @@
 """Machine code of the kernels for GPUs, of which none is needed: benchmarks/gpu_resources.py compiles them for sm_80 and sm_90."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("numba_cuda")
-pytest.importorskip("cupy")
+pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("numba_cuda", "cupy"))), reason="needs the extra cuda")
 ROOT = Path(__file__).parents[1]
 TILES = ("conv2d_forward", "conv2d_redistribute")
 
@@ -63,7 +63,8 @@ def test_as_many_blocks_at_a_time_as_planned(rows):
         precision, kind, height = row["variant"].split(", ")[:3]
         two = precision == "tf32" and height == "64 rows" and kind in ("SUM", "PAIR")
         two |= row["variant"] == "tf32, SUM, 128 rows, in planes" and row["kernel"] == "conv2d_redistribute"
-        assert row["blocks"] >= (3 if height == "16 rows" else 2 if two else 1), named(row)
+        small = 2 if precision == "3xtf32" else 3  # of half as many threads
+        assert row["blocks"] >= (small if height == "16 rows" else 2 if two else 1), named(row)
 
 
 def test_shared_memory_needs_no_asking_for(rows):
