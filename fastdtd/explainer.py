@@ -263,7 +263,7 @@ class Explainer:
             pictures = self._checked(batch)
             count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
             targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
-            explained_targets = np.empty(count, np.int64)
+            explained_targets, finite = np.empty(count, np.int64), np.zeros(count, np.bool_)
             e = Explanation(library.empty_like(pictures), library.empty((count, outputs), np.float32), explained_targets,
                             np.empty(count, np.float32), {name: np.zeros(count) for name in names},
                             partial(self._observed, pictures, explained_targets, begins))
@@ -283,13 +283,14 @@ class Explainer:
             read(ledger, plan.ledger)
             for column, name in enumerate(plan.ledger_layers):
                 e.ledger[name][part] = ledger[:, column]
+            with np.errstate(invalid="ignore"):
+                sums = e.relevance[part].sum((1, 2, 3), dtype=np.float64)  # not finite where one number is not
+            read(finite[part], library.isfinite(sums) & library.isfinite(e.output[part]).all(1))
 
         self._share_out(explain, count, self._places_of(pictures))
-        with self._kernels.beside(batch):
-            if not (library.isfinite(e.output).all() and library.isfinite(e.relevance).all()):
-                worst = int(library.argmin(library.isfinite(e.output).all(1) & library.isfinite(e.relevance).all((1, 2, 3))))
-                raise InputError(f"picture {worst} gives scores or relevance beyond float32; its values or the model's weights are too "
-                                 "large")
+        if not finite.all():
+            raise InputError(f"picture {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights are "
+                             "too large")
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not self._derivative:
             picture, which = nothing[0], int(e.target[nothing[0]])
@@ -460,14 +461,19 @@ class Explainer:
             raise InputError(f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
                              "model.preprocess returns")
         with np.errstate(over="ignore"):
-            pictures: Array = library.ascontiguousarray(given, np.float32)
-        if not library.isfinite(pictures).all():
+            pictures: Array = library.array(given, np.float32, order="C")  # `at` reads it later, when the caller's may be another
+        if not pictures.size:
+            return pictures
+        least, most = pictures.min((0, 2, 3)), pictures.max((0, 2, 3))  # NaN where one number is
+        if not (library.isfinite(least).all() and library.isfinite(most).all()):
             worst = int(library.argmin(library.isfinite(pictures).all((1, 2, 3))))
             raise InputError(f"picture {worst} holds NaN or infinity (as float32); required: finite numbers")
         box = self.model.graph.box
         if box is None:
             return pictures
         low, high = (library.asarray(bound)[:, None, None] for bound in box)
+        if (least[:, None, None] >= low).all() and (most[:, None, None] <= high).all():
+            return pictures
         clipped: Array = library.clip(pictures, low, high)
         beyond = library.abs(pictures - clipped) > _CLIP_TOLERANCE * (high - low)
         if beyond.any():

@@ -141,6 +141,8 @@ class Plan:
         self._factors: dict[str, _Buffer] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._tapes: dict[tuple[str, int], tuple[_Use, Any]] = {}
+        # A row for each tape, so that all are cleared at once.
+        self._dead = kernels.zeros(((_LOST + 1) * len(graph.layers), batch), np.uint8)
         self.ledger_layers = absorbers(graph, rules)
         self.ledger = kernels.zeros((batch, len(self.ledger_layers)), np.float64)
         self.starts_with_relevance = graph.output in self._relevance_carriers
@@ -193,8 +195,7 @@ class Plan:
 
     def forward(self, submit: Callable[..., Any] | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
-        for _, dead in self._tapes.values():
-            dead[:] = 0
+        self._dead[:] = 0
         self._run(range(self._middle), submit)
 
     def back(self, submit: Callable[..., Any] | None = None) -> None:
@@ -268,7 +269,7 @@ class Plan:
         """What a layer keeps for the way back, of each term of its rule, and whether something is absorbed, of each image."""
         shape = self._graph.shapes[layer.name]
         if (layer.name, part) not in self._tapes:
-            self._tapes[layer.name, part] = _Use(_Buffer(int(np.prod(shape))), shape, dtype), self._kernels.zeros(self.batch, np.uint8)
+            self._tapes[layer.name, part] = _Use(_Buffer(int(np.prod(shape))), shape, dtype), self._dead[len(self._tapes)]
         return self._tapes[layer.name, part]
 
     def _emit_forward(self, layer: Layer) -> None:

@@ -9,13 +9,14 @@ import math
 import numpy as np
 from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
-from fastdtd.kernels.cuda.vector_code import split
-from numba import cuda, float64
+from fastdtd.kernels.cuda.vector_code import load, split, store
+from numba import cuda, float32, float64
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
-SUMMING_THREADS = 256  # of the block that sums over an image
+SUMMING_THREADS = 512  # of the block that sums over an image
+_AT_ONCE = 16
 
 
 # ---- Parts of kernels --------------------------------------------------------------------------------------------------------------------
@@ -94,13 +95,18 @@ def _absorb(ledger, ratio, c, dead, column, c_numbers, c_begin, numbers, first):
     if dead[n] == 0:
         return
     sums, lost = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
-    for i in range(cuda.threadIdx.x, numbers, SUMMING_THREADS):
-        r = ratio[n * numbers + i]
-        if r < _ZERO:
-            lost -= np.float64(r) * np.float64(c[n * c_numbers + c_begin + i])
-            ratio[n * numbers + i] = _ZERO
+    held, t, step = cuda.local.array(_AT_ONCE, float32), cuda.threadIdx.x, SUMMING_THREADS
+    begin, begin_c = n * numbers, n * c_numbers + c_begin
+    for i in range(t, numbers, _AT_ONCE * step):  # one block has an image to itself, so each thread asks for several numbers at a time
+        for j in range(_AT_ONCE):
+            held[j] = load(ratio, begin, min(i + j * step, numbers - 1))
+        for j in range(_AT_ONCE):
+            at = i + j * step
+            if held[j] < _ZERO and at < numbers:
+                lost -= np.float64(held[j]) * np.float64(load(c, begin_c, at))
+                store(ratio, begin, at, _ZERO)
     total = sum_of_block(sums, lost)
-    if cuda.threadIdx.x == 0:
+    if t == 0:
         ledger[n, column] += total
 
 

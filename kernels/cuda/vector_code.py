@@ -4,8 +4,8 @@ Besides, loads and stores here take an index as it is. Numba's own look whether 
 takes longer than the product. Indices of shared memory, and what is compared, are 32 bits.
 
 In Numba's simulator each is the Python that it means. There mma cuts its sums off, the worst that a tensor core may do; and what a copy
-brings is there as late as can be, or at once if copies_are_late is set to False: a kernel that is right in both waits for what it reads, and
-overwrites nothing that is still to be read (tests/lockstep.py).
+brings is there as late as can be, or at once if copies_are_late is set to False: a kernel that is right in both waits for what it reads,
+and overwrites nothing that is still to be read (tests/lockstep.py).
 
 PTX ISA: mma.m16n8k8 with .tf32, cp.async, div.full.
 """
