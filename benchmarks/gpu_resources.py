@@ -37,6 +37,8 @@ CHIPS = {(8, 0): (164, 2048), (9, 0): (228, 2048)}  # compute capability: KiB of
 _REGISTERS = 65536
 PRECISIONS = ("fp32", "tf32", "3xtf32")
 SUMS = ("SUM", "PAIR", "SIGNED_PAIR", "SPLIT")
+FEATURES = ("NONNEGATIVE", "SIGNED", "BOX", "ONES", "VALUE", "NEGATED")
+WEIGHTS = ("POSITIVE", "NEGATIVE", "AS_IS", "SQUARED", "FLAT")
 
 
 # ---- Which kernels -----------------------------------------------------------------------------------------------------------------------
@@ -121,10 +123,10 @@ def names_of(kernels):
         for factory, verb in ((conv2d._forward_kernel, "forward"), (conv2d._back_kernel, "redistribute")):
             made[factory, rows, sums, precision, in_planes] = (
                 f"conv2d_{verb}", f"{PRECISIONS[precision]}, {SUMS[sums]}, {rows} rows{', in planes' if in_planes else ''}")
-    for features in range(6):
-        made[dense._forward_kernel, features] = "dense_forward", f"features {features}"
-    for weights, both in itertools.product(range(5), (False, True)):
-        made[dense._back_kernel, weights, both] = "dense_redistribute", f"weights {weights}{', of both signs' if both else ''}"
+    for features in range(len(FEATURES)):
+        made[dense._forward_kernel, features] = "dense_forward", FEATURES[features]
+    for weights, both in itertools.product(range(len(WEIGHTS)), (False, True)):
+        made[dense._back_kernel, weights, both] = "dense_redistribute", WEIGHTS[weights] + ", both features" * both
     names = {factory(*arguments): name for (factory, *arguments), name in made.items()}
     return {kernel: names.get(kernel, (f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}", "")) for kernel in kernels}
 
@@ -189,9 +191,12 @@ def as_markdown(rows):
     lines = ["| kernel | for | threads | registers | shared memory | blocks at a time | mma.sync | stack and spills |",
              "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     by_name = {}
-    for row in rows:
-        by_name.setdefault((row["kernel"], row["variant"]), []).append(row)
-    for (kernel, variant), chips in by_name.items():
+    for row in rows:  # of kernels that a user's functions make there are several of one name
+        chips = by_name.setdefault((row["kernel"], row["variant"]), {})
+        chips[row["capability"]] = max(chips.get(row["capability"], row), row, key=lambda row: row["registers"])
+    for (kernel, variant), of_chips in by_name.items():
+        chips = of_chips.values()
+
         def both(key, chips=chips):
             values = [str(row[key]) for row in chips]
             return values[0] if len(set(values)) == 1 else ", ".join(values)
