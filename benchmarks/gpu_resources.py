@@ -92,6 +92,8 @@ def _cases():
                   ["dtd", {"first": "w2", "few": "flat", "many": direction}], ["dtd", {"first": bounded}]):
         yield _every_layer(100, 120, 20, 40, 10), rules
         yield _every_layer(96, 112, 32, 48, 16), rules
+    for rule in ("zB", "w2", "flat"):
+        yield g.Graph((g.Dense("scores", (g.INPUT,), np.ones((3, 7))),), (7, 1, 1), (-1.0, 1.0)), {"scores": rule}
 
 
 def _every_layer(first, many, few, middle, groups):

@@ -464,7 +464,8 @@ class Explainer:
             pictures: Array = library.array(given, np.float32, order="C")  # `at` reads it later, when the caller's may be another
         if not pictures.size:
             return pictures
-        least, most = pictures.min((0, 2, 3)), pictures.max((0, 2, 3))  # NaN where one number is
+        planes = pictures.reshape(-1, shape[1] * shape[2])  # rows of which each is read by one part of a GPU
+        least, most = planes.min(1).reshape(-1, shape[0]).min(0), planes.max(1).reshape(-1, shape[0]).max(0)  # NaN where one number is
         if not (library.isfinite(least).all() and library.isfinite(most).all()):
             worst = int(library.argmin(library.isfinite(pictures).all((1, 2, 3))))
             raise InputError(f"picture {worst} holds NaN or infinity (as float32); required: finite numbers")

@@ -287,7 +287,20 @@ def test_a_score_that_is_not_positive_has_nothing_to_decompose():
     assert (e.relevance == 0).all()
 
 
+def test_inner_layers_are_those_of_the_pictures_as_they_were_given():
+    graph = g.Graph((g.Flatten("flat", (g.INPUT,)), g.Dense("scores", ("flat",), np.ones((1, 2)))), (2, 1, 1))
+    batch = np.array([[[[1]], [[2]]]], np.float32)
+    e = explain(explainer(graph), batch)
+    batch[:] = 7
+    assert e.at("flat").sum() == e.explained.sum() == 3
+
+
+SECOND_IS_NAN = np.zeros((3, 2, 6, 5), np.float32)
+SECOND_IS_NAN[1, 1, 3, 2] = np.nan
+
+
 @pytest.mark.parametrize(("batch", "message"), [
+    (SECOND_IS_NAN, "picture 1 holds NaN"),
     (np.zeros((1, 2, 5, 6)), "has shape"), (np.zeros((6, 5)), "has shape"), (np.zeros(()), "has shape"),
     (np.full((2, 2, 6, 5), np.nan), "picture 0 holds NaN"), (np.full((1, 2, 6, 5), 1e300), "picture 0 holds NaN or infinity"),
     (np.array(["a"]), "has type"), ([[1, 2], [3]], "no array of one shape"), (np.zeros((1, 2, 6, 5), complex), "has type"),
