@@ -210,33 +210,17 @@ def fastest_of_torch(function, rounds=10):
 def tensor_core_kernel():
     """A kernel whose warps do nothing but 4 * count mma.sync in TF32, all operands in registers; its sums keep the compiler from leaving
     them out."""
-    from llvmlite import ir
-    from numba import cuda, float32
-    from numba.cuda import cgutils
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.types import UniTuple
-
-    @intrinsic
-    def mma(typing_context, w, b, c0, c1, c2, c3):
-        def codegen(context, builder, signature, arguments):
-            f32, i32 = ir.FloatType(), ir.IntType(32)
-            w, b = (builder.bitcast(factor, i32) for factor in arguments[:2])
-            product = builder.asm(
-                ir.FunctionType(ir.LiteralStructType([f32] * 4), [i32] * 6 + [f32] * 4),
-                "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};",
-                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [w] * 4 + [b] * 2 + list(arguments[2:]), side_effect=False)
-            return cgutils.pack_array(builder, [builder.extract_value(product, i) for i in range(4)])
-
-        return UniTuple(float32, 4)(*[float32] * 6), codegen
+    from fastdtd.kernels.cuda.vector_code import mma
+    from numba import cuda
 
     def repeat(out, w, b, count):
         zero = np.float32(0)
         p = q = r = s = (zero, zero, zero, zero)
         for _ in range(count):
-            p = mma(w, b, p[0], p[1], p[2], p[3])
-            q = mma(w, b, q[0], q[1], q[2], q[3])
-            r = mma(w, b, r[0], r[1], r[2], r[3])
-            s = mma(w, b, s[0], s[1], s[2], s[3])
+            p = mma(w, w, w, w, b, b, p[0], p[1], p[2], p[3])
+            q = mma(w, w, w, w, b, b, q[0], q[1], q[2], q[3])
+            r = mma(w, w, w, w, b, b, r[0], r[1], r[2], r[3])
+            s = mma(w, w, w, w, b, b, s[0], s[1], s[2], s[3])
         out[cuda.grid(1)] = p[0] + q[1] + r[2] + s[3]
 
     return repeat
