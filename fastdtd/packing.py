@@ -305,10 +305,11 @@ def _pack_implicit(layer: g.Conv2d, graph: Graph, term: Term, kernels: ModuleTyp
     outputs, channels, *kernel = layer.weight.shape
     i, j = (index.ravel() for index in np.indices(kernel))
     matrices = _signed(layer.weight, term).reshape(layer.groups, outputs // layer.groups, channels, -1)
-    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], channels * len(i), precision), np.float32)
+    panel_rows = kernels.conv2d_panel_rows(matrices.shape[1], channels * len(i), precision)
+    packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], channels * len(i), panel_rows), np.float32)
     kernels.conv2d_pack(packed, matrices, precision)
     taps = kernels.conv2d_taps(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1], channels,
-                               *graph.shapes[layer.inputs[0]][1:], packed.shape[3])
+                               *graph.shapes[layer.inputs[0]][1:], panel_rows)
     constant, pattern, least = (kernels.constant(array) for array in _constant(layer, term, graph, False, kernels))
     return ImplicitForward(term.features, kernels.constant(packed), kernels.constant(taps), constant, pattern, least, precision)
 
@@ -319,12 +320,12 @@ def _pack_implicit_back(layer: g.Conv2d, graph: Graph, term: Term, kernels: Modu
     _, rows, columns = graph.shapes[layer.name]
     from_group, per_group = len(layer.weight) // layer.groups, layer.weight.shape[1]
     v = _of_back(layer, term)
-    panel_rows = kernels.conv2d_packed_shape(layer.groups, per_group, 1, precision)[3]
+    panel_rows = kernels.conv2d_panel_rows(per_group, from_group * v.shape[3], precision)
     weights, taps, phases = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)], []
     for grid, own in zip(*_phases(layer, graph.shapes[layer.inputs[0]]), strict=True):
         downs, rights = (np.array([_offset(grid[axis], tap[axis], axis, layer) for tap in own], np.int64) for axis in (0, 1))
         matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].swapaxes(1, 2)
-        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], from_group * len(own), precision), np.float32)
+        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], from_group * len(own), panel_rows), np.float32)
         kernels.conv2d_pack(packed, matrices, precision)
         phases.append((*grid, packed.shape[2], sum(part.size for part in weights), sum(part.size for part in taps)))
         weights.append(packed.ravel())

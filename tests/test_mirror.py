@@ -18,7 +18,7 @@ OF_GPUS = {"taps", "precision", "panel_rows", "kernel_down", "kernel_right", "st
 FILES_OF_PROCESSORS = {"planes", "rows", "winograd"}
 NAMES_OF_PROCESSORS = {"CONV2D_COLUMNS", "conv2d_block_shape", "conv2d_pack_split", "conv2d_redistribute_results_elements",
                        "conv2d_results_elements", "conv2d_split_bounds", "conv2d_split_shape", "steps_compiled"}
-NAMES_OF_GPUS = {"conv2d_taps"}
+NAMES_OF_GPUS = {"conv2d_panel_rows", "conv2d_taps"}
 
 
 def kernels_of(device):

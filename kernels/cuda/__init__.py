@@ -4,6 +4,7 @@ from fastdtd.kernels.cuda.conv2d import (
     conv2d_forward,
     conv2d_pack,
     conv2d_packed_shape,
+    conv2d_panel_rows,
     conv2d_redistribute,
     conv2d_taps,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "conv2d_forward",
     "conv2d_pack",
     "conv2d_packed_shape",
+    "conv2d_panel_rows",
     "conv2d_redistribute",
     "conv2d_taps",
     "copy_forward",

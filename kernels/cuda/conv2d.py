@@ -17,7 +17,8 @@ reached by the same taps of the kernel, so each phase is a plain convolution of 
 The tile of the next depths is fetched while this one is multiplied. Forward on tensor cores it is copied asynchronously, two tiles ahead.
 On the way back, where ratio and c are multiplied on the way in, it passes through registers, as it does in float32.
 
-Layers with few rows in a group (depthwise) would leave most of a tile empty: there each thread sums one result by itself.
+Layers with few rows in a group and little to sum over (depthwise) would leave most of a tile empty: there each thread sums one result by
+itself.
 
 Shapes as in kernels/cpu/conv2d.py.
 """
@@ -69,7 +70,7 @@ from fastdtd.kernels.cuda.vector_code import (
 from numba import cuda, float32
 
 _ONE = np.float32(1)
-_FEW_ROWS = 4  # of a group, at most: then each thread works for itself
+_FEW_ROWS, _FEW_DEPTHS = 4, 64  # of a group, at most: then each thread works for itself
 _CHUNK = 16  # rows of a tile that are finished together; 1 << 4
 _SHOWN_STRIDE = PLACES + 8
 _STAGES = 3  # tiles in shared memory, where they are copied asynchronously: with the largest, all that a block has without asking for more
@@ -79,12 +80,14 @@ _FAR = 1 << 15  # no tap reaches so far up or left
 # ---- Sizes and tables, for the plan ------------------------------------------------------------------------------------------------------
 
 
-def conv2d_packed_shape(groups, rows, depth, precision):
-    """Shape of packed weights for a matrix of (rows, depth) in each group: (groups, panels, depth, rows of a tile)."""
-    if rows <= _FEW_ROWS:
-        return groups, rows, depth, 1
-    panel_rows = tile_rows(rows, precision)
-    return groups, -(-rows // panel_rows), -(-depth // DEPTH) * DEPTH, panel_rows
+def conv2d_panel_rows(rows, depth, precision):
+    """Rows of a tile for matrices of (rows, depth) in each group; 1: each thread works for itself."""
+    return 1 if rows <= _FEW_ROWS and depth <= _FEW_DEPTHS else tile_rows(rows, precision)
+
+
+def conv2d_packed_shape(groups, rows, depth, panel_rows):
+    """Shape of packed weights for such matrices: (groups, panels, depth, rows of a tile)."""
+    return groups, -(-rows // panel_rows), depth if panel_rows == 1 else -(-depth // DEPTH) * DEPTH, panel_rows
 
 
 def conv2d_pack(packed, matrices, precision):
