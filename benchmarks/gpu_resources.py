@@ -44,6 +44,15 @@ WEIGHTS = ("POSITIVE", "NEGATIVE", "AS_IS", "SQUARED", "FLAT")
 # ---- Which kernels -----------------------------------------------------------------------------------------------------------------------
 
 
+def as_if_on_a_device():
+    """Kernels for GPUs that take NumPy's arrays."""
+    device = fastdtd.kernels.load("cuda")
+    memory, steps = sys.modules["fastdtd.kernels.cuda.memory"], sys.modules["fastdtd.kernels.cuda.steps"]
+    for module in (memory, steps):
+        module.cupy, module.arrays, module.as_device_array = None, np, lambda array: array
+    return device
+
+
 def recorded_launches():
     """{kernel: types of its arguments}, and threads of its blocks, of all that a set of networks and rules launches."""
     launched = {}
@@ -56,11 +65,7 @@ def recorded_launches():
             launched.setdefault(self.kernel, (tuple(_type_of(argument) for argument in arguments), self.threads))
 
     dispatcher.CUDADispatcher.__getitem__ = lambda kernel, shape: Recorder(kernel, shape[1])
-    device = fastdtd.kernels.load("cuda")
-    memory, steps = sys.modules["fastdtd.kernels.cuda.memory"], sys.modules["fastdtd.kernels.cuda.steps"]
-    for module in (memory, steps):
-        module.cupy, module.as_device_array = None, lambda array: array
-    memory.arrays = np
+    device = as_if_on_a_device()
     for precision, (graph, rules) in itertools.product(range(3), _cases()):
         assigned = assign(graph, rules)
         packed = pack(graph, assigned, device, precision)
@@ -84,19 +89,24 @@ def _cases():
     """Networks whose speed matters, and one of every other layer under every kind of rule."""
     for network in (vgg16, resnet18, mobilenet, googlenet, alexnet):
         yield network(), "dtd"
-    bounded = search_direction(lambda a, w, low, high: a - low if w > 0 else a - high)
-    direction = search_direction(lambda a, w: a if w > 0 else 0.0)
-    for rules in ("dtd", "gradient", "zennit.epsilon_plus", "zennit.epsilon_alpha2_beta1", "zennit.epsilon_gamma_box", "captum.lrp",
-                  ["dtd", {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
-                   {"pool": "proportional", "norm": "taylor"}],
-                  ["dtd", {"first": "w2", "few": "flat", "many": direction}], ["dtd", {"first": bounded}]):
-        yield _every_layer(100, 120, 20, 40, 10), rules
-        yield _every_layer(96, 112, 32, 48, 16), rules
+    for rules in rules_of_every_kind():
+        yield every_layer(100, 120, 20, 40, 10), rules
+        yield every_layer(96, 112, 32, 48, 16), rules
     for rule in ("zB", "w2", "flat"):
         yield g.Graph((g.Dense("scores", (g.INPUT,), np.ones((3, 7))),), (7, 1, 1), (-1.0, 1.0)), {"scores": rule}
 
 
-def _every_layer(first, many, few, middle, groups):
+def rules_of_every_kind():
+    """For every_layer."""
+    bounded = search_direction(lambda a, w, low, high: a - low if w > 0 else a - high)
+    direction = search_direction(lambda a, w: a if w > 0 else 0.0)
+    return ["dtd", "gradient", "zennit.epsilon_plus", "zennit.epsilon_alpha2_beta1", "zennit.epsilon_gamma_box", "captum.lrp",
+            ["dtd", {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
+             {"pool": "proportional", "norm": "taylor"}],
+            ["dtd", {"first": "w2", "few": "flat", "many": direction}], ["dtd", {"first": bounded}]]
+
+
+def every_layer(first, many, few, middle, groups):
     """Of so many outputs each."""
     random = np.random.default_rng(0)
 

@@ -1,4 +1,5 @@
-"""Machine code of the kernels for GPUs, of which none is needed: benchmarks/gpu_resources.py compiles them for sm_80 and sm_90."""
+"""Compiled code of the kernels for GPUs, of which none is needed: what it takes (benchmarks/gpu_resources.py), and what it computes
+(tests/ptx.py)."""
 
 import importlib.util
 import json
@@ -11,14 +12,14 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("numba_cuda", "cupy"))), reason="needs the extra cuda")
 ROOT = Path(__file__).parents[1]
+WITHOUT_SIMULATOR = os.environ | {"NUMBA_ENABLE_CUDASIM": "0"}
 TILES = ("conv2d_forward", "conv2d_redistribute")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
     run = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_resources.py", "--json"], capture_output=True, text=True, check=False,
-                         env=environment)
+                         env=WITHOUT_SIMULATOR)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -69,3 +70,10 @@ def test_as_many_blocks_at_a_time_as_planned(rows):
 
 def test_shared_memory_needs_no_asking_for(rows):
     assert all(row["shared"] <= 48 * 1024 for row in rows)
+
+
+def test_compiled_code_agrees_with_the_oracle_and_the_processor():
+    """All of it, by an interpreter of PTX: what intrinsics and inline assembly really do."""
+    run = subprocess.run([sys.executable, ROOT / "tests" / "ptx.py"], capture_output=True, text=True, check=False, env=WITHOUT_SIMULATOR)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.splitlines()[-1].startswith("every layer")
