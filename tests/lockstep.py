@@ -37,7 +37,7 @@ def _run_block(manager, block, *arguments):
             thread.switch()
         left = [thread for thread in running if not thread.dead]
         assert len(left) in (0, len(running)), f"{len(running) - len(left)} of {len(running)} threads left before a barrier"
-        running = left
+        running = left[::-1]  # who was last is first: what no barrier orders comes in both orders
     assert not any(copies for groups in vector_code.begun.values() for copies in groups), "copies that nobody waited for"
 
 
