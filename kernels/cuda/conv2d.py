@@ -27,7 +27,7 @@ from functools import cache
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, FP32, NONNEGATIVE, ONES, SIGNED
-from fastdtd.kernels.cuda.elementwise import finish, give
+from fastdtd.kernels.cuda.elementwise import finish, give, ratio_of_least
 from fastdtd.kernels.cuda.jit import THREADS, kernel, launch, part
 from fastdtd.kernels.cuda.microkernel import (
     DEPTH,
@@ -53,7 +53,6 @@ from fastdtd.kernels.cuda.vector_code import (
     await_copies,
     copy_four_later,
     copy_later,
-    divide,
     end_copies,
     high_half,
     is_below,
@@ -69,7 +68,6 @@ from fastdtd.kernels.cuda.vector_code import (
 )
 from numba import cuda, float32
 
-_ONE = np.float32(1)
 _FEW_ROWS, _FEW_DEPTHS = 4, 64  # of a group, at most: then each thread works for itself
 _CHUNK = 16  # rows of a tile that are finished together; 1 << 4
 _SHOWN_STRIDE = PLACES + 8
@@ -130,13 +128,6 @@ def _is_inside(tap, from_y, from_x, height, width):
 
 
 @part
-def _ratio(value, z, least, relevance):
-    """elementwise.ratio_of_least, with the faster division."""
-    share = _ONE if relevance else abs(value)
-    return divide(share, z) if z > least else -share
-
-
-@part
 def _finish_output(x, ratio, dead, n, k, place, at_x, at_ratio, y, z, bias, constant, patterns, pattern, least, columns, features, least_x,
                    most_x, relevance):
     """One number of x and of ratio, from its sums y (without bias) and z."""
@@ -146,7 +137,7 @@ def _finish_output(x, ratio, dead, n, k, place, at_x, at_ratio, y, z, bias, cons
         if features == BOX:
             z += y
     value = finish(y + load(bias, k, 0), least_x, most_x)
-    share = _ratio(value, z, load(least, k, 0), relevance)
+    share = ratio_of_least(value, z, relevance, load(least, k, 0))
     store(x, at_x, 0, value)
     store(ratio, at_ratio, 0, share)
     if share < ZERO:

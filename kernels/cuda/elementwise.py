@@ -9,7 +9,7 @@ import math
 import numpy as np
 from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
-from fastdtd.kernels.cuda.vector_code import load, split, store
+from fastdtd.kernels.cuda.vector_code import divide, load, split, store
 from numba import cuda, float32, float64
 
 _ZERO = np.float32(0)
@@ -43,7 +43,7 @@ def ratio_of(x, z, relevance):
 def ratio_of_least(x, z, relevance, least):
     """As ratio_of, where a z up to `least` counts as zero."""
     share = _ONE if relevance else abs(x)
-    return share / z if z > least else -share
+    return divide(share, z) if z > least else -share
 
 
 @part
