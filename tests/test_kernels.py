@@ -38,6 +38,8 @@ from fastdtd.plan import Plan
 from fastdtd.rules import assign
 
 COFFEE = MODELS / "coffee.png"
+
+
 @pytest.mark.parametrize(("rule", "hidden"), RULES)
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolution(case, rule, hidden):
