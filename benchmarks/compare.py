@@ -259,7 +259,7 @@ def peak_memory(who, name, batch, threads):
         import torch
         from torch_nets import ZennitExplainer
         torch.set_num_threads(threads)
-        explainer_rules = {key: rule.name for key, rule in fastdtd.rules.assign(graph, "dtd").items()}
+        explainer_rules = {key: rule.name for key, rule in fastdtd.rules.assign(graph, "dtd").rules.items()}
         ZennitExplainer(graph, explainer_rules, torch.float32)(torch.tensor(pictures(graph, batch)), [0] * batch)
     return {"peak MiB": peak_mebibytes(), "of which weights and interpreter MiB": before}
 

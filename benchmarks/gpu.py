@@ -62,8 +62,10 @@ import fastdtd  # noqa: E402  # as above
 from fastdtd import devices  # noqa: E402  # as above
 from fastdtd import graph as g  # noqa: E402  # as above
 from fastdtd.errors import DeviceError  # noqa: E402  # as above
+from fastdtd.lowering import lower  # noqa: E402  # as above
 from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
-from fastdtd.plan import NoRoomError  # noqa: E402  # as above
+from fastdtd.plan import OutOfMemoryError  # noqa: E402  # as above
+from fastdtd.rules import assign  # noqa: E402  # as above
 
 DEVICE = "cuda:0"
 NETS = ["SqueezeNet 1.1", "ResNet-18", "VGG-16", "AlexNet", "GoogLeNet"]
@@ -311,7 +313,7 @@ def zennit_of(graph, images, targets):
     """zennit's explanation by the same rules, as a function of no arguments."""
     import torch
     from torch_nets import ZennitExplainer
-    rules = {name: rule.name for name, rule in fastdtd.rules.assign(graph, "dtd").items()}
+    rules = {name: rule.name for name, rule in fastdtd.rules.assign(graph, "dtd").rules.items()}
     with torch.device("cuda"):
         explainer, tensor, chosen = ZennitExplainer(graph, rules, torch.float32), torch.tensor(images), torch.tensor(targets)
 
@@ -426,14 +428,11 @@ class DeviceSteps(Steps):
     """A plan on the device, step by step. Use it within `kernels.on_device`, for graphs are not captured in the default stream."""
 
     def __init__(self, graph, batch, precision):
-        explainer = explainer_of(graph, precision)
-        self.kernels, self.graph, self.plan = explainer._kernels, graph, explainer._plans.make(batch, 1)
-        self.layers, self.calls = {layer.name: layer for layer in graph}, self.plan._bound[0]
-        self._images, self._position = self.kernels.constant(pictures(graph, batch)), 0
-        self._wanted = np.zeros(1, np.int64)
-
-    def kernel(self, step):
-        return self.plan._steps[step][0].__name__
+        found = devices.find("cuda:0", precision)
+        self.kernels, self.graph = found.kernels, graph
+        with self.kernels.on_device(0):
+            schedule = lower(graph, assign(graph), self.kernels, found.precision_code).schedule(batch)
+            self._bind(schedule, self.kernels.constant(pictures(graph, batch)))
 
     def floor(self, step, ceiling, copy_rate):
         """Seconds that the step takes at least: tensor cores have y and z as a product each, and memory is no faster than copying."""
@@ -474,7 +473,7 @@ def kernels(options):
             continue
         try:
             steps = DeviceSteps(NETWORKS[name](), KERNELS_BATCH, options.precisions[-1])
-        except NoRoomError as error:
+        except OutOfMemoryError as error:
             say(f"kernels of {name}: {error}")
             continue
         with steps.kernels.on_device(0):

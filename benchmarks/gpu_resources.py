@@ -28,7 +28,7 @@ from numba import cuda, types
 from numba.cuda import dispatcher
 
 from fastdtd import graph as g
-from fastdtd.packing import pack
+from fastdtd.lowering import lower
 from fastdtd.plan import Plan
 from fastdtd.rules import assign, search_direction
 
@@ -67,12 +67,11 @@ def recorded_launches():
     dispatcher.CUDADispatcher.__getitem__ = lambda kernel, shape: Recorder(kernel, shape[1])
     device = as_if_on_a_device()
     for precision, (graph, rules) in itertools.product(range(3), _cases()):
-        assigned = assign(graph, rules)
-        packed = pack(graph, assigned, device, precision)
+        network = lower(graph, assign(graph, rules), device, precision)
         for observed in ([], [g.INPUT]):
-            plan = Plan(graph, assigned, device, packed, 1, observed=observed)
+            plan = Plan(network.schedule(1, observed=observed), device)
             plan.forward()
-            plan.back()
+            plan.backward()
     return launched
 
 

@@ -8,10 +8,10 @@ from networks import NETWORKS, pictures
 from numba import njit
 
 from fastdtd import graph as g
-from fastdtd.compiling import load_kernels
-from fastdtd.packing import pack
+from fastdtd.lowering import lower
 from fastdtd.plan import Plan
 from fastdtd.rules import assign
+from fastdtd.warmup import load_kernels
 
 
 class Steps:
@@ -20,13 +20,13 @@ class Steps:
     def __init__(self, name, batch):
         self.kernels = load_kernels("cpu")
         self.graph = NETWORKS[name]()
-        rules = assign(self.graph)
-        self.plan = Plan(self.graph, rules, self.kernels, pack(self.graph, rules, self.kernels), batch)
-        self.layers = {layer.name: layer for layer in self.graph}
-        self.calls = self.plan._bound[0]
-        self._images, self._position = pictures(self.graph, batch), 0
-        self._wanted = np.zeros(1, np.int64)
+        self._bind(lower(self.graph, assign(self.graph), self.kernels).schedule(batch), pictures(self.graph, batch))
         self._check()
+
+    def _bind(self, schedule, images):
+        self.plan, self.steps = Plan(schedule, self.kernels), schedule.steps
+        self.layers = {layer.name: layer for layer in self.graph}
+        self._images, self._position = images, 0
 
     def _check(self):
         """One explanation of class 0; an error where relevance is not conserved or negative."""
@@ -42,7 +42,7 @@ class Steps:
         for i in range(self._position, step + 1):
             if i == 0:
                 self.plan.input[:] = self._images
-            if i == self.plan._middle:
+            if i == self.plan.schedule.forward_steps:
                 self._scores = self.plan.output[:, 0].copy()
                 self.plan.start[:] = 0
                 self.plan.start[:, 0] = self._scores > 0
@@ -50,22 +50,22 @@ class Steps:
                 self.run(i)
 
     def __len__(self):
-        return len(self.calls)
+        return len(self.steps)
 
     def kernel(self, step):
-        return self.plan._steps[step][0].py_func.__name__
+        return self.steps[step].name
 
     def layer(self, step):
-        return self.layers[self.plan.step_layers[step]]
+        return self.layers[self.steps[step].layer]
 
     def shapes(self, step):
         """All that the time of a step depends on: kernel, shapes, integers."""
-        arguments = [argument.shape if isinstance(argument, np.ndarray) else argument for argument in self.calls[step].arguments]
+        arguments = [argument.shape if isinstance(argument, np.ndarray) else argument for argument in self.plan.arguments(step)]
         return self.kernel(step), *arguments
 
     def run(self, step):
-        self._wanted[0], self._position = step, step + 1
-        self.kernels.run_steps(self.plan._tables[0], self._wanted, np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
+        self._position = step + 1
+        self.plan.run((step,))
 
     def operations(self, step):
         """Of the definition of a convolution or dense layer: two products forward (y and z), one back; 0 for others."""
@@ -75,12 +75,12 @@ class Steps:
         return 2 * self.multiply_adds(layer) * (2 if kernel.endswith("forward") else 1)
 
     def multiply_adds(self, layer):
-        return self.plan.batch * layer.weight[0].size * math.prod(self.graph.shapes[layer.name])
+        return self.plan.schedule.batch * layer.weight[0].size * math.prod(self.graph.shapes[layer.name])
 
     def least_bytes(self, step):
         """Each operand read or written once: forward input, output, ratio and weights; back c, ratio, what is given back and weights."""
         layer = self.layer(step)
-        numbers = self.plan.batch * (2 * math.prod(self.graph.shapes[layer.name])
+        numbers = self.plan.schedule.batch * (2 * math.prod(self.graph.shapes[layer.name])
                                      + sum(math.prod(self.graph.shapes[name]) for name in set(layer.inputs)))
         return 4 * (numbers + (layer.weight.size if isinstance(layer, (g.Conv2d, g.Dense)) else 0))
 

@@ -7,16 +7,18 @@
 """
 
 from fastdtd.errors import ConversionError, DeviceError, FastDTDError, InputError, ModelError, OutputError, PictureError, RuleError
-from fastdtd.explainer import Explainer, Explanation, ExplanationWarning
+from fastdtd.explainer import Explainer
+from fastdtd.explanation import Explanation
 from fastdtd.graph import Graph
 from fastdtd.importers import convert, from_torch
+from fastdtd.inputs import ExplanationWarning
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import load, save
-from fastdtd.rules import search_direction
+from fastdtd.rules import Rule, search_direction
 
 __version__ = "0.1.0"
 __all__ = [
     "ConversionError", "DeviceError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model",
-    "ModelError", "OutputError", "PictureError", "Preprocessing", "RuleError", "convert", "from_torch", "load", "save",
+    "ModelError", "OutputError", "PictureError", "Preprocessing", "Rule", "RuleError", "convert", "from_torch", "load", "save",
     "search_direction",
 ]

@@ -330,7 +330,7 @@ def _show(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     graph, p = model.graph, model.preprocessing
-    rules = assign(graph, _rules(options))
+    rules = assign(graph, _rules(options)).rules
 
     def size(name: str) -> str:
         return "x".join(map(str, graph.shapes[name][:1 if graph.shapes[name][1:] == (1, 1) else 3]))
@@ -358,9 +358,12 @@ def _show(options: argparse.Namespace) -> int:
 def _list_rules(_: argparse.Namespace) -> int:
     from fastdtd import rules
 
-    tables = {"Presets (--rules):": rules.PRESETS, "Rules of convolutions, dense layers, average pools and additions (--rule):":
-              rules.LINEAR_RULES, "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
-              "What a rule's bias can be:": rules.BIASES}
+    tables = {
+        "Presets (--rules):": {name: preset.text for name, preset in rules.PRESETS.items()},
+        "Rules of convolutions, dense layers, average pools and additions (--rule); they redistribute relevance": rules.LINEAR_RULES,
+        "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
+        "What a rule's bias can be:": rules.BIASES,
+    }
     width = max(len(name) for table in tables.values() for name in table)
     for title, table in tables.items():
         print(title)
@@ -374,7 +377,7 @@ def _list_rules(_: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from fastdtd.compiling import warm_up
+    from fastdtd.warmup import warm_up
 
     print(f"all kernels are compiled and kept in {warm_up()}")
     return 0

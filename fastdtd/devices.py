@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 from types import ModuleType
 
-from fastdtd.compiling import load_kernels
 from fastdtd.errors import DeviceError, InputError
 from fastdtd.kernels import codes
+from fastdtd.warmup import load_kernels
 
 PRECISIONS = {"fp32": codes.FP32, "tf32": codes.TF32, "3xtf32": codes.TF32X3}
 _OLDEST_TENSOR_CORES = (8, 0)  # that take TF32, and copy asynchronously
@@ -26,6 +26,11 @@ class Devices:
     kernels: ModuleType
     numbers: tuple[int, ...]
     precision: str
+
+    @property
+    def precision_code(self) -> int:
+        """As kernels know it."""
+        return int(PRECISIONS.get(self.precision, codes.FP32))
 
 
 def find(device: str, precision: str | None) -> Devices:

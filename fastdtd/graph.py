@@ -31,7 +31,7 @@ Shape = tuple[int, int, int]
 Array = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layer:
     """What every layer has: a unique name and the names of the tensors it reads.
 
@@ -63,6 +63,17 @@ class Layer:
             wanted = f"{least}" if least == most else f"{least} or more"
             self._refuse(f"has {len(self.inputs)} inputs; {type(self).__name__} takes {wanted}")
         self.validate()
+
+    def __repr__(self) -> str:
+        """Fields that differ from their defaults; of arrays the shape alone."""
+        told = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                told.append(f"{field.name}={_text(value.shape)}")
+            elif field.default is dataclasses.MISSING or value != field.default:
+                told.append(f"{field.name}={value!r}" if field.name != "name" else repr(value))
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def _refuse(self, what: str) -> None:
         raise ModelError(f"layer {self.name!r} {what}")
@@ -108,7 +119,7 @@ def _indices(layer: str, field: str, value: Any) -> npt.NDArray[np.int32]:
     return array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Conv2d(Layer):
     """y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k].
 
@@ -150,7 +161,7 @@ class Conv2d(Layer):
         return outputs, sizes[0], sizes[1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Layer):
     """y = weight x + bias on a flat tensor. weight: (K, F); bias: (K,) or None."""
 
@@ -176,12 +187,12 @@ def _check_bias(layer: Conv2d | Dense, outputs: int) -> None:
         raise ModelError(f"layer {layer.name!r} has bias of shape {layer.bias.shape}; required: ({outputs},)")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReLU(Layer):
     """x = max(y, 0)."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Clip(Layer):
     """x = min(max(y, low), high), with low <= 0 < high; ReLU6 is 0 and 6. Either bound may be infinite."""
 
@@ -193,7 +204,7 @@ class Clip(Layer):
             self._refuse(f"clips to {self.low:g}..{self.high:g}; required: a lower bound of 0 or less, and an upper one above 0")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LeakyReLU(Layer):
     """x = y where y > 0, else slope * y, with 0 <= slope <= 1."""
 
@@ -204,7 +215,7 @@ class LeakyReLU(Layer):
             self._refuse(f"has slope {self.slope:g}; required: 0 to 1")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Power(Layer):
     """x = |y|^exponent. A pool by the p-norm is Power(p), a convolution of ones, Power(1 / p)."""
 
@@ -215,7 +226,7 @@ class Power(Layer):
             self._refuse(f"has exponent {self.exponent:g}; required: above 0, at most {_MOST_EXPONENT}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LocalResponseNorm(Layer):
     """x[c] = y[c] / (bias + alpha / size * sum of y^2 over `size` channels around c)^beta (Krizhevsky et al. 2012).
 
@@ -237,7 +248,7 @@ class LocalResponseNorm(Layer):
                          f"and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pool2d(Layer):
     """What the pools share. kernel, stride: (height, width); padding: (top, left, bottom, right), each less than the kernel.
 
@@ -271,19 +282,19 @@ class Pool2d(Layer):
         return channels, sizes[0], sizes[1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MaxPool2d(Pool2d):
     """The largest value of each window; padding never wins."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AveragePool2d(Pool2d):
     """The mean of each window. count_include_pad: padded zeros count in the divisor (never what ceil_mode adds beyond them)."""
 
     count_include_pad: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GlobalAveragePool(Layer):
     """The mean of each channel: (C, H, W) -> (C, 1, 1)."""
 
@@ -291,7 +302,7 @@ class GlobalAveragePool(Layer):
         return shapes[0][0], 1, 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Concat(Layer):
     """Inputs one behind the other along the channels."""
 
@@ -303,7 +314,7 @@ class Concat(Layer):
         return sum(shape[0] for shape in shapes), shapes[0][1], shapes[0][2]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Add(Layer):
     """The sum of two tensors of one shape."""
 
@@ -315,7 +326,7 @@ class Add(Layer):
         return shapes[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flatten(Layer):
     """(C, H, W) -> (C H W, 1, 1), in that order."""
 
@@ -324,7 +335,7 @@ class Flatten(Layer):
         return channels * height * width, 1, 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rearrange(Layer):
     """Numbers in another order and shape: reshape, transpose, slice, pad, channel shuffle, nearest upsampling.
 
@@ -347,7 +358,7 @@ class Rearrange(Layer):
         return channels, height, width
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BatchNorm(Layer):
     """y[c] = scale[c] x[c] + shift[c]: batch normalisation at inference.
 
@@ -369,12 +380,12 @@ class BatchNorm(Layer):
         return shapes[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dropout(Layer):
     """Does nothing at inference. canonize.py drops it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Softmax(Layer):
     """Probabilities from class scores. Only as the last layer, where canonize.py drops it: what is explained is the score."""
 
@@ -408,7 +419,7 @@ class Domain:
         return "non-negative" if self.nonnegative else "real"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """A network without cycles, checked when it is made.
 
@@ -465,9 +476,15 @@ class Graph:
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
 
-    def consumers(self, name: str) -> list[Layer]:
-        """The layers that read tensor `name`, in order."""
-        return [layer for layer in self.layers if name in layer.inputs]
+    @property
+    def parameters(self) -> int:
+        """Numbers that training gave: those of weights, biases and batch norms."""
+        return sum(getattr(layer, field).size for layer in self for field in layer.arrays
+                   if field not in layer.integer_arrays and getattr(layer, field) is not None)
+
+    def __repr__(self) -> str:
+        return (f"<Graph of {len(self.layers)} layers: {_text(self.input_shape)} -> {self.shapes[self.output][0]} scores, "
+                f"{self.parameters:,} parameters>")
 
     def _infer_shapes(self) -> dict[str, Shape]:
         shapes = {INPUT: self.input_shape}
@@ -593,5 +610,5 @@ def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
     return low, high
 
 
-def _text(shape: Shape) -> str:
+def _text(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))

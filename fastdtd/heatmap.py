@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from fastdtd.graph import Array
 
 PERCENTILE = 99.5  # what the strongest colour stands for: a few bright pixels must not darken all others
-_LEAST_SIDE, MOST_SIDE = 256, 1024  # of a drawn picture: small inputs are enlarged, large photographs reduced
-_BAR, _LEAST_BAR, _MARGIN, _TEXT = 14, 80, 10, 13
+_MIN_SIDE, MAX_SIDE = 256, 1024  # of a drawn picture: small inputs are enlarged, large photographs reduced
+_BAR, _MIN_BAR, _MARGIN, _TEXT = 14, 80, 10, 13
 _BLACK = 90  # of a picture under its overlay, paler than it is so that the colours stand out
 
 _WHITE, _RED, _BLUE = (np.array(color, np.float64) for color in ((255, 255, 255), (200, 0, 0), (0, 60, 200)))
@@ -71,7 +71,7 @@ def write(path: Path, relevance: Array, picture: Image.Image | None = None) -> N
 def _drawn_size(size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) in the picture's proportions, of a size that people can look at."""
     longest = max(size)
-    factor = max(1, -(-_LEAST_SIDE // longest)) if longest <= MOST_SIDE else MOST_SIDE / longest
+    factor = max(1, -(-_MIN_SIDE // longest)) if longest <= MAX_SIDE else MAX_SIDE / longest
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
@@ -88,7 +88,7 @@ def _with_bar(image: Image.Image, scale: float, signed: bool) -> Image.Image:
     font = ImageFont.load_default(_TEXT)
     ends = [f"{scale:.2g}", "0", f"{-scale:.2g}"] if signed else [f"{scale:.2g}", "0"]
     text_width = int(max(font.getlength(end) for end in ends)) + 8
-    height = max(image.height, _LEAST_BAR)
+    height = max(image.height, _MIN_BAR)
     canvas = Image.new("RGB", (image.width + _MARGIN + _BAR + 5 + text_width, height), "white")
     canvas.paste(image, (0, (height - image.height) // 2))
     top, bottom, left = _TEXT // 2 + 1, height - 2 - _TEXT // 2, image.width + _MARGIN

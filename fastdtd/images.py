@@ -122,3 +122,12 @@ def visible_part(image: Image.Image, size: tuple[int, int], resize: str) -> tupl
     scale = min(width / size[1], height / size[0])
     left, top = (width - scale * size[1]) / 2, (height - scale * size[0]) / 2
     return left, top, width - left, height - top
+
+
+def seen_by_network(image: Image.Image, size: tuple[int, int], resize: str, max_side: int) -> Image.Image:
+    """What the network sees of a picture, in the picture's own proportions, with no side longer than `max_side`."""
+    box = visible_part(image, size, resize)
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = min(1, max_side / max(width, height))
+    shown = max(1, round(width * scale)), max(1, round(height * scale))
+    return image.resize(shown, Image.Resampling.BILINEAR, box, reducing_gap=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import html
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,9 @@ from fastdtd.graph import Array, Graph
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
 RESIZES = ("stretch", "crop")
+_MAX_NAMES = 2  # of classes, and lines of provenance, in a printed model
+_MAX_TEXT = 80  # of a line of provenance
+_MAX_NEAR = 5  # names that an unknown class is answered with
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +45,7 @@ class Preprocessing:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A network, its preprocessing and its class names. `fastdtd.load` and `fastdtd.convert` make one.
 
@@ -58,6 +63,15 @@ class Model:
     ------
     ModelError
         Where preprocessing or class names do not fit the network.
+
+    Examples
+    --------
+    >>> import fastdtd
+    >>> print(fastdtd.load("squeezenet1_1"))
+    Model: 65 layers, 1,235,496 parameters
+      input    3x227x227, bgr, stretch; box -123 to 151
+      outputs  1000: n01440764 tench, Tinca tinca; n01443537 goldfish, Carassius auratus; ...
+      source   https://github.com/forresti/SqueezeNet
     """
 
     graph: Graph
@@ -72,6 +86,30 @@ class Model:
         outputs = self.graph.shapes[self.graph.output][0]
         if self.classes and len(self.classes) != outputs:
             raise ModelError(f"the model names {len(self.classes)} classes but has {outputs} outputs; required: one name each, or none")
+
+    def _facts(self) -> dict[str, str]:
+        """What it is, in a few lines."""
+        graph, p = self.graph, self.preprocessing
+        box = "none" if graph.box is None else f"{graph.box[0].min():g} to {graph.box[1].max():g}"
+        how = f"{p.color}, {p.resize}" if p.color else "no picture"
+        outputs = graph.shapes[graph.output][0]
+        names = "; ".join(self.classes[:_MAX_NAMES]) + ("; ..." if len(self.classes) > _MAX_NAMES else "")
+        facts = {"input": f"{'x'.join(map(str, graph.input_shape))}, {how}; box {box}",
+                 "outputs": f"{outputs}: {names}" if names else f"{outputs}, unnamed"}
+        return {**facts, **{key: _one_line(value) for key, value in list(self.provenance.items())[:_MAX_NAMES]}}
+
+    def _title(self) -> str:
+        return f"{len(self.graph.layers)} layers, {self.graph.parameters:,} parameters"
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        width = max(map(len, facts))
+        return "\n".join([f"Model: {self._title()}", *(f"  {key:<{width}}  {value}" for key, value in facts.items())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th style='text-align:left'>{html.escape(key)}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+                       for key, value in self._facts().items())
+        return f"<table><tr><th colspan=2>Model: {self._title()}</th></tr>{rows}</table>"
 
     def preprocess(self, picture: Any) -> Array:
         """The network's input from a picture.
@@ -113,8 +151,20 @@ class Model:
                 return matches[0]
             if matches:
                 raise InputError(f"class name {name!r} is ambiguous: it names outputs {', '.join(map(str, matches))}; give the number")
-        near = [c for c in self.classes if wanted and wanted in c.lower()][:5]
-        raise InputError(f"no class is named {name!r}" + (f"; near: {'; '.join(near)}" if near else ""))
+        near = self._nearest(wanted)
+        raise InputError(f"no class is named {name!r}; required: one of {len(self.classes)} names, or a number"
+                         + (f". Nearest: {'; '.join(near)}" if near else ""))
+
+    def _nearest(self, wanted: str) -> list[str]:
+        """Classes whose names hold `wanted`, or are spelled much like it."""
+        holding = [c for c in self.classes if wanted and wanted in c.lower()]
+        spelled = {form: c for c in self.classes for form in [c.lower(), *_synonyms(c.lower())]}
+        alike = [spelled[form] for form in difflib.get_close_matches(wanted, spelled, _MAX_NEAR)]
+        return list(dict.fromkeys([*holding, *alike]))[:_MAX_NEAR]
+
+
+def _one_line(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
 def _synonyms(name: str) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import tempfile
@@ -26,9 +25,11 @@ from PIL import Image
 
 from fastdtd import heatmap, images
 from fastdtd.errors import InputError, OutputError, PictureError
-from fastdtd.explainer import Explainer, ExplanationWarning, Target
+from fastdtd.explainer import Explainer
+from fastdtd.explanation import write_header
 from fastdtd.files import replace
 from fastdtd.graph import Array
+from fastdtd.inputs import ExplanationWarning, Target
 
 OUTPUTS = ("heatmap", "overlay", "relevance")
 RESULT = "explanations.h5"
@@ -221,12 +222,8 @@ def _loaded_batches(executor: ThreadPoolExecutor, explainer: Explainer, todo: li
 
 def _load(explainer: Explainer, picture: Picture, show: bool) -> _Loaded:
     image = images.open_picture(picture.path)
-    shown = None
-    if show:
-        box = images.visible_part(image, explainer.model.graph.input_shape[1:], explainer.model.preprocessing.resize)
-        width, height = box[2] - box[0], box[3] - box[1]
-        scale = min(1, heatmap.MOST_SIDE / max(width, height))
-        shown = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR, box, reducing_gap=2)
+    model = explainer.model
+    shown = images.seen_by_network(image, model.graph.input_shape[1:], model.preprocessing.resize, heatmap.MAX_SIDE) if show else None
     return _Loaded(picture, explainer.model.preprocess(image), shown)
 
 
@@ -248,16 +245,13 @@ def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Lo
 
     for future in [executor.submit(draw, one, relevance) for one, relevance in zip(loaded, e.relevance, strict=True)]:
         future.result()
-    sums = e.relevance.sum((1, 2, 3), dtype=np.float64)
-    columns = {"scores": e.output, "target": e.target, "explained": e.explained, "sum": sums, "absorbed": e.absorbed,
-               "file": np.array([one.picture.name for one in loaded], object),
-               _SOURCE: np.array([_source(one.picture) for one in loaded], object)}
-    if "relevance" in outputs:
-        columns["relevance"] = e.relevance
+    columns = {name: values for name, values in e.columns().items() if name != "relevance" or "relevance" in outputs}
+    columns["file"] = np.array([one.picture.name for one in loaded], object)
+    columns[_SOURCE] = np.array([_source(one.picture) for one in loaded], object)
     with _writing(out):
         replace(part, lambda path: path.write_bytes(_part(columns, run_id)))
     came = e.flow() if flow else {}
-    return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(sums[i]), float(e.absorbed[i]),
+    return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(columns["sum"][i]), float(e.absorbed[i]),
                  {name: float(lost[i]) for name, lost in e.ledger.items()}, {name: float(given[i]) for name, given in came.items()})
             for i, (one, t, scores) in enumerate(zip(loaded, e.target, e.output, strict=True))]
 
@@ -324,10 +318,7 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
 
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        file.attrs["format"] = "fastdtd-explanations"
-        file["rules"] = json.dumps({name: str(rule.rule) for name, rule in explainer.rules.items()})
-        if explainer.model.classes:
-            file["classes"] = np.array(explainer.model.classes, object)
+        write_header(file, explainer.context())
     with open(path, "wb") as plain:
         plain.write(content.getbuffer())
         plain.flush()

@@ -20,7 +20,7 @@ def simulator():
 @pytest.fixture(autouse=True)
 def _threads_share_small_networks_too(monkeypatch):
     """Users' threads do not, for it does not pay; but tests' networks are small, and sharing is to be tested."""
-    monkeypatch.setattr("fastdtd.explainer._SMALL_NETWORK", 0)
+    monkeypatch.setattr("fastdtd.executor._SMALL_NETWORK", 0)
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from PIL import Image
 import fastdtd
 from fastdtd import cli, runner
 from fastdtd import graph as g
-from fastdtd.compiling import warm_up
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import save
+from fastdtd.warmup import warm_up
 
 COMMAND = [sys.executable, "-c", "import sys; from fastdtd.cli import main; sys.exit(main())"]
 
@@ -147,7 +147,7 @@ def test_outputs(run, place):
     (["net.h5", "pictures", "--threads", "-2"], "threads is -2"),
     (["net.h5", "pictures", "--batch", "0"], "batch is 0"),
     (["net.h5", "pictures", "--memory", "2"], "memory is '2'; required: a number with one of the units"),
-    (["net.h5", "pictures", "--memory", "0.5KiB"], "one picture takes "),
+    (["net.h5", "pictures", "--memory", "0.5KiB"], "one image takes "),
     (["net.h5", "pictures", "--device", "gpu"], "device 'gpu' is unknown; required: 'cpu', 'cuda'"),
     (["net.h5", "pictures", "--precision", "tf32"], "precision 'tf32' is for GPUs"),
     (["net.h5", "pictures", "--device", "cuda", "--precision", "half"], "precision 'half' is unknown; required: one of fp32, tf32"),

@@ -108,13 +108,13 @@ print(compiled())
 
 
 def test_warming_up_compiles_every_kernel_once(warmed):
-    """Where this fails, a kernel is not needed by the network of compiling.py, which then needs a layer more; or one gets arrays of another
+    """Where this fails, a kernel is not needed by the network of warmup.py, which then needs a layer more; or one gets arrays of another
     type or number of axes in one place than in another, and is compiled for each."""
     verbs = ("_forward", "_redistribute")
     kernels = sorted(name for name in cpu.__all__ if name.endswith(verbs))
     assert len(kernels) > 10
     out, err = run("""
-from fastdtd.compiling import warm_up
+from fastdtd.warmup import warm_up
 from fastdtd.kernels import cpu
 warm_up()
 print(sorted(function.py_func.__name__ for function, kinds in cpu.steps_compiled()))
@@ -171,10 +171,10 @@ def test_an_installation_that_cannot_be_written(home_can_be_written, warmed, tmp
 def test_warming_up_where_nothing_can_be_kept_fails():
     process = start("""
 import sys
-from fastdtd import cli, compiling
+from fastdtd import cli, warmup
 from fastdtd.graph import Graph, ReLU
-compiling._network = lambda: Graph((ReLU("relu", ("input",)),), (1, 1, 1))
-compiling.assign = lambda graph, rules: {}
+warmup._network = lambda: Graph((ReLU("relu", ("input",)),), (1, 1, 1))
+warmup.assign = lambda graph, rules, assign=warmup.assign: assign(graph)
 sys.exit(cli.main(["warmup"]))
 """, "/dev/null/folder")
     out, err = process.communicate(timeout=100)

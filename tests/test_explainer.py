@@ -19,15 +19,26 @@ from graphs import graphs, graphs_and_rules, pictures
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from fastdtd import executor as executor_module
 from fastdtd import explainer as explainer_module
 from fastdtd import graph as g
 from fastdtd.errors import InputError, RuleError
-from fastdtd.explainer import Explainer, ExplanationWarning
+from fastdtd.explainer import Explainer
+from fastdtd.inputs import ExplanationWarning
 from fastdtd.model import Model, Preprocessing
 from fastdtd.plan import Plan
 from fastdtd.rules import search_direction
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def plans_of(made):
+    """Of the first device."""
+    return made._executor.places[0][1]
+
+
+def bound(plans, batch, workers):
+    return plans.bind(plans.schedule(batch, workers))
 
 
 def explainer(graph, rules="dtd", threads=1, memory=None):
@@ -202,7 +213,7 @@ def test_any_search_direction_agrees_with_the_oracle(direction, layer):
 @pytest.mark.parametrize(("direction", "layer", "message"), [
     (lambda a: a, "conv", "required: a function of"), ("v", "conv", "required: a function of"),
     (lambda a, w: a.sign(w), "conv", "cannot be compiled"), (lambda a, w: "far", "conv", "cannot be compiled: it returns"),
-    (z_b, "hidden", "asks for bounds of what it reads"), (w2, "relu", "no layer with a rule is named 'relu'"),
+    (z_b, "hidden", "takes bounds of the layer's input"), (w2, "relu", "no layer with a rule is named 'relu'"),
 ])
 def test_search_directions_that_are_refused(direction, layer, message):
     with pytest.raises(RuleError, match=message):
@@ -224,7 +235,7 @@ def test_starts():
     with pytest.raises(InputError, match="a target and a start"):
         made(batch, 1, [1, 0, 0])
     dead = explainer(g.Graph((g.Dense("dense", (g.INPUT,), np.eye(2)), g.ReLU("scores", ("dense",))), (2, 1, 1), (-1, 1)))
-    with pytest.raises(InputError, match="output 1 of picture 1 has the score 0"):
+    with pytest.raises(InputError, match="output 1 of image 1 has the score 0"):
         dead(np.float32([[1, 0.5], [1, -1]])[:, :, None, None], start=[1, 1])
     assert nothing_is_taken(made)
 
@@ -300,9 +311,9 @@ SECOND_IS_NAN[1, 1, 3, 2] = np.nan
 
 
 @pytest.mark.parametrize(("batch", "message"), [
-    (SECOND_IS_NAN, "picture 1 holds NaN"),
+    (SECOND_IS_NAN, "image 1 holds NaN"),
     (np.zeros((1, 2, 5, 6)), "has shape"), (np.zeros((6, 5)), "has shape"), (np.zeros(()), "has shape"),
-    (np.full((2, 2, 6, 5), np.nan), "picture 0 holds NaN"), (np.full((1, 2, 6, 5), 1e300), "picture 0 holds NaN or infinity"),
+    (np.full((2, 2, 6, 5), np.nan), "image 0 holds NaN"), (np.full((1, 2, 6, 5), 1e300), "image 0 holds NaN or infinity"),
     (np.array(["a"]), "has type"), ([[1, 2], [3]], "no array of one shape"), (np.zeros((1, 2, 6, 5), complex), "has type"),
     (None, "has type"),
 ])
@@ -320,7 +331,7 @@ def test_an_empty_batch_gives_an_empty_explanation():
 def test_values_beyond_the_box_are_clipped_and_it_says_so():
     made = explainer(small())
     batch = pictures(made.model.graph, 2)
-    with pytest.warns(ExplanationWarning, match="2 of 2 pictures have values beyond"):
+    with pytest.warns(ExplanationWarning, match="2 of 2 images have values beyond"):
         e = made(batch * 5)
     assert (e.relevance == explain(made, np.clip(batch * 5, -1, 1)).relevance).all()
     with warnings.catch_warnings():
@@ -372,11 +383,11 @@ def test_use_in_a_forked_process(count):
     made = explainer(small(), threads=2)
     batch = pictures(made.model.graph, count)
     expected = explain(made, batch).relevance
-    plan = made._plans.take(1, 2)  # as if another thread were at work
+    plan = plans_of(made).take(1, 2)  # as if another thread were at work
     child = os.fork()
     if not child:
         os._exit(0 if (explain(made, batch).relevance == expected).all() else 1)
-    made._plans.give_back(plan)
+    plans_of(made).give_back(plan)
     deadline = time.monotonic() + 30
     done, status = 0, 0
     while not done and time.monotonic() < deadline:
@@ -393,7 +404,7 @@ def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
     made = explainer(small(), threads=3)
     batch = pictures(made.model.graph, 2)
     expected = explain(made, batch).relevance
-    plan = made._plans.take(2, 3)
+    plan = plans_of(made).take(2, 3)
 
     def run_steps(steps, *others):
         if steps is plan._tables[1]:
@@ -401,7 +412,7 @@ def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
         return cpu.run_steps(steps, *others)
 
     plan._kernels = SimpleNamespace(**vars(cpu) | {"run_steps": run_steps})
-    made._plans.give_back(plan)
+    plans_of(made).give_back(plan)
     with pytest.raises(MemoryError, match="on purpose"):
         explain(made, batch)
     assert nothing_is_taken(made)
@@ -426,10 +437,10 @@ def test_threads_that_cannot_start_are_an_error_and_no_hang(monkeypatch):
 
 def test_memory_of_batch_sizes_that_are_over_is_given_back():
     made = explainer(small())
-    made._plans.kept = 3 * made._plans.nbytes(1, 1)
+    plans_of(made).max_idle = 3 * plans_of(made).nbytes(1, 1)
     for count in range(1, 20):
         explain(made, pictures(made.model.graph, count))
-    assert sum(plan.nbytes for plan in made._plans.idle) <= made._plans.kept
+    assert sum(plan.nbytes for plan in plans_of(made).idle) <= plans_of(made).max_idle
 
 
 # ---- Limited memory, many callers --------------------------------------------------------------------------------------------------------
@@ -440,9 +451,9 @@ class Watched(Plan):
 
     def forward(self, submit=None):
         with self.lock:
-            self.running.append(self.workers)
+            self.running.append(self.schedule.workers)
             self.most_workers.append(sum(self.running))
-            self.sizes.add((self.batch, self.workers))
+            self.sizes.add((self.schedule.batch, self.schedule.workers))
             self.touched.add(self)
             for _ in range(20):
                 used = sum(plan.nbytes for plan in self.touched)
@@ -452,10 +463,10 @@ class Watched(Plan):
             self.most_bytes.append(used)
         super().forward(submit)
 
-    def back(self, submit=None):
-        super().back(submit)
+    def backward(self, submit=None):
+        super().backward(submit)
         with self.lock:
-            self.running.remove(self.workers)
+            self.running.remove(self.schedule.workers)
 
 
 @pytest.fixture
@@ -463,7 +474,7 @@ def watched(monkeypatch):
     for name, value in (("touched", weakref.WeakSet()), ("running", []), ("most_bytes", [0]), ("most_workers", [0]), ("sizes", set()),
                         ("limit", None), ("lock", threading.Lock())):
         monkeypatch.setattr(Watched, name, value, raising=False)
-    monkeypatch.setattr(explainer_module, "Plan", Watched)
+    monkeypatch.setattr(executor_module, "Plan", Watched)
     return Watched
 
 
@@ -476,12 +487,12 @@ def eventually(condition):
 
 
 def nothing_is_taken(made):
-    return eventually(lambda: made._plans.used_bytes == made._plans.used_workers == 0)
+    return eventually(lambda: plans_of(made).used_bytes == plans_of(made).used_workers == 0)
 
 
 def one_image(graph, threads=1):
     """What a plan for one image takes."""
-    return Explainer(Model(graph, Preprocessing(None)), threads=threads)._plans.nbytes(1, threads)
+    return Explainer(Model(graph, Preprocessing(None)), threads=threads)._executor.places[0][1].nbytes(1, threads)
 
 
 @settings(many, max_examples=30)
@@ -519,7 +530,7 @@ def test_memory_in_which_nothing_fits():
     graph = small()
     one = one_image(graph)
     for threads in (1, 3):
-        with pytest.raises(InputError, match=r"one picture takes \d+KiB .*, and memory is limited to '0.1KB'; raise the limit") as error:
+        with pytest.raises(InputError, match=r"one image takes \d+KiB .*, and memory is limited to '0.1KB'; raise the limit") as error:
             explainer(graph, threads=threads, memory="0.1KB")
         with pytest.raises(InputError, match=f"limited to {one - 1}; raise"):
             explainer(graph, threads=threads, memory=one - 1)
@@ -579,7 +590,7 @@ def test_a_call_that_fails_gives_back_its_threads_and_memory(watched, monkeypatc
         def fail(*_):
             raise KeyboardInterrupt("on purpose")
 
-        patch.setattr(watched, "back", fail)
+        patch.setattr(watched, "backward", fail)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt, match="on purpose"):
                 explain(made, batch[:count])
@@ -592,7 +603,7 @@ def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
     graph = small()
     made = explainer(graph, threads=2, memory=2 * one_image(graph))
     batch = np.repeat(pictures(graph, 1), 100, 0)
-    monkeypatch.setattr(watched, "back", lambda *_: 1 / 0)
+    monkeypatch.setattr(watched, "backward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         explain(made, batch)
     assert len(watched.most_bytes) < 50
@@ -615,7 +626,7 @@ def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
                     future.set_exception(error)
             return futures[-1][0]
 
-    monkeypatch.setattr(made, "_threads", Late)
+    monkeypatch.setattr(made._executor, "_threads", Late)
     with pytest.raises(TypeError):
         explain(made, pictures(made.model.graph, 2))
     assert futures[1][0].cancelled()
@@ -627,12 +638,12 @@ def test_a_plan_that_cannot_be_made_takes_no_memory(monkeypatch):
     made = explainer(graph, memory=2 * one_image(graph))
     batch = pictures(graph, 2)
     expected = explain(made, batch)
-    made._plans.idle.clear()
+    plans_of(made).idle.clear()
     with monkeypatch.context() as patch:
         def refuse(*_):
             raise InputError("more than there is")
 
-        patch.setattr(made._plans, "make", refuse)
+        patch.setattr(plans_of(made), "bind", refuse)
         for _ in range(3):
             with pytest.raises(InputError, match="more than there is"):
                 explain(made, batch)
@@ -647,9 +658,9 @@ def test_who_works_side_by_side(threads, callers):
     batch = pictures(made.model.graph, threads)
     expected = explain(made, batch, 0).relevance
     for _ in range(2):
-        plan = made._plans.make(1, 1)
+        plan = bound(plans_of(made), 1, 1)
         plan.forward = lambda submit, forward=plan.forward: (both.wait(), forward(submit))  # goes on when another plan is there too
-        made._plans.idle.append(plan)
+        plans_of(made).idle.append(plan)
     with ThreadPoolExecutor(callers) as executor:
         results = list(executor.map(lambda _: made(batch, 0).relevance, range(callers)))
     assert all((relevance == expected).all() for relevance in results)
@@ -659,18 +670,18 @@ def test_who_needs_much_is_not_overtaken():
     made, order = explainer(small(), threads=2), []
 
     def call(workers):
-        plan = made._plans.take(1, workers)
+        plan = plans_of(made).take(1, workers)
         order.append(workers)
-        made._plans.give_back(plan)
+        plans_of(made).give_back(plan)
 
-    plan = made._plans.take(1, 1)
+    plan = plans_of(made).take(1, 1)
     callers = [threading.Thread(target=call, args=(workers,), daemon=True) for workers in (2, 1)]
     callers[0].start()
-    assert eventually(made._plans._turn.locked)
+    assert eventually(plans_of(made)._turn.locked)
     callers[1].start()  # there would be room for it now
     time.sleep(0.05)
     assert order == []
-    made._plans.give_back(plan)
+    plans_of(made).give_back(plan)
     for caller in callers:
         caller.join(30)
     assert order == [2, 1]
@@ -711,7 +722,7 @@ def test_a_small_network_is_left_to_one_thread(monkeypatch):
     graph = small()
     batch = pictures(graph, 1, seed=0)
     shared = explainer(graph, threads=2)
-    monkeypatch.setattr("fastdtd.explainer._SMALL_NETWORK", 1 << 25)
+    monkeypatch.setattr("fastdtd.executor._SMALL_NETWORK", 1 << 25)
     alone = explainer(graph, threads=2)
     np.testing.assert_array_equal(alone(batch).relevance, shared(batch).relevance)
-    assert (alone._executor, shared._executor is None) == (None, False)
+    assert (alone._executor._pool_of_threads, shared._executor._pool_of_threads is None) == (None, False)

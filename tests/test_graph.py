@@ -174,11 +174,6 @@ def test_a_chain_of_the_most_layers_is_sorted():
         g.Graph((*layers, g.ReLU("more", (names[-1],))), (1, 1, 1))
 
 
-def test_consumers():
-    graph = g.Graph((g.ReLU("a", (g.INPUT,)), g.Add("b", ("a", "a")), g.Add("c", ("b", "a"))), (1, 1, 1))
-    assert [layer.name for layer in graph.consumers("a")] == ["b", "c"]
-
-
 # ---- What is refused: graphs -------------------------------------------------------------------------------------------------------------
 
 

@@ -31,9 +31,9 @@ from single_layers import CONVOLUTIONS, POOLS, RULES, check, check_winner, convo
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
+from fastdtd.lowering import lower
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import MODELS, load
-from fastdtd.packing import pack
 from fastdtd.plan import Plan
 from fastdtd.rules import assign
 
@@ -95,8 +95,7 @@ def test_averages_hide_no_overflow(bad, padding):
     """What stands for padding inside the kernel is no number that could come from outside."""
     layer = g.AveragePool2d("tested", (g.INPUT,), (3, 3), (1, 1), (padding,) * 4)
     graph = g.Graph((layer, g.Flatten("flat", ("tested",))), (1, 3, 3), (-1.0, 2.0))
-    rules = assign(graph)
-    plan = Plan(graph, rules, cpu, pack(graph, rules, cpu), 1)
+    plan = Plan(lower(graph, assign(graph), cpu).schedule(1), cpu)
     plan.input[:] = 1
     plan.input[0, 0, 1, 1] = bad
     with np.errstate(invalid="ignore"):

@@ -6,19 +6,21 @@ import pytest
 from fastdtd.kernels import cpu
 from graphs import graphs, graphs_and_rules, pictures
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastdtd import graph as g
 from fastdtd.errors import InputError
-from fastdtd.packing import pack
-from fastdtd.plan import Plan, _room, _Use
-from fastdtd.rules import assign, relevance_carriers
+from fastdtd.lowering import lower
+from fastdtd.lowering.aliasing import places
+from fastdtd.plan import Plan
+from fastdtd.rules import assign
+from fastdtd.schedule import View, _in_order_of_time, lay_out
 
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def plan_of(graph, rules="dtd", batch=1, workers=1):
-    assigned = assign(graph, rules)
-    return Plan(graph, assigned, cpu, pack(graph, assigned, cpu), batch, workers)
+    return Plan(lower(graph, assign(graph, rules), cpu).schedule(batch, workers), cpu)
 
 
 def run(plan, batch):
@@ -27,8 +29,8 @@ def run(plan, batch):
     plan.forward()
     scores = plan.output.copy()
     plan.start[:] = 0
-    plan.start[:, 0] = np.maximum(scores[:, 0], 0) if plan.starts_with_relevance else scores[:, 0] > 0
-    plan.back()
+    plan.start[:, 0] = np.maximum(scores[:, 0], 0) if plan.schedule.starts_with_relevance else scores[:, 0] > 0
+    plan.backward()
     return scores, plan.relevance.copy(), plan.ledger.copy()
 
 
@@ -48,25 +50,42 @@ def scored(*layers, shape, box=(-1.0, 1.0)):
 @quick
 @given(graphs_and_rules())
 def test_buffers_alive_together_do_not_overlap(case):
-    plan = plan_of(*case, batch=3)
+    schedule = plan_of(*case, batch=3).schedule
     alive = {}  # from the steps themselves, not from what the layout was told
-    for step, (_, arguments, _) in enumerate(plan._steps):
-        for use in arguments:
-            if isinstance(use, _Use):
-                assert np.prod(use.shape) <= use.buffer.elements
-                first, _ = alive.get(use.buffer, (step, step))
-                alive[use.buffer] = (first, step)
-    middle, end = plan._middle, len(plan._steps)
-    for tensor, written, read in [(plan._activation(g.INPUT), -1, 0), (plan._activation(case[0].output), 0, middle),
-                                  (plan._factor(case[0].output), middle, middle), (plan._factor(g.INPUT), end, end)]:
-        first, last = alive.get(tensor.use.buffer, (written, read))
-        alive[tensor.use.buffer] = (first if written == 0 else min(first, written), max(last, read))  # the caller's writing and reading
-    buffers = sorted(alive, key=lambda buffer: buffer.offset)
+    for number, step in enumerate(schedule.steps):
+        for view in step.arguments:
+            if isinstance(view, View):
+                assert np.prod(view.shape) * 3 <= schedule.buffers[view.buffer].elements
+                first, _ = alive.get(view.buffer, (number, number))
+                alive[view.buffer] = (first, number)
+    middle, end = schedule.forward_steps, len(schedule.steps)
+    for tensor, written, read in [(schedule.input, -1, 0), (schedule.output, 0, middle), (schedule.start, middle, middle),
+                                  (schedule.relevance, end, end)]:
+        first, last = alive.get(tensor.view.buffer, (written, read))
+        # the caller's writing and reading
+        alive[tensor.view.buffer] = (first if written == 0 else min(first, written), max(last, read))
+    buffers = sorted(alive, key=lambda buffer: schedule.buffers[buffer].offset)
     for i, low in enumerate(buffers):
-        assert low.offset + low.elements * 3 <= plan.arena_elements
+        end_of_low = schedule.buffers[low].offset + schedule.buffers[low].elements
+        assert end_of_low <= schedule.workspace_elements
         for high in buffers[i + 1:]:
             together = alive[low][0] <= alive[high][1] and alive[high][0] <= alive[low][1]
-            assert not together or low.offset + low.elements * 3 <= high.offset
+            assert not together or end_of_low <= schedule.buffers[high].offset
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 30), st.integers(0, 9)), min_size=1, max_size=60), st.booleans())
+def test_layouts_of_any_lifetimes(given, in_order_of_time):
+    """Both ways of laying buffers out: none overlaps another that is alive with it, all within the size, at whole cache lines."""
+    lifetimes = [(elements, first, first + length) for elements, first, length in given]
+    sizes = [-(-elements // 16) * 16 for elements, _, _ in lifetimes]
+    offsets, size = _in_order_of_time(sizes, lifetimes) if in_order_of_time else lay_out(lifetimes)
+    for i, (_, first, last) in enumerate(lifetimes):
+        assert offsets[i] % 16 == 0
+        assert offsets[i] + sizes[i] <= size
+        for j in range(i):
+            if sizes[i] and sizes[j] and lifetimes[j][1] <= last and first <= lifetimes[j][2]:
+                assert offsets[i] + sizes[i] <= offsets[j] or offsets[j] + sizes[j] <= offsets[i]
 
 
 @quick
@@ -76,13 +95,12 @@ def test_nothing_reads_what_was_not_written(case):
     plan, batch = plan_of(graph, rules, batch=3), pictures(graph, 3)
     expected = run(plan, batch)
     for poison in (np.nan, 1e30):
-        plan._arena[:] = poison
+        plan._workspace[:] = poison
         plan.ledger[:] = np.nan
-        for calls in plan._bound:
-            for call in calls:
-                for scratch in call.arguments:  # blocks and tiles
-                    if isinstance(scratch, np.ndarray) and scratch.flags.writeable and not np.shares_memory(scratch, plan._arena):
-                        scratch[...] = 0 if scratch.dtype == np.uint8 else poison  # dead marks are the plan's memory between runs
+        for step in range(len(plan.schedule.steps)):
+            for scratch in plan.arguments(step):  # blocks and tiles
+                if isinstance(scratch, np.ndarray) and scratch.flags.writeable and not np.shares_memory(scratch, plan._workspace):
+                    scratch[...] = 0 if scratch.dtype == np.uint8 else poison  # dead flags are the plan's memory between runs
         for ours, theirs in zip(run(plan, batch), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
@@ -94,14 +112,14 @@ def test_memory_is_used_again():
         source = f"relu{i}"
     plan = plan_of(scored(*layers, shape=(4, 8, 8)))
     tapes = 20 * 4 * 8 * 8  # the ratios, which have to wait for the way back
-    assert plan.arena_elements <= tapes + 3 * 4 * 8 * 8 + 10 * 16
+    assert plan.schedule.workspace_elements <= tapes + 3 * 4 * 8 * 8 + 10 * 16
 
 
 # ---- Concatenations ----------------------------------------------------------------------------------------------------------------------
 
 
 def copies(plan):
-    return sum(kernel is cpu.copy_forward for kernel, _, _ in plan._steps)
+    return sum(step.kernel is cpu.copy_forward for step in plan.schedule.steps)
 
 
 def fire(both=("a/relu", "b/relu")):
@@ -138,9 +156,9 @@ def flattened(first):
 def test_concatenations_write_in_place_where_they_can(graph, copied):
     plan, batch = plan_of(graph, batch=2), pictures(graph, 2)
     assert (copies(plan) > 0) == copied
-    plan._arena[:] = np.nan  # what is added to without having been cleared would show
+    plan._workspace[:] = np.nan  # what is added to without having been cleared would show
     scores, relevance, _ = run(plan, batch)
-    rules = {name: rule.rule for name, rule in plan._rules.items()}
+    rules = {name: rule.rule for name, rule in assign(graph).rules.items()}
     for i, picture in enumerate(batch):
         expected, expected_scores, _ = naive.explain(graph, picture, 0, rules)
         np.testing.assert_allclose(scores[i], expected_scores, atol=1e-5)
@@ -151,25 +169,23 @@ def test_concatenations_write_in_place_where_they_can(graph, copied):
 @given(graphs())
 def test_places_of_tensors(graph):
     """Where one lies in another, it is at a whole channel, inside, and beside the others of one concatenation."""
-    plan = plan_of(graph)
+    found, copied = places(graph), copies(plan_of(graph))
+    elsewhere = 0
     for layer in graph:
-        place = plan._roots[layer.name][1]
-        for name in layer.inputs if isinstance(layer, g.Concat) else ():
-            root, offset, elements = plan._roots[name]
-            channel = np.prod(graph.shapes[name][1:])
-            assert offset % channel == elements % channel == 0
-            assert offset + channel * graph.shapes[name][0] <= elements
-            copied = name in dict(plan._copied_inputs(layer))
-            assert copied == ((root, offset) != (plan._roots[layer.name][0], place)) or layer.inputs.count(name) > 1
-            place += int(np.prod(graph.shapes[name]))
+        offset = found[layer.name].offset
+        for name in layer.inputs if isinstance(layer, (g.Concat, g.Flatten)) else ():
+            place, channel = found[name], np.prod(graph.shapes[name][1:])
+            assert place.offset % channel == place.elements % channel == 0
+            assert place.offset + channel * graph.shapes[name][0] <= place.elements
+            elsewhere += (place.root, place.offset) != (found[layer.name].root, offset)
+            offset += int(np.prod(graph.shapes[name]))
+    assert copied == 2 * elsewhere  # forward and back
 
 
-def test_rooms_are_whole_cache_lines():
+def test_buffers_are_whole_cache_lines():
     plan = plan_of(fire(), batch=3)
-    for _, arguments, _ in plan._steps:
-        for use in arguments:
-            if isinstance(use, _Use):
-                assert use.buffer.offset % 16 == _room(use.buffer, 3) % 16 == 0
+    for buffer in plan.schedule.buffers:
+        assert buffer.offset % 16 == 0
 
 
 # ---- What goes back ----------------------------------------------------------------------------------------------------------------------
@@ -194,27 +210,26 @@ CHAIN = (conv("a", g.INPUT, 2, 2), g.ReLU("relu", ("a",)), g.MaxPool2d("max", ("
 ])
 def test_which_tensors_carry_relevance(layers, rules, carriers):
     graph = scored(*layers, shape=(2, 4, 4), box=BOX)
-    assert relevance_carriers(graph, assign(graph, rules)) == {g.INPUT} | carriers
-    assert not plan_of(graph, rules).starts_with_relevance
+    assert assign(graph, rules).carriers == {g.INPUT} | carriers
+    assert not plan_of(graph, rules).schedule.starts_with_relevance
 
 
 def test_an_output_that_carries_relevance():
     graph = g.Graph((g.GlobalAveragePool("mean", (g.INPUT,)), g.ReLU("scores", ("mean",))), (2, 2, 2), BOX)
-    assert relevance_carriers(graph, assign(graph)) == {g.INPUT}
+    assert assign(graph).carriers == {g.INPUT}
     graph = g.Graph((g.ReLU("relu", (g.INPUT,)), g.Flatten("scores", ("relu",))), (2, 1, 1), BOX)
-    assert plan_of(graph).starts_with_relevance
+    assert plan_of(graph).schedule.starts_with_relevance
     _, relevance, _ = run(plan_of(graph), np.array([[[[0.25]], [[0.5]]]]))
     assert relevance.ravel().tolist() == [0.25, 0]
 
 
 def test_more_memory_than_there_is(monkeypatch):
     graph = g.Graph((g.Flatten("flat", (g.INPUT,)), g.Dense("scores", ("flat",), np.ones((2, 12)))), (3, 2, 2), (0, 1))
-    rules = assign(graph)
-    packed = pack(graph, rules, cpu)
+    schedule = lower(graph, assign(graph), cpu).schedule(5)
 
     def refuse(*_):
         raise MemoryError
 
     monkeypatch.setattr(np, "empty", refuse)
-    with pytest.raises(InputError, match=r"the network needs 0\.0 GiB for 5 pictures at a time, more than there is"):
-        Plan(graph, rules, cpu, packed, 5)
+    with pytest.raises(InputError, match=r"the network needs 0\.0 GiB for 5 images at a time, more than there is"):
+        Plan(schedule, cpu)

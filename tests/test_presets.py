@@ -40,7 +40,7 @@ def test_innvestigate(recorded, preset):
 
 
 def test_each_preset_differs_from_the_others(recorded):
-    chosen = [{name: str(rule.rule) for name, rule in assign(network(recorded), preset).items()} for preset in PRESETS
+    chosen = [{name: str(rule.rule) for name, rule in assign(network(recorded), preset).rules.items()} for preset in PRESETS
               if preset not in DERIVATIVES[1:]]  # these differ in what is done with the derivative
     assert all(a != b for i, a in enumerate(chosen) for b in chosen[:i])
 

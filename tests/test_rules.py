@@ -6,7 +6,7 @@ from fastdtd.kernels import codes
 
 from fastdtd import graph as g
 from fastdtd.errors import RuleError
-from fastdtd.rules import assign, rule_of
+from fastdtd.rules import Rule, assign
 
 
 def network(box=None):
@@ -26,7 +26,7 @@ def pools(box):
 
 
 def names(graph, rules="dtd"):
-    return {name: rule.name for name, rule in assign(graph, rules).items()}
+    return {name: rule.name for name, rule in assign(graph, rules).rules.items()}
 
 
 HIDDEN = {"conv[2]": "z+", "max": "winner", "average": "z+", "sum": "z+", "mean": "z+", "scores": "z+"}
@@ -40,15 +40,15 @@ def test_defaults_follow_the_domain(box, first):
 
 
 def test_features_follow_the_domain():
-    assigned = assign(network((0, 1)), {"max": "proportional"})
+    assigned = assign(network((0, 1)), {"max": "proportional"}).rules
     features = {name: rule.terms[0].features for name, rule in assigned.items()}
     signed = dict.fromkeys(("max", "average", "sum", "mean", "scores"), codes.SIGNED)  # nothing but conv1 is behind a ReLU
     assert features == {"conv1": codes.BOX, "conv[2]": codes.NONNEGATIVE, **signed}
-    assert assign(network())["max"].terms == ()
+    assert assign(network()).rules["max"].terms == ()
     for rules, box, expected in [({"max": "proportional"}, (0, 1), codes.BOX), ({"max": "proportional"}, None, codes.SIGNED),
                                  ({"average": "z+"}, (0, 1), codes.NONNEGATIVE), ({"average": "z+"}, (-1, 1), codes.SIGNED),
                                  ({"average": "w2"}, (0, 1), codes.ONES), ({"average": "flat"}, (0, 1), codes.ONES)]:
-        assert assign(pools(box), rules)[next(iter(rules))].terms[0].features == expected
+        assert assign(pools(box), rules).rules[next(iter(rules))].terms[0].features == expected
 
 
 @pytest.mark.parametrize(("rules", "changed"), [
@@ -77,7 +77,7 @@ def test_a_name_that_is_a_pattern_of_another():
 
 @pytest.mark.parametrize(("rules", "message"), [
     ("lrp", "rules 'lrp' is unknown; required: 'dtd', 'innvestigate.deep_taylor', .* or a mapping from layers to rules"),
-    (None, "rules None given; required: a preset such as 'dtd', or a mapping"),
+    (None, "rules None given; required: a preset such as 'dtd', or mappings from layer names"),
     ({"conv1": ["flat"]}, "required: a preset such as 'dtd', or a mapping"),
     ({1: "flat"}, "required: a preset such as 'dtd', or a mapping"),
     ({"conv1": "lrp"}, "for 'conv1': rule 'lrp' is unknown; required: one of z\\+, zB, w2, flat, epsilon, .*, winner, proportional"),
@@ -88,9 +88,9 @@ def test_a_name_that_is_a_pattern_of_another():
     ({"conv1": "gamma(bias=kept)"}, "has bias 'kept'; required: one of ignored, absorbed, shared"),
     ({"conv1": "epsilon(epsilon=1"}, "is unknown; required: one of"),
     ({"average": "gamma"}, "rule gamma does not apply to AveragePool2d 'average', which has no weights"),
-    ({"conv1": "gradient"}, "layer 'conv\\[2\\]' has a rule that shares relevance, others the rule 'gradient'"),
+    ({"conv1": "gradient"}, "layer 'conv\\[2\\]' has a rule that redistributes relevance, others the rule 'gradient'"),
     ({"type:conv1d": "flat"}, "no layer with a rule is named 'type:conv1d'"),
-    (["dtd", "dtd"], "required: a preset such as 'dtd', or a mapping"),
+    (["dtd", "dtd"], "required: a preset such as 'dtd', or mappings"),
     ({"conv9": "flat"}, "no layer with a rule is named 'conv9' or matches it; they are conv1, "),
     ({"relu": "flat"}, "no layer with a rule is named 'relu'"),
     ({"conv*": "winner"}, "rule 'winner' does not apply to Conv2d 'conv1'; required: one of z\\+, zB, w2, .*, gradient$"),
@@ -110,32 +110,32 @@ def test_a_hidden_layer_has_no_box():
         assign(network((0, 1)), {"scores": "zB"})
 
 
-def test_share_weights():
+def test_weights_of_terms():
     weight = np.array([[2, -3]], np.float32)
     graph = g.Graph((g.Dense("first", (g.INPUT,), weight),), (2, 1, 1), (0, 1))
 
     def shares(rule):
-        return [v.tolist() for v in assign(graph, {"first": rule})["first"].terms[0].share_weights(weight)]
+        return [v.tolist() for v in assign(graph, {"first": rule}).rules["first"].terms[0].v(weight)]
 
     assert shares("z+") == [[[2, 0]]]
     assert shares("zB") == [[[2, 0]], [[0, 3]]]
     assert shares("w2") == [[[4, 9]]]
     assert shares("flat") == [[[1, 1]]]
-    signed = assign(network())["scores"]
-    assert [v.tolist() for v in signed.terms[0].share_weights(weight)] == [[[2, 0]], [[0, 3]]]
+    signed = assign(network()).rules["scores"]
+    assert [v.tolist() for v in signed.terms[0].v(weight)] == [[[2, 0]], [[0, 3]]]
     with pytest.raises(RuleError, match="a weight of 3e\\+15 is too large to be squared in float32; use 'flat' here"):
-        assign(graph, {"first": "w2"})["first"].terms[0].share_weights(weight * np.float32(1e15))
+        assign(graph, {"first": "w2"}).rules["first"].terms[0].v(weight * np.float32(1e15))
 
 
 @pytest.mark.parametrize("text", ["z+", "epsilon", "epsilon(epsilon=0.25)", "gamma(gamma=2, bias=shared)",
                                   "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)", "z+(bias=absorbed)", "taylor", "winner"])
 def test_a_rule_is_its_text(text):
-    assert str(rule_of(text)) == text
-    assert rule_of(f" {text.replace(',', ' , ')} ") == rule_of(text)
+    assert str(Rule.parse(text)) == text
+    assert Rule.parse(f" {text.replace(',', ' , ')} ") == Rule.parse(text)
 
 
 def test_negative_outputs_have_ratios_of_their_own_where_they_can_have_relevance():
-    formulas = {name: rule.formula for name, rule in assign(network()).items()}
+    formulas = {name: rule.formula for name, rule in assign(network()).rules.items()}
     # What the dense layer reads can be negative, and so all before it up to the ReLU.
     signed = {name for name, formula in formulas.items() if formula == codes.SIGNS}
     assert signed == {"conv[2]", "average", "sum", "mean"}

@@ -16,11 +16,11 @@ from PIL import Image
 
 from fastdtd import files, heatmap, images, runner
 from fastdtd import graph as g
-from fastdtd.compiling import warm_up
 from fastdtd.errors import InputError, OutputError
 from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import save
+from fastdtd.warmup import warm_up
 
 COMMAND = "import sys; from fastdtd.cli import main; sys.exit(main())"
 # Kills itself with SIGKILL in place of the n-th change to a folder.

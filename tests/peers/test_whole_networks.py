@@ -37,7 +37,7 @@ def distance_to_zennit(model, picture):
     graph = model.graph
     # zennit gives negative outputs' relevance to what speaks for them; and it takes padding outside of a module for input.
     by_zennit = ["z+", "zB"] if any(isinstance(layer, g.Conv2d) and not is_symmetric(layer) for layer in graph) else ["z+"]
-    explainer = fastdtd.Explainer(model, {name: PLAIN for name, rule in assign(graph).items() if rule.name in by_zennit})
+    explainer = fastdtd.Explainer(model, {name: PLAIN for name, rule in assign(graph).rules.items() if rule.name in by_zennit})
     e = explainer(picture)
     theirs, _ = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, e.target)
     return np.linalg.norm(e.relevance - theirs) / np.linalg.norm(theirs)

@@ -13,7 +13,7 @@ import numpy as np
 from fastdtd import graph as g
 from fastdtd import kernels
 from fastdtd.errors import OutputError
-from fastdtd.packing import pack
+from fastdtd.lowering import lower
 from fastdtd.plan import Plan
 from fastdtd.rules import assign
 
@@ -60,14 +60,14 @@ def warm_up(device: str = "cpu") -> str:
     module = kernels.load(device, _say_compiling, _unkept.append)
     graph = _network()
     rules = assign(graph, {"proportional": "proportional", "normed again": "taylor", "scores": "epsilon"})
-    packed = pack(graph, rules, module)
-    plan = Plan(graph, rules, module, packed, batch=1, workers=2)
-    Plan(graph, rules, module, packed, batch=1, observed=(graph.output,))  # binding its calls compiles what else it needs
+    network = lower(graph, rules, module)
+    plan = Plan(network.schedule(batch=1, workers=2), module)
+    Plan(network.schedule(batch=1, observed=(graph.output,)), module)  # binding its calls compiles what else it needs
     with ThreadPoolExecutor(1) as executor:
         plan.input[:] = 0.5
         plan.forward(executor.submit)
         plan.start[:] = 1
-        plan.back(executor.submit)
+        plan.backward(executor.submit)
     if _unkept:
         raise OutputError(f"compiled kernels cannot be kept ({_unkept[0]}); {_ADVICE}")
     return str(module.run_steps.stats.cache_path)

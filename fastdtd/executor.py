@@ -1,0 +1,245 @@
+"""How the images of a call are shared out among threads and devices, within the memory that there is."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import pairwise
+
+from fastdtd.devices import Devices
+from fastdtd.errors import DeviceError, InputError
+from fastdtd.graph import Conv2d, Dense, Graph
+from fastdtd.lowering import Lowered, lower
+from fastdtd.plan import OutOfMemoryError, Plan
+from fastdtd.plan_pool import PlanPool
+from fastdtd.rules import Assignment
+from fastdtd.schedule import Schedule
+
+_WORKSPACE_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
+_SMALL_NETWORK = 1 << 25  # multiply-adds of one product of all layers; half a millisecond or less
+
+Place = tuple[int, PlanPool]  # a device's number, and the plans there
+Work = Callable[[Plan, int, int], None]  # of images first..last-1, which a plan explains
+
+
+class Executor:
+    """The threads of an explainer and the plans that they run.
+
+    Parameters
+    ----------
+    graph, assignment :
+        The network and its rules.
+    found : Devices
+    threads : int
+    limit : int or infinity
+        Bytes that the plans of a device may take.
+    told_limit : object
+        The limit as the user gave it, for messages.
+
+    Attributes
+    ----------
+    batch : int
+        Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a time.
+    """
+
+    def __init__(self, graph: Graph, assignment: Assignment, found: Devices, threads: int, limit: float, told_limit: object) -> None:
+        self.kernels, self.threads = found.kernels, threads
+        self._process = os.getpid()
+        streams = found.kernels.PLANS_AT_ONCE
+        concurrent = streams or threads
+        self.places = [(number, self._pool(graph, assignment, found, number, concurrent, limit)) for number in found.numbers]
+        self._concurrent = len(self.places) * concurrent
+        self._forget_threads()
+        if hasattr(os, "register_at_fork"):  # threads, and who holds a lock, are not there in a forked process
+            forked = weakref.WeakMethod(self._forget_threads)
+            os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
+        plans, available = self.places[0][1], min(plans.limit for _, plans in self.places)
+        one = plans.nbytes(1, 1)
+        if one > available:
+            told = f"memory is limited to {told_limit!r}; raise the limit, or" if available == limit else "a GPU has less;"
+            raise InputError(f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network with a "
+                             "smaller input")
+        budget = int(available) if streams else min(available, concurrent * max(one, _WORKSPACE_BYTES))
+        for _, each in self.places:
+            each.max_idle = budget
+        self._own_plans = concurrent * one <= available or bool(streams)  # is there memory for an image in each thread?
+        self._is_small = bool(streams) or _multiply_adds(graph) < _SMALL_NETWORK
+        self._workers = threads  # on one plan, where they share one
+        if streams:
+            self._workers = 1
+        elif available < math.inf and (scratch := plans.nbytes(1, 2) - one):  # of each further worker
+            self._workers = min(threads, 1 + int(available - one) // scratch)
+        self._shared_batch = plans.max_images(self._workers, budget)
+        self.batch = plans.max_images(1, budget // concurrent) if self._own_plans else self._shared_batch
+
+    @property
+    def at_once(self) -> int:
+        """Images that all threads, or the streams of all GPUs, take together."""
+        return self.batch * (self._concurrent if self._own_plans else 1)
+
+    def _pool(self, graph: Graph, assignment: Assignment, found: Devices, number: int, concurrent: int, limit: float) -> PlanPool:
+        """Plans of one device, with the weights there."""
+        kernels = found.kernels
+        try:
+            with kernels.on_device(number):
+                network: Lowered = lower(graph, assignment, kernels, found.precision_code)
+        except MemoryError as error:
+            raise InputError(f"there is no memory for the network's weights ({error}); use a device with more, or a smaller network"
+                             ) from None
+
+        def bind(schedule: Schedule) -> Plan:
+            try:
+                with kernels.on_device(number):
+                    return Plan(schedule, kernels)
+            except MemoryError as error:
+                raise OutOfMemoryError(f"there is no memory for {schedule.batch} images at a time ({error})") from None
+
+        return PlanPool(network, bind, concurrent, min(limit, kernels.room(number) or limit), kernels.MOST_IMAGES)
+
+    def devices_for(self, images: object) -> list[Place]:
+        """The devices for these images: all, or the one that they are on."""
+        if self.kernels.PLANS_AT_ONCE and os.getpid() != self._process:
+            raise DeviceError("this explainer was made before the process was forked, and no GPU can be used from both sides of a fork; "
+                              "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
+        own = getattr(getattr(images, "device", None), "id", None)  # of CuPy's arrays
+        if own is None:
+            return self.places
+        places = [(number, plans) for number, plans in self.places if number == int(own)]
+        if not places:
+            raise InputError(f"the batch is on cuda:{own}; required: images on cuda:{', cuda:'.join(str(n) for n, _ in self.places)}, or "
+                             "of NumPy")
+        return places
+
+    def submit(self, plan: Plan) -> Callable[..., object] | None:
+        """What starts the calls of a plan's other workers; None where it has one."""
+        return self._threads().submit if plan.schedule.workers > 1 else None
+
+    def map(self, work: Work, count: int, places: list[Place]) -> None:
+        """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many.
+
+        Threads that share an image wait for each other after each layer: a small network is done before that pays. Of several devices each
+        gets as many images, and those that a device has no memory for come again, in halves.
+        """
+        own_plans = self._own_plans and (count >= self.threads or self._is_small)
+        workers, max_images = (1, self.batch) if own_plans else (self._workers, self._shared_batch)
+        parts = -(-count // max_images)
+        if own_plans and count > 1 and not self.kernels.PLANS_AT_ONCE:
+            parts = -(-parts // self.threads) * self.threads  # as many for each thread
+        parts = min(count, -(-parts // len(places)) * len(places))
+        edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
+        threads = self._threads() if own_plans and self._concurrent > 1 and parts > 1 else None
+        failed = False
+        todo = [(first, last) for first, last in pairwise(edges) if first < last][::-1]
+
+        def halve(first: int, last: int) -> None:
+            middle = (first + last) // 2
+            todo.extend((i, j) for i, j in ((middle, last), (first, middle)) if i < j)
+            if middle > first:
+                self.batch = min(self.batch, middle - first)
+
+        def run(loan: list[Plan], place: Place, first: int, last: int) -> None:
+            nonlocal failed
+            plan, done, too_many = loan.pop(), False, False
+            try:
+                with self.kernels.on_device(place[0]):
+                    work(plan, first, last)
+                done = True
+            except MemoryError:  # of a GPU, where others may have taken some
+                too_many = bool(self.kernels.PLANS_AT_ONCE) and last - first > 1
+                if not too_many:
+                    raise
+            finally:
+                failed |= not (done or too_many)
+                place[1].give_back(plan, done)
+                del plan  # and its memory, where it was not given back
+            if too_many:
+                halve(first, last)
+
+        running: list[tuple[Future[None], list[Plan], PlanPool]] = []
+        try:
+            while (todo and not failed) or running:
+                if failed or not todo:  # what is under way may be to do again
+                    running[0][0].result()
+                    del running[0]
+                    continue
+                first, last = todo.pop()
+                place = min(places, key=lambda place: place[1].used_workers)
+                try:
+                    loan = [place[1].take(last - first, workers)]  # `run` takes it out: a plan known here would keep its memory
+                except OutOfMemoryError:
+                    busy = [future for future, _, _ in running if not future.done()]
+                    wait(busy)
+                    if place[1].drop_idle() or busy or last - first > 1:
+                        halve(first, last)
+                        continue
+                    raise
+                if threads is None:
+                    run(loan, place, first, last)
+                else:
+                    running.append((threads.submit(run, loan, place, first, last), loan, place[1]))
+        finally:
+            for future, loan, plans in running:
+                if future.cancel():
+                    plans.give_back(loan.pop(), False)
+
+    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], place: Place) -> None:
+        """Run `work` with plans that keep the relevance of tensors, as many of them at a time as there is memory for."""
+        number, plans = place
+        todo = [list(layers)]
+        while todo:
+            part = todo.pop()
+            needed = plans.nbytes(1, 1, part)
+            if needed > plans.limit:
+                if len(part) == 1:
+                    raise InputError(f"relevance at layer {part[0]!r} takes {_rounded_up(needed)}, and the limit is "
+                                     f"{_rounded_up(int(plans.limit))}; make the explainer with a higher memory=")
+                todo += [part[len(part) // 2:], part[:len(part) // 2]]
+                continue
+            try:
+                plan = plans.take(1, 1, part)
+            except OutOfMemoryError:
+                if not plans.drop_idle():
+                    raise
+                plan = plans.take(1, 1, part)
+            done = False
+            try:
+                with self.kernels.on_device(number):
+                    work(plan)
+                done = True
+            finally:
+                plans.give_back(plan, done)
+
+    def _forget_threads(self) -> None:
+        self._lock = threading.Lock()
+        self._pool_of_threads: ThreadPoolExecutor | None = None
+        for _, plans in self.places:
+            plans.forget_users()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot start."""
+        with self._lock:
+            if self._pool_of_threads is None:
+                executor, ready = ThreadPoolExecutor(self._concurrent, "fastdtd"), threading.Event()
+                try:
+                    for _ in range(self._concurrent):
+                        executor.submit(ready.wait)
+                except RuntimeError as error:
+                    raise InputError(f"{self._concurrent} threads cannot be started ({error}); use fewer") from None
+                finally:
+                    ready.set()
+                self._pool_of_threads = executor
+            return self._pool_of_threads
+
+
+def _rounded_up(nbytes: int) -> str:
+    return f"{math.ceil(nbytes / 2**20)}MiB" if nbytes > 2**20 else f"{math.ceil(nbytes / 2**10)}KiB"
+
+
+def _multiply_adds(graph: Graph) -> int:
+    """Of the convolutions and dense layers, for one image, forward."""
+    return sum(layer.weight.size // len(layer.weight) * math.prod(graph.shapes[layer.name]) for layer in graph
+               if isinstance(layer, (Conv2d, Dense)))

@@ -1,0 +1,274 @@
+"""What an Explainer returns: relevance, scores and ledger of N images, and how to look at them and keep them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd.errors import InputError, OutputError
+from fastdtd.graph import Array
+
+if TYPE_CHECKING:
+    import os
+
+    from PIL import Image
+
+FORMAT = "fastdtd-explanations"  # of the files that `save` and fastdtd.runner write
+_MAX_LINES = 10  # of a printed explanation
+_MAX_DRAWN, _SHOWN_SIDE = 8, 320  # pictures of a notebook, and their size
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What an explanation knows of the network that it comes from.
+
+    classes : names of the outputs, or none
+    rules : by layer, as text
+    resize : how pictures were fitted to the input
+    pictures : those that were explained, as they were given; None where arrays were
+    explain_again : tensors' names -> their relevance; None where the network is not at hand
+    """
+
+    classes: tuple[str, ...] = ()
+    rules: Mapping[str, str] = field(default_factory=dict)
+    resize: str = "stretch"
+    pictures: Sequence[Any] | None = None
+    explain_again: Callable[[Sequence[str]], dict[str, Array]] | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """What an Explainer returns for N images.
+
+    Attributes
+    ----------
+    relevance : (N, C, H, W) float32
+        How much of `explained` each input value carries, summing to `explained` less what `ledger` names. Non-negative by the rules of
+        "dtd"; epsilon, gamma and alpha-beta can make it negative. The presets named after derivatives have these instead.
+    output : (N, K) float32
+        Class scores, before any softmax.
+    target : (N,) int64
+        The output that is explained.
+    explained : (N,) float32
+        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0. Beside derivatives the
+        score as it is.
+    ledger : dict of str to (N,) float64
+        By layer, the relevance that it absorbed: where a neuron is active though none of its inputs contributes to it (its bias does), the
+        rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a rule's sums, kept.
+
+    Examples
+    --------
+    >>> import fastdtd
+    >>> e = fastdtd.Explainer(fastdtd.load("squeezenet1_1"))("cat.jpg")
+    >>> print(e)
+    Explanation of 1 image, 3x227x227
+      0  285 Egyptian cat  score 20.1, relevance 20.1, absorbed 0
+    >>> e.overlay().save("cat.overlay.png")
+    """
+
+    relevance: Array
+    output: Array
+    target: npt.NDArray[np.int64]
+    explained: Array
+    ledger: dict[str, npt.NDArray[np.float64]]
+    context: Context = field(default_factory=Context)
+
+    # -- What it says
+
+    @property
+    def absorbed(self) -> npt.NDArray[np.float64]:
+        """(N,) float64: what all layers absorbed together."""
+        return np.asarray(sum(self.ledger.values(), np.zeros(len(self.target))))
+
+    @property
+    def sum(self) -> npt.NDArray[np.float64]:
+        """(N,) float64: the relevance of all input values together."""
+        return np.asarray([_host(image).sum(dtype=np.float64) for image in self.relevance], np.float64)
+
+    def class_name(self, image: int = 0) -> str:
+        """What is explained of an image: the class's name, or its number where the model has no names."""
+        target = int(self.target[image])
+        return self.context.classes[target] if self.context.classes else str(target)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __repr__(self) -> str:
+        """A few lines, whatever the number of images."""
+        count, shape = len(self), "x".join(map(str, self.relevance.shape[1:]))
+        lines = [f"Explanation of {count} image{'' if count == 1 else 's'}, {shape}"]
+        lines += [f"  {i}  {self._line(i)}" for i in range(min(count, _MAX_LINES))]
+        return "\n".join([*lines, f"  ... {count - _MAX_LINES} more"] if count > _MAX_LINES else lines)
+
+    def _line(self, i: int) -> str:
+        target, name = int(self.target[i]), self.class_name(i)
+        return (f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}, "
+                f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed {float(self.absorbed[i]):.6g}")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each heatmap beside class, score, sum and what was absorbed."""
+        rows = []
+        for i in range(min(len(self), _MAX_DRAWN)):
+            facts = {"class": self.class_name(i), "score": f"{float(self.output[i, self.target[i]]):.6g}",
+                     "relevance": f"{float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}",
+                     "absorbed": f"{float(self.absorbed[i]):.6g}"}
+            pictures = [self.heatmap(i), *([self.overlay(i)] if self.context.pictures is not None else [])]
+            cells = "".join(f"<td><img src='data:image/png;base64,{_png(picture)}'></td>" for picture in pictures)
+            text = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+                           for name, value in facts.items())
+            rows.append(f"<tr>{cells}<td><table>{text}</table></td></tr>")
+        more = f"<p>... {len(self) - _MAX_DRAWN} more</p>" if len(self) > _MAX_DRAWN else ""
+        return f"<table>{''.join(rows)}</table>{more}"
+
+    # -- Relevance inside the network
+
+    def at(self, layer: str) -> Array:
+        """Relevance of what a layer makes: how much of `explained` each element carries there.
+
+        It is computed now, by explaining the images again. A layer and the ReLU or clip after it have the same relevance; derivatives have
+        only those after it.
+
+        Parameters
+        ----------
+        layer : str
+            A layer's name, or "input".
+
+        Returns
+        -------
+        (N, C, H, W) float32
+
+        Raises
+        ------
+        InputError
+            The network has no such layer, or not the derivative by it; or the explainer's memory limit is too low for it.
+        """
+        return self._at([layer])[layer]
+
+    def flow(self) -> dict[str, npt.NDArray[np.float64]]:
+        """By layer of the ledger, the relevance that came to it: (N,) float64. What went on is this less what the ledger names.
+
+        It is computed now, by explaining the images again.
+        """
+        return {name: relevance.sum((1, 2, 3), dtype=np.float64) for name, relevance in self._at(list(self.ledger)).items()}
+
+    def _at(self, layers: Sequence[str]) -> dict[str, Array]:
+        if self.context.explain_again is None:
+            raise InputError("this explanation was pickled, without the network; explain the images again for relevance at inner layers")
+        return self.context.explain_again(layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "context": replace(self.context, explain_again=None)}
+
+    # -- Pictures and files
+
+    def heatmap(self, image: int = 0) -> Image.Image:
+        """The relevance of each pixel as a picture: white for none to red, or blue where it is negative, with its scale beside it.
+
+        Parameters
+        ----------
+        image : int
+            Which of the N.
+        """
+        from fastdtd import heatmap
+
+        return heatmap.draw(_host(self.relevance[self._checked(image)]))
+
+    def overlay(self, image: int = 0, picture: Any = None) -> Image.Image:
+        """The heatmap over a picture in grey.
+
+        Parameters
+        ----------
+        image : int
+            Which of the N.
+        picture : path, PIL image or uint8 array, optional
+            What was explained. Not needed where the explainer was given pictures and not arrays.
+
+        Raises
+        ------
+        InputError
+            No picture is known.
+        PictureError
+            The picture cannot be read.
+        """
+        from fastdtd import heatmap, images
+
+        image = self._checked(image)
+        if picture is None and self.context.pictures is not None:
+            picture = self.context.pictures[image]
+        if picture is None:
+            raise InputError("this explanation was made of an array, so the picture is not known; required: overlay(i, picture) with a "
+                             "path, a PIL image or a uint8 array")
+        relevance = _host(self.relevance[image])
+        seen = images.seen_by_network(images.open_picture(picture), (relevance.shape[1], relevance.shape[2]), self.context.resize,
+                                      heatmap.MAX_SIDE)
+        return heatmap.draw(relevance, seen)
+
+    def _checked(self, image: int) -> int:
+        if not -len(self) <= image < len(self):
+            raise InputError(f"image {image} of {len(self)} was asked for; required: 0 to {len(self) - 1}")
+        return image % len(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write relevance, scores, targets and sums to an HDF5 file, as `fastdtd explain` does: written beside and renamed into place.
+
+        Parameters
+        ----------
+        path : path
+            It gets the datasets relevance, scores, target, explained, sum and absorbed, a row for each image; ledger, a column for each
+            layer of its attribute "layers"; rules (JSON) and classes.
+
+        Raises
+        ------
+        OutputError
+            The file cannot be written.
+        """
+        import h5py
+
+        from fastdtd import files
+
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
+            write_header(file, self.context)
+            for name, values in self.columns().items():
+                file[name] = values
+            file["ledger"] = np.stack([*self.ledger.values()], 1) if self.ledger else np.zeros((len(self), 0))
+            file["ledger"].attrs["layers"] = np.array(list(self.ledger), h5py.string_dtype())
+        try:
+            files.replace(Path(path), lambda beside: beside.write_bytes(content.getbuffer()))
+        except OSError as error:
+            raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; required: a file in a folder that can be written "
+                              "and has room") from None
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """What a file of explanations holds, a row for each image."""
+        return {"relevance": _host(self.relevance), "scores": _host(self.output), "target": self.target, "explained": self.explained,
+                "sum": self.sum, "absorbed": self.absorbed}
+
+
+def write_header(file: Any, context: Context) -> None:
+    """What a file of explanations says of the network."""
+    file.attrs["format"] = FORMAT
+    file["rules"] = json.dumps(dict(context.rules))
+    if context.classes:
+        file["classes"] = np.array(context.classes, object)
+
+
+def _host(array: Any) -> npt.NDArray[Any]:
+    """An array of NumPy; CuPy's come from the device."""
+    return np.asarray(array if isinstance(array, np.ndarray) else array.get())
+
+
+def _png(picture: Image.Image) -> str:
+    content, small = io.BytesIO(), picture.copy()
+    small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
+    small.save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()

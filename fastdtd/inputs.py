@@ -1,0 +1,134 @@
+"""What an Explainer is called with: images, targets, starting relevance. All of it is checked here, before anything is computed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd.errors import InputError
+from fastdtd.graph import Array
+from fastdtd.model import Model
+
+Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
+
+_CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
+
+
+class ExplanationWarning(UserWarning):
+    """An input was clipped to the model's value box, or a target's score has nothing to decompose."""
+
+
+def pictures_of(given: Any, model: Model) -> list[Any] | None:
+    """The pictures among what an explainer may be given, which the model has to preprocess: paths, PIL images, uint8 pixels (H, W, 3) or
+    (H, W, 4), or a sequence of these. None: it is an array of network inputs."""
+    from PIL import Image
+
+    def is_picture(one: Any) -> bool:
+        if isinstance(one, np.ndarray):
+            return one.dtype == np.uint8 and one.ndim in (2, 3) and one.shape != model.graph.input_shape and (
+                one.ndim == 2 or one.shape[2] in (3, 4))
+        return isinstance(one, (str, os.PathLike, Image.Image))
+
+    if is_picture(given):
+        return [given]
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 4 and given.shape[1:] != model.graph.input_shape:
+        given = list(given)
+    if not isinstance(given, (list, tuple)) or not given or not any(map(is_picture, given)):
+        return None
+    strange = [i for i, one in enumerate(given) if not is_picture(one)]
+    if strange:
+        raise InputError(f"item {strange[0]} of the list is of type {type(given[strange[0]]).__name__} and no picture, others are; required: "
+                         "paths, PIL images or uint8 arrays (H, W, 3), or one array of network inputs")
+    return list(given)
+
+
+def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
+    """(N, C, H, W) float32 within the model's box, a copy; library: NumPy, or CuPy for its arrays."""
+    shape = model.graph.input_shape
+    try:
+        given = library.asarray(batch)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the batch is no array of one shape ({error}); required: (N, {', '.join(map(str, shape))}) float32") from None
+    if given.dtype.kind not in "fiu":
+        raise InputError(f"the batch has type {given.dtype}; required: real numbers, as model.preprocess makes them")
+    if given.shape == shape:
+        given = given[None]
+    if given.shape[1:] != shape:
+        raise InputError(f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
+                         "model.preprocess returns, or pictures: paths, PIL images or uint8 arrays (H, W, 3)")
+    with np.errstate(over="ignore"):
+        images: Array = library.array(given, np.float32, order="C")  # `at` reads it later, when the caller's may be another
+    if not images.size:
+        return images
+    planes = images.reshape(-1, shape[1] * shape[2])  # rows of which each is read by one part of a GPU
+    lowest, highest = planes.min(1).reshape(-1, shape[0]).min(0), planes.max(1).reshape(-1, shape[0]).max(0)  # NaN where one is
+    if not (library.isfinite(lowest).all() and library.isfinite(highest).all()):
+        worst = int(library.argmin(library.isfinite(images).all((1, 2, 3))))
+        raise InputError(f"image {worst} holds NaN or infinity (as float32); required: finite numbers")
+    box = model.graph.box
+    if box is None:
+        return images
+    low, high = (library.asarray(bound)[:, None, None] for bound in box)
+    if (lowest[:, None, None] >= low).all() and (highest[:, None, None] <= high).all():
+        return images
+    clipped: Array = library.clip(images, low, high)
+    beyond = library.abs(images - clipped) > _CLIP_TOLERANCE * (high - low)
+    if beyond.any():
+        warnings.warn(f"{int(beyond.any((1, 2, 3)).sum())} of {len(images)} images have values beyond the model's value box "
+                      f"{box[0].tolist()}..{box[1].tolist()}; they were clipped to it. Was model.preprocess used?",
+                      ExplanationWarning, stacklevel=3)
+    return clipped
+
+
+def checked_targets(target: Target, model: Model, count: int, outputs: int) -> npt.NDArray[np.int64] | None:
+    """(N,): the output to explain of each image; None: the one with the highest score."""
+    if target is None:
+        return None
+    if isinstance(target, np.ndarray):
+        target = target.tolist()
+    is_one = isinstance(target, (str, int, np.integer)) or not isinstance(target, Sequence)
+    given = [target] if is_one else list(target)  # type: ignore[arg-type]  # what it is not is refused below
+    indices = []
+    for one in given:
+        index = model.class_index(one) if isinstance(one, str) else one
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
+            raise InputError(f"target {one!r} is not an output; required: a whole number from 0 to {outputs - 1}, or a class name")
+        indices.append(int(index))
+    if not is_one and len(indices) != count:
+        raise InputError(f"{len(indices)} targets were given for {count} images; required: one for all, or one for each")
+    return np.resize(np.array(indices, np.int64), count)
+
+
+def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outputs: int) -> Array | None:
+    """(N, K) float32: the relevance that each output starts with; None where a target is to be explained."""
+    if start is None:
+        return None
+    if target is not None:
+        raise InputError("a target and a start were given; required: one or the other")
+    try:
+        given = np.asarray(start)
+        if given.dtype.kind not in "fiu":
+            raise ValueError
+        with np.errstate(over="ignore"):
+            relevance = np.broadcast_to(given, (count, outputs)).astype(np.float32)
+    except (ValueError, TypeError):
+        raise InputError(f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output") from None
+    if not (np.isfinite(relevance).all() and (relevance >= 0).all()):
+        raise InputError("start holds a number that is negative, infinite or NaN; required: relevance from 0")
+    return relevance
+
+
+def factors(relevance: Array, scores: Array, first: int) -> Array:
+    """c of R = |score| c. first: the number of the first image."""
+    impossible = (relevance > 0) & (scores == 0)
+    if impossible.any():
+        image, output = np.argwhere(impossible)[0]
+        raise InputError(f"output {output} of image {first + image} has the score 0, and start gives it relevance; required: a score that can "
+                         "be redistributed")
+    with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
+        return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)

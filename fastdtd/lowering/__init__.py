@@ -1,0 +1,110 @@
+"""(graph, rules, kernels) -> the steps of an explanation. One module for each family of layers has its weights and its steps side by side.
+
+R = |a| c is the relevance of an activation a. In the backward pass most tensors carry the factor c; a tensor that some layer reads under a
+rule whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does the network's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastdtd import graph as g
+from fastdtd.graph import INPUT, Graph, Layer
+from fastdtd.kernels import codes
+from fastdtd.lowering import convolution, dense, normalization, pointwise, pooling
+from fastdtd.lowering.aliasing import Place, fused_activations, places, separate_places
+from fastdtd.lowering.builder import Builder
+from fastdtd.rules import Assignment
+from fastdtd.schedule import Schedule
+
+Steps = Callable[[Builder, Any], None]  # writes down the steps of a layer, forward or backward
+
+_FAMILIES: dict[type[Layer], tuple[Steps, Steps]] = {
+    g.Conv2d: (convolution.forward, convolution.backward),
+    g.Dense: (dense.forward, dense.backward),
+    g.MaxPool2d: (pooling.forward, pooling.backward),
+    g.AveragePool2d: (pooling.forward, pooling.backward),
+    g.GlobalAveragePool: (pooling.forward, pooling.backward),
+    g.LocalResponseNorm: (normalization.forward, normalization.backward),
+    g.ReLU: (pointwise.activation_forward, pointwise.activation_backward),
+    g.Clip: (pointwise.activation_forward, pointwise.activation_backward),
+    g.LeakyReLU: (pointwise.activation_forward, pointwise.activation_backward),
+    g.Power: (pointwise.power_forward, pointwise.redistribute_by_ratio),
+    g.Add: (pointwise.add_forward, pointwise.add_backward),
+    g.Rearrange: (pointwise.rearrange_forward, pointwise.rearrange_backward),
+    g.Concat: (pointwise.join_forward, pointwise.join_backward),
+    g.Flatten: (pointwise.join_forward, pointwise.join_backward),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A network with its weights packed for a device: all that its schedules, for any batch, have in common."""
+
+    graph: Graph
+    assignment: Assignment
+    kernels: ModuleType
+    weights: Mapping[str, Any]
+    fused: Mapping[str, g.ReLU | g.Clip]
+    places: Mapping[str, Place]
+
+    def schedule(self, batch: int, workers: int = 1, observed: Sequence[str] = ()) -> Schedule:
+        """The steps of an explanation of `batch` images by `workers` threads. Nothing is allocated but tables.
+
+        observed: tensors whose relevance is kept.
+        """
+        graph = self.graph
+        b = Builder(graph, self.assignment, self.kernels, self.weights, separate_places(graph) if observed else self.places, self.fused,
+                    batch, workers)
+        fused = {layer.name for layer in self.fused.values()}
+        layers = [layer for layer in graph if layer.name not in fused]
+        b.touch(b.activation(INPUT), 0)
+        for layer in layers:
+            b.layer = layer.name
+            _FAMILIES[type(layer)][0](b, layer)
+        forward_steps = len(b)
+        b.touch(b.activation(graph.output), forward_steps)
+        b.touch(b.factor(graph.output), forward_steps)
+        b.mark_written(graph.output)
+        for layer in reversed(layers):
+            b.layer = layer.name
+            result, _ = b.result(layer)
+            for name in dict.fromkeys(name for name in (layer.name, result) if name in observed):
+                _observe(b, name, result)
+            _FAMILIES[type(layer)][1](b, layer)
+        if INPUT in observed:
+            _observe(b, INPUT, INPUT)
+        b.touch(b.factor(INPUT), len(b))
+        return b.finish(forward_steps, tuple(observed))
+
+
+def lower(graph: Graph, assignment: Assignment, kernels: ModuleType, precision: int = codes.TF32) -> Lowered:
+    """Pack the network's weights as the kernels read them; the current device gets them.
+
+    precision: of products on tensor cores (fastdtd.kernels.codes), where there are any.
+    """
+    weights: dict[str, Any] = {}
+    for layer in graph:
+        rule = assignment.rules.get(layer.name)
+        match layer:
+            case g.Conv2d() if rule:
+                carries = layer.inputs[0] in assignment.carriers
+                weights[layer.name] = convolution.pack(layer, graph, rule, carries, kernels, precision)
+            case g.Dense() if rule:
+                weights[layer.name] = dense.pack(layer, rule, kernels)
+            case g.Rearrange():
+                weights[layer.name] = pointwise.rearrange_pack(layer, graph, kernels)
+    return Lowered(graph, assignment, kernels, weights, fused_activations(graph), places(graph))
+
+
+def _observe(b: Builder, name: str, result: str) -> None:
+    """Write down the relevance of a tensor, which is that of `result`, once all layers that read it have given it theirs."""
+    x, c = b.activation(result), b.factor(result)
+    out = b.state(f"observed/{name}", (b.batch, *b.graph.shapes[name]), np.float32)
+    b.step(b.kernels.observe_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,
+           relevance=b.carries_relevance(result))

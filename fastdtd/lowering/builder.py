@@ -1,0 +1,262 @@
+"""What the families of layers write their steps down with: buffers and their lifetimes, scratch, states, kernel calls."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd import graph as g
+from fastdtd.graph import INPUT, Array, Graph, Layer
+from fastdtd.lowering.aliasing import Intervals, Place
+from fastdtd.rules import Assignment, LayerRule
+from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tensor, View, lay_out
+
+ABSORBED = 3  # the saved tensor of what a neuron keeps, after those of its rule's terms
+SAVED_PER_LAYER = ABSORBED + 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a layer keeps for the backward pass for one term of its rule, and the flags of images in which that absorbs something."""
+
+    view: View
+    dead: State
+
+
+class Builder:
+    """The steps of one schedule, in the order in which they are written down.
+
+    Parameters
+    ----------
+    graph, assignment, kernels :
+        The network, its rules, and the kernels of a device.
+    weights : mapping of str to object
+        By layer, what its family's `pack` returned.
+    places : mapping of str to Place
+        Where each tensor lies.
+    fused : mapping of str to ReLU or Clip
+        By layer, the activation that it applies itself.
+    batch, workers : int
+    """
+
+    def __init__(self, graph: Graph, assignment: Assignment, kernels: ModuleType, weights: Mapping[str, Any],
+                 places: Mapping[str, Place], fused: Mapping[str, g.ReLU | g.Clip], batch: int, workers: int) -> None:
+        self.graph, self.assignment, self.kernels, self.weights = graph, assignment, kernels, weights
+        self.batch, self.workers = batch, workers
+        self.layer = ""  # whose steps are written down
+        self.columns = {name: column for column, name in enumerate(assignment.absorbers)}
+        self._places, self._fused = places, fused
+        self._steps: list[Step] = []
+        self._buffers: list[list[int]] = []  # elements of an image, first step, last step
+        self._activations: dict[str, int] = {}  # root of a tensor -> its buffer
+        self._factors: dict[str, int] = {}
+        self._written: dict[str, Intervals] = {}  # of the factors, by root
+        self._saved: dict[tuple[str, int], Saved] = {}
+        self._scratch: dict[str, int] = {}
+        self._states: dict[str, tuple[tuple[int, ...], DType]] = {
+            "ledger": ((batch, len(assignment.absorbers)), np.float64),
+            # A row for each saved tensor, so that all are cleared at once.
+            "dead": ((SAVED_PER_LAYER * len(graph.layers), batch), np.uint8),
+        }
+
+    # -- Tensors
+
+    def activation(self, name: str) -> Tensor:
+        """The values of a tensor."""
+        return self._tensor(name, self._activations)
+
+    def factor(self, name: str) -> Tensor:
+        """What a tensor carries in the backward pass: the factor c, or relevance R where it is one of `assignment.carriers`."""
+        return self._tensor(name, self._factors)
+
+    def _tensor(self, name: str, buffers: dict[str, int]) -> Tensor:
+        place = self._places[name]
+        channels, height, width = self.graph.shapes[name]
+        positions = height * width
+        view = View(self._buffer_of(place, buffers), (place.elements // positions, height, width))
+        return Tensor(view, place.offset // positions, channels)
+
+    def _buffer_of(self, place: Place, buffers: dict[str, int]) -> int:
+        if place.root not in buffers:
+            buffers[place.root] = self._new_buffer(place.elements)
+        return buffers[place.root]
+
+    def _new_buffer(self, elements: int) -> int:
+        self._buffers.append([elements, -1, -1])
+        return len(self._buffers) - 1
+
+    def touch(self, tensor: Tensor, step: int) -> None:
+        """The caller reads or writes a tensor at this step."""
+        self._touch(tensor.view, step)
+
+    def _touch(self, view: View, step: int) -> None:
+        buffer = self._buffers[view.buffer]
+        buffer[1] = step if buffer[1] < 0 else min(buffer[1], step)
+        buffer[2] = max(buffer[2], step)
+
+    def accumulates(self, name: str) -> bool:
+        """Whether what comes back to a tensor is added to what is there; a part of it that is not written yet is cleared before."""
+        place, end = self._places[name], self._places[name].offset + math.prod(self.graph.shapes[name])
+        gaps = self._written.setdefault(place.root, Intervals()).gaps(place.offset, end)
+        self.mark_written(name)
+        if gaps == [(place.offset, end)]:
+            return False
+        whole = View(self._buffer_of(place, self._factors), (place.elements, 1, 1))
+        for begin, stop in gaps:
+            self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=stop)
+        return True
+
+    def mark_written(self, name: str) -> None:
+        place = self._places[name]
+        self._written.setdefault(place.root, Intervals()).add(place.offset, place.offset + math.prod(self.graph.shapes[name]))
+
+    def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32) -> Saved:
+        """What a layer keeps for the backward pass for the term `part` of its rule, or what it absorbs (ABSORBED)."""
+        if (layer.name, part) not in self._saved:
+            shape = self.graph.shapes[layer.name]
+            view = View(self._new_buffer(math.prod(shape)), shape, dtype)
+            self._saved[layer.name, part] = Saved(view, State("dead", len(self._saved)))
+        return self._saved[layer.name, part]
+
+    def scratch(self, name: str, elements: int) -> Scratch:
+        """A worker's scratch array, of at least so many float32 elements."""
+        self._scratch[name] = max(self._scratch.get(name, 0), elements)
+        return Scratch(name)
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: DType) -> State:
+        """An array that outlives the steps."""
+        self._states[name] = shape, dtype
+        return State(name)
+
+    # -- Facts about layers
+
+    def rule(self, layer: Layer) -> LayerRule | None:
+        return self.assignment.rules.get(layer.name)
+
+    def carries_relevance(self, name: str) -> bool:
+        return name in self.assignment.carriers
+
+    @property
+    def derives(self) -> bool:
+        return self.assignment.derivative is not None
+
+    def result(self, layer: Layer) -> tuple[str, tuple[float, float]]:
+        """The tensor that a layer makes, and the bounds of the activation that is fused with it, infinite where none is."""
+        after = self._fused.get(layer.name)
+        return (layer.name, (-math.inf, math.inf)) if after is None else (after.name, clip_bounds(after))
+
+    def bounds(self, name: str) -> tuple[Array, Array]:
+        """Of each channel of a tensor, (C,) each."""
+        return bounds_of(self.graph, name)
+
+    def splits(self, blocks: int, panels: int) -> int:
+        """Into how many units to cut each of so many blocks, so that all workers have the same to do."""
+        splits = 1
+        while splits < panels and blocks * splits % self.workers and blocks * splits < 8 * self.workers:
+            splits += 1
+        return splits
+
+    # -- Steps
+
+    def step(self, kernel: Callable[..., None], units: int, *, condition: State | None = None,
+             optional: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+        """Write down a call.
+
+        The kernel takes all `arguments` and nothing else but `optional` ones: what only some devices' kernels need, such as
+        a processor's scratch.
+        """
+        names = _parameters(kernel)
+        offered = {**arguments, **(optional or {})}
+        unknown, missing = arguments.keys() - set(names), set(names) - offered.keys()
+        assert not (unknown or missing), f"{kernel} does not take {sorted(unknown)}, and is not given {sorted(missing)}"
+        values = tuple(value.view if isinstance(value := offered[name], Tensor) else value for name in names)
+        for value in values:
+            if isinstance(value, View):
+                self._touch(value, len(self._steps))
+        self._steps.append(Step(kernel, values, units, self.layer, condition))
+
+    def __len__(self) -> int:
+        """Steps written down so far."""
+        return len(self._steps)
+
+    def copy(self, is_forward: bool, to: tuple[str, int], source: tuple[str, int], what: str, add: bool) -> None:
+        """As many elements as tensor `what` has, between positions within the memory of two tensors; of activations or factors."""
+        buffers, ends = self._activations if is_forward else self._factors, []
+        for name, offset in (to, source):
+            place = self._places[name]
+            ends.append((View(self._buffer_of(place, buffers), (place.elements, 1, 1)), place.offset + offset))
+        (x, x_begin), (a, a_begin) = ends
+        self.step(self.kernels.copy_forward, self.batch, x=x, a=a, x_begin=x_begin, a_begin=a_begin,
+                  count=math.prod(self.graph.shapes[what]), accumulate=add)
+
+    def is_in_place(self, name: str, result: str, offset: int) -> bool:
+        """Whether tensor `name` lies in the memory of `result`, at that offset."""
+        inner, outer = self._places[name], self._places[result]
+        return (inner.root, inner.offset) == (outer.root, outer.offset + offset)
+
+    # -- All of it
+
+    def finish(self, forward_steps: int, observed: tuple[str, ...]) -> Schedule:
+        ends = {"input": self.activation(INPUT), "output": self.activation(self.graph.output),
+                "start": self.factor(self.graph.output), "relevance": self.factor(INPUT)}
+        alive = [i for i, (_, first, _) in enumerate(self._buffers) if first >= 0]
+        lifetimes = [(elements * self.batch, first, last) for elements, first, last in (self._buffers[i] for i in alive)]
+        offsets, size = lay_out(lifetimes)
+        new = {old: i for i, old in enumerate(alive)}
+
+        def renumbered(value: Any) -> Any:
+            return View(new[value.buffer], value.shape, value.dtype) if isinstance(value, View) else value
+
+        steps = tuple(Step(step.kernel, tuple(map(renumbered, step.arguments)), step.units, step.layer, step.condition)
+                      for step in self._steps)
+        tensors = {name: Tensor(renumbered(t.view), t.channel, t.channels) for name, t in ends.items()}
+        return Schedule(
+            self.batch, self.workers, steps, forward_steps,
+            tuple(Buffer(*lifetime, offset) for lifetime, offset in zip(lifetimes, offsets, strict=True)), size, self._scratch,
+            self._states, **tensors, starts_with_relevance=self.carries_relevance(self.graph.output),
+            ledger_layers=self.assignment.absorbers, observed=observed, margin=int(self.kernels.MARGIN))
+
+
+def clip_bounds(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
+    """Between which values an activation's output lies."""
+    match layer:
+        case g.ReLU():
+            return 0.0, math.inf
+        case g.Clip():
+            return layer.low, layer.high
+    return -math.inf, math.inf
+
+
+def bounds_of(graph: Graph, name: str) -> tuple[Array, Array]:
+    """Of each channel of a tensor, (C,) each; zeros where it has none."""
+    domain, channels = graph.domains[name], graph.shapes[name][0]
+    if domain.low is None or domain.high is None:
+        return (zeros(channels),) * 2
+    return read_only(domain.low), read_only(domain.high)
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def zeros(count: int) -> Array:
+    return read_only(np.zeros(count, np.float32))
+
+
+@functools.cache
+def _parameters(kernel: Callable[..., None]) -> tuple[str, ...]:
+    """What a kernel takes besides the units that a call does."""
+    *names, first, last = inspect.signature(getattr(kernel, "py_func", kernel)).parameters
+    assert (first, last) == ("first", "last")
+    return tuple(names)

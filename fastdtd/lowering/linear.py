@@ -1,0 +1,138 @@
+"""Layers that redistribute by sums (convolution, dense, addition, pools in proportion): what is the same for all of them.
+
+Forward, a layer's output and its rule's sums, and the ratios that follow; backward, what it absorbs, then each term of its rule. How a sum
+is computed and a term redistributed is the family's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastdtd import graph as g
+from fastdtd.errors import RuleError
+from fastdtd.graph import Array, Layer
+from fastdtd.kernels import codes
+from fastdtd.lowering.builder import ABSORBED, Builder, read_only, zeros
+from fastdtd.rules import LayerRule, Rule, Term
+from fastdtd.schedule import State, Tensor, View
+
+_BIASES = {"ignored": codes.IGNORED, "absorbed": codes.ABSORBED, "shared": codes.SHARED}
+
+
+class SumStep(Protocol):
+    def __call__(self, b: Builder, layer: Any, index: int, features: int, arguments: dict[str, Any]) -> None:
+        """Write down the step of the rule's sum `index`. arguments: what all such kernels take."""
+
+
+class TermStep(Protocol):
+    def __call__(self, b: Builder, layer: Any, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:
+        """Write down what the layer's input `source` gets through the rule's term `part`. arguments: as above."""
+
+
+def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Array, Array] | None = None) -> None:
+    """window_counts: by how much a mean is divided, along each axis; None: the output is a sum."""
+    rule = b.rule(layer)
+    assert rule is not None
+    result, (low, high) = b.result(layer)
+    x = b.activation(result)
+    relevance = b.carries_relevance(result)
+    if rule.formula is None:
+        saved = b.saved(layer)
+        _sum(b, layer, rule, 0, sum_step, x, saved.view, saved.dead, (low, high), relevance, _bias(b, layer))
+        return
+    views = {term: b.saved(layer, part).view for part, term in enumerate(rule.terms)}
+    first, dead = b.saved(layer).view, b.saved(layer).dead
+    channels, height, width = b.graph.shapes[layer.name]
+    unused = b.state("unused", (b.batch,), np.uint8)  # the formula finds out what is absorbed
+    for index, term in enumerate(rule.sums):
+        _sum(b, layer, rule, index, sum_step, x, views.get(term, first), unused, (-math.inf, math.inf), True, zeros(channels))
+    if rule.rule.direction:
+        a, (a_low, a_high) = b.activation(layer.inputs[0]), b.bounds(layer.inputs[0])
+        b.step(_direction_kernels(b, rule.rule)[0], b.batch * channels, z=first, a=a, low=a_low, high=a_high,
+               a_channel=a.channel, **_as_convolution(layer))
+    second = next((views[term] for term in rule.terms if term.weights == "negative"), first)
+    third = next((views[term] for term in rule.terms[1:] if term.weights == "flat"), first)
+    down, across = window_counts or (read_only(np.ones(height, np.float32)), read_only(np.ones(width, np.float32)))
+    b.step(
+        b.kernels.ratios_forward, b.batch * channels, x=x, one=first, other=second, even=third,
+        lost=b.saved(layer, ABSORBED).view if rule.retains else first, dead=dead,
+        other_dead=dead if second is first else b.saved(layer, 1).dead, bias=_bias(b, layer), counted_down=down,
+        counted_across=across, x_channel=x.channel, formula=rule.formula, factor=_factor(rule), beta=rule.rule.beta,
+        epsilon=rule.rule.epsilon, kept=_BIASES[rule.rule.bias], least=low, most=high, relevance=relevance)
+
+
+def _sum(b: Builder, layer: Layer, rule: LayerRule, index: int, sum_step: SumStep, x: Tensor, ratio: View, dead: State,
+         clip: tuple[float, float], relevance: bool, bias: Array) -> None:
+    a = b.activation(layer.inputs[0])
+    arguments: dict[str, Any] = {"x": x, "ratio": ratio, "dead": dead, "a": a, "x_channel": x.channel, "a_channel": a.channel,
+                                 "relevance": relevance}
+    if not isinstance(layer, (g.Pool2d, g.GlobalAveragePool)):
+        arguments |= {"least": clip[0], "most": clip[1]}
+    if isinstance(layer, (g.Conv2d, g.Dense)):
+        arguments["bias"] = bias
+    sum_step(b, layer, index, rule.sums[index].features, arguments)
+
+
+def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
+    rule = b.rule(layer)
+    assert rule is not None
+    c = b.factor(b.result(layer)[0])
+    if layer.name in b.columns:
+        common: dict[str, Any] = {"ledger": State("ledger"), "c": c, "column": b.columns[layer.name], "c_channel": c.channel}
+        if rule.retains:
+            b.step(b.kernels.lose_redistribute, b.batch, lost=b.saved(layer, ABSORBED).view, **common)
+        elif rule.formula in (None, codes.SIGNS):
+            for part in range(len(rule.terms)):
+                saved = b.saved(layer, part)
+                b.step(b.kernels.absorb_redistribute, b.batch, condition=saved.dead, ratio=saved.view, dead=saved.dead, **common)
+    for part, term in enumerate(rule.terms):
+        for source in layer.inputs:
+            accumulate = b.accumulates(source) or part > 0  # of several terms, all but the first add to what is there
+            c_in, a, (low, high) = b.factor(source), _activation_for(b, term, source), b.bounds(source)
+            arguments: dict[str, Any] = {"c_in": c_in, "c": c, "ratio": b.saved(layer, part).view, "a": a, "low": low, "high": high,
+                         "c_in_channel": c_in.channel, "c_channel": c.channel, "a_channel": a.channel,
+                         "relevance": b.carries_relevance(source), "accumulate": accumulate}
+            if term.weights == "direction":
+                del arguments["relevance"]  # a direction's features are of no use without it
+                b.step(_direction_kernels(b, rule.rule)[1], b.batch * b.graph.shapes[source][0], **arguments, **_as_convolution(layer))
+            else:
+                term_step(b, layer, part, term, source, arguments)
+
+
+def _activation_for(b: Builder, term: Term, name: str) -> Tensor:
+    """What the backward pass reads as the activation `name`: where the term does not look at it, c itself, so that its memory is free."""
+    unread = term.features == codes.ONES or (term.features == codes.NONNEGATIVE and not b.carries_relevance(name))
+    return b.factor(name) if unread else b.activation(name)
+
+
+def _factor(rule: LayerRule) -> float:
+    """The parameter of the formula that ratios_forward takes as `factor`."""
+    return {codes.ALPHA_BETA: rule.rule.alpha, codes.GAMMA: rule.rule.gamma}.get(rule.formula or 0, 1.0)
+
+
+def _bias(b: Builder, layer: Layer) -> Array:
+    bias = layer.bias if isinstance(layer, (g.Conv2d, g.Dense)) else None
+    return zeros(b.graph.shapes[layer.name][0]) if bias is None else read_only(bias)
+
+
+def _direction_kernels(b: Builder, rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
+    try:
+        kernels: tuple[Callable[..., None], Callable[..., None]] = b.kernels.direction_kernels(rule.direction, rule.takes_bounds)
+    except TypeError as error:
+        raise RuleError(f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that "
+                        "returns a number, in Python that Numba can compile") from None
+    return kernels
+
+
+def _as_convolution(layer: Layer) -> dict[str, Any]:
+    """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel."""
+    names = ("groups", "stride_down", "stride_right", "top", "left", "dilate_down", "dilate_right")
+    if isinstance(layer, g.Dense):
+        return {"weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))}
+    assert isinstance(layer, g.Conv2d)
+    numbers = layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation
+    return {"weight": read_only(layer.weight), **dict(zip(names, numbers, strict=True))}

@@ -1,0 +1,129 @@
+"""What happens to each element by itself or only moves it: activations, powers, additions, concatenation, rearrangement."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd import graph as g
+from fastdtd.graph import Graph
+from fastdtd.lowering import linear
+from fastdtd.lowering.builder import Builder, clip_bounds, read_only
+from fastdtd.rules import Term
+from fastdtd.schedule import State
+
+Activation = g.ReLU | g.Clip | g.LeakyReLU
+Join = g.Concat | g.Flatten
+
+
+# ---- Activations -----------------------------------------------------------------------------------------------------
+
+
+def activation_forward(b: Builder, layer: Activation) -> None:
+    x, a = b.activation(layer.name), b.activation(layer.inputs[0])
+    b.step(b.kernels.activate_forward, b.batch * x.channels, x=x, a=a, x_channel=x.channel, a_channel=a.channel,
+           channels=x.channels, **_activation(layer))
+
+
+def activation_backward(b: Builder, layer: Activation) -> None:
+    source = layer.inputs[0]
+    accumulate = b.accumulates(source)
+    c_in, a, c = b.factor(source), b.activation(source), b.factor(layer.name)
+    b.step(
+        b.kernels.activate_redistribute, b.batch * a.channels, c_in=c_in, c=c, a=a, c_in_channel=c_in.channel, c_channel=c.channel,
+        a_channel=a.channel, channels=a.channels, relevance=b.carries_relevance(source) and not b.derives, derive=b.derives,
+        accumulate=accumulate, **_activation(layer))
+
+
+def _activation(layer: Activation) -> dict[str, Any]:
+    low, high = clip_bounds(layer)
+    return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "least": low, "most": high}
+
+
+def power_forward(b: Builder, layer: g.Power) -> None:
+    x, a = b.activation(layer.name), b.activation(layer.inputs[0])
+    b.step(b.kernels.power_forward, b.batch * x.channels, x=x, ratio=b.saved(layer).view, a=a, x_channel=x.channel,
+           a_channel=a.channel, exponent=layer.exponent, derive=b.derives)
+
+
+def redistribute_by_ratio(b: Builder, layer: g.Power | g.LocalResponseNorm) -> None:
+    """Backward where each output is a multiple of its own input: c_in = ratio * c."""
+    source = layer.inputs[0]
+    accumulate = b.accumulates(source)
+    c_in, c = b.factor(source), b.factor(layer.name)
+    b.step(b.kernels.normalize_redistribute, b.batch * c_in.channels, c_in=c_in, c=c, ratio=b.saved(layer).view,
+           c_in_channel=c_in.channel, c_channel=c.channel, relevance=b.carries_relevance(source) and not b.derives,
+           accumulate=accumulate)
+
+
+# ---- Addition --------------------------------------------------------------------------------------------------------
+
+
+def add_forward(b: Builder, layer: g.Add) -> None:
+    linear.forward(b, layer, _add_sum)
+
+
+def add_backward(b: Builder, layer: g.Add) -> None:
+    linear.backward(b, layer, _add_term)
+
+
+def _add_sum(b: Builder, layer: g.Add, index: int, features: int, arguments: dict[str, Any]) -> None:
+    (low_a, high_a), (low_b, high_b) = map(b.bounds, layer.inputs)
+    second = b.activation(layer.inputs[1])
+    b.step(b.kernels.add_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, b=second, b_channel=second.channel,
+           low_a=low_a, high_a=high_a, low_b=low_b, high_b=high_b, features=features)
+
+
+def _add_term(b: Builder, layer: g.Add, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:
+    b.step(b.kernels.add_redistribute, b.batch * b.graph.shapes[source][0], **arguments, features=term.features)
+
+
+# ---- What only moves elements ----------------------------------------------------------------------------------------
+
+
+def rearrange_pack(layer: g.Rearrange, graph: Graph, kernels: ModuleType) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """(starts, readers): element i of the input is read by outputs readers[starts[i]:starts[i + 1]], none by those before starts[0]."""
+    index, elements = layer.index.ravel(), math.prod(graph.shapes[layer.inputs[0]])
+    starts = np.searchsorted(np.sort(index), np.arange(elements + 1))
+    return read_only(starts.astype(np.int32)), read_only(np.argsort(index, kind="stable").astype(np.int32))
+
+
+def rearrange_forward(b: Builder, layer: g.Rearrange) -> None:
+    x, a = b.activation(layer.name), b.activation(layer.inputs[0])
+    b.step(b.kernels.rearrange_forward, b.batch, x=x, a=a, index=read_only(layer.index), x_channel=x.channel, a_channel=a.channel)
+
+
+def rearrange_backward(b: Builder, layer: g.Rearrange) -> None:
+    source = layer.inputs[0]
+    accumulate = b.accumulates(source)
+    c_in, c = b.factor(source), b.factor(layer.name)
+    starts, readers = b.weights[layer.name]
+    b.step(
+        b.kernels.rearrange_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c, starts=starts, readers=readers,
+        column=b.columns.get(layer.name, 0), c_in_channel=c_in.channel, c_channel=c.channel,
+        relevance=b.carries_relevance(source) and layer.name in b.columns, accumulate=accumulate)
+
+
+def join_forward(b: Builder, layer: Join) -> None:
+    """Copy what does not lie in the result's memory already."""
+    for name, offset in _copied_inputs(b, layer):
+        b.copy(True, (layer.name, offset), (name, 0), name, False)
+
+
+def join_backward(b: Builder, layer: Join) -> None:
+    for name, offset in _copied_inputs(b, layer):
+        b.copy(False, (name, 0), (layer.name, offset), name, b.accumulates(name))
+
+
+def _copied_inputs(b: Builder, layer: Join) -> list[tuple[str, int]]:
+    """Inputs that do not lie in the result's memory, with where in it they belong."""
+    copied, offset = [], 0
+    for name in layer.inputs:
+        if not b.is_in_place(name, layer.name, offset):
+            copied.append((name, offset))
+        offset += math.prod(b.graph.shapes[name])
+    return copied

@@ -1,0 +1,109 @@
+"""Max-pools, by winner or in proportion, and average pools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastdtd import graph as g
+from fastdtd.graph import Array
+from fastdtd.lowering import linear
+from fastdtd.lowering.blocks import Blocks, blocks_of, int_table
+from fastdtd.lowering.builder import Builder, read_only
+from fastdtd.rules import Term
+
+Pool = g.Pool2d | g.GlobalAveragePool
+
+
+def forward(b: Builder, layer: Pool) -> None:
+    if not _by_winner(b, layer):
+        linear.forward(b, layer, _sum_step, _window_counts(b, layer))
+        return
+    x, a = b.activation(layer.name), b.activation(layer.inputs[0])
+    blocks, blocked = _blocks(b, layer)
+    tap_positions = _tap_positions(b, layer) if blocks else None
+    b.step(b.kernels.max_pool2d_forward, b.batch * x.channels, x=x, winner=b.saved(layer, dtype=np.int32).view, a=a,
+           x_channel=x.channel, a_channel=a.channel,
+           optional={**_geometry(b, layer), **blocked, "places": tap_positions})
+
+
+def backward(b: Builder, layer: Pool) -> None:
+    if not _by_winner(b, layer):
+        linear.backward(b, layer, _term_step)
+        return
+    source = layer.inputs[0]
+    accumulate = b.accumulates(source)
+    c_in, c = b.factor(source), b.factor(layer.name)
+    b.step(b.kernels.max_pool2d_redistribute, b.batch * c_in.channels, c_in=c_in, c=c, winner=b.saved(layer).view,
+           c_in_channel=c_in.channel, c_channel=c.channel, accumulate=accumulate, optional=_geometry(b, layer))
+
+
+def _by_winner(b: Builder, layer: Pool) -> bool:
+    rule = b.rule(layer)
+    return rule is not None and not rule.terms
+
+
+def _sum_step(b: Builder, layer: Pool, index: int, features: int, arguments: dict[str, Any]) -> None:
+    low, _ = b.bounds(layer.inputs[0])
+    count_h, count_w = _window_counts(b, layer)
+    b.step(b.kernels.pool2d_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, low=low, counted_down=count_h,
+           counted_across=count_w, maximum=isinstance(layer, g.MaxPool2d), features=features,
+           optional={**_geometry(b, layer), **_blocks(b, layer)[1]})
+
+
+def _term_step(b: Builder, layer: Pool, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:
+    kernel, stride, padding, _ = _window(b, layer)
+    block, results = b.kernels.pool2d_redistribute_elements(kernel, stride, padding, b.graph.shapes[source][1:],
+                                                            b.graph.shapes[layer.name][1:])
+    del arguments["high"]  # all weights of a pool are positive
+    b.step(b.kernels.pool2d_redistribute, b.batch * b.graph.shapes[source][0], **arguments, features=term.features,
+           **_geometry(b, layer), optional={"block": b.scratch("block", block), "results": b.scratch("results", results)})
+
+
+def _window(b: Builder, layer: Pool) -> tuple[Any, Any, Any, bool]:
+    """Kernel, stride, padding, and whether padding counts in a mean."""
+    if isinstance(layer, g.GlobalAveragePool):
+        return b.graph.shapes[layer.inputs[0]][1:], (1, 1), (0, 0, 0, 0), False
+    return layer.kernel, layer.stride, layer.padding, isinstance(layer, g.AveragePool2d) and layer.count_include_pad
+
+
+def _geometry(b: Builder, layer: Pool) -> dict[str, Any]:
+    kernel, stride, padding, _ = _window(b, layer)
+    return {"kernel_down": kernel[0], "kernel_right": kernel[1], "stride_down": stride[0], "stride_right": stride[1],
+            "top": padding[0], "left": padding[1]}
+
+
+def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
+    """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole input."""
+    if not b.kernels.COPIES_BLOCKS:
+        return None, {}
+    kernel, stride, padding, _ = _window(b, layer)
+    is_whole = kernel == b.graph.shapes[layer.inputs[0]][1:] and b.graph.shapes[layer.name][1:] == (1, 1) and not any(padding)
+    if is_whole and not _by_winner(b, layer):
+        blocks = Blocks(int_table([], 2), [], 1, 1, 0, 0)
+    else:
+        taps = [(i - padding[0], j - padding[1]) for i in range(kernel[0]) for j in range(kernel[1])]
+        blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.kernels)
+    return blocks, {"offsets": read_only(blocks.offsets(1)), "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()}
+
+
+def _tap_positions(b: Builder, layer: Pool) -> Any:
+    """Where in a plane of the input each tap of a window lies, from the window's position on."""
+    kernel, _, padding, _ = _window(b, layer)
+    width = b.graph.shapes[layer.inputs[0]][2]
+    taps = [(i - padding[0]) * width + j - padding[1] for i in range(kernel[0]) for j in range(kernel[1])]
+    return read_only(np.array(taps, np.int32))
+
+
+def _window_counts(b: Builder, layer: Pool) -> tuple[Array, Array]:
+    """How many rows each window counts, and how many columns: their product is a mean's divisor. 1 for a maximum."""
+    kernel, stride, padding, count_padding = _window(b, layer)
+    counts = []
+    for axis in (0, 1):
+        size, positions = b.graph.shapes[layer.inputs[0]][1 + axis], b.graph.shapes[layer.name][1 + axis]
+        begin = np.arange(positions) * stride[axis] - padding[axis]
+        end = np.minimum(begin + kernel[axis], size + (padding[2 + axis] if count_padding else 0))
+        count = end - (begin if count_padding else np.maximum(begin, 0))
+        counts.append(read_only((np.ones(positions) if isinstance(layer, g.MaxPool2d) else count).astype(np.float32)))
+    return counts[0], counts[1]
