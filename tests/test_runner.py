@@ -128,7 +128,7 @@ def test_pictures_at_a_time(folder, tmp_path):
     """Unless it is said: on GPUs as many as they take at once, if that is more."""
     for precision, each, wanted in (("", 7, [10]), ("fp32", 3, [10]), ("fp32", 9, [10]), ("tf32", 9, [18, 2])):
         made, steps = explainer(), []
-        made.precision, made.batch = precision, each
+        made.precision, made._executor.batch = precision, each
         pictures = runner.find_pictures([folder]) * (2 if precision == "tf32" else 1)
         runner.run(made, [runner.Picture(p.path, f"{i}") for i, p in enumerate(pictures)], tmp_path / f"{each}{precision}",
                    on_progress=steps.append, outputs=["heatmap"])
