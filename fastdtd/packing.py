@@ -418,7 +418,7 @@ def _constant(layer: g.Conv2d, term: Term, graph: Graph, in_a_row: bool, kernels
     """
     in_shape, (outputs, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     if term.features not in (codes.BOX, codes.ONES):
-        least = np.full(outputs, kernels.LEAST, np.float32)
+        least = np.full(outputs, kernels.MIN_DENOMINATOR, np.float32)
         return read_only(np.zeros((1, 1, 1), np.float32)), _table([(0,)] * rows, 1).ravel(), read_only(least)
     shares = term.share_weights(layer.weight)
     if term.features == codes.ONES:
@@ -437,7 +437,7 @@ def _constant(layer: g.Conv2d, term: Term, graph: Graph, in_a_row: bool, kernels
     patterns, pattern = np.unique(inside[0], axis=1, return_inverse=True)
     sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), patterns)
     # What rounding leaves of a z that is a difference may not be divided by.
-    least = np.maximum(1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
+    least = np.maximum(1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0, kernels.MIN_DENOMINATOR) * np.ones(outputs)
     return read_only(sums.astype(np.float32)), read_only(pattern.reshape(-1).astype(np.int64)), read_only(least.astype(np.float32))
 
 

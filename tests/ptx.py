@@ -27,7 +27,7 @@ _COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equ
             "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b)}
 _BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": None, "rem": None, "max": np.fmax, "min": np.fmin,
            "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_UNARY = {"abs": np.abs, "neg": np.negative, "not": np.invert, "rcp": np.reciprocal}
+_UNARY = {"abs": np.abs, "neg": np.negative, "not": np.invert, "rcp": np.reciprocal, "sqrt": np.sqrt}
 _TO_INTEGERS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _TF32 = np.uint32(0xFFFFE000)
 
@@ -198,7 +198,7 @@ class _Block:
             case ["fma", *_]:
                 a, b, c = (self.get(operand, kind).astype(np.float64) for operand in operands[1:])
                 self.put(first, (a * b + c).astype(kind), mask)
-            case ["abs" | "neg" | "not" | "rcp", *_]:
+            case ["abs" | "neg" | "not" | "rcp" | "sqrt", *_]:
                 self.put(first, _UNARY[name](self.get(operands[1], kind)).astype(kind), mask)
             case ["shl" | "shr", _]:
                 value, by = self.get(operands[1], kind), self.get(operands[2], np.uint32)

@@ -22,7 +22,6 @@ from fastdtd.kernels.cpu.dense import (
 )
 from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
-    LEAST,
     absorb_redistribute,
     activate_forward,
     activate_redistribute,
@@ -75,14 +74,15 @@ from fastdtd.kernels.cpu.winograd import (
     winograd2d_scratch,
     winograd2d_tiles,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
     "BROKEN",
     "CONV2D_COLUMNS",
     "COPIES_BLOCKS",
     "DENSE_FEATURES",
-    "LEAST",
     "MARGIN",
+    "MIN_DENOMINATOR",
     "MOST_IMAGES",
     "PLANS_AT_ONCE",
     "absorb_redistribute",

@@ -41,12 +41,12 @@ from fastdtd.kernels.cpu.microkernel import (
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
 from fastdtd.kernels.cpu.rows import copy_exactly, fill_vectors, interleave_vectors, keep_sign_vectors, spread
 from fastdtd.kernels.cpu.vector_code import LANES
+from fastdtd.kernels.scalar import ZERO
 
 CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)  # of a tile; tiles read this far beyond the last place
 _BLOCK_BYTES = 1 << 18  # a block of planes stays in the second-level cache beside the weights that stream past it
 _BLOCK_PLACES = 1536  # and so do its results
 _FEW_PLACES = 8 * SPLIT_COLUMNS  # fewer are not worth a pass over all weights
-_ZERO = np.float32(0)
 _BITS = np.array(SPLIT_ORDER, np.int64)
 
 
@@ -117,7 +117,7 @@ def conv2d_pack(packed, matrices):
             for i in range(panel_rows):
                 row = panel * panel_rows + i
                 for d in range(depth):
-                    packed[g, panel, d, i] = matrices[g, row, d] if row < rows else _ZERO
+                    packed[g, panel, d, i] = matrices[g, row, d] if row < rows else ZERO
 
 
 @kernel
@@ -137,13 +137,13 @@ def conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides):
                     positive_rows = 0
                     for row in range(panel_rows):
                         k = panel * panel_rows + row
-                        weight = matrices[g, k, d] if k < rows else _ZERO
-                        if sides[d] == 2 or sides[d] * weight > _ZERO:
+                        weight = matrices[g, k, d] if k < rows else ZERO
+                        if sides[d] == 2 or sides[d] * weight > ZERO:
                             positive_rows |= 1 << row
                     if positive_rows == _BITS[i]:
                         for row in range(panel_rows):
                             k = panel * panel_rows + row
-                            packed[g, panel, to, row] = matrices[g, k, d] if k < rows else _ZERO
+                            packed[g, panel, to, row] = matrices[g, k, d] if k < rows else ZERO
                         packed_offsets[g, panel, to] = offsets[d]
                         to += 1
                 bounds[g, panel, i + 1] = to
@@ -247,7 +247,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                         for i in range(len(planes)):
                             p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
                             copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
-                                       y * stride_down + planes[i, 0], left * stride_right + planes[i, 1], stride_down, stride_right, _ZERO)
+                                       y * stride_down + planes[i, 0], left * stride_right + planes[i, 1], stride_down, stride_right, ZERO)
                             if copies == 2:
                                 keep_sign_vectors(p_block + 4 * at, plane_rows * width, copy == 0)
                             at += plane_rows * width
@@ -335,7 +335,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, low, high, p
                     for i in range(len(planes)):
                         copy_product(p_block + 4 * at, plane_rows, width, p_ratio + 4 * (n * outputs + k) * size,
                                      p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], y + planes[i, 0],
-                                     left + planes[i, 1], _ZERO)
+                                     left + planes[i, 1], ZERO)
                         at += plane_rows * width
             group = 0
             while group < len(phases):  # a group of phases is one row of inputs, then the next below at stride_down
@@ -347,7 +347,7 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, low, high, p
                     to, places = p_results + 4 * (phase - group) * product, (rows - 1) * width + min(block_columns, columns)
                     weights = p_packed + 4 * (begin + panel * depth * panel_rows)
                     if columns > 0 and depth == 0:
-                        fill_vectors(to, parts * panel_rows * stride - CONV2D_COLUMNS, _ZERO)
+                        fill_vectors(to, parts * panel_rows * stride - CONV2D_COLUMNS, ZERO)
                     elif columns > 0 and parts == 1:
                         _multiply_tile(to, stride, weights, p_offsets + 4 * phases[phase, 6], p_block, depth, places, panel_rows)
                     elif columns > 0:

@@ -9,9 +9,9 @@ piece, the block or the images beside it, each sum is one chain of multiply-adds
 """
 
 import numpy as np
-from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, NONNEGATIVE, ONES, SIGNED, SQUARED, VALUE
-from fastdtd.kernels.cpu.elementwise import finish, ratio_of
+from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, ONES, SIGNED, SQUARED
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.scalar import clip, ratio_of, redistributed_pair
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I32,
@@ -30,6 +30,7 @@ from fastdtd.kernels.cpu.vector_code import (
     splat,
     store_vector,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -40,8 +41,6 @@ _IMAGES = 4 if LANES == 16 else 2  # that share a weight in a register: as many 
 _ROWS, _ROWS_BACK = 2, 4  # outputs whose weights are read at once
 _BLOCK_ROWS = 32
 _PIECE, _PIECE_ALONE = 1024, 1 << 14  # features: those of a few images stay in the first-level cache, those of one in the second
-
-_ZERO = np.float32(0)
 
 
 # ---- Vector code -------------------------------------------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_
     piece, of_image = _PIECE_ALONE if images == 1 else _PIECE, 4 * _BLOCK_ROWS * 2 * LANES
     for block in range(first, last, _BLOCK_ROWS):
         rows = min(_BLOCK_ROWS, last - block)
-        sums[:_BLOCK_ROWS * images * 2 * LANES] = _ZERO
+        sums[:_BLOCK_ROWS * images * 2 * LANES] = ZERO
         for begin in range(0, count, piece):
             p_w, length, bounds = p_weight + 4 * (block * count + begin), min(piece, count - begin), 4 * begin
             behind = p_w + 4 * (piece if begin + piece < count else rows * count - begin)  # the block's next piece, or the next block
@@ -205,12 +204,12 @@ def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_
                 k = block + row
                 for i in range(together):
                     y = p_sums + n * of_image + 4 * (row * together + i) * 2 * LANES
-                    value = finish(_sum_of_lanes(y) + bias[k], least, most)
+                    value = clip(_sum_of_lanes(y) + bias[k], least, most)
                     z = constant[k] if features == ONES else _sum_of_lanes(y + 4 * LANES)
-                    r = ratio_of(value, z, relevance)
+                    r = ratio_of(value, z, MIN_DENOMINATOR, relevance)
                     flat_x[(n + i) * x.shape[1] + x_channel + k] = value
                     flat_ratio[(n + i) * outputs + k] = r
-                    if r < _ZERO:
+                    if r < ZERO:
                         dead[n + i] = 1
             n += together
 
@@ -237,12 +236,12 @@ def _list_shares(shares, ratio, c, c_channel):
         for n in range(images):
             s = flat_ratio[n * outputs + k] * flat_c[n * c.shape[1] + c_channel + k]
             shares[line + n] = s
-            speaks |= s != _ZERO
+            speaks |= s != ZERO
         numbers[line + images] = k
         count += speaks
     for i in range(count, count + 2 * _ROWS_BACK):
         for n in range(images):
-            shares[i * (images + 1) + n] = _ZERO
+            shares[i * (images + 1) + n] = ZERO
         numbers[i * (images + 1) + images] = 0
     return count
 
@@ -286,10 +285,10 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, shares, c_in_
     for unit in range(first, last):
         begin = unit * DENSE_FEATURES
         length = min(DENSE_FEATURES, count - begin)
-        sums[:parts * part] = _ZERO
+        sums[:parts * part] = ZERO
         if weights == FLAT:
             for n in range(images):
-                total = _ZERO
+                total = ZERO
                 for i in range(listed):
                     total += shares[i * (images + 1) + n]
                 sums[n * _STRIDE:n * _STRIDE + length] = total
@@ -303,13 +302,5 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, shares, c_in_
             one = sums[n * _STRIDE:n * _STRIDE + length]
             other = sums[(parts - 1) * part + n * _STRIDE:(parts - 1) * part + n * _STRIDE + length]
             for i in range(length):
-                result = one[i]
-                if features == BOX:
-                    result = max(value[i] - low[begin + i], _ZERO) * result + max(high[begin + i] - value[i], _ZERO) * other[i]
-                elif features == SIGNED:
-                    result = result if value[i] >= _ZERO else other[i]
-                if relevance and features == VALUE:
-                    result *= value[i]
-                elif relevance and features in (NONNEGATIVE, SIGNED):
-                    result *= abs(value[i])
+                result = redistributed_pair(one[i], other[i], value[i], features, low[begin + i], high[begin + i], relevance)
                 out[i] = result + out[i] if accumulate else result

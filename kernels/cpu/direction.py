@@ -6,14 +6,10 @@
 features and weights, and each connection is computed. A dense layer is a convolution of one pixel here.
 """
 
-from functools import cache
+from functools import cache, partial
 
-import numpy as np
 from fastdtd.kernels.cpu.jit import kernel
-from numba import njit, types
-from numba.core.errors import NumbaError
-
-_ZERO = np.float32(0)
+from fastdtd.kernels.scalar import ZERO, direction_formula
 
 
 @cache
@@ -22,21 +18,7 @@ def direction_kernels(direction, bounded):
 
     They are compiled for this process alone: nothing on disk tells one function from another. TypeError: it cannot be compiled.
     """
-    compiled = njit(nogil=True, error_model="numpy")(direction)
-    try:
-        result = compiled.compile((types.float32,) * (4 if bounded else 2)) and compiled.nopython_signatures[0].return_type
-    except NumbaError as error:
-        raise TypeError(str(error).strip().splitlines()[-1]) from None
-    if not isinstance(result, (types.Float, types.Integer, types.Boolean)):
-        raise TypeError(f"it returns {result} and no number")
-    if bounded:
-        @njit(nogil=True, error_model="numpy")
-        def v(a, w, low, high):
-            return np.float32(compiled(a, w, low, high))
-    else:
-        @njit(nogil=True, error_model="numpy")
-        def v(a, w, low, high):
-            return np.float32(compiled(a, w))
+    v = direction_formula(direction, bounded, partial(kernel, keep=False))
 
     def direction_forward(z, a, weight, low, high, a_channel, groups, stride_down, stride_right, top, left, dilate_down, dilate_right,
                           first, last):
@@ -45,7 +27,7 @@ def direction_kernels(direction, bounded):
         per_group = weight.shape[1]
         for unit in range(first, last):
             n, k = unit // outputs, unit % outputs
-            z[n, k] = _ZERO
+            z[n, k] = ZERO
             for channel in range(per_group):
                 c = k // (outputs // groups) * per_group + channel
                 for i in range(weight.shape[2]):
@@ -70,7 +52,7 @@ def direction_kernels(direction, bounded):
             n, channel = unit // inputs, unit % inputs
             group = channel // per_group
             if not accumulate:
-                c_in[n, c_in_channel + channel] = _ZERO
+                c_in[n, c_in_channel + channel] = ZERO
             for k in range(group * outputs_per_group, (group + 1) * outputs_per_group):
                 for i in range(weight.shape[2]):
                     for j in range(weight.shape[3]):

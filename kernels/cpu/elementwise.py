@@ -5,8 +5,17 @@ The channels of an image lie one behind the other in each tensor, so what needs 
 """
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
+from fastdtd.kernels.codes import BOX
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.scalar import (
+    activation,
+    activation_redistributed,
+    clip,
+    positive_feature,
+    power,
+    ratio_of,
+    redistributed,
+)
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     LANES,
@@ -21,69 +30,16 @@ from fastdtd.kernels.cpu.vector_code import (
     pointers,
     splat,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
-
-
-# ---- Parts of other kernels, for one number --------------------------------------------------------------------------------------------
-
-
-@kernel
-def finish(y, least, most):
-    """The layer's output from its sum: clipped to the bounds of the activation behind it, which are infinite where there is none."""
-    return min(max(y, least), most)
-
-
-@kernel
-def ratio_of(x, z, relevance):
-    """|x| / z, what the way back multiplies c by; if `relevance`, the way back carries relevance R = |x| c and the ratio is 1 / z.
-
-    Where z is zero nothing can be redistributed. What is lost there is kept as a negative number, -|x| or -1, for `absorb`.
-    """
-    return ratio_of_least(x, z, relevance, LEAST)
-
-
-@kernel
-def ratio_of_least(x, z, relevance, least):
-    """As ratio_of, where a z up to `least` counts as zero."""
-    share = _ONE if relevance else abs(x)
-    return share / z if z > least else -share
-
-
-@kernel
-def feature_sum(a, features, low, high):
-    """Features of one number that weigh in where all weights are positive: the first of u."""
-    if features in (NONNEGATIVE, VALUE):
-        return a
-    if features == SIGNED:
-        return max(a, _ZERO)
-    if features == NEGATED:
-        return max(-a, _ZERO)
-    if features == BOX:
-        return max(a - low, _ZERO)
-    return _ONE
-
-
-@kernel
-def give(result, a, features, low, high, relevance):
-    """What one number gets of V^T (ratio * c) where all weights are positive."""
-    if (features == SIGNED and a < _ZERO) or (features == NEGATED and a >= _ZERO):
-        return _ZERO
-    if relevance and features != ONES:
-        return result * feature_sum(a, features, low, high)
-    return result
-
-
-# ---- The same for vectors ----------------------------------------------------------------------------------------------------------------
+# ---- Formulas of kernels/scalar.py, for vectors ----------------------------------------------------------------------------
 
 
 class Finish:
-    """Emits finish and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
+    """Emits clip and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
 
     def __init__(self, builder, bias, least, most, relevance, least_z):
         self.builder, self.relevance = builder, relevance
@@ -187,9 +143,9 @@ def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
         lost = np.float64(0)
         r, factor = run(flat_ratio, n * numbers, numbers), run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
         for i in range(numbers):
-            if r[i] < _ZERO:
+            if r[i] < ZERO:
                 lost -= np.float64(r[i]) * np.float64(factor[i])
-                r[i] = _ZERO
+                r[i] = ZERO
         ledger[n, column] += lost
 
 
@@ -197,12 +153,7 @@ def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
 def clear_redistribute(c_in, begin, end, first, last):
     """c_in[n, begin:end] <- 0. Units are images."""
     for n in range(first, last):
-        c_in[n, begin:end] = _ZERO
-
-
-@kernel
-def _activation(a, slope, least, most):
-    return finish(a if a > _ZERO else a * slope, least, most)
+        c_in[n, begin:end] = ZERO
 
 
 @kernel
@@ -218,7 +169,7 @@ def activate_forward(x, a, x_channel, a_channel, channels, slope, least, most, f
         out = run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
         value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            out[i] = _activation(value[i], slope, least, most)
+            out[i] = activation(value[i], slope, least, most)
         unit += together
 
 
@@ -240,11 +191,7 @@ def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channe
         factor = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
         value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            x = _activation(value[i], slope, least, most)
-            kept = _ONE if relevance or x == value[i] else abs(x) / abs(value[i])
-            if derive:
-                kept = _ZERO if x <= least or x >= most else _ONE if value[i] > _ZERO else slope
-            result = factor[i] * kept
+            result = activation_redistributed(factor[i], value[i], slope, least, most, relevance, derive)
             out[i] = result + out[i] if accumulate else result
         unit += together
 
@@ -259,11 +206,7 @@ def power_forward(x, ratio, a, x_channel, a_channel, exponent, derive, first, la
         out, share = run(flat_x, (n * x.shape[1] + x_channel + k) * places, places), run(flat_ratio, unit * places, places)
         value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, places)
         for i in range(places):
-            size = abs(value[i])
-            out[i] = size ** exponent
-            share[i] = out[i] / size if size > LEAST else _ZERO
-            if derive:
-                share[i] *= exponent if value[i] > _ZERO else -exponent
+            out[i], share[i] = power(value[i], exponent, derive)
 
 
 @kernel
@@ -275,7 +218,7 @@ def rearrange_forward(x, a, index, x_channel, a_channel, first, last):
         out = run(flat_x, (n * x.shape[1] + x_channel) * x_places, len(places))
         value = flat_a[(n * a.shape[1] + a_channel) * a_places:(n + 1) * a.shape[1] * a_places]
         for i in range(len(places)):
-            out[i] = value[places[i]] if places[i] >= 0 else _ZERO
+            out[i] = value[places[i]] if places[i] >= 0 else ZERO
 
 
 @kernel
@@ -288,7 +231,7 @@ def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channe
         out = run(flat_in, (n * c_in.shape[1] + c_in_channel) * in_places, len(starts) - 1)
         factor = flat_c[(n * c.shape[1] + c_channel) * places:(n + 1) * c.shape[1] * places]
         for i in range(len(out)):
-            total = out[i] if accumulate else _ZERO
+            total = out[i] if accumulate else ZERO
             for j in range(starts[i], starts[i + 1]):
                 total += factor[readers[j]]
             out[i] = total
@@ -329,12 +272,12 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
         q = run(flat_b, (n * b.shape[1] + b_channel + k) * places, count)
         absorbs = False
         for i in range(count):
-            z = feature_sum(p[i], features, low_a[k], high_a[k]) + feature_sum(q[i], features, low_b[k], high_b[k])
-            value = finish(p[i] + q[i], least, most)
-            r = ratio_of(value, z, relevance)
+            z = positive_feature(p[i], features, low_a[k], high_a[k]) + positive_feature(q[i], features, low_b[k], high_b[k])
+            value = clip(p[i] + q[i], least, most)
+            r = ratio_of(value, z, MIN_DENOMINATOR, relevance)
             out[i] = value
             to_ratio[i] = r
-            absorbs |= r < _ZERO
+            absorbs |= r < ZERO
         if absorbs:
             dead[n] = 1
         unit += together
@@ -355,6 +298,6 @@ def add_redistribute(c_in, c, ratio, a, low, high,
         factor, r = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), run(flat_ratio, unit * places, count)
         value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
         for i in range(count):
-            result = give(r[i] * factor[i], value[i], features, low[k], high[k], relevance)
+            result = redistributed(r[i] * factor[i], value[i], features, low[k], high[k], relevance)
             out[i] = result + out[i] if accumulate else result
         unit += together

@@ -10,11 +10,8 @@ import numpy as np
 from fastdtd.kernels.codes import NORM_TAYLOR
 from fastdtd.kernels.cpu.elementwise import run, together_from
 from fastdtd.kernels.cpu.jit import kernel
-
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-_TWO = np.float32(2)
-_THREE_QUARTERS = np.float32(0.75)
+from fastdtd.kernels.cpu.scalar import norm_passed, norm_scale, norm_terms
+from fastdtd.kernels.scalar import ZERO
 
 
 @kernel
@@ -37,7 +34,7 @@ def normalize_forward(x, ratio, a, x_channel, a_channel, before, behind, within,
         for k in range(channels):
             scale = run(flat_ratio, (n * channels + k) * places + row * width, width)
             for i in range(width):
-                scale[i] = _ZERO
+                scale[i] = ZERO
             around, end = (row, height) if within else (k, channels)
             for j in range(max(around - before, 0), min(around + behind + 1, end)):
                 channel, line = (k, j) if within else (j, row)
@@ -48,13 +45,8 @@ def normalize_forward(x, ratio, a, x_channel, a_channel, before, behind, within,
                         _add_squares(run(scale, left, right - left), run(value, left + shift, right - left))
             own = run(flat_a, (n * a.shape[1] + a_channel + k) * places + row * width, width)
             out = run(flat_x, (n * x.shape[1] + x_channel + k) * places + row * width, width)
-            if beta == _THREE_QUARTERS:  # of all who use it; square roots are vectors
-                for i in range(width):
-                    root = np.sqrt(bias + alpha * scale[i])
-                    scale[i] = _ONE / (root * np.sqrt(root))
-            else:
-                for i in range(width):
-                    scale[i] = (bias + alpha * scale[i]) ** -beta
+            for i in range(width):
+                scale[i] = norm_scale(scale[i], alpha, beta, bias)
             for i in range(width):
                 out[i] = own[i] * scale[i]
 
@@ -72,7 +64,7 @@ def normalize_redistribute(c_in, c, ratio, c_in_channel, c_channel, relevance, a
         out = run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
         factor, scale = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), run(flat_ratio, unit * places, count)
         for i in range(count):
-            result = factor[i] * (_ONE if relevance else scale[i])
+            result = norm_passed(factor[i], scale[i], relevance)
             out[i] = result + out[i] if accumulate else result
         unit += together
 
@@ -98,15 +90,12 @@ def normalize_shares_elements(images, shape):
 @kernel
 def normalize_shares_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_in_channel, c_channel, a_channel, before, behind, within,
                                   alpha, beta, bias, formula, epsilon, accumulate, first, last):
-    """The derivative of the normalisation times c or, under NORM_TAYLOR, relevance c shared by its expansion:
+    """The derivative of the normalisation times c or, under NORM_TAYLOR, relevance c in proportion to its expansion (scalar.norm_terms).
 
-        x_k ~ a_k (bias + alpha a_k^2)^-beta - sum over i != k of 2 alpha beta a_k a_i^2 (bias + alpha sum)^(-beta - 1)
-
-    (Binder et al., arXiv:1604.00825.) What `epsilon`, added to the size of that sum, keeps goes to ledger[n, column]. scratch
-    holds normalize_shares_elements. Units are images.
+    What epsilon absorbs there goes to ledger[n, column]. scratch holds normalize_shares_elements. Units are images.
     """
     channels, height, width = ratio.shape[1:]
-    size = channels * height * width
+    size, taylor = channels * height * width, formula == NORM_TAYLOR
     flat_in, flat_c, flat_ratio, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size), a.reshape(a.size)
     terms, own, sums = run(scratch, 0, size), run(scratch, size, size), run(scratch, 2 * size, width)
     for n in range(first, last):
@@ -116,30 +105,17 @@ def normalize_shares_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_
         scale = run(flat_ratio, n * size, size)
         lost = np.float64(0)
         for i in range(size):
-            denominator = scale[i] ** (-_ONE / beta) if beta > _ZERO else _ONE
-            slope = -_TWO * alpha * beta * value[i] * scale[i] / denominator
-            if formula == NORM_TAYLOR:
-                square = value[i] * value[i]
-                mine = value[i] * (bias + alpha * square) ** -beta
-                others = max((denominator - bias) - alpha * square, _ZERO) / alpha if alpha > _ZERO else _ZERO
-                z = mine + slope * others
-                stable = z + epsilon if z >= _ZERO else z - epsilon
-                share = factor[i] / stable if stable != _ZERO else _ZERO
-                lost += np.float64(factor[i]) - np.float64(z) * np.float64(share)
-                terms[i] = slope * share
-                own[i] = mine * share - square * terms[i]
-            else:
-                terms[i] = slope * factor[i]
-                own[i] = scale[i] * factor[i]
+            terms[i], own[i], kept = norm_terms(value[i], scale[i], factor[i], alpha, beta, bias, taylor, epsilon)
+            lost += kept
         for k in range(channels):
             for row in range(height):
                 at = (k * height + row) * width
                 for i in range(width):
-                    sums[i] = _ZERO
+                    sums[i] = ZERO
                 _add_around(sums, terms, k, row, channels, height, width, before, behind, within)
                 for i in range(width):
-                    weight = value[at + i] * value[at + i] if formula == NORM_TAYLOR else value[at + i]
+                    weight = value[at + i] * value[at + i] if taylor else value[at + i]
                     result = own[at + i] + weight * sums[i]
                     out[at + i] = result + out[at + i] if accumulate else result
-        if formula == NORM_TAYLOR:
+        if taylor:
             ledger[n, column] += lost

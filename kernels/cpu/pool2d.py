@@ -10,10 +10,11 @@ Every window holds at least one number that is not padding (graph.py sees to it)
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, NEGATED, ONES, SIGNED, VALUE
-from fastdtd.kernels.cpu.elementwise import LEAST, Finish, ratio_of
+from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
 from fastdtd.kernels.cpu.rows import add_at, copy_exactly, fill_exactly, spread
+from fastdtd.kernels.cpu.scalar import ratio_of
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I32,
@@ -37,15 +38,13 @@ from fastdtd.kernels.cpu.vector_code import (
     progression,
     splat,
 )
+from fastdtd.kernels.scalar import LOWEST, MIN_DENOMINATOR, TIE, ZERO
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_ZERO = np.float32(0)
 _NEVER = np.float32(-np.inf)  # beside the input of a maximum
 _NO_NUMBER = np.uint32(0xffffffff).view(np.float32)  # beside that of a sum: a NaN that no arithmetic makes, so that real ones are kept
-_TIE = 0.75 * 2.0**-23  # of a number's size: what rounds to its last bit
-_LOWEST = -3.4028234663852886e38
 _ALL_BITS = ir.Constant(INTEGERS, [-1] * LANES)
 
 
@@ -63,7 +62,7 @@ def _find_winners(typing_context, x, winner, block, offsets, places, taps, count
         p_x, p_winner, p_block, p_offsets, p_places = pointers(builder, arguments[:5], F32, I32, F32, I32, I32)
         taps, count, first, stride = arguments[5:]
         nowhere = ir.Constant(INTEGERS, [0] * LANES)
-        tie, lowest = ir.Constant(VECTOR, [_TIE] * LANES), ir.Constant(VECTOR, [_LOWEST] * LANES)
+        tie, lowest = ir.Constant(VECTOR, [float(TIE)] * LANES), ir.Constant(VECTOR, [float(LOWEST)] * LANES)
 
         def one_vector(step, nothing, load, store):
             def one_tap(tap, so_far):
@@ -117,7 +116,7 @@ def _reduce_windows(typing_context, x, ratio, block, offsets, taps, count, down,
         p_x, p_ratio, p_block, p_offsets, p_across = pointers(builder, [*arguments[:4], arguments[7]], F32, F32, F32, I32, F32)
         taps, count, down, shift, counted, maximum, relevance = [arguments[i] for i in (4, 5, 6, 8, 9, 10, 11)]
         window, down = _Window(builder, shift, counted, maximum), splat(builder, down)
-        numbers = [ir.Constant(F32, number) for number in (0.0, float("-inf"), float("inf"), float(LEAST))]
+        numbers = [ir.Constant(F32, number) for number in (0.0, float("-inf"), float("inf"), float(MIN_DENOMINATOR))]
         finish = Finish(builder, *numbers[:3], relevance, numbers[3])
 
         def one_vector(step, found, load, store):
@@ -238,7 +237,7 @@ def max_pool2d_redistribute(c_in, c, winner, c_in_channel, c_channel, accumulate
         n, k = unit // channels, unit % channels
         to = p_in + 4 * (n * c_in.shape[1] + c_in_channel + k) * size
         if not accumulate:
-            fill_exactly(to, _ZERO, size, False)
+            fill_exactly(to, ZERO, size, False)
         add_at(to, p_winner + 4 * unit * places, p_c + 4 * (n * c.shape[1] + c_channel + k) * places, places)
 
 
@@ -264,13 +263,13 @@ def pool2d_forward(x, ratio, dead, a, low, planes, offsets, counted_down, counte
         n, k = unit // channels, unit % channels
         p_plane = p_a + 4 * (n * a.shape[1] + a_channel + k) * a_size
         to_x, to_ratio = (n * x.shape[1] + x_channel + k) * size, unit * size
-        shift = low[k] if features == BOX else _ZERO
+        shift = low[k] if features == BOX else ZERO
         absorbs = False
         if len(planes) == 0:
             _reduce_plane(p_x + 4 * to_x, p_ratio + 4 * to_ratio, p_plane, a_size, shift, counted, largest)
             flat_x[to_x] /= counted_down[0] * counted_across[0]
-            flat_ratio[to_ratio] = ratio_of(flat_x[to_x], flat_ratio[to_ratio], relevance)
-            absorbs = flat_ratio[to_ratio] < _ZERO
+            flat_ratio[to_ratio] = ratio_of(flat_x[to_x], flat_ratio[to_ratio], MIN_DENOMINATOR, relevance)
+            absorbs = flat_ratio[to_ratio] < ZERO
         for y in range(0, height if len(planes) else 0, block_rows):
             for left in range(0, across, block_columns):
                 for i in range(len(planes)):
@@ -325,10 +324,10 @@ def pool2d_redistribute(c_in, c, ratio, a, low, block, results, c_in_channel, c_
         n, k = unit // channels, unit % channels
         at_c, at_a = (n * c.shape[1] + c_channel + k) * places, (n * a.shape[1] + a_channel + k) * size
         to = (n * c_in.shape[1] + c_in_channel + k) * size
-        shift = low[k] if features == BOX else _ZERO
+        shift = low[k] if features == BOX else ZERO
         if not whole:
             copy_product(p_block, block_rows, block_width, p_ratio + 4 * unit * places, p_c + 4 * at_c, rows, columns, -before_down,
-                         -before_across, _ZERO)
+                         -before_across, ZERO)
         for line in range(lines):
             p_line = p_in + 4 * (to + line * width)
             p_sums, adds = (p_line, add) if straight else (p_row, False)

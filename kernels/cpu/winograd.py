@@ -15,11 +15,12 @@ of outputs, seen the largest input of all channels and then the list of outputs 
 """
 
 import numpy as np
-from fastdtd.kernels.cpu.elementwise import LEAST, Finish, finish, ratio_of
+from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
 from fastdtd.kernels.cpu.rows import copy_exactly
+from fastdtd.kernels.cpu.scalar import clip, ratio_of
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I64,
@@ -35,6 +36,7 @@ from fastdtd.kernels.cpu.vector_code import (
     pointers,
     store_vector,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -43,7 +45,6 @@ WINOGRAD_POINTS = 36
 _SUMS_BYTES = 1 << 19  # sums stay in the second-level cache
 _TRANSFORM = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
                        [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
-_ZERO = np.float32(0)
 _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
 
 
@@ -293,11 +294,11 @@ def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_ima
         for lane in range(length):
             for i in range(4):
                 for j in range(4):
-                    largest = _ZERO
+                    largest = ZERO
                     for p in range(3):
                         for q in range(3):
                             largest = max(largest, seen[at + (i + p) * width + 4 * lane + j + q])
-                    if largest == _ZERO:
+                    if largest == ZERO:
                         marks[used] = i * 4 * LANES + 4 * ((t + lane) % LANES) + j
                         used += 1
             marks[first_mark + (t + lane) // LANES + 1] = used
@@ -318,16 +319,16 @@ def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_acros
         y_out, x_out = 4 * row + at // (4 * LANES), 4 * column + at % 4
         if y_out >= height or x_out >= across:
             continue
-        y = z = _ZERO
+        y = z = ZERO
         for channel in range(weight.shape[1]):
             for i in range(max(0, top - y_out), min(3, a.shape[2] + top - y_out)):
                 for j in range(max(0, left - x_out), min(3, a.shape[3] + left - x_out)):
                     term = weight[k, channel, i, j] * a[n, a_channel + channel, y_out + i - top, x_out + j - left]
                     y += term
-                    z += max(term, _ZERO)
-        value = finish(y + bias, least, most)
-        stage[at], stage[16 * LANES + at] = value, ratio_of(value, z, relevance)
-        absorbs |= stage[16 * LANES + at] < _ZERO
+                    z += max(term, ZERO)
+        value = clip(y + bias, least, most)
+        stage[at], stage[16 * LANES + at] = value, ratio_of(value, z, MIN_DENOMINATOR, relevance)
+        absorbs |= stage[16 * LANES + at] < ZERO
     return absorbs
 
 
@@ -340,14 +341,14 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, top, left, bl
     stride, size = _stride(channels, block), a.shape[2] * a.shape[3]
     p_a, p_lines, p_points = a.ctypes.data, lines.ctypes.data, points.ctypes.data
     for i in range(36 * block):
-        seen[i] = _ZERO
+        seen[i] = ZERO
     for channel in range(channels):
         t = at = 0
         while t < count:
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             width = 4 * length + 2
             copy_plane(p_lines, 6, width, p_a + 4 * (n * a.shape[1] + a_channel + channel) * size, a.shape[2], a.shape[3], 4 * row - top,
-                       4 * column - left, 1, 1, _ZERO)
+                       4 * column - left, 1, 1, ZERO)
             _note_largest(seen, at, lines, 6 * width)
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (channel * block + t + i), stride, p_lines + 16 * i, width)
@@ -366,7 +367,7 @@ def _transform_products(points, lines, ratio, c, group, c_channel, outputs, top,
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             width = 4 * length + 2
             copy_product(p_lines, 6, width, p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size,
-                         p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - top, 4 * column - left, _ZERO)
+                         p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - top, 4 * column - left, ZERO)
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (k * block + t + i), stride, p_lines + 16 * i, width)
             t += length
@@ -413,15 +414,15 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                 for t in range(0, count, LANES):
                     at, now = 4 * (i * block + t), min(LANES, count - t)
                     found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], least, most, relevance != 0,
-                                          LEAST)
+                                          MIN_DENOMINATOR)
                     absorbs |= found & 1 != 0
                     if any_blind:
-                        value = finish(bias[k], least, most)
-                        absorbed = ratio_of(value, _ZERO, relevance)
+                        value = clip(bias[k], least, most)
+                        absorbed = ratio_of(value, ZERO, MIN_DENOMINATOR, relevance)
                         for j in range(marks[36 * block + t // LANES], marks[36 * block + t // LANES + 1]):
                             stage[marks[j]] = value
                             stage[16 * LANES + marks[j]] = absorbed
-                            absorbs |= absorbed < _ZERO
+                            absorbs |= absorbed < ZERO
                     if found & 2:
                         absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now, tiles_across,
                                                  tiles_of_image, height, across, top, left, least, most, relevance)

@@ -17,7 +17,6 @@ from fastdtd.kernels.cuda.dense import (
 )
 from fastdtd.kernels.cuda.direction import direction_kernels
 from fastdtd.kernels.cuda.elementwise import (
-    LEAST,
     absorb_redistribute,
     activate_forward,
     activate_redistribute,
@@ -60,13 +59,14 @@ from fastdtd.kernels.cuda.pool2d import (
     pool2d_redistribute_elements,
 )
 from fastdtd.kernels.cuda.steps import BROKEN, bind, run_steps, table
+from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
     "BROKEN",
     "COPIES_BLOCKS",
     "DENSE_FEATURES",
-    "LEAST",
     "MARGIN",
+    "MIN_DENOMINATOR",
     "MOST_IMAGES",
     "PLANS_AT_ONCE",
     "absorb_redistribute",

@@ -27,7 +27,6 @@ from functools import cache
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, FP32, NONNEGATIVE, ONES, SIGNED
-from fastdtd.kernels.cuda.elementwise import finish, give, ratio_of_least
 from fastdtd.kernels.cuda.jit import THREADS, kernel, launch, part
 from fastdtd.kernels.cuda.microkernel import (
     DEPTH,
@@ -45,9 +44,9 @@ from fastdtd.kernels.cuda.microkernel import (
     threads_of,
     tile_rows,
 )
+from fastdtd.kernels.cuda.scalar import clip, ratio_of, redistributed_pair
 from fastdtd.kernels.cuda.vector_code import (
     ALIGNED,
-    ZERO,
     address_of,
     await_all_copies,
     await_copies,
@@ -66,6 +65,7 @@ from fastdtd.kernels.cuda.vector_code import (
     store_four_shared,
     store_shared,
 )
+from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float32
 
 _FEW_ROWS, _FEW_DEPTHS = 4, 64  # of a group, at most: then each thread works for itself
@@ -136,8 +136,8 @@ def _finish_output(x, ratio, dead, n, k, place, at_x, at_ratio, y, z, bias, cons
         z = constant[(k * patterns + pattern[row]) * columns + column]
         if features == BOX:
             z += y
-    value = finish(y + load(bias, k, 0), least_x, most_x)
-    share = ratio_of_least(value, z, relevance, load(least, k, 0))
+    value = clip(y + load(bias, k, 0), least_x, most_x)
+    share = ratio_of(value, z, load(least, k, 0), relevance)
     store(x, at_x, 0, value)
     store(ratio, at_ratio, 0, share)
     if share < ZERO:
@@ -147,18 +147,10 @@ def _finish_output(x, ratio, dead, n, k, place, at_x, at_ratio, y, z, bias, cons
 @part
 def _finish_input(c_in, a, at_in, at_a, first, second, low, high, features, relevance, accumulate):
     """One number of c_in, from what comes through positive (or all) weights and through negative ones."""
-    if features == BOX:
-        value = load(a, at_a, 0)
-        result = max(value - low, ZERO) * first + max(high - value, ZERO) * second
-    elif features == SIGNED:
-        value = load(a, at_a, 0)
-        result = first if value >= ZERO else second
-        if relevance:
-            result *= abs(value)
-    elif features == ONES or (features == NONNEGATIVE and not relevance):
+    if features == ONES or (features == NONNEGATIVE and not relevance):
         result = first
     else:
-        result = give(first, load(a, at_a, 0), features, low, high, relevance)
+        result = redistributed_pair(first, second, load(a, at_a, 0), features, low, high, relevance)
     if accumulate:
         result += load(c_in, at_in, 0)
     store(c_in, at_in, 0, result)

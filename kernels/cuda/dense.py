@@ -11,9 +11,9 @@ added in one order, whatever the images beside.
 from functools import cache
 
 import numpy as np
-from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, NONNEGATIVE, ONES, SIGNED, SQUARED
-from fastdtd.kernels.cuda.elementwise import finish, give, ratio_of
+from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, ONES, SIGNED, SQUARED
 from fastdtd.kernels.cuda.jit import kernel, launch, part
+from fastdtd.kernels.cuda.scalar import clip, ratio_of, redistributed_pair
 from fastdtd.kernels.cuda.vector_code import (
     ALIGNED,
     address_of,
@@ -23,6 +23,7 @@ from fastdtd.kernels.cuda.vector_code import (
     load_shared,
     store_shared,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ONE, ZERO
 from numba import cuda, float32
 
 DENSE_FEATURES = 32  # of one unit of redistribution
@@ -36,8 +37,6 @@ _FORWARD_FLOATS = _WARPS * _RESULTS
 _SHARES_STRIDE = _IMAGES + 4
 _SHARES = _DEPTH * _SHARES_STRIDE
 _BACK_FLOATS = 32 * (_IMAGES + 1)
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
 
 
 # ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
@@ -51,10 +50,10 @@ def _forward_kernel(features):
     def z_of(w, value, low, high):
         """What one input adds to z."""
         if signed:
-            return max(w, _ZERO) * max(value, _ZERO) + max(-w, _ZERO) * max(-value, _ZERO)
+            return max(w, ZERO) * max(value, ZERO) + max(-w, ZERO) * max(-value, ZERO)
         if box:
-            return max(w, _ZERO) * max(value - low, _ZERO) + max(-w, _ZERO) * max(high - value, _ZERO)
-        return max(w, _ZERO) * value
+            return max(w, ZERO) * max(value - low, ZERO) + max(-w, ZERO) * max(high - value, ZERO)
+        return max(w, ZERO) * value
 
     @part
     def add_over_warps(tile, sums, t):
@@ -65,7 +64,7 @@ def _forward_kernel(features):
         cuda.syncthreads()
         for i in range(_OUTPUTS // _WARPS):
             at = t + i * _WARPS * 32
-            total = _ZERO
+            total = ZERO
             for warp in range(_WARPS):
                 total += tile[warp * _OUTPUTS * _IMAGES + at]
             tile[at] = total  # of the first warp's part only this thread reads this place
@@ -81,8 +80,8 @@ def _forward_kernel(features):
         image_tiles = (images + _IMAGES - 1) // _IMAGES
         first_image, first_row = cuda.blockIdx.x % image_tiles * _IMAGES, first_output + cuda.blockIdx.x // image_tiles * _OUTPUTS
         for i in range(_OUTPUTS):
-            one[i] = _ZERO
-            two[i] = _ZERO
+            one[i] = ZERO
+            two[i] = ZERO
         own_weight = address_of(weight, (first_row + (t >> 6)) * count + (t & 63))
         own_a = address_of(a, (first_image + (t >> 6)) * a_numbers + a_begin + (t & 63))
         for begin in range(0, count, _DEPTH):
@@ -115,11 +114,11 @@ def _forward_kernel(features):
             at = t + i * _WARPS * 32
             row, n = first_row + at // _IMAGES, first_image + at % _IMAGES
             if row < last_output and n < images:
-                value = finish(results[at] + bias[row], least, most)
-                share = ratio_of(value, constant[row] if counted else tile[at], relevance)
+                value = clip(results[at] + bias[row], least, most)
+                share = ratio_of(value, constant[row] if counted else tile[at], MIN_DENOMINATOR, relevance)
                 x[n * x_numbers + x_begin + row] = value
                 ratio[n * outputs + row] = share
-                if share < _ZERO:
+                if share < ZERO:
                     dead[n] = 1
 
     return multiply
@@ -134,8 +133,8 @@ def _back_kernel(weights, both):
         if weights == AS_IS:
             return w
         if weights == FLAT:
-            return _ONE
-        return max(-w, _ZERO) if negative else max(w, _ZERO)
+            return ONE
+        return max(-w, ZERO) if negative else max(w, ZERO)
 
     @part
     def add_over_warps(tile, sums, t):
@@ -145,7 +144,7 @@ def _back_kernel(weights, both):
             if t >> 5 == warp:
                 for i in range(_IMAGES):
                     at = (t & 31) * stride + i
-                    tile[at] = sums[i] + (tile[at] if warp > 0 else _ZERO)
+                    tile[at] = sums[i] + (tile[at] if warp > 0 else ZERO)
             cuda.syncthreads()
 
     @kernel
@@ -160,8 +159,8 @@ def _back_kernel(weights, both):
         first_image, first_feature = cuda.blockIdx.x % image_tiles * _IMAGES, first_input + cuda.blockIdx.x // image_tiles * 32
         feature = min(first_feature + (t & 31), count - 1)
         for i in range(_IMAGES):
-            one[i] = _ZERO
-            two[i] = _ZERO
+            one[i] = ZERO
+            two[i] = ZERO
         own_ratio = address_of(ratio, (first_image + (t >> 6)) * outputs + (t & 63))
         own_c = address_of(c, (first_image + (t >> 6)) * c_numbers + c_begin + (t & 63))
         for begin in range(0, outputs, _DEPTH):
@@ -188,15 +187,8 @@ def _back_kernel(weights, both):
             n, k = first_image + (t >> 5) * (_IMAGES // _WARPS) + i, first_feature + (t & 31)
             if n < images and k < last_input:
                 at, to = (t & 31) * (_IMAGES + 1) + n - first_image, n * c_in_numbers + c_in_begin + k
-                result, value = tile[at], a[n * a_numbers + a_begin + k]
-                if features == BOX:
-                    result = max(value - low[k], _ZERO) * result + max(high[k] - value, _ZERO) * other[at]
-                elif features == SIGNED:
-                    result = result if value >= _ZERO else other[at]
-                    if relevance:
-                        result *= abs(value)
-                elif features != ONES and (relevance or features != NONNEGATIVE):
-                    result = give(result, value, features, low[k], high[k], relevance)
+                value = a[n * a_numbers + a_begin + k]
+                result = redistributed_pair(tile[at], other[at] if both else ZERO, value, features, low[k], high[k], relevance)
                 c_in[to] = result + c_in[to] if accumulate else result
 
     return multiply

@@ -6,14 +6,11 @@ As kernels/cpu/direction.py, with a thread for each output on the way forward an
 import math
 from functools import cache
 
-import numpy as np
 from fastdtd.kernels.cuda.elementwise import flat, place_of, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch_for_each, part
 from fastdtd.kernels.cuda.vector_code import split
-from numba import cuda, njit, types
-from numba.core.errors import NumbaError
-
-_ZERO = np.float32(0)
+from fastdtd.kernels.scalar import ZERO, direction_formula
+from numba import cuda
 
 
 @cache
@@ -22,16 +19,7 @@ def direction_kernels(direction, bounded):
 
     TypeError: it cannot be compiled.
     """
-    _check(direction, bounded)
-    compiled = part(direction)
-    if bounded:
-        @part
-        def v(a, w, low, high):
-            return np.float32(compiled(a, w, low, high))
-    else:
-        @part
-        def v(a, w, low, high):
-            return np.float32(compiled(a, w))
+    v = direction_formula(direction, bounded, part)
 
     @kernel
     def sum_shares(z, a, weight, low, high, a_numbers, a_begin, outputs, rows, columns, channels, height, width, taps_down, taps_right,
@@ -42,7 +30,7 @@ def direction_kernels(direction, bounded):
         all_rows, column = split(at, columns)
         planes, row = split(all_rows, rows)
         n, k = split(planes, outputs)
-        total = _ZERO
+        total = ZERO
         for channel in range(channels):
             c = k // (outputs // groups) * channels + channel
             for i in range(taps_down):
@@ -66,7 +54,7 @@ def direction_kernels(direction, bounded):
         own_rows, x = split(own, width)
         c_channel, y = split(own_rows, height)
         value, to = a[n * a_numbers + a_begin + own], n * in_numbers + in_begin + own
-        group, total = c_channel // channels, _ZERO
+        group, total = c_channel // channels, ZERO
         for i in range(taps_down):
             down = y + top - i * dilate_down
             for j in range(taps_right):
@@ -101,17 +89,3 @@ def direction_kernels(direction, bounded):
                         dilate_down, dilate_right, count, int(accumulate))
 
     return direction_forward, direction_redistribute
-
-
-def _check(direction, bounded):
-    """TypeError where Numba cannot compile the function to one that returns a number. Asked of its compiler for processors, which can
-    do the same and needs no device."""
-    compiled = njit(direction)
-    try:
-        result = compiled.compile((types.float32,) * (4 if bounded else 2)) and compiled.nopython_signatures[0].return_type
-    except NumbaError as error:
-        raise TypeError(str(error).strip().splitlines()[-1]) from None
-    if not isinstance(result, (types.Float, types.Integer, types.Boolean)):
-        raise TypeError(f"it returns {result} and no number")
-
-

@@ -7,67 +7,25 @@ it does, one behind the other.
 import math
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
-from fastdtd.kernels.cuda.vector_code import divide, load, split, store
+from fastdtd.kernels.cuda.scalar import (
+    activation,
+    activation_redistributed,
+    clip,
+    positive_feature,
+    power,
+    ratio_of,
+    redistributed,
+)
+from fastdtd.kernels.cuda.vector_code import load, split, store
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from numba import cuda, float32, float64
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
 SUMMING_THREADS = 512  # of the block that sums over an image
 _AT_ONCE = 16
 
 
 # ---- Parts of kernels --------------------------------------------------------------------------------------------------------------------
-
-
-@part
-def finish(y, least, most):
-    """The layer's output from its sum: clipped to the bounds of the activation behind it, which are infinite where there is none."""
-    if y < least:  # not min(max()), which would make a number of NaN
-        return least
-    return most if y > most else y
-
-
-@part
-def ratio_of(x, z, relevance):
-    """|x| / z, what the way back multiplies c by; if `relevance`, the way back carries relevance R = |x| c and the ratio is 1 / z.
-
-    Where z is zero nothing can be redistributed. What is lost there is kept as a negative number, -|x| or -1, for `absorb`.
-    """
-    return ratio_of_least(x, z, relevance, LEAST)
-
-
-@part
-def ratio_of_least(x, z, relevance, least):
-    """As ratio_of, where a z up to `least` counts as zero."""
-    share = _ONE if relevance else abs(x)
-    return divide(share, z) if z > least else -share
-
-
-@part
-def feature_sum(a, features, low, high):
-    """Features of one number that weigh in where all weights are positive: the first of u."""
-    if features in (NONNEGATIVE, VALUE):
-        return a
-    if features == SIGNED:
-        return max(a, _ZERO)
-    if features == NEGATED:
-        return max(-a, _ZERO)
-    if features == BOX:
-        return max(a - low, _ZERO)
-    return _ONE
-
-
-@part
-def give(result, a, features, low, high, relevance):
-    """What one number gets of V^T (ratio * c) where all weights are positive."""
-    if (features == SIGNED and a < _ZERO) or (features == NEGATED and a >= _ZERO):
-        return _ZERO
-    if relevance and features != ONES:
-        return result * feature_sum(a, features, low, high)
-    return result
 
 
 @part
@@ -102,9 +60,9 @@ def _absorb(ledger, ratio, c, dead, column, c_numbers, c_begin, numbers, first):
             held[j] = load(ratio, begin, min(i + j * step, numbers - 1))
         for j in range(_AT_ONCE):
             at = i + j * step
-            if held[j] < _ZERO and at < numbers:
+            if held[j] < ZERO and at < numbers:
                 lost -= np.float64(held[j]) * np.float64(load(c, begin_c, at))
-                store(ratio, begin, at, _ZERO)
+                store(ratio, begin, at, ZERO)
     total = sum_of_block(sums, lost)
     if t == 0:
         ledger[n, column] += total
@@ -115,12 +73,7 @@ def _clear(c_in, numbers, begin, count, first, images):
     at = cuda.grid(1)
     if at < images * count:
         n, i = split(at, count)
-        c_in[(first + n) * numbers + begin + i] = _ZERO
-
-
-@part
-def _activation(a, slope, least, most):
-    return finish(a if a > _ZERO else a * slope, least, most)
+        c_in[(first + n) * numbers + begin + i] = ZERO
 
 
 @kernel
@@ -128,7 +81,7 @@ def _activate(x, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, slop
     at = cuda.grid(1)
     if at < count:
         n, i = split(at, numbers)
-        x[n * x_numbers + x_begin + i] = _activation(a[n * a_numbers + a_begin + i], slope, least, most)
+        x[n * x_numbers + x_begin + i] = activation(a[n * a_numbers + a_begin + i], slope, least, most)
 
 
 @kernel
@@ -138,11 +91,7 @@ def _give_through_activation(c_in, c, a, in_numbers, in_begin, c_numbers, c_begi
     if at < count:
         n, i = split(at, numbers)
         value, to = a[n * a_numbers + a_begin + i], n * in_numbers + in_begin + i
-        x = _activation(value, slope, least, most)
-        kept = _ONE if relevance or x == value else abs(x) / abs(value)
-        if derive:
-            kept = _ZERO if x <= least or x >= most else _ONE if value > _ZERO else slope
-        result = c[n * c_numbers + c_begin + i] * kept
+        result = activation_redistributed(c[n * c_numbers + c_begin + i], value, slope, least, most, relevance, derive)
         c_in[to] = result + c_in[to] if accumulate else result
 
 
@@ -151,14 +100,7 @@ def _power(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, 
     at = cuda.grid(1)
     if at < count:
         n, i = split(at, numbers)
-        value = a[n * a_numbers + a_begin + i]
-        size = abs(value)
-        power = size ** exponent
-        share = power / size if size > LEAST else _ZERO
-        if derive:
-            share *= exponent if value > _ZERO else -exponent
-        x[n * x_numbers + x_begin + i] = power
-        ratio[at] = share
+        x[n * x_numbers + x_begin + i], ratio[at] = power(a[n * a_numbers + a_begin + i], exponent, derive)
 
 
 @kernel
@@ -166,7 +108,7 @@ def _rearrange(x, a, index, x_numbers, x_begin, a_numbers, a_begin, numbers, cou
     at = cuda.grid(1)
     if at < count:
         n, i = split(at, numbers)
-        x[n * x_numbers + x_begin + i] = a[n * a_numbers + a_begin + index[i]] if index[i] >= 0 else _ZERO
+        x[n * x_numbers + x_begin + i] = a[n * a_numbers + a_begin + index[i]] if index[i] >= 0 else ZERO
 
 
 @kernel
@@ -175,7 +117,7 @@ def _give_back_places(c_in, c, starts, readers, in_numbers, in_begin, c_numbers,
     if at < count:
         n, i = split(at, numbers)
         to = n * in_numbers + in_begin + i
-        total = c_in[to] if accumulate else _ZERO
+        total = c_in[to] if accumulate else ZERO
         for j in range(starts[i], starts[i + 1]):
             total += c[n * c_numbers + c_begin + readers[j]]
         c_in[to] = total
@@ -209,12 +151,12 @@ def _add(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_numbers, x_begin,
         n, i = split(at, numbers)
         k, _ = split(i, places)
         p, q = a[n * a_numbers + a_begin + i], b[n * b_numbers + b_begin + i]
-        z = feature_sum(p, features, low_a[k], high_a[k]) + feature_sum(q, features, low_b[k], high_b[k])
-        value = finish(p + q, least, most)
-        r = ratio_of(value, z, relevance)
+        z = positive_feature(p, features, low_a[k], high_a[k]) + positive_feature(q, features, low_b[k], high_b[k])
+        value = clip(p + q, least, most)
+        r = ratio_of(value, z, MIN_DENOMINATOR, relevance)
         x[n * x_numbers + x_begin + i] = value
         ratio[at + first] = r
-        if r < _ZERO:
+        if r < ZERO:
             dead[split(first, numbers)[0] + n] = 1
 
 
@@ -225,7 +167,7 @@ def _give_to_summand(c_in, c, ratio, a, low, high, in_numbers, in_begin, c_numbe
     if at < count:
         n, i = split(at, numbers)
         (k, _), to = split(i, places), n * in_numbers + in_begin + i
-        result = give(ratio[at] * c[n * c_numbers + c_begin + i], a[n * a_numbers + a_begin + i], features, low[k], high[k], relevance)
+        result = redistributed(ratio[at] * c[n * c_numbers + c_begin + i], a[n * a_numbers + a_begin + i], features, low[k], high[k], relevance)
         c_in[to] = result + c_in[to] if accumulate else result
 
 

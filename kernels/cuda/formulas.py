@@ -1,36 +1,20 @@
 """Rules with more than one ratio, or another than |x| / z: how ratios follow from a layer's sums.
 
-The formulas are in kernels/cpu/formulas.py. A thread has one output.
+The formulas are in kernels/scalar.py. A thread has one output.
 """
 
 import math
 
 import numpy as np
-from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, IGNORED, SHARED, SIGNS
-from fastdtd.kernels.cuda.elementwise import LEAST, SUMMING_THREADS, finish, flat, place_of, sum_of_block, whole_images
-from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.codes import SIGNS
+from fastdtd.kernels.cuda.elementwise import SUMMING_THREADS, flat, place_of, sum_of_block, whole_images
+from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each
+from fastdtd.kernels.cuda.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
 from fastdtd.kernels.cuda.vector_code import split
+from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float64
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-_ROUNDING = np.float32(1e-6)  # of P: a smaller Q, which is found as P - t, is what rounding left
-
-
 # ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
-
-
-@part
-def _over(number, z, epsilon):
-    """number / z, z moved away from zero by epsilon."""
-    z += epsilon if z >= _ZERO else -epsilon
-    return number / z if abs(z) > LEAST else _ZERO
-
-
-@part
-def _sum_of(ratio):
-    """z, from what ratio_of made of it for relevance."""
-    return _ONE / ratio if ratio > _ZERO else _ZERO
 
 
 @kernel
@@ -44,64 +28,23 @@ def _ratios(x, one, other, even, lost, dead, other_dead, bias, counted_down, cou
     row, column = split(place, width)
     at += first_image * numbers
     t, count = x[at_x], counted_down[row] * counted_across[column]
-    y = t + bias[k]
-    value = finish(y, least, most)
-    share = _ONE if relevance else abs(value)
-    x[at_x] = value
     if formula == SIGNS:
-        p = _sum_of(one[at])
-        q = p - t * count
-        to_one = _ZERO if value < _ZERO else share / p if p > LEAST else -share
-        to_other = _ZERO if value >= _ZERO else share / q if q > max(_ROUNDING * p, LEAST) else -share
-        one[at] = to_one
-        other[at] = to_other
-        if to_one < _ZERO:
+        value = clip(t + bias[k], least, most)
+        to_one, to_other = signs_ratios(value, t * count, one[at], relevance)
+        x[at_x], one[at], other[at] = value, to_one, to_other
+        if to_one < ZERO:
             dead[first_image + n] = 1
-        if to_other < _ZERO:
+        if to_other < ZERO:
             other_dead[first_image + n] = 1
         return
-    is_part = kept != IGNORED and (kept != SHARED or even[at] > _ZERO)  # some windows hold padding only
-    b = bias[k] if is_part else _ZERO
-    b_for, b_against = max(b, _ZERO), max(-b, _ZERO)
-    of_bias = _ZERO
-    remains = _ZERO
-    if formula == EPSILON:
-        s = _over(share, t + b, epsilon)
-        of_bias = b * s
-        remains = share - t * s
-        one[at] = s / count
-    elif formula == ALPHA_BETA:
-        p = _sum_of(one[at])
-        q = _sum_of(other[at]) if beta > _ZERO else _ZERO
-        s_for = _over(share * factor, p + b_for, epsilon)
-        s_against = _over(share * beta, q + b_against, epsilon)
-        of_bias = b_for * s_for - b_against * s_against
-        remains = share - (p * s_for - q * s_against)
-        one[at] = s_for
-        if beta > _ZERO:
-            other[at] = -s_against
-    elif formula == GAMMA:
-        p = _sum_of(one[at])
-        q, sign = max(p - t, _ZERO), t + b
-        more_for = factor if sign > _ZERO else _ZERO
-        more_against = factor if sign < _ZERO else _ZERO
-        z = sign + more_for * (p + b_for) - more_against * (q + b_against)
-        s = _over(share, z, epsilon) if sign != _ZERO else _ZERO
-        of_bias = (b + more_for * b_for - more_against * b_against) * s
-        remains = share - (t + more_for * p - more_against * q) * s
-        one[at] = (_ONE + more_for) * s
-        other[at] = -(_ONE + more_against) * s
-    elif formula == DIRECTION:
-        z = one[at]
-        shares = abs(z) > LEAST
-        one[at] = share / z if shares else _ZERO
-        lost[at] = _ZERO if shares else share
-    elif formula == GRADIENT:
-        one[at] = (_ONE if least < y < most else _ZERO) / count
-    if formula in (EPSILON, ALPHA_BETA, GAMMA):
-        if kept == SHARED:
-            even[at] *= of_bias
-            remains -= of_bias
+    x[at_x], one[at], to_other, of_bias, remains = rule_ratios(
+        formula, t, bias[k], count, one[at], other[at], even[at], factor, beta, epsilon, kept, least, most, relevance)
+    has_other, has_even, has_lost = rule_writes(formula, beta, kept)
+    if has_other:
+        other[at] = to_other
+    if has_even:
+        even[at] *= of_bias
+    if has_lost:
         lost[at] = remains
 
 
@@ -121,8 +64,7 @@ def _observe(out, x, c, x_numbers, x_begin, c_numbers, c_begin, first, numbers, 
     at = cuda.grid(1)
     if at < count:
         n, i = split(at, numbers)
-        factor = c[n * c_numbers + c_begin + i]
-        out[first + at] = factor if relevance else abs(x[n * x_numbers + x_begin + i]) * factor
+        out[first + at] = relevance_of(x[n * x_numbers + x_begin + i], c[n * c_numbers + c_begin + i], relevance)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from functools import cache
 import numpy as np
 from fastdtd.kernels.codes import FP32, TF32, TF32X3
 from fastdtd.kernels.cuda.jit import part
-from fastdtd.kernels.cuda.vector_code import ZERO, load_four_shared, load_shared, mma, round_for_mma, truncate
+from fastdtd.kernels.cuda.vector_code import load_four_shared, load_shared, mma, round_for_mma, truncate
+from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float32
 
 SUM, PAIR, SIGNED_PAIR, SPLIT = range(4)

@@ -6,13 +6,10 @@ import numpy as np
 from fastdtd.kernels.codes import NORM_TAYLOR
 from fastdtd.kernels.cuda.elementwise import SUMMING_THREADS, flat, place_of, sum_of_block, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.scalar import norm_passed, norm_scale, norm_terms
 from fastdtd.kernels.cuda.vector_code import load, split
+from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float64
-
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-_TWO = np.float32(2)
-
 
 # ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
 
@@ -20,7 +17,7 @@ _TWO = np.float32(2)
 @part
 def _sum_around(numbers, begin, k, row, column, channels, height, width, before, behind, within, squared):
     """The sum of numbers (C, H, W from `begin` on), or of their squares, over the neighbours of one."""
-    total = _ZERO
+    total = ZERO
     if within:
         for y in range(max(row - before, 0), min(row + behind + 1, height)):
             for x in range(max(column - before, 0), min(column + behind + 1, width)):
@@ -43,7 +40,8 @@ def _normalize(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, channels, he
         rest, column = split(i, width)
         k, row = split(rest, height)
         begin = n * a_numbers + a_begin
-        scale = (bias + alpha * _sum_around(a, begin, k, row, column, channels, height, width, before, behind, within, True)) ** -beta
+        squares = _sum_around(a, begin, k, row, column, channels, height, width, before, behind, within, True)
+        scale = norm_scale(squares, alpha, beta, bias)
         ratio[at] = scale
         x[n * x_numbers + x_begin + i] = a[begin + i] * scale
 
@@ -54,24 +52,8 @@ def _pass(c_in, c, ratio, in_numbers, in_begin, c_numbers, c_begin, numbers, cou
     if at < count:
         n, i = split(at, numbers)
         to = n * in_numbers + in_begin + i
-        result = c[n * c_numbers + c_begin + i] * (_ONE if relevance else ratio[at])
+        result = norm_passed(c[n * c_numbers + c_begin + i], ratio[at], relevance)
         c_in[to] = result + c_in[to] if accumulate else result
-
-
-@part
-def _expand(a, scale, c, alpha, beta, bias, taylor, epsilon):
-    """What an output gives to each neighbour (times the neighbour's square or number), to its own input besides, and what it keeps."""
-    denominator = scale ** (-_ONE / beta) if beta > _ZERO else _ONE
-    slope = -_TWO * alpha * beta * a * scale / denominator
-    if not taylor:
-        return slope * c, scale * c, np.float64(0)
-    square = a * a
-    mine = a * (bias + alpha * square) ** -beta
-    others = max((denominator - bias) - alpha * square, _ZERO) / alpha if alpha > _ZERO else _ZERO
-    z = mine + slope * others
-    stable = z + epsilon if z >= _ZERO else z - epsilon
-    share = c / stable if stable != _ZERO else _ZERO
-    return slope * share, mine * share - square * (slope * share), np.float64(c) - np.float64(z) * np.float64(share)
 
 
 @kernel
@@ -80,7 +62,7 @@ def _write_terms(terms, own, c, ratio, a, c_numbers, c_begin, a_numbers, a_begin
     if at < count:
         n, i = split(at, numbers)
         value, factor = a[n * a_numbers + a_begin + i], c[n * c_numbers + c_begin + i]
-        terms[at], own[at], _ = _expand(value, ratio[at], factor, alpha, beta, bias, taylor, epsilon)
+        terms[at], own[at], _ = norm_terms(value, ratio[at], factor, alpha, beta, bias, taylor, epsilon)
 
 
 @kernel
@@ -104,7 +86,7 @@ def _keep(ledger, c, ratio, a, column, c_numbers, c_begin, a_numbers, a_begin, f
     n = cuda.blockIdx.x
     sums, lost = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
     for i in range(cuda.threadIdx.x, numbers, SUMMING_THREADS):
-        _, _, kept = _expand(a[n * a_numbers + a_begin + i], ratio[n * numbers + i], c[n * c_numbers + c_begin + i], alpha, beta, bias, 1,
+        _, _, kept = norm_terms(a[n * a_numbers + a_begin + i], ratio[n * numbers + i], c[n * c_numbers + c_begin + i], alpha, beta, bias, 1,
                              epsilon)
         lost += kept
     total = sum_of_block(sums, lost)
@@ -142,12 +124,9 @@ def normalize_shares_elements(images, shape):
 
 def normalize_shares_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_in_channel, c_channel, a_channel, before, behind, within,
                                   alpha, beta, bias, formula, epsilon, accumulate, first, last):
-    """The derivative of the normalisation times c or, under NORM_TAYLOR, relevance c shared by its expansion:
+    """The derivative of the normalisation times c or, under NORM_TAYLOR, relevance c in proportion to its expansion (scalar.norm_terms).
 
-        x_k ~ a_k (bias + alpha a_k^2)^-beta - sum over i != k of 2 alpha beta a_k a_i^2 (bias + alpha sum)^(-beta - 1)
-
-    (Binder et al., arXiv:1604.00825.) What `epsilon`, added to the size of that sum, keeps goes to ledger[n, column]. scratch holds
-    normalize_shares_elements. Units are images.
+    What epsilon absorbs there goes to ledger[n, column]. scratch holds normalize_shares_elements. Units are images.
     """
     images, numbers, taylor = last - first, math.prod(ratio.shape[1:]), int(formula == NORM_TAYLOR)
     count = images * numbers

@@ -7,17 +7,15 @@ geometry.
 import math
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, ONES
-from fastdtd.kernels.cuda.elementwise import flat, give, place_of, ratio_of, whole_images
+from fastdtd.kernels.codes import BOX
+from fastdtd.kernels.cuda.elementwise import flat, place_of, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.scalar import positive_feature, ratio_of, redistributed
 from fastdtd.kernels.cuda.vector_code import load, split
+from fastdtd.kernels.scalar import LOWEST, MIN_DENOMINATOR, TIE, ZERO
 from numba import cuda, float32
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
 _INFINITY = np.float32(np.inf)
-_LOWEST = np.finfo(np.float32).min
-_TIE = np.float32(0.75 * 2.0**-23)  # of a number's size: what rounds to its last bit
 _WARP = 32
 
 
@@ -46,13 +44,13 @@ def _find_winners(x, winner, a, x_numbers, x_begin, a_numbers, a_begin, rows, co
     k, row = split(rest, rows)
     plane = n * a_numbers + a_begin + k * height * width
     y, z = row * stride_down - top, column * stride_right - left
-    largest = limit = _LOWEST
+    largest = limit = LOWEST
     place = max(y, 0) * width + max(z, 0)
     for line in range(max(y, 0), min(y + kernel_down, height)):
         for across in range(max(z, 0), min(z + kernel_right, width)):
             value = load(a, plane, line * width + across)
             if value > limit:
-                largest, limit, place = value, value + _TIE * abs(value), line * width + across
+                largest, limit, place = value, value + TIE * abs(value), line * width + across
     x[n * x_numbers + x_begin + i] = largest
     winner[at] = place
 
@@ -69,18 +67,13 @@ def _give_to_winners(c_in, c, winner, in_numbers, in_begin, c_numbers, c_begin, 
     windows = (n * split(numbers, height * width)[0] + k) * rows * columns
     from_c = n * c_numbers + c_begin + k * rows * columns
     to = n * in_numbers + in_begin + i
-    total = c_in[to] if accumulate else _ZERO
+    total = c_in[to] if accumulate else ZERO
     for row in range(_first_window(line, kernel_down, stride_down, top), _after_last_window(line, stride_down, top, rows)):
         for column in range(_first_window(across, kernel_right, stride_right, left),
                             _after_last_window(across, stride_right, left, columns)):
             if load(winner, windows, row * columns + column) == place:
                 total += load(c, from_c, row * columns + column)
     c_in[to] = total
-
-
-@part
-def _feature(value, shift, counted):
-    return _ONE if counted else max(value - shift, _ZERO)
 
 
 @part
@@ -91,10 +84,10 @@ def _larger(value, so_far):
 @part
 def _write_window(x, ratio, dead, at_x, at_ratio, n, y, z, divisor, relevance):
     y /= divisor
-    share = ratio_of(y, z, relevance)
+    share = ratio_of(y, z, MIN_DENOMINATOR, relevance)
     x[at_x] = y
     ratio[at_ratio] = share
-    if share < _ZERO:
+    if share < ZERO:
         dead[n] = 1
 
 
@@ -110,13 +103,13 @@ def _reduce_windows(x, ratio, dead, a, low, counted_down, counted_across, first_
     k, row = split(rest, rows)
     plane = n * a_numbers + a_begin + k * height * width
     first_line, first_across = row * stride_down - top, column * stride_right - left
-    shift = low[k] if features == BOX else _ZERO
-    y, z = -_INFINITY if maximum else _ZERO, _ZERO
+    shift = low[k] if features == BOX else ZERO
+    y, z = -_INFINITY if maximum else ZERO, ZERO
     for line in range(max(first_line, 0), min(first_line + kernel_down, height)):
         for across in range(max(first_across, 0), min(first_across + kernel_right, width)):
             value = load(a, plane, line * width + across)
             y = _larger(value, y) if maximum else y + value
-            z += _feature(value, shift, features == ONES)
+            z += positive_feature(value, features, shift, ZERO)
     _write_window(x, ratio, dead, n * x_numbers + x_begin + i, at, first_image + n, y, z, counted_down[row] * counted_across[column],
                   relevance)
 
@@ -129,12 +122,12 @@ def _reduce_planes(x, ratio, dead, a, low, counted_down, counted_across, first_i
     features_sums = cuda.shared.array(_WARP, float32)  # of its own line: the simulator tells arrays apart by that
     t, (n, k) = cuda.threadIdx.x, split(cuda.blockIdx.x, channels)
     plane = n * a_numbers + a_begin + k * places
-    shift = low[k] if features == BOX else _ZERO
-    y, z = -_INFINITY if maximum else _ZERO, _ZERO
+    shift = low[k] if features == BOX else ZERO
+    y, z = -_INFINITY if maximum else ZERO, ZERO
     for i in range(t, places, _WARP):
         value = a[plane + i]
         y = _larger(value, y) if maximum else y + value
-        z += _feature(value, shift, features == ONES)
+        z += positive_feature(value, features, shift, ZERO)
     sums[t], features_sums[t] = y, z
     cuda.syncthreads()
     width = _WARP // 2
@@ -160,13 +153,13 @@ def _give_to_windows(c_in, c, ratio, a, low, in_numbers, in_begin, c_numbers, c_
     line, across = split(place, width)
     windows = (n * split(numbers, height * width)[0] + k) * rows * columns
     from_c = n * c_numbers + c_begin + k * rows * columns
-    total = _ZERO
+    total = ZERO
     for row in range(_first_window(line, kernel_down, stride_down, top), _after_last_window(line, stride_down, top, rows)):
         for column in range(_first_window(across, kernel_right, stride_right, left),
                             _after_last_window(across, stride_right, left, columns)):
             total += load(ratio, windows, row * columns + column) * load(c, from_c, row * columns + column)
     to = n * in_numbers + in_begin + i
-    result = give(total, a[n * a_numbers + a_begin + i], features, low[k], _ZERO, relevance)
+    result = redistributed(total, a[n * a_numbers + a_begin + i], features, low[k], ZERO, relevance)
     c_in[to] = result + c_in[to] if accumulate else result
 
 

@@ -12,9 +12,9 @@ PTX ISA: mma.m16n8k8 with .tf32, cp.async, div.full.
 
 import numpy as np
 from fastdtd.kernels.cuda.jit import part
+from fastdtd.kernels.scalar import ZERO
 from numba import config, cuda
 
-ZERO = np.float32(0)
 copies_are_late = True
 
 if config.ENABLE_CUDASIM:
