@@ -171,10 +171,12 @@ class Explainer:
         self.threads = threads or _usable_processors()
         found = devices.find(device, precision)
         self.precision = found.precision
-        self._kernels, own, self._process = found.kernels, found.kernels.PLANS_AT_ONCE, os.getpid()
+        self._kernels, self._process = found.kernels, os.getpid()
+        at_once = self._kernels.MAX_PLANS or self.threads  # on each device
+        alone = not self._kernels.THREADS_SHARE_A_PLAN
         # Of each device: its number, and plans.
-        self._places = [(number, self._plans_on(number, own or self.threads, given)) for number in found.numbers]
-        self._at_once = len(self._places) * (own or self.threads)
+        self._places = [(number, self._plans_on(number, at_once, given)) for number in found.numbers]
+        self._at_once = len(self._places) * at_once
         self._forget_threads()
         if hasattr(os, "register_at_fork"):  # threads and who holds a lock do not come along into a forked process
             forked = weakref.WeakMethod(self._forget_threads)
@@ -185,14 +187,13 @@ class Explainer:
             told = f"memory is limited to {memory!r}; raise the limit, or" if limit == given else "a GPU has less;"
             raise InputError(f"one picture takes {_rounded_up(one)} for activations, tapes and scratch, and {told} use a network with a "
                              "smaller input")
-        at_once = own or self.threads
-        everything = int(limit) if own else min(limit, at_once * max(one, _ARENA_BYTES))
+        everything = int(limit) if self._kernels.FILLS_MEMORY else min(limit, at_once * max(one, _ARENA_BYTES))
         for _, each in self._places:
             each.kept = everything
-        self._apart = at_once * one <= limit or bool(own)  # is there room for a picture in each thread?
-        self._small = bool(own) or _multiply_adds(model.graph) < _SMALL_NETWORK
+        self._apart = at_once * one <= limit or alone  # is there room for a picture in each thread?
+        self._small = alone or _multiply_adds(model.graph) < _SMALL_NETWORK
         self._workers = self.threads  # on one plan, where they work together
-        if own:
+        if alone:
             self._workers = 1
         elif limit < math.inf and (scratch := plans.nbytes(1, 2) - one):  # of each further worker
             self._workers = min(self.threads, 1 + int(limit - one) // scratch)
@@ -216,7 +217,7 @@ class Explainer:
             except MemoryError as error:
                 raise NoRoomError(f"there is no memory for {batch} pictures at a time ({error})") from None
 
-        return _Plans(make, at_once, min(limit, device_kernels.room(number) or limit), device_kernels.MOST_IMAGES)
+        return _Plans(make, at_once, min(limit, device_kernels.memory_budget(number) or limit), device_kernels.MAX_IMAGES)
 
     @property
     def at_once(self) -> int:
@@ -259,7 +260,7 @@ class Explainer:
             Values were clipped, or a target's score is not positive.
         """
         names, library, read = absorbers(self.model.graph, self.rules), self._kernels.namespace(batch), self._kernels.read
-        with self._kernels.beside(batch):
+        with self._kernels.on_device_of(batch):
             pictures = self._checked(batch)
             count, outputs = len(pictures), self.model.graph.shapes[self.model.graph.output][0]
             targets, begins = self._targets(target, count, outputs), self._begins(start, target, count, outputs)
@@ -329,7 +330,7 @@ class Explainer:
                 raise InputError(f"the derivative by what layer {name!r} makes is not kept, for the activation behind it is computed with "
                                  f"it; required: a layer such as {behind.name!r}")
         library, (number, plans) = self._kernels.namespace(pictures), self._places_of(pictures)[0]
-        with self._kernels.beside(pictures):
+        with self._kernels.on_device_of(pictures):
             found = {name: library.empty((len(pictures), *graph.shapes[name]), np.float32) for name in layers}
         with self._kernels.on_device(number):
             try:
@@ -346,7 +347,7 @@ class Explainer:
 
     def _places_of(self, pictures: Array) -> list[tuple[int, _Plans]]:
         """The devices for these pictures: all, or the one that they are on."""
-        if self._kernels.PLANS_AT_ONCE and os.getpid() != self._process:
+        if not self._kernels.SURVIVES_FORK and os.getpid() != self._process:
             raise DeviceError("this explainer was made before the process was forked, and no GPU can be used from both sides of a fork; "
                               "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
         if self._kernels.namespace(pictures) is np:
@@ -367,7 +368,7 @@ class Explainer:
         apart = self._apart and (count >= self.threads or self._small)
         workers, most = (1, self.batch) if apart else (self._workers, self._batch_together)
         parts = -(-count // most)
-        if apart and count > 1 and not self._kernels.PLANS_AT_ONCE:
+        if apart and count > 1 and self._kernels.MAX_PLANS is None:
             parts = -(-parts // self.threads) * self.threads  # as many for each thread
         parts = min(count, -(-parts // len(places)) * len(places))
         edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
@@ -389,7 +390,7 @@ class Explainer:
                     explain(plan, first, last)
                 done = True
             except MemoryError:  # of a GPU, where others may have taken some
-                too_many = bool(self._kernels.PLANS_AT_ONCE) and last - first > 1
+                too_many = self._kernels.ALLOCATION_MAY_FAIL_AT_RUN_TIME and last - first > 1
                 if not too_many:
                     raise
             finally:

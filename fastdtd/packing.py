@@ -189,7 +189,7 @@ def _signed(weight: Array, term: Term) -> Array:
 
 
 def _pack_conv2d(layer: g.Conv2d, graph: Graph, rule: Assigned, carries: bool, kernels: ModuleType, precision: int) -> PackedConv2d:
-    if not kernels.COPIES_BLOCKS:
+    if kernels.CONVOLUTION == "implicit":
         return PackedConv2d([_pack_implicit(layer, graph, term, kernels, precision) for term in rule.sums],
                             [_pack_implicit_back(layer, graph, term, kernels, precision) for term in rule.terms])
     return PackedConv2d([_pack_sum(layer, graph, term, kernels) for term in rule.sums],

@@ -9,8 +9,6 @@ whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +23,7 @@ from fastdtd import graph as g
 from fastdtd.errors import InputError, RuleError
 from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels import codes
+from fastdtd.kernels.signatures import parameters
 from fastdtd.packing import (
     Blocks,
     DirectBack,
@@ -243,7 +242,7 @@ class Plan:
     def _step(self, kernel: Callable[..., None], units: int, **offered: Any) -> None:
         """Write down a call. Of what is offered by name a device's kernel takes what it has parameters for: a processor's blocks and
         scratch mean nothing to others."""
-        arguments = [offered[name] for name in _parameters(kernel)]
+        arguments = [offered[name] for name in parameters(kernel)]
         for use in arguments:
             if isinstance(use, _Use):
                 self._touch(use, len(self._steps))
@@ -298,7 +297,7 @@ class Plan:
             case g.Power():
                 ratio, _ = self._tape(layer)
                 self._step(kernels.power_forward, batch * channels, x=x.use, ratio=ratio, a=a.use, x_channel=x.channel,
-                           a_channel=a.channel, exponent=layer.exponent, derive=self._derives)
+                           a_channel=a.channel, exponent=layer.exponent, derivative=self._derives)
             case g.Rearrange():
                 self._step(kernels.rearrange_forward, batch, x=x.use, a=a.use, index=read_only(layer.index), x_channel=x.channel,
                            a_channel=a.channel)
@@ -324,18 +323,18 @@ class Plan:
                 self._step(
                     kernels.dense_forward, channels, x=x.use, ratio=ratio, dead=dead, a=a.use, weight=weight, bias=bias, constant=constant,
                     low=low, high=high, sums=self._scratch_of("results", kernels.dense_forward_elements(batch)), x_channel=x.channel,
-                    a_channel=a.channel, features=features, least=clip[0], most=clip[1], relevance=relevance)
+                    a_channel=a.channel, features=features, x_min=clip[0], x_max=clip[1], relevance=relevance)
             case g.Add():
                 b, (low_b, high_b) = self._activation(layer.inputs[1]), self._bounds(layer.inputs[1])
                 self._step(
                     kernels.add_forward, batch * channels, x=x.use, ratio=ratio, dead=dead, a=a.use, b=b.use, low_a=low, high_a=high,
                     low_b=low_b, high_b=high_b, x_channel=x.channel, a_channel=a.channel, b_channel=b.channel, features=features,
-                    least=clip[0], most=clip[1], relevance=relevance)
+                    x_min=clip[0], x_max=clip[1], relevance=relevance)
             case _:
-                counted_down, counted_across = self._window_counts(layer)
+                count_h, count_w = self._window_counts(layer)
                 self._step(
                     kernels.pool2d_forward, batch * channels, x=x.use, ratio=ratio, dead=dead, a=a.use, low=low,
-                    counted_down=counted_down, counted_across=counted_across, x_channel=x.channel, a_channel=a.channel,
+                    count_h=count_h, count_w=count_w, x_channel=x.channel, a_channel=a.channel,
                     maximum=isinstance(layer, g.MaxPool2d), features=features, relevance=relevance, **self._geometry(layer),
                     **self._windows(layer))
 
@@ -360,10 +359,10 @@ class Plan:
         bias = _bias(layer) if isinstance(layer, (g.Conv2d, g.Dense)) else _zeros(self._graph.shapes[layer.name][0])
         assert rule.formula is not None
         self._step(
-            self._kernels.ratios_forward, self.batch * self._graph.shapes[layer.name][0], x=x.use, one=first, other=second, even=third,
-            lost=lost, dead=dead, other_dead=second_dead, bias=bias, counted_down=down, counted_across=across, x_channel=x.channel,
+            self._kernels.ratios_forward, self.batch * self._graph.shapes[layer.name][0], x=x.use, ratio_pos=first, ratio_neg=second,
+            ratio_bias=third, absorbed=lost, dead=dead, dead_neg=second_dead, bias=bias, count_h=down, count_w=across, x_channel=x.channel,
             formula=rule.formula, factor=_FACTORS[rule.formula](rule.rule), beta=rule.rule.beta, epsilon=rule.rule.epsilon,
-            kept=_BIASES[rule.rule.bias], least=clip[0], most=clip[1], relevance=relevance)
+            bias_mode=_BIASES[rule.rule.bias], x_min=clip[0], x_max=clip[1], relevance=relevance)
 
     def _emit_back(self, layer: Layer) -> None:
         kernels, batch = self._kernels, self.batch
@@ -375,13 +374,13 @@ class Plan:
         absorbs = layer.name in self.ledger_layers
         column = self.ledger_layers.index(layer.name) if absorbs else 0
         if rule and rule.loses and not isinstance(layer, g.LocalResponseNorm):
-            self._step(kernels.lose_redistribute, batch, ledger=self.ledger, lost=self._tape(layer, _LOST)[0], c=c.use, column=column,
-                       c_channel=c.channel)
+            self._step(kernels.absorb_remainder_redistribute, batch, ledger=self.ledger, absorbed=self._tape(layer, _LOST)[0], c=c.use,
+                       column=column, c_channel=c.channel)
         elif rule and absorbs and rule.formula in (None, codes.SIGNS):
             for part in range(len(rule.terms)):
                 ratio, dead = self._tape(layer, part)
                 self._conditions[len(self._steps)] = dead
-                self._step(kernels.absorb_redistribute, batch, ledger=self.ledger, ratio=ratio, c=c.use, dead=dead, column=column,
+                self._step(kernels.absorb_dead_redistribute, batch, ledger=self.ledger, ratio=ratio, c=c.use, dead=dead, column=column,
                            c_channel=c.channel)
         match layer:
             case g.MaxPool2d() if rule and not rule.terms:
@@ -394,9 +393,9 @@ class Plan:
                 ratio, _ = self._tape(layer)
                 accumulate = self._accumulates(source)
                 c_in, a = self._factor(source), self._activation(source)
-                elements = kernels.normalize_shares_elements(batch, self._graph.shapes[source])
+                elements = kernels.normalize_taylor_elements(batch, self._graph.shapes[source])
                 self._step(
-                    kernels.normalize_shares_redistribute, batch, c_in=c_in.use, ledger=self.ledger, c=c.use, ratio=ratio, a=a.use,
+                    kernels.normalize_taylor_redistribute, batch, c_in=c_in.use, ledger=self.ledger, c=c.use, ratio=ratio, a=a.use,
                     scratch=self._scratch_of("results", elements), column=column, c_in_channel=c_in.channel, c_channel=c.channel,
                     a_channel=a.channel, formula=rule.formula, epsilon=rule.rule.epsilon, accumulate=accumulate, **_normalisation(layer))
             case _ if rule and rule.terms:
@@ -411,7 +410,7 @@ class Plan:
                 self._step(
                     kernels.activate_redistribute, batch * channels, c_in=c_in.use, c=c.use, a=a.use, c_in_channel=c_in.channel,
                     c_channel=c.channel, a_channel=a.channel, channels=channels, relevance=carries and not self._derives,
-                    derive=self._derives, accumulate=accumulate, **_pointwise(layer))
+                    derivative=self._derives, accumulate=accumulate, **_pointwise(layer))
             case g.Rearrange():
                 accumulate = self._accumulates(source)
                 c_in = self._factor(source)
@@ -442,7 +441,7 @@ class Plan:
     def _observe(self, name: str, result: str) -> None:
         """Write down the relevance of a tensor, whose relevance that of `result` is, once all who read it have given it theirs."""
         x, c = self._activation(result), self._factor(result)
-        self._step(self._kernels.observe_redistribute, self.batch, out=self.observed[name], x=x.use, c=c.use, x_channel=x.channel,
+        self._step(self._kernels.relevance_redistribute, self.batch, out=self.observed[name], x=x.use, c=c.use, x_channel=x.channel,
                    c_channel=c.channel, relevance=result in self._relevance_carriers)
 
     def _emit_term(self, layer: Layer, part: int, term: Term, source: str, c: _Tensor, accumulate: bool) -> None:
@@ -463,7 +462,7 @@ class Plan:
                 sums, shares = kernels.dense_redistribute_elements(batch, len(layer.weight))
                 self._step(
                     kernels.dense_redistribute, -(-channels // kernels.DENSE_FEATURES), **tensors, weight=self._packed[layer.name].weight,
-                    sums=self._scratch_of("results", sums), shares=self._scratch_of("block", shares), features=term.features,
+                    sums=self._scratch_of("results", sums), contributions=self._scratch_of("block", shares), features=term.features,
                     weights=_WEIGHTS[term.weights])
             case g.Add():
                 self._step(kernels.add_redistribute, batch * channels, **tensors, features=term.features)
@@ -483,13 +482,13 @@ class Plan:
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(
                 kernels.winograd2d_forward, units, x=x.use, ratio=ratio, a=a.use, weight=packed.source, packed=packed.weights,
-                offsets=packed.offsets(block), channels=packed.channels, groups=packed.groups, top=packed.padding[0],
-                left=packed.padding[1], block=block, panels_together=together, shares=shares, least=clip[0], most=clip[1], **scratch,
+                offsets=packed.offsets(block), channels=packed.channels, groups=packed.groups, pad_top=packed.padding[0],
+                pad_left=packed.padding[1], block=block, panels_at_once=together, splits=shares, x_min=clip[0], x_max=clip[1], **scratch,
                 **common)
             return
-        common |= {"packed": packed.weights, "constant": packed.constant, "pattern": packed.pattern, "least": packed.least,
-                   "features": packed.features, "channels": layer.weight.shape[1], "stride_down": layer.stride[0],
-                   "stride_right": layer.stride[1], "least_x": clip[0], "most_x": clip[1]}
+        common |= {"packed": packed.weights, "constant": packed.constant, "pattern": packed.pattern, "z_min": packed.least,
+                   "features": packed.features, "channels": layer.weight.shape[1], "stride_h": layer.stride[0],
+                   "stride_w": layer.stride[1], "x_min": clip[0], "x_max": clip[1]}
         if isinstance(packed, ImplicitForward):
             self._step(kernels.conv2d_forward, self.batch, x=x.use, ratio=ratio, a=a.use, taps=packed.taps, precision=packed.precision,
                        **common)
@@ -501,7 +500,7 @@ class Plan:
             kernels.conv2d_forward, self.batch * units * shares, x=self._in_a_row(x.use, in_place), ratio=self._in_a_row(ratio, in_place),
             a=self._in_a_row(a.use, in_place), offsets=packed.offsets, bounds=packed.bounds,
             block=self._scratch_of("block", blocks.elements(packed.copies)),
-            results=self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())), shares=shares, **_cut(blocks),
+            results=self._scratch_of("results", kernels.conv2d_results_elements(blocks.places())), splits=shares, **_cut(blocks),
             **common)
 
     def _emit_convolution_back(self, layer: g.Conv2d, packed: DirectBack | ImplicitBack | Winograd, source: str, tensors: dict[str, Any]
@@ -512,11 +511,11 @@ class Plan:
             block, together, shares, units, scratch = self._winograd(packed, height, width)
             self._step(
                 kernels.winograd2d_redistribute, units, **tensors, packed=packed.weights[0], offsets=packed.offsets(block),
-                inputs=channels, groups=packed.groups, top=packed.padding[0], left=packed.padding[1], block=block,
-                panels_together=together, shares=shares, **scratch)
+                inputs=channels, groups=packed.groups, pad_top=packed.padding[0], pad_left=packed.padding[1], block=block,
+                panels_at_once=together, splits=shares, **scratch)
             return
         common = {"packed": packed.weights, "phases": packed.phases, "features": packed.features, "groups": layer.groups,
-                  "stride_down": layer.stride[0], "stride_right": layer.stride[1]}
+                  "stride_h": layer.stride[0], "stride_w": layer.stride[1]}
         if isinstance(packed, ImplicitBack):
             self._step(kernels.conv2d_redistribute, self.batch, taps=packed.taps, panel_rows=packed.panel_rows, precision=packed.precision,
                        **tensors, **common)
@@ -530,7 +529,7 @@ class Plan:
             block=self._scratch_of("block", blocks.elements(packed.copies)),
             results=self._scratch_of("results", kernels.conv2d_redistribute_results_elements(blocks.places(), blocks.columns,
                                                                                              layer.stride[1])),
-            shares=shares, **tensors, **common, **_cut(blocks))
+            splits=shares, **tensors, **common, **_cut(blocks))
 
     def _winograd(self, packed: Winograd, height: int, width: int) -> tuple[int, int, int, int, dict[str, _Scratch]]:
         """Tiles of a block, panels of a group, shares of a block, units, scratch."""
@@ -558,12 +557,12 @@ class Plan:
 
     def _geometry(self, layer: Layer) -> dict[str, int]:
         kernel, stride, padding, _ = self._window(layer)
-        return {"kernel_down": kernel[0], "kernel_right": kernel[1], "stride_down": stride[0], "stride_right": stride[1],
-                "top": padding[0], "left": padding[1]}
+        return {"kernel_h": kernel[0], "kernel_w": kernel[1], "stride_h": stride[0], "stride_w": stride[1],
+                "pad_top": padding[0], "pad_left": padding[1]}
 
     def _windows(self, layer: Layer) -> dict[str, Any]:
         """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole input."""
-        if not self._kernels.COPIES_BLOCKS:
+        if self._kernels.POOLING != "blocked":
             return {}
         kernel, _, padding, _ = self._window(layer)
         whole = kernel == self._graph.shapes[layer.inputs[0]][1:] and self._graph.shapes[layer.name][1:] == (1, 1) and not any(padding)
@@ -572,7 +571,7 @@ class Plan:
         else:
             assert isinstance(layer, g.Pool2d)
             blocks, places = window_blocks(layer, self._graph, self._kernels)
-        return {"places": places, "offsets": read_only(blocks.offsets(1)), "block": self._scratch_of("block", blocks.elements(1)),
+        return {"positions": places, "offsets": read_only(blocks.offsets(1)), "block": self._scratch_of("block", blocks.elements(1)),
                 **_cut(blocks)}
 
     def _window_counts(self, layer: Layer) -> list[Array]:
@@ -659,7 +658,7 @@ class Plan:
 
     def _run(self, steps: Iterable[int], submit: Callable[..., Any] | None) -> None:
         """Make the calls of these steps, each once all workers are done with the one before."""
-        wanted = np.array([step for step in steps if step not in self._conditions or self._kernels.may_hold(self._conditions[step])],
+        wanted = np.array([step for step in steps if step not in self._conditions or self._kernels.may_be_set(self._conditions[step])],
                           np.int64)
         counter = np.zeros(1, np.int64)
 
@@ -711,7 +710,7 @@ def _bias(layer: g.Conv2d | g.Dense) -> Array:
 
 def _as_convolution(layer: Layer) -> dict[str, Any]:
     """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel."""
-    names = ("groups", "stride_down", "stride_right", "top", "left", "dilate_down", "dilate_right")
+    names = ("groups", "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w")
     if isinstance(layer, g.Dense):
         return {"weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))}
     assert isinstance(layer, g.Conv2d)
@@ -733,8 +732,8 @@ def fusible_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
 def _normalisation(layer: g.LocalResponseNorm) -> dict[str, Any]:
     """How far its sums reach before and behind a number, whether within the channel, alpha of a sum, beta, bias."""
     summed = layer.size**2 if layer.within_channel else layer.size
-    return {"before": (layer.size - 1) // 2, "behind": layer.size // 2, "within": layer.within_channel, "alpha": layer.alpha / summed,
-            "beta": layer.beta, "bias": layer.bias}
+    return {"before": (layer.size - 1) // 2, "after": layer.size // 2, "within_channel": layer.within_channel,
+            "alpha": layer.alpha / summed, "beta": layer.beta, "bias": layer.bias}
 
 
 def _clips_to(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
@@ -748,20 +747,12 @@ def _clips_to(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
 
 def _pointwise(layer: g.ReLU | g.Clip | g.LeakyReLU) -> dict[str, float]:
     least, most = _clips_to(layer)
-    return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "least": least, "most": most}
+    return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "x_min": least, "x_max": most}
 
 
 def _cut(blocks: Blocks) -> dict[str, Any]:
-    return {"planes": blocks.planes, "block_rows": blocks.rows, "block_columns": blocks.columns, "more_rows": blocks.more_rows,
-            "more_columns": blocks.more_columns}
-
-
-@functools.cache
-def _parameters(kernel: Callable[..., None]) -> tuple[str, ...]:
-    """What a kernel takes besides the units that a call does."""
-    *names, first, last = inspect.signature(getattr(kernel, "py_func", kernel)).parameters
-    assert (first, last) == ("first", "last")
-    return tuple(names)
+    return {"planes": blocks.planes, "block_rows": blocks.rows, "block_columns": blocks.columns, "halo_rows": blocks.more_rows,
+            "halo_columns": blocks.more_columns}
 
 
 def _roots(graph: Graph) -> dict[str, tuple[str, int, int]]:

@@ -1,21 +1,23 @@
 """The formulas of one element, written once: each device compiles them with its own decorator (`compiled_for`).
 
-Kernels loop over elements, load and store; what happens to an element is here. The exceptions are kernels in vector instructions of
-their own (kernels/cpu/vector_code.py), which repeat `clip`, `ratio_of` and `redistributed_pair` for whole vectors.
+Kernels loop over elements, load and store; what happens to an element is here. The exceptions are kernels in vector
+instructions of their own (kernels/cpu/vector_code.py), which repeat `clip`, `ratio_of` and `redistributed_pair` for
+whole vectors.
 
-Rules (docs/method.md has their sources). An output y = sum of w a + b, x = f(y), has a sum z of features u of the inputs times weights
-V; in the backward pass each input gets u V times the output's ratio times c, for R = |x| c. Where the backward pass carries relevance R
-itself (`relevance`), the ratio is for R = c: its numerator is 1, not |x|.
+Rules (docs/method.md has their sources). An output y = sum of w a + b, x = f(y), has a sum z of features u of the
+inputs times weights V; in the backward pass each input gets u V times the output's ratio times c, for R = |x| c. Where
+the backward pass carries relevance R itself (`relevance`), the ratio is for R = c: its numerator is 1, not |x|.
 
-Where a rule has other ratios than |x| / z, P is the sum of the positive contributions to an output (max(W, 0) a, or -W a where a is
-negative), Q that of the negative ones, as a positive number; t = P - Q; b+, b- = max(b, 0), max(-b, 0), or 0 where bias is IGNORED.
+Where a rule has other ratios than |x| / z, P is the sum of the positive contributions to an output (max(W, 0) a, or -W
+a where a is negative), Q that of the negative ones, as a positive number; t = P - Q; b+, b- = max(b, 0), max(-b, 0), or
+0 where bias is IGNORED.
 
-    rule         ratio of P's weights               ratio of Q's weights
-    signs        |x| / P where x >= 0               |x| / Q where x < 0
-    epsilon      1 / (t + b +- epsilon)             that of W, not of its parts
-    alpha-beta   alpha / (P + b+ + epsilon)         -beta / (Q + b- + epsilon)
-    gamma        (1 + gamma) / (z +- epsilon)       -1 / (z +- epsilon)              where t + b > 0, z = t + b + gamma (P + b+)
-                 1 / (z +- epsilon)                 -(1 + gamma) / (z +- epsilon)    where t + b < 0, z = t + b - gamma (Q + b-)
+    rule         ratio of P's weights             ratio of Q's weights
+    signs        |x| / P where x >= 0             |x| / Q where x < 0
+    epsilon      1 / (t + b +- epsilon)           that of W, not of its parts
+    alpha-beta   alpha / (P + b+ + epsilon)       -beta / (Q + b- + epsilon)
+    gamma        (1 + gamma) / (z +- epsilon)     -1 / (z +- epsilon)            z = t + b + gamma (P + b+) if t + b > 0
+                 1 / (z +- epsilon)               -(1 + gamma) / (z +- epsilon)  z = t + b - gamma (Q + b-) if t + b < 0
     direction    1 / z, of z that direction.py has summed
     gradient     1 inside the activation's bounds
 """
@@ -53,32 +55,41 @@ _formulas = []
 
 
 def formula(function):
-    """A function of numbers that kernels call, of those before it, of constants above and of a device's primitives: divide(a, b)."""
+    """A function of numbers that kernels call. It may call those before it."""
     _formulas.append(function)
     return function
 
 
-def compiled_for(compile_part, **primitives):
-    """Name -> formula, each compiled by `compile_part` for kernels of one device, with the device's primitives in its scope."""
-    scope = {**globals(), **primitives}
+def compiled_for(compile_part, **own):
+    """Name -> formula, each compiled by `compile_part` for kernels of a device, but for those that it has of its
+    own."""
+    scope = {**globals(), **own}
     for function in _formulas:
-        scope[function.__name__] = compile_part(_in_scope(function, scope))
+        if function.__name__ not in own:
+            scope[function.__name__] = compile_part(_in_scope(function, scope))
     return {function.__name__: scope[function.__name__] for function in _formulas}
 
 
 def _in_scope(function, scope):
-    """The same function, with another place to look up names."""
+    """The same function, with other globals."""
     copy = FunctionType(function.__code__, scope, function.__name__)
     copy.__qualname__, copy.__doc__ = function.__qualname__, function.__doc__
     return copy
 
 
-# ---- Outputs and their one ratio ---------------------------------------------------------------------------------------
+# ---- Outputs and their one ratio -------------------------------------------------------------------------------------
+
+
+@formula
+def divide(a, b):
+    """Of ratios; GPUs have a faster one."""
+    return a / b
 
 
 @formula
 def clip(y, x_min, x_max):
-    """The layer's output from its sum: clipped to the bounds of the activation after it, which are infinite where there is none."""
+    """The output from its sum: clipped to the bounds of the activation after the layer, infinite where there is
+    none."""
     if y < x_min:  # not min(max()), which on GPUs would make a number of NaN
         return x_min
     return x_max if y > x_max else y
@@ -88,10 +99,10 @@ def clip(y, x_min, x_max):
 def ratio_of(x, z, z_min, relevance):
     """|x| / z; if `relevance`, 1 / z. A z up to z_min counts as zero: nothing can be redistributed.
 
-    What is absorbed then is kept as a negative number, -|x| or -1, for absorb_dead_redistribute.
+    What is absorbed then is a negative value, -|x| or -1, for absorb_dead_redistribute.
     """
     numerator = ONE if relevance else abs(x)
-    return divide(numerator, z) if z > z_min else -numerator  # noqa: F821  # a primitive
+    return divide(numerator, z) if z > z_min else -numerator
 
 
 @formula
@@ -130,20 +141,20 @@ def redistributed_pair(total, total_neg, a, features, low, high, relevance):
     return total * a if features == VALUE else total * abs(a)
 
 
-# ---- Rules with several ratios, or another than |x| / z ------------------------------------------------------------------
+# ---- Rules with several ratios, or another than |x| / z --------------------------------------------------------------
 
 
 @formula
 def over(numerator, z, epsilon):
     """numerator / z, z moved away from zero by epsilon; 0 where it is zero all the same."""
     z += epsilon if z >= ZERO else -epsilon
-    return divide(numerator, z) if abs(z) > MIN_DENOMINATOR else ZERO  # noqa: F821
+    return divide(numerator, z) if abs(z) > MIN_DENOMINATOR else ZERO
 
 
 @formula
 def sum_of(inverse):
     """z, from what `ratio_of` made of it for relevance."""
-    return divide(ONE, inverse) if inverse > ZERO else ZERO  # noqa: F821
+    return divide(ONE, inverse) if inverse > ZERO else ZERO
 
 
 @formula
@@ -151,8 +162,8 @@ def signs_ratios(x, total, ratio_pos, relevance):
     """Of z+ where negative outputs have relevance too: (ratio of P, ratio of Q), total = t."""
     numerator, p = ONE if relevance else abs(x), sum_of(ratio_pos)
     q = p - total
-    return (ZERO if x < ZERO else ratio_of(x, p, MIN_DENOMINATOR, relevance),
-            ZERO if x >= ZERO else divide(numerator, q) if q > max(ROUNDING * p, MIN_DENOMINATOR) else -numerator)  # noqa: F821
+    s_neg = divide(numerator, q) if q > max(ROUNDING * p, MIN_DENOMINATOR) else -numerator
+    return ZERO if x < ZERO else ratio_of(x, p, MIN_DENOMINATOR, relevance), ZERO if x >= ZERO else s_neg
 
 
 @formula
@@ -183,10 +194,11 @@ def gamma_ratios(t, p, b, numerator, gamma, epsilon):
 
 
 @formula
-def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, factor, beta, epsilon, bias_mode, x_min, x_max,
-                relevance):
-    """(x, ratio of P or W, ratio of Q, what the bias gets of R, what is absorbed of it) of one output, from t and the ratios of its
-    sums (kernels' ratios_forward says what these hold). factor is alpha or gamma; a mean's t was divided by count."""
+def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, factor, beta, epsilon, bias_mode, x_min,
+                x_max, relevance):
+    """(x, ratio of P or W, ratio of Q, what the bias gets of R, what is absorbed of it) of one output, from t and the
+    ratios of its sums (kernels' ratios_forward says what these hold). factor is alpha or gamma; a mean's t was divided
+    by count."""
     y = t + bias
     x = clip(y, x_min, x_max)
     numerator = ONE if relevance else abs(x)
@@ -196,14 +208,14 @@ def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, facto
         ratio_pos, to_bias, absorbed = epsilon_ratios(t, b, numerator, epsilon)
         ratio_pos /= count
     elif formula == ALPHA_BETA:
-        q = sum_of(ratio_neg) if beta > ZERO else ZERO
-        ratio_pos, ratio_neg, to_bias, absorbed = alpha_beta_ratios(sum_of(ratio_pos), q, b, numerator, factor, beta, epsilon)
+        p, q = sum_of(ratio_pos), sum_of(ratio_neg) if beta > ZERO else ZERO
+        ratio_pos, ratio_neg, to_bias, absorbed = alpha_beta_ratios(p, q, b, numerator, factor, beta, epsilon)
     elif formula == GAMMA:
         ratio_pos, ratio_neg, to_bias, absorbed = gamma_ratios(t, sum_of(ratio_pos), b, numerator, factor, epsilon)
     elif formula == DIRECTION:
         has_sum = abs(ratio_pos) > MIN_DENOMINATOR
         absorbed = ZERO if has_sum else numerator
-        ratio_pos = divide(numerator, ratio_pos) if has_sum else ZERO  # noqa: F821
+        ratio_pos = divide(numerator, ratio_pos) if has_sum else ZERO
     elif formula == GRADIENT:
         ratio_pos = (ONE if x_min < y < x_max else ZERO) / count
     if bias_mode == SHARED:
@@ -224,7 +236,7 @@ def relevance_of(x, c, relevance):
     return c if relevance else abs(x) * c
 
 
-# ---- Layers without weights ----------------------------------------------------------------------------------------------
+# ---- Layers without weights ------------------------------------------------------------------------------------------
 
 
 @formula
@@ -235,7 +247,8 @@ def activation(a, slope, x_min, x_max):
 
 @formula
 def activation_redistributed(c, a, slope, x_min, x_max, relevance, derivative):
-    """Relevance |x| c of an activation is that of its input: c |x| / |a|; relevance passes as it is. If `derivative`, c is one."""
+    """Relevance |x| c of an activation is its input's: c |x| / |a|; relevance itself as it is. If `derivative`, c is
+    one."""
     x = activation(a, slope, x_min, x_max)
     kept = ONE if relevance or x == a else abs(x) / abs(a)
     if derivative:
@@ -266,17 +279,19 @@ def norm_scale(squares, alpha, beta, bias):
 
 @formula
 def norm_passed(c, scale, relevance):
-    """c_in where a normalisation, or a power, holds its scale constant: |x| c = |a| scale c; relevance itself as it is."""
+    """c_in of a normalisation, or a power, with its scale held constant: |x| c = |a| scale c; relevance itself as it
+    is."""
     return c * (ONE if relevance else scale)
 
 
 @formula
 def norm_terms(a, scale, c, alpha, beta, bias, taylor, epsilon):
-    """What an output gives to each neighbour (times its a^2, or a), to its own input besides, and what it absorbs.
+    """What an output gives each neighbour (times its a^2, or a), its own input besides, and what it absorbs.
 
     The derivative of a * norm_scale times c or, if `taylor`, relevance c in proportion to the expansion
 
-        x_k ~ a_k (bias + alpha a_k^2)^-beta - sum over i != k of 2 alpha beta a_k a_i^2 (bias + alpha squares)^(-beta - 1)
+        x_k ~ a_k (bias + alpha a_k^2)^-beta - sum over i != k of a_i^2 2 alpha beta a_k (bias + alpha squares)^-(beta +
+        1)
 
     (Binder et al., arXiv:1604.00825), whose sum is moved away from zero by epsilon.
     """
@@ -293,14 +308,16 @@ def norm_terms(a, scale, c, alpha, beta, bias, taylor, epsilon):
     return slope * s, own * s - square * (slope * s), np.float64(c) - np.float64(z) * np.float64(s)
 
 
-# ---- Search directions ---------------------------------------------------------------------------------------------------
+# ---- Search directions -----------------------------------------------------------------------------------------------
 
 
 def direction_formula(direction, bounded, compile_part):
-    """v(a, w, low, high) of a user's Python function v(a, w) or, if `bounded`, of all four. TypeError: it cannot be compiled."""
+    """v(a, w, low, high) of a user's function v(a, w) or, if `bounded`, of all four. TypeError: it cannot be
+    compiled."""
     checked = njit(error_model="numpy")(direction)  # for processors, which can do the same and are always there
     try:
-        result = checked.compile((types.float32,) * (4 if bounded else 2)) and checked.nopython_signatures[0].return_type
+        checked.compile((types.float32,) * (4 if bounded else 2))
+        result = checked.nopython_signatures[0].return_type
     except NumbaError as error:
         raise TypeError(str(error).strip().splitlines()[-1]) from None
     if not isinstance(result, (types.Float, types.Integer, types.Boolean)):

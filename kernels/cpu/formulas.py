@@ -1,89 +1,95 @@
 """Rules with more than one ratio, or another than |x| / z: how ratios follow from a layer's sums.
 
-A layer with such a rule is computed as others are, sum by sum; then `ratios_forward` goes once over what came out. The formulas are in
-kernels/scalar.py. What they leave of an output's relevance is absorbed.
+A layer with such a rule is computed as others are, sum by sum; then `ratios_forward` goes once over what came out. The
+formulas are in kernels/scalar.py. What they leave of an output's relevance is absorbed.
 """
 
 import numpy as np
 from fastdtd.kernels.codes import SIGNS
-from fastdtd.kernels.cpu.elementwise import run
+from fastdtd.kernels.cpu.elementwise import span
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
 from fastdtd.kernels.scalar import ZERO
 
 
 @kernel
-def _signs(out, to_one, to_other, bias, counted_down, counted_across, least, most, relevance):
+def _signs(out, out_pos, out_neg, bias, count_h, count_w, x_min, x_max, relevance):
     """The formula SIGNS for one channel."""
-    width = len(counted_across)
-    for row in range(len(counted_down)):
+    width = len(count_w)
+    for row in range(len(count_h)):
         for column in range(width):
             i = row * width + column
-            value = clip(out[i] + bias, least, most)
-            total = out[i] * (counted_down[row] * counted_across[column])
+            value = clip(out[i] + bias, x_min, x_max)
+            total = out[i] * (count_h[row] * count_w[column])
             out[i] = value
-            to_one[i], to_other[i] = signs_ratios(value, total, to_one[i], relevance)
+            out_pos[i], out_neg[i] = signs_ratios(value, total, out_pos[i], relevance)
 
 
 @kernel
-def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, x_channel, formula, factor, beta,
-                   epsilon, kept, least, most, relevance, first, last):
-    """x <- x + bias, clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of a SHARED bias, and what is lost.
+def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, x_channel,
+                   formula, factor, beta, epsilon, bias_mode, x_min, x_max, relevance, first, last):
+    """x <- x + bias, clipped to x_min..x_max; ratio_pos, ratio_neg, ratio_bias, absorbed <- of P, of Q, of a SHARED
+    bias, and what none of them gets.
 
-    x holds t. one, other, even hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are the same array
-    where it does not. factor is alpha or gamma. counted_down (OH,) and counted_across (OW,): their product divides a mean. dead and
-    other_dead as in ratio_of. Units are channels of images.
+    x holds t; the ratios hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are one
+    array where it does not. factor is alpha or gamma. count_h (OH,) and count_w (OW,): their product divides a mean.
+    dead and dead_neg as in ratio_of. Units are channels of images.
     """
-    channels, height, width = one.shape[1:]
+    channels, height, width = ratio_pos.shape[1:]
     size = height * width
-    flat_x, flat_one, flat_other = x.reshape(x.size), one.reshape(one.size), other.reshape(other.size)
-    flat_even, flat_lost = even.reshape(even.size), lost.reshape(lost.size)
-    has_other, has_even, has_lost = rule_writes(formula, beta, kept)
+    flat_x, flat_pos, flat_neg = x.reshape(x.size), ratio_pos.reshape(ratio_pos.size), ratio_neg.reshape(ratio_neg.size)
+    flat_bias, flat_absorbed = ratio_bias.reshape(ratio_bias.size), absorbed.reshape(absorbed.size)
+    has_neg, has_bias, has_absorbed = rule_writes(formula, beta, bias_mode)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        out, to_one, to_other = run(flat_x, (n * x.shape[1] + x_channel + k) * size, size), run(flat_one, unit * size, size), run(
-            flat_other, unit * size, size)
-        to_even, to_lost = run(flat_even, unit * size, size), run(flat_lost, unit * size, size)
+        out, out_pos = span(flat_x, (n * x.shape[1] + x_channel + k) * size, size), span(flat_pos, unit * size, size)
+        out_neg = span(
+            flat_neg, unit * size, size)
+        out_bias, out_absorbed = span(flat_bias, unit * size, size), span(flat_absorbed, unit * size, size)
         if formula == SIGNS:
-            _signs(out, to_one, to_other, bias[k], counted_down, counted_across, least, most, relevance)
+            _signs(out, out_pos, out_neg, bias[k], count_h, count_w, x_min, x_max, relevance)
             for i in range(size):
-                if to_one[i] < ZERO:
+                if out_pos[i] < ZERO:
                     dead[n] = 1
-                if to_other[i] < ZERO:
-                    other_dead[n] = 1
+                if out_neg[i] < ZERO:
+                    dead_neg[n] = 1
             continue
         for i in range(size):
-            count = counted_down[i // width] * counted_across[i % width]
-            out[i], to_one[i], of_other, of_bias, remains = rule_ratios(
-                formula, out[i], bias[k], count, to_one[i], to_other[i], to_even[i], factor, beta, epsilon, kept, least, most, relevance)
-            if has_other:
-                to_other[i] = of_other
-            if has_even:
-                to_even[i] *= of_bias
-            if has_lost:
-                to_lost[i] = remains
+            count = count_h[i // width] * count_w[i % width]
+            out[i], out_pos[i], new_neg, to_bias, new_absorbed = rule_ratios(
+                formula, out[i], bias[k], count, out_pos[i], out_neg[i], out_bias[i], factor, beta, epsilon, bias_mode,
+                x_min, x_max, relevance)
+            if has_neg:
+                out_neg[i] = new_neg
+            if has_bias:
+                out_bias[i] *= to_bias
+            if has_absorbed:
+                out_absorbed[i] = new_absorbed
 
 
 @kernel
-def lose_redistribute(ledger, lost, c, column, c_channel, first, last):
-    """ledger[n, column] += what stabilisers and biases keep of relevance c. Units are images."""
-    numbers, places = lost.shape[1] * lost.shape[2] * lost.shape[3], lost.shape[2] * lost.shape[3]
-    flat_lost, flat_c = lost.reshape(lost.size), c.reshape(c.size)
+def absorb_remainder_redistribute(ledger, absorbed, c, column, c_channel, first, last):
+    """ledger[n, column] += what stabilisers and biases absorb of relevance c. Units are images."""
+    elements = absorbed.shape[1] * absorbed.shape[2] * absorbed.shape[3]
+    positions = absorbed.shape[2] * absorbed.shape[3]
+    flat_absorbed, flat_c = absorbed.reshape(absorbed.size), c.reshape(c.size)
     for n in range(first, last):
-        part, relevance = run(flat_lost, n * numbers, numbers), run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
+        part = span(flat_absorbed, n * elements, elements)
+        relevance = span(flat_c, (n * c.shape[1] + c_channel) * positions, elements)
         total = np.float64(0)
-        for i in range(numbers):
+        for i in range(elements):
             total += np.float64(part[i]) * np.float64(relevance[i])
         ledger[n, column] += total
 
 
 @kernel
-def observe_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
+def relevance_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
     """out (N, C, H, W) <- the relevance of x, |x| c, or c where that is relevance itself. Units are images."""
-    numbers, places = out.shape[1] * out.shape[2] * out.shape[3], out.shape[2] * out.shape[3]
+    elements, positions = out.shape[1] * out.shape[2] * out.shape[3], out.shape[2] * out.shape[3]
     flat_out, flat_x, flat_c = out.reshape(out.size), x.reshape(x.size), c.reshape(c.size)
     for n in range(first, last):
-        to, value = run(flat_out, n * numbers, numbers), run(flat_x, (n * x.shape[1] + x_channel) * places, numbers)
-        factor = run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
-        for i in range(numbers):
+        to = span(flat_out, n * elements, elements)
+        value = span(flat_x, (n * x.shape[1] + x_channel) * positions, elements)
+        factor = span(flat_c, (n * c.shape[1] + c_channel) * positions, elements)
+        for i in range(elements):
             to[i] = relevance_of(value[i], factor[i], relevance)

@@ -1,8 +1,6 @@
 """The formulas of kernels/scalar.py, compiled for processors."""
 
-from operator import truediv
-
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.scalar import compiled_for
 
-globals().update(compiled_for(kernel, divide=truediv))
+globals().update(compiled_for(kernel))

@@ -7,93 +7,98 @@ import math
 
 import numpy as np
 from fastdtd.kernels.codes import SIGNS
-from fastdtd.kernels.cuda.elementwise import SUMMING_THREADS, flat, place_of, sum_of_block, whole_images
+from fastdtd.kernels.cuda.elementwise import SUMMING_THREADS, flat, location, sum_of_block, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each
 from fastdtd.kernels.cuda.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
 from fastdtd.kernels.cuda.vector_code import split
 from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float64
 
-# ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _ratios(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, first_image, x_numbers, x_begin, places, width,
-            numbers, total, formula, factor, beta, epsilon, kept, least, most, relevance):
+def _ratios(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, first_image,
+            x_elements, x_begin, positions, width, elements, total, formula, factor, beta, epsilon, bias_mode, x_min,
+            x_max, relevance):
     at = cuda.grid(1)
     if at >= total:
         return
-    n, i = split(at, numbers)
-    (k, place), at_x = split(i, places), n * x_numbers + x_begin + i
-    row, column = split(place, width)
-    at += first_image * numbers
-    t, count = x[at_x], counted_down[row] * counted_across[column]
+    n, i = split(at, elements)
+    (k, position), at_x = split(i, positions), n * x_elements + x_begin + i
+    row, column = split(position, width)
+    at += first_image * elements
+    t, count = x[at_x], count_h[row] * count_w[column]
     if formula == SIGNS:
-        value = clip(t + bias[k], least, most)
-        to_one, to_other = signs_ratios(value, t * count, one[at], relevance)
-        x[at_x], one[at], other[at] = value, to_one, to_other
-        if to_one < ZERO:
+        value = clip(t + bias[k], x_min, x_max)
+        new_pos, new_neg = signs_ratios(value, t * count, ratio_pos[at], relevance)
+        x[at_x], ratio_pos[at], ratio_neg[at] = value, new_pos, new_neg
+        if new_pos < ZERO:
             dead[first_image + n] = 1
-        if to_other < ZERO:
-            other_dead[first_image + n] = 1
+        if new_neg < ZERO:
+            dead_neg[first_image + n] = 1
         return
-    x[at_x], one[at], to_other, of_bias, remains = rule_ratios(
-        formula, t, bias[k], count, one[at], other[at], even[at], factor, beta, epsilon, kept, least, most, relevance)
-    has_other, has_even, has_lost = rule_writes(formula, beta, kept)
-    if has_other:
-        other[at] = to_other
-    if has_even:
-        even[at] *= of_bias
-    if has_lost:
-        lost[at] = remains
+    x[at_x], ratio_pos[at], new_neg, to_bias, new_absorbed = rule_ratios(
+        formula, t, bias[k], count, ratio_pos[at], ratio_neg[at], ratio_bias[at], factor, beta, epsilon, bias_mode,
+        x_min, x_max, relevance)
+    has_neg, has_bias, has_absorbed = rule_writes(formula, beta, bias_mode)
+    if has_neg:
+        ratio_neg[at] = new_neg
+    if has_bias:
+        ratio_bias[at] *= to_bias
+    if has_absorbed:
+        absorbed[at] = new_absorbed
 
 
 @kernel
-def _lose(ledger, lost, c, column, c_numbers, c_begin, numbers, first):
+def _absorb_remainder(ledger, absorbed, c, column, c_elements, c_begin, elements, first):
     n = first + cuda.blockIdx.x
     sums, own = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
-    for i in range(cuda.threadIdx.x, numbers, SUMMING_THREADS):
-        own += np.float64(lost[n * numbers + i]) * np.float64(c[n * c_numbers + c_begin + i])
+    for i in range(cuda.threadIdx.x, elements, SUMMING_THREADS):
+        own += np.float64(absorbed[n * elements + i]) * np.float64(c[n * c_elements + c_begin + i])
     total = sum_of_block(sums, own)
     if cuda.threadIdx.x == 0:
         ledger[n, column] += total
 
 
 @kernel
-def _observe(out, x, c, x_numbers, x_begin, c_numbers, c_begin, first, numbers, count, relevance):
+def _relevance(out, x, c, x_elements, x_begin, c_elements, c_begin, first, elements, count, relevance):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        out[first + at] = relevance_of(x[n * x_numbers + x_begin + i], c[n * c_numbers + c_begin + i], relevance)
+        n, i = split(at, elements)
+        out[first + at] = relevance_of(x[n * x_elements + x_begin + i], c[n * c_elements + c_begin + i], relevance)
 
 
-# ---- Launchers ---------------------------------------------------------------------------------------------------------------------------
+# ---- Launchers -------------------------------------------------------------------------------------------------------
 
 
-def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, x_channel, formula, factor, beta,
-                   epsilon, kept, least, most, relevance, first, last):
-    """x <- x + bias, clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of a SHARED bias, and what is lost.
+def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, x_channel,
+                   formula, factor, beta, epsilon, bias_mode, x_min, x_max, relevance, first, last):
+    """x <- x + bias, clipped to x_min..x_max; ratio_pos, ratio_neg, ratio_bias, absorbed <- of P, of Q, of a SHARED
+    bias, and what none of them gets.
 
-    x holds t. one, other, even hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are the same array
-    where it does not. factor is alpha or gamma. counted_down (OH,) and counted_across (OW,): their product divides a mean. dead and
-    other_dead as in ratio_of. Units are channels of images.
+    x holds t; the ratios hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are one
+    array where it does not. factor is alpha or gamma. count_h (OH,) and count_w (OW,): their product divides a mean.
+    dead and dead_neg as in ratio_of. Units are channels of images.
     """
-    image, behind = whole_images(first, last, one.shape[1])
-    numbers, places = math.prod(one.shape[1:]), math.prod(one.shape[2:])
-    launch_for_each(_ratios, (behind - image) * numbers, flat(x), flat(one), flat(other), flat(even), flat(lost), dead, other_dead, bias,
-                    counted_down, counted_across, image, *place_of(x, x_channel, image), places, one.shape[3], numbers,
-                    (behind - image) * numbers, int(formula), np.float32(factor), np.float32(beta), np.float32(epsilon), int(kept),
-                    np.float32(least), np.float32(most), int(relevance))
+    image, end = whole_images(first, last, ratio_pos.shape[1])
+    elements, positions = math.prod(ratio_pos.shape[1:]), math.prod(ratio_pos.shape[2:])
+    launch_for_each(_ratios, (end - image) * elements, flat(x), flat(ratio_pos), flat(ratio_neg), flat(ratio_bias),
+                    flat(absorbed), dead, dead_neg, bias, count_h, count_w, image, *location(x, x_channel, image),
+                    positions, ratio_pos.shape[3], elements, (end - image) * elements, int(formula), np.float32(factor),
+                    np.float32(beta), np.float32(epsilon), int(bias_mode), np.float32(x_min), np.float32(x_max),
+                    int(relevance))
 
 
-def lose_redistribute(ledger, lost, c, column, c_channel, first, last):
-    """ledger[n, column] += what stabilisers and biases keep of relevance c. Units are images."""
-    launch(_lose, last - first, SUMMING_THREADS, ledger, flat(lost), flat(c), column, *place_of(c, c_channel, 0),
-           math.prod(lost.shape[1:]), first)
+def absorb_remainder_redistribute(ledger, absorbed, c, column, c_channel, first, last):
+    """ledger[n, column] += what stabilisers and biases absorb of relevance c. Units are images."""
+    launch(_absorb_remainder, last - first, SUMMING_THREADS, ledger, flat(absorbed), flat(c), column,
+           *location(c, c_channel, 0), math.prod(absorbed.shape[1:]), first)
 
 
-def observe_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
+def relevance_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
     """out (N, C, H, W) <- the relevance of x, |x| c, or c where that is relevance itself. Units are images."""
-    numbers = math.prod(out.shape[1:])
-    launch_for_each(_observe, (last - first) * numbers, flat(out), flat(x), flat(c), *place_of(x, x_channel, first),
-                    *place_of(c, c_channel, first), first * numbers, numbers, (last - first) * numbers, int(relevance))
+    elements = math.prod(out.shape[1:])
+    launch_for_each(_relevance, (last - first) * elements, flat(out), flat(x), flat(c), *location(x, x_channel, first),
+                    *location(c, c_channel, first), first * elements, elements, (last - first) * elements,
+                    int(relevance))
