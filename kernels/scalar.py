@@ -132,13 +132,16 @@ def redistributed(total, a, features, low, high, relevance):
 @formula
 def redistributed_pair(total, total_neg, a, features, low, high, relevance):
     """The same for weights of both signs: what comes through positive weights (or all), and through negative ones."""
+    result = total
     if features == BOX:
-        return max(a - low, ZERO) * total + max(high - a, ZERO) * total_neg
-    if features == SIGNED:
-        total = total if a >= ZERO else total_neg
-    if not relevance or features == ONES:
-        return total
-    return total * a if features == VALUE else total * abs(a)
+        result = max(a - low, ZERO) * total + max(high - a, ZERO) * total_neg
+    elif features == SIGNED:
+        result = total if a >= ZERO else total_neg
+    if relevance and features == VALUE:
+        result *= a
+    elif relevance and features in (NONNEGATIVE, SIGNED):
+        result *= abs(a)
+    return result
 
 
 # ---- Rules with several ratios, or another than |x| / z --------------------------------------------------------------
@@ -194,11 +197,10 @@ def gamma_ratios(t, p, b, numerator, gamma, epsilon):
 
 
 @formula
-def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, factor, beta, epsilon, bias_mode, x_min,
-                x_max, relevance):
+def rule_ratios(formula, t, bias, ratio_pos, ratio_neg, ratio_bias, factor, beta, epsilon, bias_mode, x_min, x_max,
+                relevance):
     """(x, ratio of P or W, ratio of Q, what the bias gets of R, what is absorbed of it) of one output, from t and the
-    ratios of its sums (kernels' ratios_forward says what these hold). factor is alpha or gamma; a mean's t was divided
-    by count."""
+    ratios of its sums (kernels' ratios_forward says what these hold). factor is alpha or gamma."""
     y = t + bias
     x = clip(y, x_min, x_max)
     numerator = ONE if relevance else abs(x)
@@ -206,7 +208,6 @@ def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, facto
     b, to_bias, absorbed = bias if is_part else ZERO, ZERO, ZERO
     if formula == EPSILON:
         ratio_pos, to_bias, absorbed = epsilon_ratios(t, b, numerator, epsilon)
-        ratio_pos /= count
     elif formula == ALPHA_BETA:
         p, q = sum_of(ratio_pos), sum_of(ratio_neg) if beta > ZERO else ZERO
         ratio_pos, ratio_neg, to_bias, absorbed = alpha_beta_ratios(p, q, b, numerator, factor, beta, epsilon)
@@ -217,7 +218,7 @@ def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, facto
         absorbed = ZERO if has_sum else numerator
         ratio_pos = divide(numerator, ratio_pos) if has_sum else ZERO
     elif formula == GRADIENT:
-        ratio_pos = (ONE if x_min < y < x_max else ZERO) / count
+        ratio_pos = ONE if x_min < y < x_max else ZERO
     if bias_mode == SHARED:
         absorbed -= to_bias
     return x, ratio_pos, ratio_neg, to_bias, absorbed
@@ -225,9 +226,11 @@ def rule_ratios(formula, t, bias, count, ratio_pos, ratio_neg, ratio_bias, facto
 
 @formula
 def rule_writes(formula, beta, bias_mode):
-    """Which of these tapes a rule has, besides the first: (ratio of Q, ratio of a SHARED bias, absorbed)."""
+    """Which of these a rule has: ratio of Q, ratio of a SHARED bias, absorbed. And whether W's ratio is one for a sum,
+    to be divided where the output is a mean."""
     return ((formula == ALPHA_BETA and beta > ZERO) or formula == GAMMA,
-            bias_mode == SHARED and formula not in (DIRECTION, GRADIENT), formula != GRADIENT)
+            bias_mode == SHARED and formula not in (DIRECTION, GRADIENT), formula != GRADIENT,
+            formula in (EPSILON, GRADIENT))
 
 
 @formula

@@ -322,9 +322,9 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, contributions
         for n in range(images):
             at_a, at_in = n * a.shape[1] + a_channel + begin, n * c_in.shape[1] + c_in_channel + begin
             value, out = flat_a[at_a:at_a + length], flat_in[at_in:at_in + length]
+            a_min, a_max = low[begin:begin + length], high[begin:begin + length]
             sum_pos = sums[n * _STRIDE:n * _STRIDE + length]
             sum_neg = sums[(parts - 1) * part + n * _STRIDE:(parts - 1) * part + n * _STRIDE + length]
             for i in range(length):
-                result = redistributed_pair(sum_pos[i], sum_neg[i], value[i], features, low[begin + i], high[begin + i],
-                                            relevance)
+                result = redistributed_pair(sum_pos[i], sum_neg[i], value[i], features, a_min[i], a_max[i], relevance)
                 out[i] = result + out[i] if accumulate else result

@@ -5,7 +5,7 @@ formulas are in kernels/scalar.py. What they leave of an output's relevance is a
 """
 
 import numpy as np
-from fastdtd.kernels.codes import SIGNS
+from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, SIGNS
 from fastdtd.kernels.cpu.elementwise import span
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
@@ -25,6 +25,38 @@ def _signs(out, out_pos, out_neg, bias, count_h, count_w, x_min, x_max, relevanc
             out_pos[i], out_neg[i] = signs_ratios(value, total, out_pos[i], relevance)
 
 
+def _make_channel(formula):
+    @kernel
+    def channel(out, out_pos, out_neg, out_bias, out_absorbed, bias, factor, beta, epsilon, bias_mode, x_min, x_max,
+                relevance):
+        """The same for another formula; a mean's ratio is left to be divided."""
+        has_neg, has_bias, has_absorbed, _ = rule_writes(formula, beta, bias_mode)
+        for i in range(len(out)):
+            out[i], out_pos[i], new_neg, to_bias, new_absorbed = rule_ratios(
+                formula, out[i], bias, out_pos[i], out_neg[i], out_bias[i], factor, beta, epsilon, bias_mode, x_min,
+                x_max, relevance)
+            if has_neg:
+                out_neg[i] = new_neg
+            if has_bias:
+                out_bias[i] *= to_bias
+            if has_absorbed:
+                out_absorbed[i] = new_absorbed
+
+    return channel
+
+
+# One for each formula, so that it is a loop without branches.
+_epsilon, _alpha_beta, _gamma, _gradient, _direction = (
+    _make_channel(formula) for formula in (EPSILON, ALPHA_BETA, GAMMA, GRADIENT, DIRECTION))
+
+
+@kernel
+def _divide_by_counts(out, count_h, count_w):
+    for row in range(len(count_h)):
+        for column in range(len(count_w)):
+            out[row * len(count_w) + column] /= count_h[row] * count_w[column]
+
+
 @kernel
 def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, x_channel,
                    formula, factor, beta, epsilon, bias_mode, x_min, x_max, relevance, first, last):
@@ -33,19 +65,18 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
 
     x holds t; the ratios hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are one
     array where it does not. factor is alpha or gamma. count_h (OH,) and count_w (OW,): their product divides a mean.
-    dead and dead_neg as in ratio_of. Units are channels of images.
+    dead and dead_neg as in conv2d_forward. Units are channels of images.
     """
     channels, height, width = ratio_pos.shape[1:]
     size = height * width
     flat_x, flat_pos, flat_neg = x.reshape(x.size), ratio_pos.reshape(ratio_pos.size), ratio_neg.reshape(ratio_neg.size)
     flat_bias, flat_absorbed = ratio_bias.reshape(ratio_bias.size), absorbed.reshape(absorbed.size)
-    has_neg, has_bias, has_absorbed = rule_writes(formula, beta, bias_mode)
+    is_mean = rule_writes(formula, beta, bias_mode)[3] and (count_h.max() > 1 or count_w.max() > 1)
     for unit in range(first, last):
-        n, k = unit // channels, unit % channels
-        out, out_pos = span(flat_x, (n * x.shape[1] + x_channel + k) * size, size), span(flat_pos, unit * size, size)
-        out_neg = span(
-            flat_neg, unit * size, size)
-        out_bias, out_absorbed = span(flat_bias, unit * size, size), span(flat_absorbed, unit * size, size)
+        n, k, at = unit // channels, unit % channels, unit * size
+        out = span(flat_x, (n * x.shape[1] + x_channel + k) * size, size)
+        out_pos, out_neg, out_bias = span(flat_pos, at, size), span(flat_neg, at, size), span(flat_bias, at, size)
+        out_absorbed = span(flat_absorbed, at, size)
         if formula == SIGNS:
             _signs(out, out_pos, out_neg, bias[k], count_h, count_w, x_min, x_max, relevance)
             for i in range(size):
@@ -53,18 +84,23 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
                     dead[n] = 1
                 if out_neg[i] < ZERO:
                     dead_neg[n] = 1
-            continue
-        for i in range(size):
-            count = count_h[i // width] * count_w[i % width]
-            out[i], out_pos[i], new_neg, to_bias, new_absorbed = rule_ratios(
-                formula, out[i], bias[k], count, out_pos[i], out_neg[i], out_bias[i], factor, beta, epsilon, bias_mode,
-                x_min, x_max, relevance)
-            if has_neg:
-                out_neg[i] = new_neg
-            if has_bias:
-                out_bias[i] *= to_bias
-            if has_absorbed:
-                out_absorbed[i] = new_absorbed
+        elif formula == EPSILON:
+            _epsilon(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
+                     x_max, relevance)
+        elif formula == ALPHA_BETA:
+            _alpha_beta(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
+                        x_max, relevance)
+        elif formula == GAMMA:
+            _gamma(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
+                   x_max, relevance)
+        elif formula == GRADIENT:
+            _gradient(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
+                      x_max, relevance)
+        elif formula == DIRECTION:
+            _direction(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
+                       x_max, relevance)
+        if is_mean:
+            _divide_by_counts(out_pos, count_h, count_w)
 
 
 @kernel

@@ -129,21 +129,27 @@ def _write(path, content):
 # ---- The decorator ---------------------------------------------------------------------------------------------------
 
 
-def kernel(function, name="", keep=True):
+def kernel(function, name="", keep=True, **options):
     """The kernel of a Python function, by another name in the cache if one is given; kept on disk if `keep`."""
+    options = {"nogil": True, "error_model": "numpy", **options}
     if not keep:
-        return njit(nogil=True, error_model="numpy")(function)
+        return njit(**options)(function)
     if name:
         function.__name__ = function.__qualname__ = name
     if NullCache is None:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+        return njit(cache=True, **options)(function)
     # functions that one function makes are told apart by name, here and among symbols of cached code
     if function.__closure__ and not name:
         constants = dumps([cell.cell_contents for cell in function.__closure__])
         function.__qualname__ += f"-{hashlib.sha256(constants).hexdigest()[:8]}"
-    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher = njit(**options)(function)
     dispatcher._cache = _KernelCache(function)
     return dispatcher
+
+
+def part(function):
+    """A function whose code becomes part of each kernel that calls it."""
+    return kernel(function, forceinline=True)
 
 
 def is_kept(dispatcher):

@@ -39,9 +39,11 @@ def _ratios(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias,
             dead_neg[first_image + n] = 1
         return
     x[at_x], ratio_pos[at], new_neg, to_bias, new_absorbed = rule_ratios(
-        formula, t, bias[k], count, ratio_pos[at], ratio_neg[at], ratio_bias[at], factor, beta, epsilon, bias_mode,
+        formula, t, bias[k], ratio_pos[at], ratio_neg[at], ratio_bias[at], factor, beta, epsilon, bias_mode,
         x_min, x_max, relevance)
-    has_neg, has_bias, has_absorbed = rule_writes(formula, beta, bias_mode)
+    has_neg, has_bias, has_absorbed, is_for_sum = rule_writes(formula, beta, bias_mode)
+    if is_for_sum:
+        ratio_pos[at] /= count
     if has_neg:
         ratio_neg[at] = new_neg
     if has_bias:
@@ -79,7 +81,7 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
 
     x holds t; the ratios hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are one
     array where it does not. factor is alpha or gamma. count_h (OH,) and count_w (OW,): their product divides a mean.
-    dead and dead_neg as in ratio_of. Units are channels of images.
+    dead and dead_neg as in conv2d_forward. Units are channels of images.
     """
     image, end = whole_images(first, last, ratio_pos.shape[1])
     elements, positions = math.prod(ratio_pos.shape[1:]), math.prod(ratio_pos.shape[2:])
