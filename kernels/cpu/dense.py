@@ -304,11 +304,12 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, contributions
     images, count = ratio.shape[0], weight.shape[1]
     parts, part = 2 if features in (SIGNED, BOX) else 1, images * _STRIDE
     flat_a, flat_in = a.reshape(a.size), c_in.reshape(c_in.size)
-    listed = _list_contributions(contributions, ratio, c, c_channel)
+    listed, as_it_is = _list_contributions(contributions, ratio, c, c_channel), parts == 1 and not relevance
     for unit in range(first, last):
         begin = unit * DENSE_FEATURES
         length = min(DENSE_FEATURES, count - begin)
         sums[:parts * part] = ZERO
+        a_min, a_max = low[begin:begin + length], high[begin:begin + length]
         if weights == FLAT:
             for n in range(images):
                 total = ZERO
@@ -322,9 +323,12 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, contributions
         for n in range(images):
             at_a, at_in = n * a.shape[1] + a_channel + begin, n * c_in.shape[1] + c_in_channel + begin
             value, out = flat_a[at_a:at_a + length], flat_in[at_in:at_in + length]
-            a_min, a_max = low[begin:begin + length], high[begin:begin + length]
             sum_pos = sums[n * _STRIDE:n * _STRIDE + length]
             sum_neg = sums[(parts - 1) * part + n * _STRIDE:(parts - 1) * part + n * _STRIDE + length]
+            if as_it_is:
+                for i in range(length):
+                    out[i] = sum_pos[i] + out[i] if accumulate else sum_pos[i]
+                continue
             for i in range(length):
                 result = redistributed_pair(sum_pos[i], sum_neg[i], value[i], features, a_min[i], a_max[i], relevance)
                 out[i] = result + out[i] if accumulate else result

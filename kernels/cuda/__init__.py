@@ -1,4 +1,5 @@
-"""Numba CUDA kernels and their launchers, compiled on first use. Names and parameters are those of kernels/cpu."""
+"""Numba CUDA kernels and their launchers, compiled on first use. Names and parameters are those of kernels/cpu, whose
+docstrings say more. Units of launchers are channels of images where nothing else is said."""
 # ruff: noqa: I001  # names in filled lines
 
 from fastdtd.kernels.cuda.conv2d import (

@@ -206,10 +206,7 @@ def _redistribute_kernel(weights, both):
 
 def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, x_channel, a_channel, features, x_min, x_max,
                   relevance, first, last):
-    """x <- W a + bias, clipped to x_min..x_max; ratio <- |x| / z. Units are outputs.
-
-    constant (K,) is z under ONES, where it does not depend on a.
-    """
+    """x <- W a + bias, clipped to x_min..x_max; ratio <- |x| / z. Units are outputs."""
     images, outputs = ratio.shape[:2]
     blocks = -(-images // _IMAGES) * -(-(last - first) // _OUTPUTS)
     launch(_forward_kernel(int(features)), blocks, _WARPS * 32, x.reshape(x.size), ratio.reshape(ratio.size), dead,

@@ -2,7 +2,7 @@
 absorbs.
 
 A thread has one element. Tensors are (N, *, H, W) and used from a given channel on; elements of a call are counted
-through the channels that it does. Units are channels of images where nothing else is said.
+through the channels that it does.
 """
 
 import math
@@ -220,10 +220,7 @@ def activate_forward(x, a, x_channel, a_channel, channels, slope, x_min, x_max, 
 def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, x_min, x_max, relevance,
                           derivative, accumulate, first, last):
     """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes
-    as it is.
-
-    If `derivative`, c is a derivative, and so is c_in.
-    """
+    as it is."""
     image, end = whole_images(first, last, channels)
     elements = channels * math.prod(a.shape[2:])
     launch_for_each(_redistribute_activation, (end - image) * elements, flat(c_in), flat(c), flat(a),

@@ -77,12 +77,7 @@ def _relevance(out, x, c, x_elements, x_begin, c_elements, c_begin, first, eleme
 def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, x_channel,
                    formula, factor, beta, epsilon, bias_mode, x_min, x_max, relevance, first, last):
     """x <- x + bias, clipped to x_min..x_max; ratio_pos, ratio_neg, ratio_bias, absorbed <- of P, of Q, of a SHARED
-    bias, and what none of them gets.
-
-    x holds t; the ratios hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are one
-    array where it does not. factor is alpha or gamma. count_h (OH,) and count_w (OW,): their product divides a mean.
-    dead and dead_neg as in conv2d_forward. Units are channels of images.
-    """
+    bias, and what none of them gets."""
     image, end = whole_images(first, last, ratio_pos.shape[1])
     elements, positions = math.prod(ratio_pos.shape[1:]), math.prod(ratio_pos.shape[2:])
     launch_for_each(_ratios, (end - image) * elements, flat(x), flat(ratio_pos), flat(ratio_neg), flat(ratio_bias),

@@ -102,11 +102,7 @@ def _absorb_norm(ledger, c, ratio, a, column, c_elements, c_begin, a_elements, a
 
 
 def normalize_forward(x, ratio, a, x_channel, a_channel, before, after, within_channel, alpha, beta, bias, first, last):
-    """x <- a * ratio, ratio <- (bias + alpha * sum of a^2)^-beta. Units are rows of images.
-
-    The sum is over the channels from `before` before to `after` after, or over as many rows and columns if
-    `within_channel`.
-    """
+    """x <- a * ratio, ratio <- (bias + alpha * sum of a^2)^-beta. Units are rows of images."""
     image, end = whole_images(first, last, ratio.shape[2])
     count = (end - image) * math.prod(ratio.shape[1:])
     launch_for_each(_normalize, count, flat(x), flat(ratio[image:end]), flat(a), *location(x, x_channel, image),
@@ -132,10 +128,7 @@ def normalize_taylor_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_
                                   before, after, within_channel, alpha, beta, bias, formula, epsilon, accumulate, first,
                                   last):
     """The derivative of the normalisation times c or, under NORM_TAYLOR, relevance c in proportion to its expansion
-    (scalar.norm_terms).
-
-    What epsilon absorbs there goes to ledger[n, column]. scratch holds normalize_taylor_elements. Units are images.
-    """
+    (scalar.norm_terms)."""
     images, elements, taylor = last - first, math.prod(ratio.shape[1:]), int(formula == NORM_TAYLOR)
     count = images * elements
     terms, own, scales = scratch[:count], scratch[count:2 * count], flat(ratio[first:last])

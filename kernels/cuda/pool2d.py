@@ -173,11 +173,7 @@ def _redistribute_to_windows(c_in, c, ratio, a, low, in_elements, in_begin, c_el
 def max_pool2d_forward(x, winner, a, x_channel, a_channel, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left,
                        first, last):
     """x <- the largest value of each window; winner (N, C, OH, OW) int32 <- its index in the plane, the first of
-    equals.
-
-    Values that rounding may have made unequal count as equal: else in an evenly coloured area noise would pick the
-    winners.
-    """
+    equals."""
     image, end = whole_images(first, last, winner.shape[1])
     elements = math.prod(winner.shape[1:])
     launch_for_each(_find_winners, (end - image) * elements, flat(x), flat(winner[image:end]), flat(a),
@@ -199,11 +195,7 @@ def max_pool2d_redistribute(c_in, c, winner, c_in_channel, c_channel, kernel_h, 
 
 def pool2d_forward(x, ratio, dead, a, low, count_h, count_w, x_channel, a_channel, kernel_h, kernel_w, stride_h,
                    stride_w, pad_top, pad_left, maximum, features, relevance, first, last):
-    """x <- the largest value (if `maximum`) or the mean of each window; ratio <- |x| / z, z the sum of its features.
-
-    The weights of a window are equal and cancel between z and V^T, so they are left out of both. A mean's divisor is
-    count_h (OH,) times count_w (OW,), which are 1 for a maximum.
-    """
+    """x <- the largest value (if `maximum`) or the mean of each window; ratio <- |x| / z, z the sum of its features."""
     channels, rows, columns = ratio.shape[1:]
     height, width = a.shape[2:]
     image, end = whole_images(first, last, channels)
