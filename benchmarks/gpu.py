@@ -1,18 +1,21 @@
-"""How fast is an explanation on a GPU, next to PyTorch's forward pass, zennit's explanation and what the chip can do? And is it right?
+"""How fast is an explanation on a GPU, next to PyTorch's forward pass, zennit's explanation and what the chip can do?
+And is it right?
 
-    python benchmarks/gpu.py                            # all of it, 8 minutes at most; from a checkout, with nothing installed of it
+    python benchmarks/gpu.py                            # all, in 8 minutes at most; nothing has to be installed
     python benchmarks/gpu.py --only correct --nets "ResNet-18"
     python benchmarks/gpu.py --zennit FOLDER            # where zennit is not installed: a folder that has it
 
-Needs numba-cuda, CuPy and h5py; PyTorch and zennit are measured where they are there. First each network is held to the explanation on
-the processor, and nothing is timed once one is wrong (status 1). For that average pools stand in for max-pools: with these, rounding picks
-another winner here and there. Of the network as it is, scores and conservation are checked.
+Needs numba-cuda, CuPy and h5py; PyTorch and zennit are measured where they are there. First each network is held to the
+explanation on the processor, and nothing is timed once one is wrong (status 1). For that average pools stand in for
+max-pools: with these, rounding picks another winner here and there. Of the network as it is, scores and conservation
+are checked.
 
-Then times. Contenders run in turns, so that what the clock of the chip does meets all of them; times are medians over the turns, ratios are
-medians of the turns' ratios. Of each kernel the time between two events of the device is shown next to what was measured right before:
-a copy from device to device, and a loop of nothing but mma.sync, the instruction that the convolutions use (PyTorch's product of large
-matrices, by other instructions, can be faster). What there is no time for is left out, and said. benchmarks/results/gpu-<chip>.json has
-every number; sections that were not run stay as they are there.
+Then times. Contenders run in turns, so that what the clock of the chip does meets all of them; times are medians over
+the turns, ratios are medians of the turns' ratios. Of each kernel the time between two events of the device is shown
+next to what was measured right before: a copy from device to device, and a loop of nothing but mma.sync, the
+instruction that the convolutions use (PyTorch's product of large matrices, by other instructions, can be faster). What
+there is no time for is left out, and said. benchmarks/results/gpu-<chip>.json has every number; sections that were not
+run stay as they are there.
 """
 
 import argparse
@@ -37,13 +40,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_importable():
-    """fastdtd from the checkout, unless it is installed: then its kernels, which are mapped there by setuptools, lie in another folder."""
+    """fastdtd from the checkout, unless it is installed: then its kernels, which are mapped there by setuptools, lie in
+    another folder."""
     found = importlib.util.find_spec("fastdtd")
-    if found is not None and any(finder.find_spec("fastdtd.kernels", found.submodule_search_locations) for finder in sys.meta_path):
+    if found is not None and any(finder.find_spec("fastdtd.kernels", found.submodule_search_locations)
+                                 for finder in sys.meta_path):
         return
     sys.path.insert(0, str(ROOT))
     folder = ROOT / "kernels"
-    spec = importlib.util.spec_from_file_location("fastdtd.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location("fastdtd.kernels", folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
     sys.modules[spec.name] = kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
     importlib.import_module("fastdtd").kernels = kernels
@@ -97,11 +103,12 @@ def precisions():
     return [precision for precision in LIMITS if has(precision)]
 
 
-# ---- Right before fast -------------------------------------------------------------------------------------------------------------------
+# ---- Right before fast -----------------------------------------------------------------------------------------------
 
 
 def check(name, graph, count=3, wanted=tuple(LIMITS)):
-    """(rows, what is wrong, in words): each precision next to the processor, and the network with its max-pools in the first of them."""
+    """(rows, what is wrong, in words): each precision next to the processor, and the network with its max-pools in the
+    first of them."""
     rows, wrong = [], []
     cases = [(averaged(graph), precision, "") for precision in wanted]
     if any(isinstance(layer, g.MaxPool2d) for layer in graph):
@@ -113,22 +120,24 @@ def check(name, graph, count=3, wanted=tuple(LIMITS)):
             expected, expected_of = explainer_of(tested, device="cpu")(images), tested
         start = time.perf_counter()
         e = explainer_of(tested, precision)(images, expected.target)
-        row = {"net": name, "precision": precision, "remark": remark, **differences(e, expected), "limit": LIMITS[precision],
-               "first call, seconds": time.perf_counter() - start}
+        row = {"net": name, "precision": precision, "remark": remark, **differences(e, expected),
+               "limit": LIMITS[precision], "first call, seconds": time.perf_counter() - start}
         rows.append(row)
         judged = ["scores", "conserved"] if remark else ["scores", "relevance", "conserved"]
         found = [f"{what} differ{'s' * (what == 'relevance')} by {row[what]:.1e}" if what != "conserved" else
-                 f"relevance and ledger miss what is explained by {row[what]:.1e}" for what in judged if not row[what] <= LIMITS[precision]]
+                 f"relevance and ledger miss what is explained by {row[what]:.1e}" for what in judged
+                 if not row[what] <= LIMITS[precision]]
         found += [f"relevance of {row['least']:.1e}"] * (not row["least"] >= 0)
         found += ["a score that is not positive, which leaves nothing to compare"] * (not row["least explained"] > 0)
         wrong += [f"{name}, {precision}{', ' * bool(remark)}{remark}: {what}" for what in found]
-        say(f"{name}, {precision}{', ' * bool(remark)}{remark}: scores {row['scores']:.1e}, relevance {row['relevance']:.1e}, conserved "
-            f"{row['conserved']:.1e}, least relevance {row['least']:.1e}; {row['first call, seconds']:.1f} s with compilation")
+        say(f"{name}, {precision}{', ' * bool(remark)}{remark}: scores {row['scores']:.1e}, relevance "
+            f"{row['relevance']:.1e}, conserved {row['conserved']:.1e}, least relevance "
+            f"{row['least']:.1e}; {row['first call, seconds']:.1f} s with compilation")
     return rows, wrong
 
 
 def differences(e, expected):
-    """The largest of all pictures, relative; the least relevance, and the least score that is explained."""
+    """The largest of all images, relative; the least relevance, and the least score that is explained."""
     def norm(relevance):
         return np.linalg.norm(relevance.reshape(len(relevance), -1).astype(np.float64), axis=1)
 
@@ -158,7 +167,7 @@ def correct(options):
     return rows
 
 
-# ---- What the chip can do ----------------------------------------------------------------------------------------------------------------
+# ---- What the chip can do --------------------------------------------------------------------------------------------
 
 
 def ceilings(options):
@@ -174,7 +183,8 @@ def ceilings(options):
         a, b = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
         for name, wanted in (("TF32", True), ("float32", False)):
             allow_tf32(wanted)
-            found[f"PyTorch's product of matrices in {name}, operations a second"] = 2 * 8192**3 / fastest_of_torch(lambda: a @ b)
+            seconds = fastest_of_torch(lambda: a @ b)
+            found[f"PyTorch's product of matrices in {name}, operations a second"] = 2 * 8192**3 / seconds
         del a, b
     for name, value in found.items():
         say(f"{name}: {value:.3g}")
@@ -210,8 +220,8 @@ def fastest_of_torch(function, rounds=10):
 
 
 def tensor_core_kernel():
-    """A kernel whose warps do nothing but 4 * count mma.sync in TF32, all operands in registers; its sums keep the compiler from leaving
-    them out."""
+    """A kernel whose warps do nothing but 4 * count mma.sync in TF32, all operands in registers; its sums keep the
+    compiler from leaving them out."""
     from fastdtd.kernels.cuda.vector_code import mma
     from numba import cuda
 
@@ -238,7 +248,7 @@ def tensor_core_rate():
     return blocks * threads // 32 * count * 4 * 2 * 16 * 8 * 8 / fastest(lambda: kernel[blocks, threads](*arguments))
 
 
-# ---- Speed -------------------------------------------------------------------------------------------------------------------------------
+# ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
 class _PlaceholderLoader:
@@ -260,7 +270,8 @@ class _PlaceholderLoader:
 
 
 class _Placeholders:
-    """Stand-ins for what tests/peers/torch_nets.py and zennit import and these measurements do not use, where it is not installed."""
+    """Stand-ins for what tests/peers/torch_nets.py and zennit import and these measurements do not use, where it is not
+    installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("captum", "torchvision", "zennit"):
@@ -269,7 +280,8 @@ class _Placeholders:
 
 
 def find_peers(zennit):
-    """Whether there is a PyTorch that sees the GPU, and whether there is zennit, in the folder `zennit` if one is given."""
+    """Whether there is a PyTorch that sees the GPU, and whether there is zennit, in the folder `zennit` if one is
+    given."""
     sys.path[:0] = [str(ROOT / "tests" / "peers"), *([zennit] if zennit else [])]
     if importlib.util.find_spec("torch") is None:
         say("PyTorch is not installed: its columns stay empty")
@@ -315,7 +327,8 @@ def zennit_of(graph, images, targets):
     from torch_nets import ZennitExplainer
     rules = {name: rule.name for name, rule in fastdtd.rules.assign(graph, "dtd").rules.items()}
     with torch.device("cuda"):
-        explainer, tensor, chosen = ZennitExplainer(graph, rules, torch.float32), torch.tensor(images), torch.tensor(targets)
+        explainer, tensor = ZennitExplainer(graph, rules, torch.float32), torch.tensor(images)
+        chosen = torch.tensor(targets)
 
     def explain():
         allow_tf32(True)
@@ -325,7 +338,8 @@ def zennit_of(graph, images, targets):
 
 
 def contenders(name, graph, wanted, batch, options):
-    """Functions of no arguments: ours in each of the precisions, and in the first of them with arrays of the host; the peers'."""
+    """Functions of no arguments: ours in each of the precisions, and in the first of them with arrays of the host; the
+    peers'."""
     import cupy
     images, explainers = pictures(graph, batch), [explainer_of(graph, precision) for precision in wanted]
     beside, targets = cupy.asarray(images), explainers[0](images).target
@@ -350,7 +364,8 @@ def is_out_of_memory(error):
 
 
 def measure(functions, seconds=_SECONDS):
-    """Seconds of each call, in turns, for about so long; zennit has a third of the turns. None for what does not fit into memory."""
+    """Seconds of each call, in turns, for about so long; zennit has a third of the turns. None for what does not fit
+    into memory."""
     times = {name: [] for name in functions}
     for name, function in functions.items():
         try:
@@ -397,12 +412,15 @@ def speed(options):
             functions = contenders(name, graph, wanted, batch, options)
             times = measure(functions)
             medians = {who: None if values is None else statistics.median(values) for who, values in times.items()}
-            rows.append({"net": name, "batch": batch, "images a second": {who: value and batch / value for who, value in medians.items()},
-                         "spread": {who: values and float(np.subtract(*np.percentile(values, [75, 25])) / statistics.median(values))
+            rows.append({"net": name, "batch": batch,
+                         "images a second": {who: value and batch / value for who, value in medians.items()},
+                         "spread": {who: values
+                                    and float(np.subtract(*np.percentile(values, [75, 25])) / statistics.median(values))
                                     for who, values in times.items()},
                          "turns": len(times[ours]), "to PyTorch's forward": ratio(times, ours, "PyTorch, TF32"),
                          "zennit to ours": ratio(times, "zennit", ours)})
-            say(f"{name}, batch {batch}: " + ", ".join(f"{who} {value:.0f}" for who, value in rows[-1]["images a second"].items() if value)
+            say(f"{name}, batch {batch}: " + ", ".join(f"{who} {value:.0f}" for who,
+                                                       value in rows[-1]["images a second"].items() if value)
                 + " images a second")
             del functions
             release()
@@ -421,11 +439,12 @@ def release():
             torch.cuda.empty_cache()
 
 
-# ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 class DeviceSteps(Steps):
-    """A plan on the device, step by step. Use it within `kernels.on_device`, for graphs are not captured in the default stream."""
+    """A plan on the device, step by step. Use it within `kernels.on_device`, for graphs are not captured in the default
+    stream."""
 
     def __init__(self, graph, batch, precision):
         found = devices.find("cuda:0", precision)
@@ -435,7 +454,8 @@ class DeviceSteps(Steps):
             self._bind(schedule, self.kernels.constant(pictures(graph, batch)))
 
     def floor(self, step, ceiling, copy_rate):
-        """Seconds that the step takes at least: tensor cores have y and z as a product each, and memory is no faster than copying."""
+        """Seconds that the step takes at least: tensor cores have y and z as a product each, and memory is no faster
+        than copying."""
         products = self.operations(step) if self.kernel(step).startswith("conv2d") else 0
         return max(products / ceiling, self.least_bytes(step) / copy_rate)
 
@@ -478,11 +498,12 @@ def kernels(options):
             continue
         with steps.kernels.on_device(0):
             times = device_times(steps)
-        own = [{"layer": steps.layer(step).name, "kernel": steps.kernel(step), "seconds": seconds, "operations": steps.operations(step),
-                "least bytes": steps.least_bytes(step), **({"times floor": seconds / steps.floor(step, top, rate)} if top else {})}
+        own = [{"layer": steps.layer(step).name, "kernel": steps.kernel(step), "seconds": seconds,
+                "operations": steps.operations(step), "least bytes": steps.least_bytes(step),
+                **({"times floor": seconds / steps.floor(step, top, rate)} if top else {})}
                for step, seconds in enumerate(times)]
-        rows.append({"net": name, "batch": KERNELS_BATCH, "precision": options.precisions[-1], "seconds": sum(times), "steps": own,
-                     "kernels": by_kernel(own, top, rate)})
+        rows.append({"net": name, "batch": KERNELS_BATCH, "precision": options.precisions[-1], "seconds": sum(times),
+                     "steps": own, "kernels": by_kernel(own, top, rate)})
         say(f"kernels of {name}: {sum(times) * 1e3:.2f} ms for {KERNELS_BATCH} images")
         del steps
         release()
@@ -490,7 +511,8 @@ def kernels(options):
 
 
 def by_kernel(steps, top, rate):
-    """Sums by kernel, the slowest first: convolutions by their operations, others by bytes, each with its share of a ceiling."""
+    """Sums by kernel, the slowest first: convolutions by their operations, others by bytes, each with its share of a
+    ceiling."""
     sums = defaultdict(lambda: np.zeros(4))
     for step in steps:
         sums[step["kernel"]] += 1, step["seconds"], step["operations"], step["least bytes"]
@@ -506,11 +528,12 @@ def by_kernel(steps, top, rate):
     return found
 
 
-# ---- Memory ------------------------------------------------------------------------------------------------------------------------------
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
 def memory(options):
-    """Of the device, with weights: what CuPy's pool holds after an explanation, and the most that PyTorch allocated for zennit's."""
+    """Of the device, with weights: what CuPy's pool holds after an explanation, and the most that PyTorch allocated for
+    zennit's."""
     import cupy
     rows = []
     for name in [name for name in ZENNIT_NETS if name in options.nets]:
@@ -540,7 +563,7 @@ def memory(options):
     return rows
 
 
-# ---- The script --------------------------------------------------------------------------------------------------------------------------
+# ---- The script ------------------------------------------------------------------------------------------------------
 
 
 def machine():
@@ -557,8 +580,9 @@ def machine():
     versions = {name: version(name) for name in ("numpy", "numba", "numba-cuda", "torch", "zennit")}
     return {"device": properties["name"].decode(), "compute capability": f"{properties['major']}.{properties['minor']}",
             "multiprocessors": properties["multiProcessorCount"], "memory": properties["totalGlobalMem"],
-            "CUDA of the driver": runtime.driverGetVersion(), "CUDA": runtime.runtimeGetVersion(), "cupy": cupy.__version__, **versions,
-            "python": platform.python_version(), "fastdtd": fastdtd.__version__, "date": datetime.date.today().isoformat()}
+            "CUDA of the driver": runtime.driverGetVersion(), "CUDA": runtime.runtimeGetVersion(),
+            "cupy": cupy.__version__, **versions, "python": platform.python_version(), "fastdtd": fastdtd.__version__,
+            "date": datetime.date.today().isoformat()}
 
 
 def path_of(device):
@@ -578,7 +602,8 @@ def table(result):
     lines = []
     if result.get("speed"):
         names = list(dict.fromkeys(who for row in result["speed"] for who in row["images a second"]))
-        lines += ["", "Images a second; of ratios the first is the time of an explanation to that of PyTorch's forward pass with TF32", "",
+        lines += ["", "Images a second; of ratios the first is the time of an explanation to that of PyTorch's forward "
+                  "pass with TF32", "",
                   f"| network | batch | {' | '.join(names)} | to PyTorch's forward | zennit to ours |",
                   f"| --- | ---: | {' | '.join(['---:'] * (len(names) + 2))} |"]
         for row in result["speed"]:
@@ -586,8 +611,10 @@ def table(result):
             ratios = [_number(row[key], ".2f") for key in ("to PyTorch's forward", "zennit to ours")]
             lines.append(f"| {row['net']} | {row['batch']} | {' | '.join(numbers + ratios)} |")
     for row in result.get("kernels", []):
-        lines += ["", f"{row['net']}, {row['batch']} images, {row['precision']}: {row['seconds'] * 1e3:.2f} ms of kernels", "",
-                  "| kernel | steps | ms | of all | rate | of its ceiling |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        of = f"{row['net']}, {row['batch']} images, {row['precision']}"
+        lines += ["", f"{of}: {row['seconds'] * 1e3:.2f} ms of kernels", "",
+                  "| kernel | steps | ms | of all | rate | of its ceiling |",
+                  "| --- | ---: | ---: | ---: | ---: | ---: |"]
         for name, own in row["kernels"].items():
             if "operations a second" in own:
                 rate, share = f"{own['operations a second'] / 1e12:.1f} TFLOP/s", own["share of mma.sync"]
@@ -596,7 +623,8 @@ def table(result):
             lines.append(f"| {name} | {own['steps']} | {own['seconds'] * 1e3:.3f} | {own['of all']:.0%} | {rate} | "
                          f"{_number(share, '.0%')} |")
     if result.get("memory"):
-        lines += ["", "| network | batch | fastdtd, MiB used | of them weights | of CuPy's pool | zennit, MiB at most |",
+        lines += ["",
+                  "| network | batch | fastdtd, MiB used | of them weights | of CuPy's pool | zennit, MiB at most |",
                   "| --- | ---: | ---: | ---: | ---: | ---: |"]
         for row in result["memory"]:
             keys = ("fastdtd, used", "fastdtd, weights", "fastdtd, pool", "zennit, most allocated")
@@ -611,8 +639,10 @@ def _number(value, how):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=NETS, metavar="NET", help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
+                        help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=NETS, metavar="NET",
+                        help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--minutes", type=float, default=8, help="what there is no time for is left out")
     parser.add_argument("--zennit", metavar="PATH", help="a folder that has zennit, where it is not installed")

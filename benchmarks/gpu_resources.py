@@ -1,12 +1,13 @@
-"""What does each CUDA kernel take of a multiprocessor? Registers, shared memory, spills, blocks at a time; no GPU is needed.
+"""What does each CUDA kernel take of a multiprocessor? Registers, shared memory, spills, blocks at a time; no GPU is
+needed.
 
     .venv/bin/python benchmarks/gpu_resources.py               # a table
     .venv/bin/python benchmarks/gpu_resources.py --json        # the same for programs (tests/test_cuda_compiled.py)
     .venv/bin/python benchmarks/gpu_resources.py --docs        # writes the table into docs/cuda.md
 
-Plans of networks are made and run with launches that are written down instead of done. Each kernel is then compiled with the types that it
-was launched with, by numba-cuda to PTX and by ptxas (of the package nvidia-cuda-nvcc) for sm_80 and sm_90. Needs `pip install
-"fastdtd[cuda]" nvidia-cuda-nvcc`.
+Plans of networks are made and run with launches that are written down instead of done. Each kernel is then compiled
+with the types that it was launched with, by numba-cuda to PTX and by ptxas (of the package nvidia-cuda-nvcc) for sm_80
+and sm_90. Needs `pip install "fastdtd[cuda]" nvidia-cuda-nvcc`.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from fastdtd.plan import Plan
 from fastdtd.rules import assign, search_direction
 
 ROOT = Path(__file__).resolve().parents[1]
-CHIPS = {(8, 0): (164, 2048), (9, 0): (228, 2048)}  # compute capability: KiB of shared memory, threads of a multiprocessor
+# compute capability: KiB of shared memory, threads of a multiprocessor
+CHIPS = {(8, 0): (164, 2048), (9, 0): (228, 2048)}
 _REGISTERS = 65536
 PRECISIONS = ("fp32", "tf32", "3xtf32")
 SUMS = ("SUM", "PAIR", "SIGNED_PAIR", "SPLIT")
@@ -41,7 +43,7 @@ FEATURES = ("NONNEGATIVE", "SIGNED", "BOX", "ONES", "VALUE", "NEGATED")
 WEIGHTS = ("POSITIVE", "NEGATIVE", "AS_IS", "SQUARED", "FLAT")
 
 
-# ---- Which kernels -----------------------------------------------------------------------------------------------------------------------
+# ---- Which kernels ---------------------------------------------------------------------------------------------------
 
 
 def as_if_on_a_device():
@@ -81,7 +83,8 @@ def _type_of(argument):
     return types.float32 if isinstance(argument, np.float32) else types.int64
 
 
-_NUMBERS = {"float32": types.float32, "float64": types.float64, "int64": types.int64, "int32": types.int32, "uint8": types.uint8}
+_NUMBERS = {"float32": types.float32, "float64": types.float64, "int64": types.int64, "int32": types.int32,
+            "uint8": types.uint8}
 
 
 def _cases():
@@ -99,9 +102,10 @@ def rules_of_every_kind():
     """For every_layer."""
     bounded = search_direction(lambda a, w, low, high: a - low if w > 0 else a - high)
     direction = search_direction(lambda a, w: a if w > 0 else 0.0)
-    return ["dtd", "gradient", "zennit.epsilon_plus", "zennit.epsilon_alpha2_beta1", "zennit.epsilon_gamma_box", "captum.lrp",
-            ["dtd", {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
-             {"pool": "proportional", "norm": "taylor"}],
+    return ["dtd", "gradient", "zennit.epsilon_plus", "zennit.epsilon_alpha2_beta1", "zennit.epsilon_gamma_box",
+            "captum.lrp", ["dtd",
+                           {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
+                           {"pool": "proportional", "norm": "taylor"}],
             ["dtd", {"first": "w2", "few": "flat", "many": direction}], ["dtd", {"first": bounded}]]
 
 
@@ -110,20 +114,24 @@ def every_layer(first, many, few, middle, groups):
     random = np.random.default_rng(0)
 
     def conv(name, source, inputs, outputs, **options):
-        return g.Conv2d(name, (source,), random.standard_normal((outputs, inputs, 3, 3), np.float32), None, padding=(1,) * 4, **options)
+        return g.Conv2d(name, (source,), random.standard_normal((outputs, inputs, 3, 3), np.float32), None,
+                        padding=(1,) * 4, **options)
 
     numbers = 2 * few * 16
     return g.Graph((
-        conv("first", g.INPUT, 3, first), g.LeakyReLU("leaky", ("first",), 0.1), g.LocalResponseNorm("norm", ("leaky",), 5, 1e-4, 0.75),
-        conv("many", "norm", first, many), g.ReLU("r", ("many",)), conv("few", "r", many // groups, few, groups=groups),
-        g.Clip("clip", ("few",), 0, 6), conv("to middle", "few", few, middle), conv("from middle", "to middle", middle, few),
+        conv("first", g.INPUT, 3, first), g.LeakyReLU("leaky", ("first",), 0.1),
+        g.LocalResponseNorm("norm", ("leaky",), 5, 1e-4, 0.75), conv("many", "norm", first, many),
+        g.ReLU("r", ("many",)), conv("few", "r", many // groups, few, groups=groups), g.Clip("clip", ("few",), 0, 6),
+        conv("to middle", "few", few, middle), conv("from middle", "to middle", middle, few),
         g.Add("sum", ("clip", "from middle")), g.MaxPool2d("pool", ("sum",), (2, 2), (2, 2)),
-        g.AveragePool2d("mean", ("sum",), (2, 2), (2, 2)), g.Concat("both", ("pool", "mean")), g.Power("power", ("both",), 2.0),
+        g.AveragePool2d("mean", ("sum",), (2, 2), (2, 2)), g.Concat("both", ("pool", "mean")),
+        g.Power("power", ("both",), 2.0),
         g.Rearrange("moved", ("power",), np.arange(-1, numbers - 1).reshape(2 * few, 4, 4)),
         g.GlobalAveragePool("average", ("moved",)), g.Flatten("flat", ("average",)), g.Flatten("flat2", ("moved",)),
-        g.GlobalAveragePool("of a part", ("pool",)), g.Flatten("flat3", ("of a part",)), g.Concat("numbers", ("flat", "flat2", "flat3")),
-        g.Dense("scores", ("numbers",), random.standard_normal((7, 3 * few + numbers), np.float32), None),
-    ), (3, 8, 8), (-1.0, 2.0))
+        g.GlobalAveragePool("of a part", ("pool",)), g.Flatten("flat3", ("of a part",)),
+        g.Concat("numbers", ("flat", "flat2", "flat3")),
+        g.Dense("scores", ("numbers",), random.standard_normal((7, 3 * few + numbers), np.float32), None), ), (3, 8, 8),
+                   (-1.0, 2.0))
 
 
 def names_of(kernels):
@@ -131,15 +139,18 @@ def names_of(kernels):
     from fastdtd.kernels.cuda import conv2d, dense
     made = {}
     for rows, sums, precision, in_planes in itertools.product((16, 64, 128), range(4), range(3), (False, True)):
-        for factory, verb in ((conv2d._forward_kernel, "forward"), (conv2d._back_kernel, "redistribute")):
+        for factory, verb in ((conv2d._forward_kernel, "forward"), (conv2d._redistribute_kernel, "redistribute")):
             made[factory, rows, sums, precision, in_planes] = (
-                f"conv2d_{verb}", f"{PRECISIONS[precision]}, {SUMS[sums]}, {rows} rows{', in planes' if in_planes else ''}")
+                f"conv2d_{verb}",
+                f"{PRECISIONS[precision]}, {SUMS[sums]}, {rows} rows{', in planes' if in_planes else ''}")
     for features in range(len(FEATURES)):
         made[dense._forward_kernel, features] = "dense_forward", FEATURES[features]
     for weights, both in itertools.product(range(len(WEIGHTS)), (False, True)):
-        made[dense._back_kernel, weights, both] = "dense_redistribute", WEIGHTS[weights] + ", both features" * both
+        made[dense._redistribute_kernel, weights,
+             both] = "dense_redistribute", WEIGHTS[weights] + ", both features" * both
     names = {factory(*arguments): name for (factory, *arguments), name in made.items()}
-    return {kernel: names.get(kernel, (f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}", "")) for kernel in kernels}
+    return {kernel: names.get(kernel, (f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}", ""))
+            for kernel in kernels}
 
 
 def kernels_of_modules():
@@ -149,29 +160,32 @@ def kernels_of_modules():
             if isinstance(value, dispatcher.CUDADispatcher) and not value.targetoptions.get("device")}
 
 
-# ---- What they take ----------------------------------------------------------------------------------------------------------------------
+# ---- What they take --------------------------------------------------------------------------------------------------
 
 
 def resources(kernel, arguments, threads, capability, folder):
-    """What ptxas says: registers of a thread, bytes of shared memory, of stack and of spills; and how many blocks fit."""
+    """What ptxas says: registers of a thread, bytes of shared memory, of stack and of spills; and how many blocks
+    fit."""
     ptx, _ = cuda.compile_ptx(kernel.py_func, arguments, cc=capability)
     path = Path(folder, "kernel.ptx")
     path.write_text(ptx)
     most = kernel.targetoptions.get("max_registers")
-    said = subprocess.run([_ptxas(), "-v", f"-arch=sm_{capability[0]}{capability[1]}", *([f"-maxrregcount={most}"] if most else []), path,
-                           "-o", path.with_suffix(".cubin")], capture_output=True, text=True, check=True).stderr
+    said = subprocess.run([_ptxas(), "-v", f"-arch=sm_{capability[0]}{capability[1]}",
+                           *([f"-maxrregcount={most}"] if most else []), path, "-o", path.with_suffix(".cubin")],
+                          capture_output=True, text=True, check=True).stderr
     numbers = {name: sum(map(int, re.findall(pattern, said))) for name, pattern in (
         ("registers", r"Used (\d+) registers"), ("shared", r"(\d+) bytes smem"), ("stack", r"(\d+) bytes stack frame"),
         ("spills", r"(\d+) bytes spill"))}
-    return numbers | {"blocks": _blocks_at_once(numbers["registers"], numbers["shared"], threads, capability), "threads": threads,
-                      "mma": ptx.count("mma.sync")}
+    return numbers | {"blocks": _blocks_at_once(numbers["registers"], numbers["shared"], threads, capability),
+                      "threads": threads, "mma": ptx.count("mma.sync")}
 
 
 def _blocks_at_once(registers, shared, threads, capability):
     """Of a multiprocessor: registers are given to warps by 256, and each block has 1 KiB of shared memory besides."""
     kibibytes, most_threads = CHIPS[capability]
     of_warp = -(-registers * 32 // 256) * 256
-    return min(32, most_threads // threads, _REGISTERS // of_warp // (threads // 32), kibibytes * 1024 // (shared + 1024))
+    return min(32, most_threads // threads, _REGISTERS // of_warp // (threads // 32),
+               kibibytes * 1024 // (shared + 1024))
 
 
 def _ptxas():
@@ -191,7 +205,8 @@ def table(chips=CHIPS):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for capability in chips:
-            dispatcher.get_current_device = lambda capability=capability: type("Chip", (), {"compute_capability": capability})
+            dispatcher.get_current_device = lambda capability=capability: type("Chip", (),
+                                                                               {"compute_capability": capability})
             for kernel, name in sorted(names_of(launched).items(), key=lambda item: item[1]):
                 rows.append({"kernel": name[0], "variant": name[1], "capability": f"{capability[0]}.{capability[1]}",
                              **resources(kernel, *launched[kernel], capability, folder)})
@@ -213,8 +228,8 @@ def as_markdown(rows):
             return values[0] if len(set(values)) == 1 else ", ".join(values)
 
         spills = [row["stack"] + row["spills"] for row in chips]
-        lines.append(f"| `{kernel}` | {variant} | {both('threads')} | {both('registers')} | {both('shared')} | {both('blocks')} | "
-                     f"{both('mma')} | {max(spills)} |")
+        lines.append(f"| `{kernel}` | {variant} | {both('threads')} | {both('registers')} | {both('shared')} | "
+                     f"{both('blocks')} | {both('mma')} | {max(spills)} |")
     return "\n".join(lines)
 
 

@@ -7,10 +7,10 @@ import importlib.util
 import logging
 import re
 from dataclasses import dataclass
-from types import ModuleType
 
 from fastdtd.errors import DeviceError, InputError
 from fastdtd.kernels import codes
+from fastdtd.protocols import AnyDevice
 from fastdtd.warmup import load_kernels
 
 PRECISIONS = {"fp32": codes.FP32, "tf32": codes.TF32, "3xtf32": codes.TF32X3}
@@ -23,7 +23,7 @@ _LOG = logging.getLogger("fastdtd")
 class Devices:
     """Kernels, the devices that run them, by number, and the precision of products on tensor cores ("" where there is no choice)."""
 
-    kernels: ModuleType
+    kernels: AnyDevice
     numbers: tuple[int, ...]
     precision: str
 

@@ -49,8 +49,8 @@ class Executor:
     def __init__(self, graph: Graph, assignment: Assignment, found: Devices, threads: int, limit: float, told_limit: object) -> None:
         self.kernels, self.threads = found.kernels, threads
         self._process = os.getpid()
-        streams = found.kernels.PLANS_AT_ONCE
-        concurrent = streams or threads
+        kernels = found.kernels
+        concurrent = kernels.MAX_PLANS or threads  # plans at a time, on each device
         self.places = [(number, self._pool(graph, assignment, found, number, concurrent, limit)) for number in found.numbers]
         self._concurrent = len(self.places) * concurrent
         self._forget_threads()
@@ -63,13 +63,13 @@ class Executor:
             told = f"memory is limited to {told_limit!r}; raise the limit, or" if available == limit else "a GPU has less;"
             raise InputError(f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network with a "
                              "smaller input")
-        budget = int(available) if streams else min(available, concurrent * max(one, _WORKSPACE_BYTES))
+        budget = int(available) if kernels.FILLS_MEMORY else min(available, concurrent * max(one, _WORKSPACE_BYTES))
         for _, each in self.places:
             each.max_idle = budget
-        self._own_plans = concurrent * one <= available or bool(streams)  # is there memory for an image in each thread?
-        self._is_small = bool(streams) or _multiply_adds(graph) < _SMALL_NETWORK
+        self._own_plans = concurrent * one <= available or not kernels.THREADS_SHARE_A_PLAN  # is there memory for an image in each thread?
+        self._is_small = not kernels.THREADS_SHARE_A_PLAN or _multiply_adds(graph) < _SMALL_NETWORK
         self._workers = threads  # on one plan, where they share one
-        if streams:
+        if not kernels.THREADS_SHARE_A_PLAN:
             self._workers = 1
         elif available < math.inf and (scratch := plans.nbytes(1, 2) - one):  # of each further worker
             self._workers = min(threads, 1 + int(available - one) // scratch)
@@ -98,11 +98,11 @@ class Executor:
             except MemoryError as error:
                 raise OutOfMemoryError(f"there is no memory for {schedule.batch} images at a time ({error})") from None
 
-        return PlanPool(network, bind, concurrent, min(limit, kernels.room(number) or limit), kernels.MOST_IMAGES)
+        return PlanPool(network, bind, concurrent, min(limit, kernels.memory_budget(number) or limit), kernels.MAX_IMAGES)
 
     def devices_for(self, images: object) -> list[Place]:
         """The devices for these images: all, or the one that they are on."""
-        if self.kernels.PLANS_AT_ONCE and os.getpid() != self._process:
+        if not self.kernels.SURVIVES_FORK and os.getpid() != self._process:
             raise DeviceError("this explainer was made before the process was forked, and no GPU can be used from both sides of a fork; "
                               "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
         own = getattr(getattr(images, "device", None), "id", None)  # of CuPy's arrays
@@ -127,7 +127,7 @@ class Executor:
         own_plans = self._own_plans and (count >= self.threads or self._is_small)
         workers, max_images = (1, self.batch) if own_plans else (self._workers, self._shared_batch)
         parts = -(-count // max_images)
-        if own_plans and count > 1 and not self.kernels.PLANS_AT_ONCE:
+        if own_plans and count > 1 and self.kernels.MAX_PLANS is None:
             parts = -(-parts // self.threads) * self.threads  # as many for each thread
         parts = min(count, -(-parts // len(places)) * len(places))
         edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
@@ -149,7 +149,7 @@ class Executor:
                     work(plan, first, last)
                 done = True
             except MemoryError:  # of a GPU, where others may have taken some
-                too_many = bool(self.kernels.PLANS_AT_ONCE) and last - first > 1
+                too_many = self.kernels.ALLOCATION_MAY_FAIL_AT_RUN_TIME and last - first > 1
                 if not too_many:
                     raise
             finally:

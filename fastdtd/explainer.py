@@ -160,7 +160,7 @@ class Explainer:
             batch = np.stack([self.model.preprocess(picture) for picture in pictures])
         graph, kernels, derivative = self.model.graph, self._kernels, self._assignment.derivative
         library = kernels.namespace(batch)
-        with kernels.beside(batch):
+        with kernels.on_device_of(batch):
             images = checked_images(batch, self.model, library)
             count, outputs = len(images), graph.shapes[graph.output][0]
             targets = checked_targets(target, self.model, count, outputs)
@@ -233,7 +233,7 @@ class Explainer:
                 raise InputError(f"the derivative by what layer {name!r} makes is not kept, for the activation after it is computed with it; "
                                  f"required: a layer such as {after.name!r}")
         library = self._kernels.namespace(images)
-        with self._kernels.beside(images):
+        with self._kernels.on_device_of(images):
             found = {name: library.empty((len(images), *graph.shapes[name]), np.float32) for name in layers}
 
         def explain(plan: Plan) -> None:

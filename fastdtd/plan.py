@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from fastdtd.errors import InputError
 from fastdtd.graph import Array
+from fastdtd.protocols import AnyDevice
 from fastdtd.schedule import Schedule, Scratch, State, Tensor, View
 
 Submit = Callable[..., Any]
@@ -54,7 +54,7 @@ class Plan:
         Relevance of the tensors that were asked for, valid after `backward`.
     """
 
-    def __init__(self, schedule: Schedule, kernels: ModuleType) -> None:
+    def __init__(self, schedule: Schedule, kernels: AnyDevice) -> None:
         self.schedule, self._kernels = schedule, kernels
         try:
             self._workspace = kernels.empty(schedule.workspace_elements)
@@ -87,7 +87,7 @@ class Plan:
 
     def run(self, steps: Iterable[int], submit: Submit | None = None) -> None:
         """Run some steps, by number, each once all workers are done with the one before."""
-        wanted = np.array([step for step in steps if step not in self._conditions or self._kernels.may_hold(self._conditions[step])],
+        wanted = np.array([step for step in steps if step not in self._conditions or self._kernels.may_be_set(self._conditions[step])],
                           np.int64)
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastdtd import kernels
 from fastdtd.errors import OutputError
 from fastdtd.lowering import lower
 from fastdtd.plan import Plan
+from fastdtd.protocols import AnyDevice
 from fastdtd.rules import assign
 
 _LOG = logging.getLogger("fastdtd")  # warnings are shown on standard error unless the application says otherwise
@@ -22,9 +22,9 @@ _unkept: list[str] = []  # why kernels could not be kept, in this process
 _ADVICE = "set NUMBA_CACHE_DIR to a folder that can be written and has room"
 
 
-def load_kernels(device: str) -> ModuleType:
+def load_kernels(device: str) -> AnyDevice:
     """The kernels of `device`, which tell of their compilation, once in a process, through the logger "fastdtd"."""
-    module: ModuleType = kernels.load(device, _say_compiling if device == "cpu" else _say_compiling_for_gpus, _say_unkept)
+    module: AnyDevice = kernels.load(device, _say_compiling if device == "cpu" else _say_compiling_for_gpus, _say_unkept)
     return module
 
 

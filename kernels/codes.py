@@ -10,7 +10,7 @@ ONES = 3  # u = 1
 VALUE = 4  # u = a, of either sign
 NEGATED = 5  # u = max(-a, 0), where all weights are positive
 
-# Weights V of a rule with one number for each weight W, where a kernel makes them itself (dense):
+# Weights V of a rule with one value for each weight W, where a kernel makes them itself (dense):
 
 POSITIVE = 0  # max(W, 0), and max(-W, 0) for the second feature
 NEGATIVE = 1  # max(-W, 0), and max(W, 0) for the second feature
@@ -20,7 +20,7 @@ FLAT = 4  # 1
 
 # How ratios follow from a layer's sums (kernels/cpu/formulas.py), where it is not one ratio |x| / z:
 
-SIGNS = 0  # z+ for a layer whose negative outputs have relevance: they share among what made them negative
+SIGNS = 0  # z+ for a layer whose negative outputs have relevance: these are redistributed to the negative contributions
 EPSILON = 1
 ALPHA_BETA = 2
 GAMMA = 3

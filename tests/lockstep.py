@@ -1,8 +1,10 @@
-"""Numba's CUDA simulator, fast and strict: the threads of a block are greenlets that run in turns, from one barrier to the next.
+"""Numba's CUDA simulator, fast and strict: the threads of a block are greenlets that run in turns, from one barrier to
+the next.
 
-Numba starts a thread of Python for each thread of CUDA and polls them, which takes half a second for a block of 256. Here a block takes
-as long as its arithmetic. And it finds what the other would not: shared memory holds NaN at first, and a barrier that only some of a
-block's threads reach is an error, and so are copies that nobody waited for. `install` puts it in place of Numba's.
+Numba starts a thread of Python for each thread of CUDA and polls them, which takes half a second for a block of 256.
+Here a block takes as long as its arithmetic. And it finds what the other would not: shared memory holds NaN at first,
+and a barrier that only some of a block's threads reach is an error, and so are copies that nobody waited for. `install`
+puts it in the place of Numba's.
 """
 
 import sys
@@ -36,9 +38,11 @@ def _run_block(manager, block, *arguments):
         for thread in running:
             thread.switch()
         left = [thread for thread in running if not thread.dead]
-        assert len(left) in (0, len(running)), f"{len(running) - len(left)} of {len(running)} threads left before a barrier"
-        running = left[::-1]  # who was last is first: what no barrier orders comes in both orders
-    assert not any(copies for groups in vector_code.begun.values() for copies in groups), "copies that nobody waited for"
+        gone = len(running) - len(left)
+        assert gone in (0, len(running)), f"{gone} of {len(running)} threads left before a barrier"
+        running = left[::-1]  # the last is first: what no barrier orders is run in both orders
+    waiting = [copies for groups in vector_code.begun.values() for copies in groups]
+    assert not any(waiting), "copies that nobody waited for"
 
 
 class _Now:
@@ -55,12 +59,14 @@ _now = _Now()
 
 @contextmanager
 def _as_cuda(function, fake):
-    """Where Numba swaps `cuda` for a function and back, which goes wrong while its threads take turns, swap it once for all."""
+    """Where Numba swaps `cuda` for a function and back, which goes wrong while its threads take turns, swap it once for
+    all."""
     if _now.module is not None:
         yield
         return
-    swapped = [(module, name) for module in list(sys.modules.values()) if getattr(module, "__name__", "").startswith("fastdtd.kernels.cuda")
-               for name, value in vars(module).items() if value is cuda]
+    swapped = [(module, name) for module in list(sys.modules.values())
+               if getattr(module, "__name__", "").startswith("fastdtd.kernels.cuda") for name,
+               value in vars(module).items() if value is cuda]
     _now.module = fake
     for module, name in swapped:
         setattr(module, name, fake)

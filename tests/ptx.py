@@ -1,13 +1,14 @@
 """Runs what numba-cuda compiles kernels to: an interpreter of PTX, with a block's threads as the lanes of NumPy arrays.
 
-The simulator (lockstep.py) takes Python's word for what an intrinsic means. Here it is the compiled code that counts: `install` puts the
-interpreter where kernels would be launched, and NumPy's arrays where CuPy's would be. As a script it holds single layers to the oracle,
-in a process of its own, for the simulator cannot be switched off (tests/test_cuda_compiled.py):
+The simulator (lockstep.py) takes Python's word for what an intrinsic means. Here it is the compiled code that counts:
+`install` puts the interpreter where kernels would be launched, and NumPy's arrays where CuPy's would be. As a script it
+holds single layers to the oracle, in a process of its own, for the simulator cannot be switched off
+(tests/test_cuda_compiled.py):
 
     python tests/ptx.py             # prints a line for each layer
 
-Threads are run by the least program counter first, so those that part meet again behind. Asynchronous copies land when they are waited for.
-What an instruction does is from the PTX ISA; one that is unknown here is an error.
+Threads are run by the least program counter first, so those that diverge join again later. Asynchronous copies land
+when they are waited for. What an instruction does is from the PTX ISA; one that is unknown here is an error.
 """
 
 import functools
@@ -20,14 +21,15 @@ import numpy as np
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "0")
 
 _SHARED, _GLOBAL = 1 << 24, 1 << 40  # where these memories begin; shared addresses fit 32 bits
-_TYPES = {"f32": np.float32, "f64": np.float64, "s16": np.int16, "s32": np.int32, "s64": np.int64, "u8": np.uint8, "u16": np.uint16,
-          "u32": np.uint32, "u64": np.uint64, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
-_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-            "equ": lambda a, b: ~(a < b) & ~(a > b), "neu": lambda a, b: ~(a == b), "ltu": lambda a, b: ~(a >= b),
-            "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b)}
-_BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": None, "rem": None, "max": np.fmax, "min": np.fmin,
-           "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_UNARY = {"abs": np.abs, "neg": np.negative, "not": np.invert, "rcp": np.reciprocal}
+_TYPES = {"f32": np.float32, "f64": np.float64, "s16": np.int16, "s32": np.int32, "s64": np.int64, "u8": np.uint8,
+          "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
+_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+            "ge": np.greater_equal, "equ": lambda a, b: ~(a < b) & ~(a > b), "neu": lambda a, b: ~(a == b),
+            "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
+            "geu": lambda a, b: ~(a < b)}
+_BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": None, "rem": None, "max": np.fmax,
+           "min": np.fmin, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_UNARY = {"abs": np.abs, "neg": np.negative, "not": np.invert, "rcp": np.reciprocal, "sqrt": np.sqrt}
 _TO_INTEGERS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _TF32 = np.uint32(0xFFFFE000)
 
@@ -129,7 +131,7 @@ class _Block:
         return address + np.uint64(int(offset or 0) % (1 << 64))
 
     def bytes_at(self, address, kind, mask):
-        """(memory as numbers of a type, indices) of the threads of the mask, all in one memory."""
+        """(memory as elements of a type, indices) of the threads of the mask, all in one memory."""
         address, size = address[mask], np.uint64(np.dtype(kind).itemsize)
         is_shared = bool(address[0] < _GLOBAL)
         memory, begin = (self.shared, _SHARED) if is_shared else (self.memory, _GLOBAL)
@@ -174,13 +176,15 @@ class _Block:
                 self.put(first, self.predicate(operands[1]), mask)
             case ["cvta" | "mov", *_] if not first.startswith("{"):
                 self.put(first, self.get(operands[1], kind), mask)
-            case ["mov", "b64"]:  # {low, high} of a number
+            case ["mov", "b64"]:  # {low, high} of 64 bits
                 for i, half in enumerate(first.strip("{}").split(",")):
-                    self.put(half.strip(), (self.get(operands[1], np.uint64) >> np.uint64(32 * i)).astype(np.uint32), mask)
+                    self.put(half.strip(), (self.get(operands[1], np.uint64) >> np.uint64(32 * i)).astype(np.uint32),
+                             mask)
             case ["setp", comparison, _]:
                 self.put(first, _COMPARE[comparison](self.get(operands[1], kind), self.get(operands[2], kind)), mask)
             case ["selp", _]:
-                self.put(first, np.where(self.predicate(operands[3]), self.get(operands[1], kind), self.get(operands[2], kind)), mask)
+                self.put(first, np.where(self.predicate(operands[3]), self.get(operands[1], kind),
+                                         self.get(operands[2], kind)), mask)
             case ["and" | "or" | "xor" | "not", "pred"]:
                 values = [self.predicate(operand) for operand in operands[1:]]
                 self.put(first, ~values[0] if name == "not" else _BINARY[name](*values), mask)
@@ -194,11 +198,12 @@ class _Block:
                 value = self.get(operands[1], kind).astype(wide) * self.get(operands[2], kind).astype(wide)
                 self.put(first, value + self.get(operands[3], wide) if name == "mad" else value, mask)
             case ["mad", "lo", _]:
-                self.put(first, self.get(operands[1], kind) * self.get(operands[2], kind) + self.get(operands[3], kind), mask)
+                self.put(first, self.get(operands[1], kind) * self.get(operands[2], kind) + self.get(operands[3], kind),
+                         mask)
             case ["fma", *_]:
                 a, b, c = (self.get(operand, kind).astype(np.float64) for operand in operands[1:])
                 self.put(first, (a * b + c).astype(kind), mask)
-            case ["abs" | "neg" | "not" | "rcp", *_]:
+            case ["abs" | "neg" | "not" | "rcp" | "sqrt", *_]:
                 self.put(first, _UNARY[name](self.get(operands[1], kind)).astype(kind), mask)
             case ["shl" | "shr", _]:
                 value, by = self.get(operands[1], kind), self.get(operands[2], np.uint32)
@@ -212,7 +217,8 @@ class _Block:
                     quotient = np.abs(a) // np.abs(b) * np.sign(a).astype(kind) * np.sign(b).astype(kind)
                     self.put(first, (quotient if which == "div" else a - quotient * b).astype(kind), mask)
             case [("add" | "sub" | "mul" | "max" | "min" | "and" | "or" | "xor") as which, *_]:
-                self.put(first, _BINARY[which](self.get(operands[1], kind), self.get(operands[2], kind)).astype(kind), mask)
+                self.put(first, _BINARY[which](self.get(operands[1], kind), self.get(operands[2], kind)).astype(kind),
+                         mask)
             case _:
                 raise AssertionError(f"unknown instruction {'.'.join(opcode)} {', '.join(operands)}")
 
@@ -244,17 +250,18 @@ class _Block:
 
         d, a, b, c = ([word.strip() for word in operand.strip("{}").split(",")] for operand in operands)
         low, high, every, odd = slice(0, 8), slice(8, 16), slice(0, None, 2), slice(1, None, 2)
-        of_a = [(a[0], np.s_[:, low, :4]), (a[1], np.s_[:, high, :4]), (a[2], np.s_[:, low, 4:]), (a[3], np.s_[:, high, 4:])]
+        of_a = [(a[0], np.s_[:, low, :4]), (a[1], np.s_[:, high, :4]), (a[2], np.s_[:, low, 4:]),
+                (a[3], np.s_[:, high, 4:])]
         of_c = [np.s_[:, low, every], np.s_[:, low, odd], np.s_[:, high, every], np.s_[:, high, odd]]
         first = (matrix(16, 8, of_a).view(np.uint32) & _TF32).view(np.float32).astype(np.float64)
-        second = matrix(8, 8, [(b[0], np.s_[:, :, :4]), (b[1], np.s_[:, :, 4:])])  # place by depth
+        second = matrix(8, 8, [(b[0], np.s_[:, :, :4]), (b[1], np.s_[:, :, 4:])])  # position by depth
         second = (second.view(np.uint32) & _TF32).view(np.float32).astype(np.float64)
         result = (matrix(16, 8, list(zip(c, of_c, strict=True))) + first @ second.swapaxes(1, 2)).astype(np.float32)
         for register, index in zip(d, of_c, strict=True):
             self.put(register, np.ascontiguousarray(result[index]).reshape(-1), mask)
 
 
-# ---- In the place of a GPU ---------------------------------------------------------------------------------------------------------------
+# ---- In the place of a GPU -------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -319,16 +326,18 @@ def main():
     for case, rule, hidden, precision in (
             ("channels by the sixteen, groups", "z+", "relu", "tf32"), ("128 rows, in planes", "z+", "relu", "tf32"),
             ("64 rows back, in planes", "z+", "real", "tf32"), ("groups of many", "z+", "relu", "3xtf32"),
-            ("several panels of outputs and inputs", "zB", "", "tf32"), ("channels by the sixteen", "z+", "real", "fp32"),
-            ("depthwise with a multiplier", "z+", "relu", "fp32"), ("stride and dilation", "w2", "", "fp32")):
+            ("several panels of outputs and inputs", "zB", "", "tf32"),
+            ("channels by the sixteen", "z+", "real", "fp32"), ("depthwise with a multiplier", "z+", "relu", "fp32"),
+            ("stride and dilation", "w2", "", "fp32")):
         check(convolution(case), single_layers.CONVOLUTIONS[case][0], rule, hidden, device="cuda", precision=precision,
               tolerance=5e-4 if precision == "tf32" else 1e-5)
         print(case, rule, hidden, precision, flush=True)
     for rule, hidden in (("zB", ""), ("z+", "relu"), ("z+", "real"), ("w2", "")):
-        check(lambda source: g.Dense("tested", (source,), weights(0, 21, 70), 1 + weights(1, 21, 1)[:, 0]), (70, 1, 1), rule, hidden,
-              device="cuda", precision="fp32")
+        check(lambda source: g.Dense("tested", (source,), weights(0, 21, 70), 1 + weights(1, 21, 1)[:, 0]), (70, 1, 1),
+              rule, hidden, device="cuda", precision="fp32")
         print("dense", rule, hidden, flush=True)
-    check_winner(lambda source: g.MaxPool2d("tested", (source,), (3, 2), (2, 1), (1, 0, 1, 1)), (2, 5, 4), "relu", device="cuda")
+    check_winner(lambda source: g.MaxPool2d("tested", (source,), (3, 2), (2, 1), (1, 0, 1, 1)), (2, 5, 4), "relu",
+                 device="cuda")
     check(lambda source: g.AveragePool2d("tested", (source,), (2, 2), (1, 2)), (2, 5, 4), "z+", "relu", device="cuda")
     print("pools", flush=True)
     graph = gpu_resources.every_layer(6, 8, 4, 6, 2)
@@ -336,7 +345,8 @@ def main():
     for rules in gpu_resources.rules_of_every_kind():
         expected, e = (Explainer(Model(graph, Preprocessing(None)), rules, **options)(batch) for options in (
             {"threads": 1}, {"device": "cuda", "precision": "fp32"}))
-        for ours, theirs in ((e.output, expected.output), (e.relevance, expected.relevance), (e.at("few"), expected.at("few"))):
+        for ours, theirs in ((e.output, expected.output), (e.relevance, expected.relevance),
+                             (e.at("few"), expected.at("few"))):
             np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
         assert e.relevance.any()
         for name, absorbed in expected.ledger.items():

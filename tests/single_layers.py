@@ -1,4 +1,4 @@
-"""Single layers of awkward shapes, and how they are held against the oracle: on every device."""
+"""Single layers of awkward shapes, and how they are compared with the oracle: on every device."""
 
 import naive
 import numpy as np
@@ -8,7 +8,8 @@ from fastdtd import graph as g
 from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
 
-RULES = [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"), ("flat", "real")]
+RULES = [("zB", ""), ("w2", ""), ("flat", ""), ("z+", ""), ("z+", "relu"), ("z+", "real"), ("w2", "relu"),
+         ("flat", "real")]
 
 
 def weights(seed, *shape):
@@ -17,14 +18,15 @@ def weights(seed, *shape):
 
 
 def check(layer, shape, rule, hidden, count=2, tolerance=1e-5, **options):
-    """`layer` alone, as the first one under `rule`, or behind a convolution (and a ReLU where hidden == "relu"); options of Explainer."""
+    """`layer` alone, as the first one under `rule`, or after a convolution (and a ReLU where hidden == "relu"); options
+    of Explainer."""
     layers, source = [], g.INPUT
     if hidden:
         layers = [g.Conv2d("before", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1 / shape[0])]
         source = "before"
         if hidden == "relu":
-            layers.append(g.ReLU("behind", ("before",)))
-            source = "behind"
+            layers.append(g.ReLU("after", ("before",)))
+            source = "after"
     layers.append(layer(source))
     tested = layers[-1].name
     layers += [g.ReLU("x", (tested,)), g.Flatten("flat", ("x",))]
@@ -38,7 +40,8 @@ def check(layer, shape, rule, hidden, count=2, tolerance=1e-5, **options):
     e = explainer(batch, 1)
     assert (e.explained > 0).all()
     for i in range(count):
-        relevance, scores, absorbed = naive.explain(graph, batch[i], 1, {name: r.rule for name, r in explainer.rules.items()})
+        relevance, scores, absorbed = naive.explain(graph, batch[i], 1,
+                                                    {name: r.rule for name, r in explainer.rules.items()})
         np.testing.assert_allclose(e.output[i], scores, rtol=tolerance, atol=tolerance)
         assert np.linalg.norm(e.relevance[i] - relevance) <= tolerance * np.linalg.norm(relevance) + 1e-12
         assert e.ledger[tested][i] == pytest.approx(absorbed[tested], rel=10 * tolerance, abs=tolerance * scores[1])
@@ -109,7 +112,8 @@ def check_winner(layer, shape, hidden, **options):
     relu = [g.ReLU("r", ("first",))] if hidden else []
     graph = g.Graph((g.Conv2d("first", (g.INPUT,), np.eye(shape[0])[:, :, None, None] - 0.1 / shape[0]), *relu,
                      layer("r" if hidden else "first"), g.Flatten("flat", ("tested",)),
-                     g.Dense("scores", ("flat",), np.abs(weights(5, 3, int(np.prod(tested.output_shape([shape]))))), [9, 9, 9])), shape)
+                     g.Dense("scores", ("flat",), np.abs(weights(5, 3, int(np.prod(tested.output_shape([shape]))))),
+                             [9, 9, 9])), shape)
     explainer = Explainer(Model(graph, Preprocessing(None)), **{"threads": 1, **options})
     batch = np.random.default_rng(1).uniform(-1, 2, (2, *shape)).astype(np.float32)
     e = explainer(batch, 1)

@@ -101,7 +101,7 @@ def test_target(run):
         assert (status, err) == (0, [])
         assert out[0].startswith(f"lime.png  {name}  score ")
     assert out[0].endswith("score -0.5, relevance 0, score not positive: nothing to decompose")
-    for target, message in (("pink", "no class is named 'pink'"), ("re", "near: n01 red, scarlet; n02 green"), ("3", "target 3"), ("-1",
+    for target, message in (("pink", "no class is named 'pink'"), ("re", "Nearest: n01 red, scarlet; n02 green"), ("3", "target 3"), ("-1",
                             "target -1"), ("\N{SUPERSCRIPT TWO}", "no class is named"), ("", "no class is named ''")):
         assert message in refused(run("explain", "net.h5", "pictures/lime.png", "--target", target))
 

@@ -25,8 +25,8 @@ few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChec
 KERNELS = Path(device_kernels.__file__).parent
 
 ON_GPU = {"device": "cuda", "precision": "fp32"}
-SHAPES = ["several panels of outputs and inputs", "padding beyond the kernel", "stride over kernel, padded", "stride and dilation",
-          "groups", "depthwise with a multiplier", "one pixel", "one channel, one output"]
+SHAPES = ["several panels of outputs and inputs", "padding beyond the kernel", "stride over kernel, padded",
+          "stride and dilation", "groups", "depthwise with a multiplier", "one pixel", "one channel, one output"]
 TILES = {  # as CONVOLUTIONS; 70 rows take more than one tile of 64, or one of 128 that is not full
     "16 rows": ((10, 3, 4), 22, (2, 2), (1, 2), (1, 0, 0, 1), (1, 1), 2),
     "channels in whole tiles of depth": ((16, 2, 3), 16, (2, 2), (1, 1), (1, 0, 0, 1), (1, 1), 1),
@@ -64,13 +64,14 @@ def on_processor(graph, rules="dtd"):
     return Explainer(Model(graph, Preprocessing(None)), rules, threads=1)
 
 
-def hold_to_the_oracle(graph, rules="dtd", batch=None, tolerance=1e-5, start=None):
-    """The explanation of the pictures' winners, or from `start`; tolerance: of scores, relevance and ledger."""
+def assert_like_the_oracle(graph, rules="dtd", batch=None, tolerance=1e-5, start=None):
+    """The explanation of the images' winners, or from `start`; tolerance: of scores, relevance and ledger."""
     made, batch = on_gpu(graph, rules), pictures(graph, 3) if batch is None else batch
     e = explain(made, batch) if start is None else made(batch, start=start)
     names = {name: rule.rule for name, rule in made.rules.items()}
     for i, picture in enumerate(batch):
-        relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], names, None if start is None else start[i])
+        relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], names, None if start is None
+                                                    else start[i])
         scale = max(np.linalg.norm(relevance), np.abs(scores).max())
         np.testing.assert_allclose(e.output[i], scores, atol=tolerance * scale)
         assert np.linalg.norm(e.relevance[i] - relevance) <= tolerance * scale
@@ -80,7 +81,7 @@ def hold_to_the_oracle(graph, rules="dtd", batch=None, tolerance=1e-5, start=Non
     return e
 
 
-def hold_to_the_processor(graph, rules, batch, tolerance=1e-5):
+def assert_like_the_processor(graph, rules, batch, tolerance=1e-5):
     """The GPU's explanation, which is the processor's."""
     ours, theirs = (explain(made(graph, rules), batch) for made in (on_gpu, on_processor))
     assert ours.ledger.keys() == theirs.ledger.keys()
@@ -95,12 +96,12 @@ def hold_to_the_processor(graph, rules, batch, tolerance=1e-5):
     return ours
 
 
-# ---- Layers with weights -----------------------------------------------------------------------------------------------------------------
+# ---- Layers with weights ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("case", "precision"), [
-    *itertools.product(SHAPES, ["fp32"]), *itertools.product(SHAPES[1:4], ["tf32"]), ("stride over kernel, padded", "3xtf32"),
-])
+    *itertools.product(SHAPES, ["fp32"]), *itertools.product(SHAPES[1:4], ["tf32"]),
+    ("stride over kernel, padded", "3xtf32"), ])
 def test_convolution(case, precision):
     check(convolution(case), CONVOLUTIONS[case][0], "z+", "relu", device="cuda", precision=precision,
           tolerance=2e-3 if precision == "tf32" else 1e-5)
@@ -119,25 +120,26 @@ def with_a_dead_unit(*shape):
 
 
 @pytest.mark.parametrize(("case", "rule", "hidden", "precision"), [
-    *((case, rule, "", "fp32") for case, rule in itertools.product(TILES, ["zB", "z+", "w2"])), ("16 rows", "z+", "relu", "fp32"),
-    ("70 outputs", "z+", "relu", "fp32"), ("16 rows", "z+", "relu", "tf32"), ("16 rows", "z+", "real", "3xtf32"),
-    ("channels in whole tiles of depth", "z+", "relu", "tf32"),
+    *((case, rule, "", "fp32") for case, rule in itertools.product(TILES, ["zB", "z+", "w2"])),
+    ("16 rows", "z+", "relu", "fp32"), ("70 outputs", "z+", "relu", "fp32"), ("16 rows", "z+", "relu", "tf32"),
+    ("16 rows", "z+", "real", "3xtf32"), ("channels in whole tiles of depth", "z+", "relu", "tf32"),
     ("70 outputs", "z+", "", "tf32"), ("70 inputs", "zB", "", "tf32"),
 ])
 def test_convolution_in_tiles(case, rule, hidden, precision):
     shape, outputs, kernel, *fields, groups = TILES[case]
     w, bias = with_a_dead_unit(outputs, shape[0] // groups, *kernel)
-    check(lambda source: g.Conv2d("tested", (source,), w, bias, *fields, groups), shape, rule, hidden, device="cuda", precision=precision,
-          tolerance=2e-3 if precision == "tf32" else 1e-5)
+    check(lambda source: g.Conv2d("tested", (source,), w, bias, *fields, groups), shape, rule, hidden, device="cuda",
+          precision=precision, tolerance=2e-3 if precision == "tf32" else 1e-5)
 
 
-SIZES = [(10, 22), (16, 16), (40, 48), (48, 40), (70, 80), (80, 70)]  # inputs, outputs: tiles of 16, 64, 128 rows; channels by the 16
+# inputs, outputs: tiles of 16, 64, 128 rows; channels by the 16
+SIZES = [(10, 22), (16, 16), (40, 48), (48, 40), (70, 80), (80, 70)]
 
 
 def through_tensor_cores(sizes, hidden, precision):
     w, bias = with_a_dead_unit(sizes[1], sizes[0], 2, 1)
-    check(lambda source: g.Conv2d("tested", (source,), w, bias, (1, 1), (1, 0, 0, 0)), (sizes[0], 2, 3), "z+", hidden, device="cuda",
-          precision=precision, tolerance=5e-4 if precision == "tf32" else 1e-6)
+    check(lambda source: g.Conv2d("tested", (source,), w, bias, (1, 1), (1, 0, 0, 0)), (sizes[0], 2, 3), "z+", hidden,
+          device="cuda", precision=precision, tolerance=5e-4 if precision == "tf32" else 1e-6)
 
 
 @pytest.mark.parametrize("hidden", ["relu", "real"])
@@ -145,7 +147,7 @@ def through_tensor_cores(sizes, hidden, precision):
     *itertools.product(SIZES, ["tf32"]), *itertools.product(SIZES[:4], ["3xtf32"]),  # which has no tiles of 128 rows
 ])
 def test_tensor_cores(sizes, hidden, precision):
-    """Lane by lane: which of a warp holds which numbers, and what is cut off where."""
+    """Lane by lane: which of a warp holds which values, and what is cut off where."""
     through_tensor_cores(sizes, hidden, precision)
 
 
@@ -157,8 +159,10 @@ def test_copies_that_are_there_at_once(sizes, monkeypatch):
 
 
 DENSE = [(features, outputs, 2, *rule) for features, outputs in [(1, 1), (17, 40)] for rule in RULES]
-DENSE += [(5, 7, 1, "zB", ""), (17, 40, 35, "z+", "relu"), (17, 40, 35, "zB", "")]  # one image, and more than a block takes
-DENSE += [(70, 3, 2, "z+", "real"), (3, 70, 2, "z+", "real"), (70, 3, 2, "flat", "")]  # more than one tile is summed over, each way
+# one image, and more than a block takes
+DENSE += [(5, 7, 1, "zB", ""), (17, 40, 35, "z+", "relu"), (17, 40, 35, "zB", "")]
+# more than one tile is summed over, each way
+DENSE += [(70, 3, 2, "z+", "real"), (3, 70, 2, "z+", "real"), (70, 3, 2, "flat", "")]
 
 
 @pytest.mark.parametrize(("features", "outputs", "count", "rule", "hidden"), DENSE)
@@ -169,30 +173,34 @@ def test_dense(features, outputs, count, rule, hidden):
 
 @pytest.mark.parametrize("rule", [*SIGNED_WITH_WEIGHTS, "z+", "w2", "flat"])
 def test_formulas_of_layers_with_weights(rule):
-    """Both layers have negative outputs that are read as they are, so that z+ shares those too."""
+    """Both layers have negative outputs that are read as they are, so that z+ redistributes those too."""
     rng = np.random.default_rng(3)
-    graph = g.Graph((g.Conv2d("conv", (g.INPUT,), rng.standard_normal((6, 2, 2, 3)), 0.3 * rng.standard_normal(6), (2, 1), (1, 0, 0, 1),
-                              groups=2),
-                     g.Flatten("flat", ("conv",)), g.Dense("dense", ("flat",), 0.3 * rng.standard_normal((9, 60)), rng.standard_normal(9)),
-                     g.Dense("scores", ("dense",), rng.standard_normal((3, 9)), [0.1, -0.2, 0.3])), (4, 4, 6), (-1.0, 2.0))
-    e = hold_to_the_oracle(graph, {"conv": rule, "dense": rule, "scores": rule}, tolerance=1e-5)
+    graph = g.Graph((g.Conv2d("conv", (g.INPUT,), rng.standard_normal((6, 2, 2, 3)), 0.3 * rng.standard_normal(6),
+                              (2, 1), (1, 0, 0, 1), groups=2),
+                     g.Flatten("flat", ("conv",)), g.Dense("dense", ("flat",), 0.3 * rng.standard_normal((9, 60)),
+                                                           rng.standard_normal(9)),
+                     g.Dense("scores", ("dense",), rng.standard_normal((3, 9)), [0.1, -0.2, 0.3])), (4, 4, 6),
+                    (-1.0, 2.0))
+    e = assert_like_the_oracle(graph, {"conv": rule, "dense": rule, "scores": rule}, tolerance=1e-5)
     assert e.relevance.any()
 
 
-def test_what_rounding_leaves_shares_nothing():
-    """Outputs that only their bias makes negative: what speaks against them is nothing, found as the difference of equal sums."""
+def test_what_rounding_leaves_redistributes_nothing():
+    """Outputs that only their bias makes negative: their negative contributions are zero, found as the difference of
+    equal sums."""
     graph = g.Graph((g.Dense("dense", (g.INPUT,), np.abs(weights(0, 40, 7)), np.full(40, -9.0)),
                      g.Dense("scores", ("dense",), -np.abs(weights(1, 3, 40)))), (7, 1, 1), (0.0, 1.0))
-    e = hold_to_the_oracle(graph, {"dense": "z+", "scores": "z+"})
+    e = assert_like_the_oracle(graph, {"dense": "z+", "scores": "z+"})
     np.testing.assert_allclose(e.ledger["dense"], e.explained, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("direction", "layer"), [(to_the_middle, "conv"), (lambda a, w: a if a * w > 0 else 0, "hidden")])
+@pytest.mark.parametrize(("direction", "layer"),
+                         [(to_the_middle, "conv"), (lambda a, w: a if a * w > 0 else 0, "hidden")])
 def test_search_directions(direction, layer):
-    assert hold_to_the_oracle(two_layers((-1.0, 2.0)), {layer: search_direction(direction)}).relevance.any()
+    assert assert_like_the_oracle(two_layers((-1.0, 2.0)), {layer: search_direction(direction)}).relevance.any()
 
 
-# ---- Pools, additions --------------------------------------------------------------------------------------------------------------------
+# ---- Pools, additions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rule", "hidden", "count_include_pad"), [
@@ -201,7 +209,8 @@ def test_search_directions(direction, layer):
 @pytest.mark.parametrize("case", SMALL_POOLS)
 def test_average_pool(case, rule, hidden, count_include_pad):
     shape, *fields = POOLS[case]
-    check(lambda source: g.AveragePool2d("tested", (source,), *fields, count_include_pad), shape, rule, hidden, **ON_GPU)
+    check(lambda source: g.AveragePool2d("tested", (source,), *fields, count_include_pad), shape, rule, hidden,
+          **ON_GPU)
 
 
 @pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real"), ("flat", "relu")])
@@ -210,8 +219,8 @@ def test_global_average_pool(shape, rule, hidden):
     check(lambda source: g.GlobalAveragePool("tested", (source,)), shape, rule, hidden, **ON_GPU)
 
 
-@pytest.mark.parametrize(("rule", "hidden"), [("winner", ""), ("winner", "relu"), ("proportional", ""), ("proportional", "relu"),
-                                              ("proportional", "real")])
+@pytest.mark.parametrize(("rule", "hidden"), [("winner", ""), ("winner", "relu"), ("proportional", ""),
+                                              ("proportional", "relu"), ("proportional", "real")])
 @pytest.mark.parametrize("case", SMALL_POOLS)
 def test_max_pool(case, rule, hidden):
     shape, *fields = POOLS[case]
@@ -239,27 +248,32 @@ def test_add(rule, hidden):
 @pytest.mark.parametrize("rule", ["z+", "epsilon(epsilon=0.5)", "flat"])
 @pytest.mark.parametrize("kind", ["add", "average", "global"])
 def test_formulas_of_layers_without_weights(kind, rule):
-    """Numbers of both signs in and out."""
-    tested = {"add": g.Add("tested", ("conv", "other")), "average": g.AveragePool2d("tested", ("conv",), (2, 3), (1, 2), (1, 0, 0, 1)),
+    """Values of both signs in and out."""
+    tested = {"add": g.Add("tested", ("conv", "other")),
+              "average": g.AveragePool2d("tested", ("conv",), (2, 3), (1, 2), (1, 0, 0, 1)),
               "global": g.GlobalAveragePool("tested", ("conv",))}[kind]
     other = [g.Conv2d("other", ("conv",), weights(2, 4, 4, 1, 1))] if kind == "add" else []
-    graph = g.Graph((g.Conv2d("conv", (g.INPUT,), weights(0, 4, 2, 2, 2)), *other, tested, g.Flatten("flat", ("tested",)),
-                     g.Dense("scores", ("flat",), weights(1, 3, int(np.prod(tested.output_shape([(4, 4, 3)] * 2)))))), (2, 5, 4), None)
-    assert hold_to_the_oracle(graph, {"tested": rule, "scores": "epsilon(epsilon=0.5)"}).relevance.any()
+    graph = g.Graph((g.Conv2d("conv", (g.INPUT,), weights(0, 4, 2, 2, 2)), *other, tested,
+                     g.Flatten("flat", ("tested",)),
+                     g.Dense("scores", ("flat",), weights(1, 3, int(np.prod(tested.output_shape([(4, 4, 3)] * 2)))))),
+                    (2, 5, 4), None)
+    assert assert_like_the_oracle(graph, {"tested": rule, "scores": "epsilon(epsilon=0.5)"}).relevance.any()
 
 
-# ---- What passes relevance on ------------------------------------------------------------------------------------------------------------
+# ---- What passes relevance on ----------------------------------------------------------------------------------------
 
 
 def between(*layers, box=(-1.0, 2.0)):
-    """Layers, the last of them "tested", between convolutions; the first makes numbers of both signs, of shape (4, 4, 3)."""
+    """Layers, the last of them "tested", between convolutions; the first makes values of both signs, of shape (4, 4,
+    3)."""
     shapes = {"conv": (4, 4, 3)}
     for layer in layers:
         shapes[layer.name] = layer.output_shape([shapes[name] for name in layer.inputs])
     channels, *size = shapes["tested"]
     return g.Graph((g.Conv2d("conv", (g.INPUT,), weights(0, 4, 2, 2, 2), 0.3 * weights(1, 4, 1)[:, 0]), *layers,
                     g.Conv2d("after", ("tested",), weights(2, 6, channels, 1, 1)), g.ReLU("relu", ("after",)),
-                    g.Flatten("flat", ("relu",)), g.Dense("scores", ("flat",), weights(3, 3, 6 * int(np.prod(size))))), (2, 5, 4), box)
+                    g.Flatten("flat", ("relu",)), g.Dense("scores", ("flat",), weights(3, 3, 6 * int(np.prod(size))))),
+                   (2, 5, 4), box)
 
 
 PASSING = {
@@ -269,15 +283,20 @@ PASSING = {
     "fused clip": [g.Clip("tested", ("conv",), 0, 0.3)],
     "power": [g.Power("tested", ("conv",), 1.5)],
     "root": [g.Power("tested", ("conv",), 0.5)],
-    "concatenation of what lies elsewhere": [g.ReLU("r", ("conv",)), g.Concat("both", ("r", "r")), g.Concat("tested", ("both", "conv"))],
-    "rearrangement with zeros, some numbers twice, some never": [g.Rearrange("tested", ("conv",), np.random.default_rng(0).integers(
+    "concatenation of what lies elsewhere": [g.ReLU("r", ("conv",)), g.Concat("both", ("r", "r")),
+                                             g.Concat("tested", ("both", "conv"))],
+    "rearrangement with zeros, some numbers twice, some never": [g.Rearrange("tested", ("conv",),
+                                                                             np.random.default_rng(0).integers(
         -1, 48, (5, 2, 3)))],
     "rearrangement, beside another reader": [
-        g.Rearrange("moved", ("conv",), np.random.default_rng(1).integers(0, 48, (4, 4, 3))), g.Add("tested", ("conv", "moved"))],
-    "flatten, beside another reader": [g.Flatten("one", ("conv",)), g.Flatten("other", ("conv",)), g.Add("tested", ("one", "other"))],
+        g.Rearrange("moved", ("conv",), np.random.default_rng(1).integers(0, 48, (4, 4, 3))),
+        g.Add("tested", ("conv", "moved"))],
+    "flatten, beside another reader": [g.Flatten("one", ("conv",)), g.Flatten("other", ("conv",)),
+                                       g.Add("tested", ("one", "other"))],
     "concatenation of which another reads a part": [
         g.ReLU("r", ("conv",)), g.LeakyReLU("leaky", ("conv",), 0.2), g.Concat("both", ("r", "leaky")),
-        g.LeakyReLU("of both", ("both",), 0.3), g.LeakyReLU("of one", ("r",), 0.5), g.Concat("tested", ("of both", "of one"))],
+        g.LeakyReLU("of both", ("both",), 0.3), g.LeakyReLU("of one", ("r",), 0.5),
+        g.Concat("tested", ("of both", "of one"))],
     "norm across channels": [g.LocalResponseNorm("tested", ("conv",), 3, 2.0, 0.75, 1.0)],
     "norm across an even number": [g.LocalResponseNorm("tested", ("conv",), 2, 2.0, 0.5, 2.0)],
     "norm within channels": [g.LocalResponseNorm("tested", ("conv",), 3, 2.0, 0.75, 1.0, True)],
@@ -286,16 +305,16 @@ PASSING = {
 
 @pytest.mark.parametrize("case", PASSING)
 def test_what_passes_relevance_on(case):
-    assert hold_to_the_oracle(between(*PASSING[case])).relevance.any()
+    assert assert_like_the_oracle(between(*PASSING[case])).relevance.any()
 
 
 @pytest.mark.parametrize("case", [case for case in PASSING if case.startswith("norm")])
 def test_taylor_of_normalisation(case):
-    e = hold_to_the_oracle(between(*PASSING[case], box=None), {"tested": "taylor(epsilon=0.1)"})
+    e = assert_like_the_oracle(between(*PASSING[case], box=None), {"tested": "taylor(epsilon=0.1)"})
     assert np.abs(e.ledger["tested"]).max() > 0
 
 
-# ---- Derivatives -------------------------------------------------------------------------------------------------------------------------
+# ---- Derivatives -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", DERIVATIVES)
@@ -303,18 +322,18 @@ def test_derivatives(preset):
     """The oracle has none; tests/peers hold the processor's to PyTorch."""
     graph = between(g.LocalResponseNorm("norm", ("conv",), 3, 2.0), g.LeakyReLU("leaky", ("norm",), 0.1),
                     g.MaxPool2d("max", ("leaky",), (2, 2), (1, 1)), g.AveragePool2d("average", ("leaky",), (2, 2)),
-                    g.Add("sum", ("max", "average")), g.Concat("both", ("sum", "max")), g.Clip("clip", ("both",), -0.2, 0.4),
-                    g.Power("tested", ("clip",), 2.0))
-    assert hold_to_the_processor(graph, preset, pictures(graph, 3)).relevance.any()
+                    g.Add("sum", ("max", "average")), g.Concat("both", ("sum", "max")),
+                    g.Clip("clip", ("both",), -0.2, 0.4), g.Power("tested", ("clip",), 2.0))
+    assert assert_like_the_processor(graph, preset, pictures(graph, 3)).relevance.any()
 
 
 @pytest.mark.parametrize("case", PASSING)
 def test_derivatives_of_what_passes_relevance_on(case):
     graph = between(*PASSING[case])
-    assert hold_to_the_processor(graph, "gradient", pictures(graph, 2)).relevance.any()
+    assert assert_like_the_processor(graph, "gradient", pictures(graph, 2)).relevance.any()
 
 
-# ---- Whole networks ----------------------------------------------------------------------------------------------------------------------
+# ---- Whole networks --------------------------------------------------------------------------------------------------
 
 
 @few
@@ -323,7 +342,7 @@ def test_agrees_with_the_processor(case, count):
     graph, rules = case
     describe(graph)
     note(rules)
-    e = hold_to_the_processor(graph, rules, pictures(graph, count))
+    e = assert_like_the_processor(graph, rules, pictures(graph, count))
     assert (e.relevance >= 0).all()
     assert all((lost >= 0).all() for lost in e.ledger.values())
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + e.absorbed, e.explained, rtol=1e-5)
@@ -335,7 +354,7 @@ def test_signed_rules_agree_with_the_processor(case, count):
     graph, rules = case
     describe(graph)
     note(rules)
-    hold_to_the_processor(graph, rules, pictures(graph, count))
+    assert_like_the_processor(graph, rules, pictures(graph, count))
 
 
 @settings(few, max_examples=6)
@@ -354,7 +373,8 @@ def test_same_bits_in_any_batch_and_place(graph, random):
 
 def test_dense_layers_give_the_same_bits_in_any_batch():
     """Images are taken in groups of 32."""
-    layers = (g.Dense("hidden", (g.INPUT,), weights(0, 70, 6)), g.ReLU("r", ("hidden",)), g.Dense("scores", ("r",), weights(1, 3, 70)))
+    layers = (g.Dense("hidden", (g.INPUT,), weights(0, 70, 6)), g.ReLU("r", ("hidden",)),
+              g.Dense("scores", ("r",), weights(1, 3, 70)))
     made = on_gpu(g.Graph(layers, (6, 1, 1), (-1.0, 2.0)))
     batch = np.random.default_rng(1).uniform(-1, 2, (35, 6, 1, 1)).astype(np.float32)
     together = explain(made, batch, 1)
@@ -383,14 +403,14 @@ def test_any_start(rules):
     """The scores carry their relevance as a factor, and as it is."""
     graph = between(*PASSING["leaky ReLU"])
     start = np.random.default_rng(4).random((3, 3), np.float32)
-    e = hold_to_the_oracle(graph, rules, start=start)
+    e = assert_like_the_oracle(graph, rules, start=start)
     np.testing.assert_allclose(e.explained, start.sum(1))
 
 
 def test_one_picture_of_one_channel():
     graph = g.Graph((g.Conv2d("conv", (g.INPUT,), weights(0, 3, 1, 2, 2), np.ones(3)), g.ReLU("relu", ("conv",)),
                      g.GlobalAveragePool("scores", ("relu",))), (1, 4, 5), (0.0, 1.0))
-    assert hold_to_the_oracle(graph, batch=pictures(graph, 1)).relevance.any()
+    assert assert_like_the_oracle(graph, batch=pictures(graph, 1)).relevance.any()
 
 
 @pytest.mark.parametrize("box", [None, (-1.0, 1.0)])
@@ -405,18 +425,20 @@ def test_nothing_comes_of_nothing(box):
 def test_what_dead_units_absorb_is_in_the_ledger():
     """Units that are active by their bias alone, in every layer that can have such."""
     graph = g.Graph((g.Conv2d("conv", (g.INPUT,), -np.ones((5, 1, 1, 1)), np.full(5, 2.0)), g.ReLU("r", ("conv",)),
-                     g.Flatten("flat", ("r",)), g.Dense("scores", ("flat",), -np.ones((1, 30)), [70.0])), (1, 2, 3), None)
-    e = hold_to_the_oracle(graph, {"conv": "z+", "scores": "z+"}, np.full((2, 1, 2, 3), 0.5, np.float32))
+                     g.Flatten("flat", ("r",)), g.Dense("scores", ("flat",), -np.ones((1, 30)), [70.0])), (1, 2, 3),
+                    None)
+    e = assert_like_the_oracle(graph, {"conv": "z+", "scores": "z+"}, np.full((2, 1, 2, 3), 0.5, np.float32))
     assert not e.relevance.any()
     np.testing.assert_allclose(e.ledger["scores"], e.explained)
 
 
-# ---- All of them -------------------------------------------------------------------------------------------------------------------------
+# ---- All of them -----------------------------------------------------------------------------------------------------
 
 
 def kernels_in(tree, outside=""):
     """Qualified names of the functions that are made kernels: by @kernel, or by kernel(function, ...)."""
-    made = {node.args[0].id for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "kernel"}
+    made = {node.args[0].id for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) ==
+            "kernel"}
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
             if node.name in made or "kernel" in map(ast.unparse, node.decorator_list):
@@ -428,4 +450,5 @@ def test_every_kernel_was_launched(record):
     launched, ran = record
     if missing := {name for name in globals() if name.startswith("test_")} - ran:
         pytest.skip(f"needs all tests of this file, and {min(missing)} did not run")
-    assert launched == {(path.stem, name) for path in KERNELS.glob("*.py") for name in kernels_in(ast.parse(path.read_text()))}
+    assert launched == {(path.stem, name) for path in KERNELS.glob("*.py")
+                        for name in kernels_in(ast.parse(path.read_text()))}

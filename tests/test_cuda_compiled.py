@@ -1,5 +1,5 @@
-"""Compiled code of the kernels for GPUs, of which none is needed: what it takes (benchmarks/gpu_resources.py), and what it computes
-(tests/ptx.py)."""
+"""Compiled code of the kernels for GPUs, of which none is needed: what it takes (benchmarks/gpu_resources.py), and what
+it computes (tests/ptx.py)."""
 
 import importlib.util
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("numba_cuda", "cupy"))), reason="needs the extra cuda")
+pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("numba_cuda", "cupy"))),
+                                reason="needs the extra cuda")
 ROOT = Path(__file__).parents[1]
 WITHOUT_SIMULATOR = os.environ | {"NUMBA_ENABLE_CUDASIM": "0"}
 TILES = ("conv2d_forward", "conv2d_redistribute")
@@ -18,8 +19,8 @@ TILES = ("conv2d_forward", "conv2d_redistribute")
 
 @pytest.fixture(scope="module")
 def rows():
-    run = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_resources.py", "--json"], capture_output=True, text=True, check=False,
-                         env=WITHOUT_SIMULATOR)
+    run = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_resources.py", "--json"], capture_output=True,
+                         text=True, check=False, env=WITHOUT_SIMULATOR)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -40,7 +41,8 @@ def test_both_chips_and_all_kinds_of_tiles_are_there(rows):
         for precision in ("fp32", "tf32", "3xtf32"):
             for kind in kinds:
                 for height in (16, 64, *[128] * (precision == "tf32")):
-                    assert any((kernel, f"{precision}, {kind}, {height} rows{planes}") in variants for planes in ("", ", in planes"))
+                    assert any((kernel, f"{precision}, {kind}, {height} rows{planes}") in variants
+                               for planes in ("", ", in planes"))
 
 
 def test_tensor_cores_are_used_where_they_should_be(rows):
@@ -50,7 +52,8 @@ def test_tensor_cores_are_used_where_they_should_be(rows):
             assert row["mma"] == 0
             continue
         precision, kind, height = row["variant"].split(", ")[:3]
-        products = {"SUM": 1, "PAIR": 2, "SIGNED_PAIR": 3, "SPLIT": 2}[kind] * {"fp32": 0, "tf32": 1, "3xtf32": 3}[precision]
+        products = {"SUM": 1, "PAIR": 2, "SIGNED_PAIR": 3,
+                    "SPLIT": 2}[kind] * {"fp32": 0, "tf32": 1, "3xtf32": 3}[precision]
         fragments = {"16 rows": 1, "64 rows": 2, "128 rows": 4}[height] * 4 * 2
         assert row["mma"] in (products * fragments, products * fragments // 2), named(row)
 
@@ -74,6 +77,7 @@ def test_shared_memory_needs_no_asking_for(rows):
 
 def test_compiled_code_agrees_with_the_oracle_and_the_processor():
     """All of it, by an interpreter of PTX: what intrinsics and inline assembly really do."""
-    run = subprocess.run([sys.executable, ROOT / "tests" / "ptx.py"], capture_output=True, text=True, check=False, env=WITHOUT_SIMULATOR)
+    run = subprocess.run([sys.executable, ROOT / "tests" / "ptx.py"], capture_output=True, text=True, check=False,
+                         env=WITHOUT_SIMULATOR)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1].startswith("every layer")

@@ -228,7 +228,7 @@ def test_gpus_share_out_images(gpus, monkeypatch):
     wanted = Explainer(model, device="cuda", precision="fp32")(batch, 1)
     begun = gpus(2)
     made = Explainer(model, device="cuda")
-    assert (made.batch, made.at_once) == (kernels.MOST_IMAGES, 2 * kernels.PLANS_AT_ONCE * kernels.MOST_IMAGES)
+    assert (made.batch, made.at_once) == (kernels.MAX_IMAGES, 2 * kernels.MAX_PLANS * kernels.MAX_IMAGES)
     begun.clear()
     assert_same(made(batch, 1), wanted)
     assert sorted({number for number, thread in begun if thread is not threading.main_thread()}) == [0, 1]
@@ -254,11 +254,11 @@ def test_the_gpu_with_least_memory_says_how_many_images(gpus, monkeypatch):
     model = tiny()
     gpus(2)
     one = Explainer(model, device="cuda")._executor.places[0][1].nbytes(1, 1)
-    monkeypatch.setattr(kernels, "room", lambda number: (20, 7)[number] * one)
+    monkeypatch.setattr(kernels, "memory_budget", lambda number: (20, 7)[number] * one)
     made = Explainer(model, device="cuda")
     assert made.batch == 3
     assert [plans.limit for _, plans in made._executor.places] == [20 * one, 7 * one]
-    monkeypatch.setattr(kernels, "room", lambda number: (20, 0.5)[number] * one)
+    monkeypatch.setattr(kernels, "memory_budget", lambda number: (20, 0.5)[number] * one)
     for memory_limit in (None, "1GiB"):
         with pytest.raises(InputError, match=r"one image takes .*, and a GPU has less; use a network with a smaller input"):
             Explainer(model, device="cuda", memory=memory_limit)
@@ -586,13 +586,13 @@ def test_work_on_a_device_is_done_when_it_is_left(device_contexts):
 
 
 def test_what_callers_began_is_done_before_other_streams_write(device_contexts):
-    with memory.beside(np.zeros(1)), memory.beside([1]):
+    with memory.on_device_of(np.zeros(1)), memory.on_device_of([1]):
         pass
     assert device_contexts == []
-    with memory.beside(np.zeros(1).view(DeviceArray)):
+    with memory.on_device_of(np.zeros(1).view(DeviceArray)):
         pass
     assert device_contexts == ["device in", "waits", "device out"]
 
 
 def test_what_the_pool_keeps_counts_as_free(device_contexts):
-    assert memory.room(1) == 80
+    assert memory.memory_budget(1) == 80

@@ -1,4 +1,5 @@
-"""Single layers against the oracle: awkward shapes, and sizes that take several blocks, tiles and units; and the micro-kernel itself."""
+"""Single layers against the oracle: awkward shapes, and sizes that take several blocks, tiles and units; and the
+micro-kernel itself."""
 
 import itertools
 import os
@@ -63,8 +64,9 @@ def test_dense_gives_the_same_bits_in_any_batch():
     """Images are taken in groups, on both ways; one of them alone has its weights read in other pieces."""
     features, outputs = 2100, 70
     w, hidden = weights(0, outputs, features), weights(1, features, 6)
-    layers = (g.Flatten("flat", (g.INPUT,)), g.Dense("hidden", ("flat",), hidden), g.ReLU("r", ("hidden",)), g.Dense("tested", ("r",), w),
-              g.ReLU("s", ("tested",)), g.Dense("scores", ("s",), np.abs(weights(2, 3, outputs))))
+    layers = (g.Flatten("flat", (g.INPUT,)), g.Dense("hidden", ("flat",), hidden), g.ReLU("r", ("hidden",)),
+              g.Dense("tested", ("r",), w), g.ReLU("s", ("tested",)),
+              g.Dense("scores", ("s",), np.abs(weights(2, 3, outputs))))
     explainer = Explainer(Model(g.Graph(layers, (6, 1, 1), (-1.0, 2.0)), Preprocessing(None)), threads=1)
     batch = np.random.default_rng(1).uniform(-1, 2, (11, 6, 1, 1)).astype(np.float32)
     together = explainer(batch, 1)
@@ -116,16 +118,18 @@ def test_max_pool(case, rule, hidden):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real")])
 def test_add(rule, hidden, threads):
-    """With two threads one picture's channels are cut in the middle."""
+    """With two threads one image's channels are cut in the middle."""
     check(lambda source: g.Add("tested", (source, source)), (3, 5, 4), rule, hidden, count=3 - threads, threads=threads)
 
 
 def _called(product, last, columns=None):
-    """`product` (an intrinsic) as a function of arrays; its last argument is an array or an integer, and strips take so many columns."""
+    """`product` (an intrinsic) as a function of arrays; its last argument is an array or an integer, and strips take so
+    many columns."""
     end = "end.ctypes.data" if last == "array" else "end"
     strip = "" if columns is None else f", {columns}"
     scope = {"product": product}
-    exec("def call(tile, a, offsets, b, end):\n    product(tile.ctypes.data, tile.shape[-1], a.ctypes.data, offsets.ctypes.data, "
+    exec("def call(tile, a, offsets, b, end):\n"
+         "    product(tile.ctypes.data, tile.shape[-1], a.ctypes.data, offsets.ctypes.data, "
          f"b.ctypes.data, {end}{strip})", scope)
     return njit(scope["call"])
 
@@ -192,7 +196,8 @@ def test_multiply_split(depth, rows, vectors):
 
 @pytest.mark.parametrize(("features", "lanes"), [("", 4), ("+avx,+avx2,+fma", 8)])
 def test_other_processors_give_the_same(features, lanes, tmp_path):
-    """The tile of a processor without AVX-512, or without AVX: in a process of its own, for the tile is fixed at import."""
+    """The tile of a processor without AVX-512, or without AVX: in a process of its own, for the tile is fixed at
+    import."""
     if platform.machine() not in ("x86_64", "AMD64") or (features and "avx2" not in llvm.get_host_cpu_features()):
         pytest.skip("needs an x86 processor with AVX2")
     script = f"""
@@ -203,7 +208,8 @@ assert LANES == {lanes}, LANES
 model = load("squeezenet1_1")
 np.save({str(tmp_path / "relevance.npy")!r}, Explainer(model)(model.preprocess({str(COFFEE)!r})).relevance)
 """
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic",
+                                "NUMBA_CPU_FEATURES": features}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
     model = load("squeezenet1_1")
     ours, theirs = Explainer(model)(model.preprocess(COFFEE)).relevance, np.load(tmp_path / "relevance.npy")
@@ -229,7 +235,8 @@ print(sum(activate_forward.stats.cache_hits.values()))
 """
 
     def hits():
-        return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.strip()
+        return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True,
+                              cwd=tmp_path).stdout.strip()
 
     assert [hits(), hits()] == ["0", "1"]
     source = package / "cpu" / edited

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from fastdtd.kernels import codes
 from fastdtd.lowering import convolution, dense, normalization, pointwise, pooling
 from fastdtd.lowering.aliasing import Place, fused_activations, places, separate_places
 from fastdtd.lowering.builder import Builder
+from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment
 from fastdtd.schedule import Schedule
 
@@ -48,7 +48,7 @@ class Lowered:
 
     graph: Graph
     assignment: Assignment
-    kernels: ModuleType
+    kernels: AnyDevice
     weights: Mapping[str, Any]
     fused: Mapping[str, g.ReLU | g.Clip]
     places: Mapping[str, Place]
@@ -83,7 +83,7 @@ class Lowered:
         return b.finish(forward_steps, tuple(observed))
 
 
-def lower(graph: Graph, assignment: Assignment, kernels: ModuleType, precision: int = codes.TF32) -> Lowered:
+def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int = codes.TF32) -> Lowered:
     """Pack the network's weights as the kernels read them; the current device gets them.
 
     precision: of products on tensor cores (fastdtd.kernels.codes), where there are any.
@@ -106,5 +106,5 @@ def _observe(b: Builder, name: str, result: str) -> None:
     """Write down the relevance of a tensor, which is that of `result`, once all layers that read it have given it theirs."""
     x, c = b.activation(result), b.factor(result)
     out = b.state(f"observed/{name}", (b.batch, *b.graph.shapes[name]), np.float32)
-    b.step(b.kernels.observe_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,
+    b.step(b.kernels.relevance_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,
            relevance=b.carries_relevance(result))

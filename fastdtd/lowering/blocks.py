@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdtd.lowering.builder import read_only
+from fastdtd.protocols import BlockedDevice
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +49,11 @@ class Blocks:
 
     def arguments(self) -> dict[str, Any]:
         """What kernels take of it."""
-        return {"planes": self.planes, "block_rows": self.rows, "block_columns": self.columns, "more_rows": self.halo_rows,
-                "more_columns": self.halo_columns}
+        return {"planes": self.planes, "block_rows": self.rows, "block_columns": self.columns, "halo_rows": self.halo_rows,
+                "halo_columns": self.halo_columns}
 
 
-def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int, kernels: ModuleType) -> Blocks:
+def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int, kernels: BlockedDevice) -> Blocks:
     """For positions (rows, columns) whose taps read the input at position * stride + tap, in so many channels."""
     if not taps:
         rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)

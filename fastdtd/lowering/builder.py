@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,9 @@ import numpy.typing as npt
 
 from fastdtd import graph as g
 from fastdtd.graph import INPUT, Array, Graph, Layer
+from fastdtd.kernels.signatures import SIGNATURES, name_of, parameters
 from fastdtd.lowering.aliasing import Intervals, Place
+from fastdtd.protocols import AnyDevice, BlockedDevice, Kernel
 from fastdtd.rules import Assignment, LayerRule
 from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tensor, View, lay_out
 
@@ -47,7 +46,7 @@ class Builder:
     batch, workers : int
     """
 
-    def __init__(self, graph: Graph, assignment: Assignment, kernels: ModuleType, weights: Mapping[str, Any],
+    def __init__(self, graph: Graph, assignment: Assignment, kernels: AnyDevice, weights: Mapping[str, Any],
                  places: Mapping[str, Place], fused: Mapping[str, g.ReLU | g.Clip], batch: int, workers: int) -> None:
         self.graph, self.assignment, self.kernels, self.weights = graph, assignment, kernels, weights
         self.batch, self.workers = batch, workers
@@ -145,6 +144,12 @@ class Builder:
         return name in self.assignment.carriers
 
     @property
+    def blocked_kernels(self) -> BlockedDevice:
+        """The kernels, of a device whose convolutions and pools copy blocks."""
+        assert self.kernels.CONVOLUTION == "blocked"
+        return self.kernels
+
+    @property
     def derives(self) -> bool:
         return self.assignment.derivative is not None
 
@@ -166,17 +171,18 @@ class Builder:
 
     # -- Steps
 
-    def step(self, kernel: Callable[..., None], units: int, *, condition: State | None = None,
+    def step(self, kernel: Kernel, units: int, *, condition: State | None = None,
              optional: Mapping[str, Any] | None = None, **arguments: Any) -> None:
         """Write down a call.
 
         The kernel takes all `arguments` and nothing else but `optional` ones: what only some devices' kernels need, such as
         a processor's scratch.
         """
-        names = _parameters(kernel)
-        offered = {**arguments, **(optional or {})}
-        unknown, missing = arguments.keys() - set(names), set(names) - offered.keys()
-        assert not (unknown or missing), f"{kernel} does not take {sorted(unknown)}, and is not given {sorted(missing)}"
+        names, offered = parameters(kernel), {**arguments, **(optional or {})}
+        unknown = (arguments.keys() - set(names)) | (offered.keys() - set(SIGNATURES.get(name_of(kernel), names)))
+        missing = set(names) - offered.keys()
+        if unknown or missing:
+            raise TypeError(f"{name_of(kernel)} does not take {sorted(unknown)}, and is not given {sorted(missing)}")
         values = tuple(value.view if isinstance(value := offered[name], Tensor) else value for name in names)
         for value in values:
             if isinstance(value, View):
@@ -252,11 +258,3 @@ def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def zeros(count: int) -> Array:
     return read_only(np.zeros(count, np.float32))
-
-
-@functools.cache
-def _parameters(kernel: Callable[..., None]) -> tuple[str, ...]:
-    """What a kernel takes besides the units that a call does."""
-    *names, first, last = inspect.signature(getattr(kernel, "py_func", kernel)).parameters
-    assert (first, last) == ("first", "last")
-    return tuple(names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastdtd.kernels import codes
 from fastdtd.lowering.blocks import Blocks, blocks_of, int_table
 from fastdtd.lowering.builder import Builder, read_only
 from fastdtd.lowering.conv_geometry import backward_weights, constant_z, is_pointwise, output_offset, phases
+from fastdtd.protocols import BlockedDevice
 from fastdtd.rules import Term
 from fastdtd.schedule import Tensor, View
 
@@ -34,19 +34,18 @@ class Forward:
     z_min: Array
 
     def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
-        kernels, blocks, in_place = b.kernels, self.blocks, self.copies == 0
+        kernels, blocks, in_place = b.blocked_kernels, self.blocks, self.copies == 0
         _, height, width = b.graph.shapes[layer.name]
         units = blocks.count(*((1, height * width) if in_place else (height, width)))
         splits = b.splits(b.batch * units, self.weights.shape[0] * self.weights.shape[1])
-        low, high = arguments.pop("least"), arguments.pop("most")
         if in_place:
             arguments |= _in_one_row(arguments, ("x", "ratio", "a"))
         b.step(
             kernels.conv2d_forward, b.batch * units * splits, **arguments, packed=self.weights, constant=self.constant,
-            pattern=self.pattern, least=self.z_min, features=self.features, channels=layer.weight.shape[1],
-            stride_down=layer.stride[0], stride_right=layer.stride[1], least_x=low, most_x=high, offsets=self.offsets,
+            pattern=self.pattern, z_min=self.z_min, features=self.features, channels=layer.weight.shape[1],
+            stride_h=layer.stride[0], stride_w=layer.stride[1], offsets=self.offsets,
             bounds=self.bounds, block=b.scratch("block", blocks.elements(self.copies)),
-            results=b.scratch("results", kernels.conv2d_results_elements(blocks.positions())), shares=splits, **blocks.arguments())
+            results=b.scratch("results", kernels.conv2d_results_elements(blocks.positions())), splits=splits, **blocks.arguments())
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +63,19 @@ class Backward:
     copies: int  # of channels of a group
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
-        kernels, blocks = b.kernels, self.blocks
+        kernels, blocks = b.blocked_kernels, self.blocks
         splits = b.splits(b.batch * self.units, self.panels)
         if is_pointwise(layer):
             arguments |= _in_one_row(arguments, ("c_in", "c", "ratio", "a"))
         results = kernels.conv2d_redistribute_results_elements(blocks.positions(), blocks.columns, layer.stride[1])
         b.step(
             kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights, phases=self.phases,
-            features=self.features, groups=layer.groups, stride_down=layer.stride[0], stride_right=layer.stride[1],
+            features=self.features, groups=layer.groups, stride_h=layer.stride[0], stride_w=layer.stride[1],
             offsets=self.offsets, bounds=self.bounds, block=b.scratch("block", blocks.elements(self.copies)),
-            results=b.scratch("results", results), shares=splits, **blocks.arguments())
+            results=b.scratch("results", results), splits=splits, **blocks.arguments())
 
 
-def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType) -> Forward:
+def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward:
     in_shape, out_shape, weight = graph.shapes[layer.inputs[0]], graph.shapes[layer.name], term.w(layer.weight)
     outputs, per_group, *kernel = weight.shape
     # For each copy of the input that the features need: its weights, and which of them add to z. Where none do, z is a constant.
@@ -104,7 +103,7 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType)
                    0 if in_place else per_group * len(copies), constant, pattern, z_min)
 
 
-def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: ModuleType) -> Backward:
+def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: BlockedDevice) -> Backward:
     outputs, per_group, _, kernel_w = layer.weight.shape
     from_group = outputs // layer.groups
     grids, taps = phases(layer, in_shape)
@@ -142,7 +141,7 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: ModuleT
                     read_only(np.concatenate(bounds)), int_table(table, 8), blocks.count(rows, columns), from_group)
 
 
-def _pack_split(matrices: Array, offsets: npt.NDArray[np.int32], signs: npt.NDArray[np.int64], kernels: ModuleType
+def _pack_split(matrices: Array, offsets: npt.NDArray[np.int32], signs: npt.NDArray[np.int64], kernels: BlockedDevice
                 ) -> tuple[Array, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Weights in panels sorted by sign, so that one product gives both sums; their offsets; where each sign begins."""
     packed = np.empty(kernels.conv2d_split_shape(*matrices.shape), np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +10,7 @@ from fastdtd.graph import Array, Graph, Shape
 from fastdtd.kernels import codes
 from fastdtd.lowering.blocks import int_table
 from fastdtd.lowering.builder import bounds_of, read_only
+from fastdtd.protocols import Device
 from fastdtd.rules import Term
 
 Grid = tuple[int, int, int, int]  # first row, first column, rows, columns
@@ -56,7 +55,7 @@ def output_offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
     return (first + layer.padding[axis] - tap * layer.dilation[axis]) // layer.stride[axis]
 
 
-def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kernels: ModuleType
+def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kernels: Device
                ) -> tuple[Array, npt.NDArray[np.int64], Array]:
     """z under ONES, z - y under BOX: (K, patterns, OW), which pattern each row has (OH,), and the smallest valid z of each output (K,).
 
@@ -65,7 +64,7 @@ def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kern
     """
     in_shape, (outputs, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     if term.features not in (codes.BOX, codes.ONES):
-        z_min = np.full(outputs, kernels.LEAST, np.float32)
+        z_min = np.full(outputs, kernels.MIN_DENOMINATOR, np.float32)
         return read_only(np.zeros((1, 1, 1), np.float32)), int_table([(0,)] * rows, 1).ravel(), read_only(z_min)
     v = term.v(layer.weight)
     if term.features == codes.ONES:
@@ -84,5 +83,5 @@ def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kern
     patterns, pattern = np.unique(inside[0], axis=1, return_inverse=True)
     sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), patterns)
     # What rounding leaves of a z that is a difference may not be divided by.
-    z_min = np.maximum(1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0, kernels.LEAST) * np.ones(outputs)
+    z_min = np.maximum(1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0, kernels.MIN_DENOMINATOR) * np.ones(outputs)
     return read_only(sums.astype(np.float32)), read_only(pattern.reshape(-1).astype(np.int64)), read_only(z_min.astype(np.float32))

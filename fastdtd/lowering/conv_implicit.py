@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from fastdtd import graph as g
 from fastdtd.graph import Graph
 from fastdtd.lowering.builder import Builder
 from fastdtd.lowering.conv_geometry import backward_weights, constant_z, output_offset, phases
+from fastdtd.protocols import ImplicitDevice
 from fastdtd.rules import Term
 
 
@@ -28,11 +28,10 @@ class Forward:
     precision: int
 
     def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
-        low, high = arguments.pop("least"), arguments.pop("most")
         b.step(
             b.kernels.conv2d_forward, b.batch, **arguments, packed=self.weights, taps=self.taps, constant=self.constant,
-            pattern=self.pattern, least=self.z_min, features=self.features, channels=layer.weight.shape[1],
-            stride_down=layer.stride[0], stride_right=layer.stride[1], precision=self.precision, least_x=low, most_x=high)
+            pattern=self.pattern, z_min=self.z_min, features=self.features, channels=layer.weight.shape[1],
+            stride_h=layer.stride[0], stride_w=layer.stride[1], precision=self.precision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +48,11 @@ class Backward:
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         b.step(
             b.kernels.conv2d_redistribute, b.batch, **arguments, packed=self.weights, taps=self.taps, phases=self.phases,
-            panel_rows=self.panel_rows, features=self.features, groups=layer.groups, stride_down=layer.stride[0],
-            stride_right=layer.stride[1], precision=self.precision)
+            panel_rows=self.panel_rows, features=self.features, groups=layer.groups, stride_h=layer.stride[0],
+            stride_w=layer.stride[1], precision=self.precision)
 
 
-def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType, precision: int) -> Forward:
+def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ImplicitDevice, precision: int) -> Forward:
     outputs, channels, *kernel = layer.weight.shape
     i, j = (index.ravel() for index in np.indices(kernel))
     matrices = term.w(layer.weight).reshape(layer.groups, outputs // layer.groups, channels, -1)
@@ -66,7 +65,7 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType,
     return Forward(term.features, kernels.constant(packed), kernels.constant(taps), constant, pattern, z_min, precision)
 
 
-def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType, precision: int) -> Backward:
+def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ImplicitDevice, precision: int) -> Backward:
     _, rows, columns = graph.shapes[layer.name]
     from_group, per_group = len(layer.weight) // layer.groups, layer.weight.shape[1]
     v = backward_weights(layer, term)

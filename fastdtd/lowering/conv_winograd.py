@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from fastdtd.graph import Array, Graph
 from fastdtd.kernels import codes
 from fastdtd.lowering.builder import Builder, read_only
 from fastdtd.lowering.conv_geometry import backward_weights
+from fastdtd.protocols import BlockedDevice
 from fastdtd.rules import Term
 
 _BACKWARD = ("c_in", "c", "ratio", "c_in_channel", "c_channel", "accumulate")  # of all that a term's kernel may take
@@ -30,7 +30,8 @@ class _Winograd:
 
     def _arguments(self, b: Builder, height: int, width: int) -> tuple[int, dict[str, Any]]:
         """Units, and what both kernels take, for an output of this size."""
-        kernels, tiles, panels = b.kernels, b.batch * b.kernels.winograd2d_tiles(height, width), self.weights.shape[-3]
+        kernels, panels = b.blocked_kernels, self.weights.shape[-3]
+        tiles = b.batch * kernels.winograd2d_tiles(height, width)
         block, panels_at_once = kernels.winograd2d_block(panels, self.products, tiles)
         blocks = -(-tiles // block) * self.groups
         splits = b.splits(blocks, panels)
@@ -38,8 +39,8 @@ class _Winograd:
         names = ("lines", "points", "sums", "stage", "seen")
         scratch = {name: b.scratch(f"winograd {name}", size) for name, size in zip(names, sizes, strict=True)}
         offsets = read_only(np.arange(self.channels, dtype=np.int32) * np.int32(block))
-        return blocks * splits, {"offsets": offsets, "groups": self.groups, "top": self.padding[0], "left": self.padding[1],
-                                 "block": block, "panels_together": min(panels_at_once, panels), "shares": splits, **scratch}
+        return blocks * splits, {"offsets": offsets, "groups": self.groups, "pad_top": self.padding[0], "pad_left": self.padding[1],
+                                 "block": block, "panels_at_once": min(panels_at_once, panels), "splits": splits, **scratch}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Forward(_Winograd):
 
     def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
         units, own = self._arguments(b, *b.graph.shapes[layer.name][1:])
-        b.step(b.kernels.winograd2d_forward, units, **arguments, weight=self.source, packed=self.weights, channels=self.channels, **own)
+        b.step(b.blocked_kernels.winograd2d_forward, units, **arguments, weight=self.source, packed=self.weights, channels=self.channels, **own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class Backward(_Winograd):
         channels, height, width = b.graph.shapes[source]
         units, own = self._arguments(b, height, width)
         del own["seen"]
-        b.step(b.kernels.winograd2d_redistribute, units, **{name: arguments[name] for name in _BACKWARD}, packed=self.weights[0],
+        b.step(b.blocked_kernels.winograd2d_redistribute, units, **{name: arguments[name] for name in _BACKWARD}, packed=self.weights[0],
                inputs=channels, **own)
 
 
@@ -70,7 +71,7 @@ def suits(layer: g.Conv2d, term: Term) -> bool:
             and term.features == codes.NONNEGATIVE)
 
 
-def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType) -> Forward | None:
+def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward | None:
     """None where another algorithm is faster."""
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     if not suits(layer, term) or not kernels.winograd2d_pays(channels, outputs, *graph.shapes[layer.name][1:]):
@@ -80,7 +81,7 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ModuleType)
     return Forward(packed, channels, layer.groups, 2, layer.padding[:2], read_only(weight))
 
 
-def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kernels: ModuleType) -> Backward | None:
+def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kernels: BlockedDevice) -> Backward | None:
     """None where another algorithm is faster, or has to be taken because relevance is carried."""
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, *graph.shapes[layer.inputs[0]][1:]):
@@ -90,7 +91,7 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kern
     return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]))
 
 
-def _pack(weights: tuple[Array, ...], groups: int, kernels: ModuleType) -> Array:
+def _pack(weights: tuple[Array, ...], groups: int, kernels: BlockedDevice) -> Array:
     rows, channels = weights[0].size // (9 * groups * weights[0].shape[-3]), weights[0].shape[-3]
     packed = np.empty((len(weights), *kernels.winograd2d_packed_shape(groups, rows, channels)), np.float32)
     for to, weight in zip(packed, weights, strict=True):

@@ -6,13 +6,13 @@ The choice follows from the layer's shape and rule alone, so that the same image
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from fastdtd import graph as g
 from fastdtd.graph import Graph
 from fastdtd.lowering import conv_direct, conv_implicit, conv_winograd, linear
 from fastdtd.lowering.builder import Builder
+from fastdtd.protocols import AnyDevice
 from fastdtd.rules import LayerRule, Term
 
 Forward = conv_direct.Forward | conv_implicit.Forward | conv_winograd.Forward
@@ -27,17 +27,17 @@ class Packed:
     backward: list[Backward | None]  # None: a search direction, whose kernels read the weights themselves
 
 
-def pack(layer: g.Conv2d, graph: Graph, rule: LayerRule, carries: bool, kernels: ModuleType, precision: int) -> Packed:
+def pack(layer: g.Conv2d, graph: Graph, rule: LayerRule, carries: bool, kernels: AnyDevice, precision: int) -> Packed:
     """carries: whether the layer's input carries relevance. precision: of products on tensor cores, where there are any."""
     def forward(term: Term) -> Forward:
-        if not kernels.COPIES_BLOCKS:
+        if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_forward(layer, term, graph, kernels, precision)
         return conv_winograd.pack_forward(layer, term, graph, kernels) or conv_direct.pack_forward(layer, term, graph, kernels)
 
     def backward(term: Term) -> Backward | None:
         if term.weights == "direction":
             return None
-        if not kernels.COPIES_BLOCKS:
+        if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_backward(layer, term, graph, kernels, precision)
         return (conv_winograd.pack_backward(layer, term, graph, carries, kernels)
                 or conv_direct.pack_backward(layer, term, graph.shapes[layer.inputs[0]], kernels))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from fastdtd.graph import Array
 from fastdtd.kernels import codes
 from fastdtd.lowering import linear
 from fastdtd.lowering.builder import Builder, read_only
+from fastdtd.protocols import Device
 from fastdtd.rules import LayerRule, Term
 
 _WEIGHTS = {"positive": codes.POSITIVE, "negative": codes.NEGATIVE, "value": codes.AS_IS, "squared": codes.SQUARED, "flat": codes.FLAT}
@@ -26,12 +26,12 @@ class Packed:
     sums: list[tuple[Any, Array]]
 
 
-def pack(layer: g.Dense, rule: LayerRule, kernels: ModuleType) -> Packed:
+def pack(layer: g.Dense, rule: LayerRule, kernels: Device) -> Packed:
     weight = kernels.constant(read_only(layer.weight))
     return Packed(weight, [_pack_sum(layer, term, weight, kernels) for term in rule.sums])
 
 
-def _pack_sum(layer: g.Dense, term: Term, weight: Any, kernels: ModuleType) -> tuple[Any, Array]:
+def _pack_sum(layer: g.Dense, term: Term, weight: Any, kernels: Device) -> tuple[Any, Array]:
     z = np.zeros(len(layer.weight))
     if term.features == codes.ONES:
         z = term.v(layer.weight)[0].sum(1, dtype=np.float64)
@@ -59,4 +59,4 @@ def _term_step(b: Builder, layer: g.Dense, part: int, term: Term, source: str, a
     sums, products = b.kernels.dense_redistribute_elements(b.batch, len(layer.weight))
     b.step(b.kernels.dense_redistribute, -(-b.graph.shapes[source][0] // b.kernels.DENSE_FEATURES), **arguments,
            weight=b.weights[layer.name].weight, features=term.features, weights=_WEIGHTS[term.weights],
-           optional={"sums": b.scratch("results", sums), "shares": b.scratch("block", products)})
+           optional={"sums": b.scratch("results", sums), "contributions": b.scratch("block", products)})

@@ -7,7 +7,6 @@ is computed and a term redistributed is the family's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from fastdtd.errors import RuleError
 from fastdtd.graph import Array, Layer
 from fastdtd.kernels import codes
 from fastdtd.lowering.builder import ABSORBED, Builder, read_only, zeros
+from fastdtd.protocols import Kernel
 from fastdtd.rules import LayerRule, Rule, Term
 from fastdtd.schedule import State, Tensor, View
 
@@ -58,11 +58,11 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
     third = next((views[term] for term in rule.terms[1:] if term.weights == "flat"), first)
     down, across = window_counts or (read_only(np.ones(height, np.float32)), read_only(np.ones(width, np.float32)))
     b.step(
-        b.kernels.ratios_forward, b.batch * channels, x=x, one=first, other=second, even=third,
-        lost=b.saved(layer, ABSORBED).view if rule.retains else first, dead=dead,
-        other_dead=dead if second is first else b.saved(layer, 1).dead, bias=_bias(b, layer), counted_down=down,
-        counted_across=across, x_channel=x.channel, formula=rule.formula, factor=_factor(rule), beta=rule.rule.beta,
-        epsilon=rule.rule.epsilon, kept=_BIASES[rule.rule.bias], least=low, most=high, relevance=relevance)
+        b.kernels.ratios_forward, b.batch * channels, x=x, ratio_pos=first, ratio_neg=second, ratio_bias=third,
+        absorbed=b.saved(layer, ABSORBED).view if rule.retains else first, dead=dead,
+        dead_neg=dead if second is first else b.saved(layer, 1).dead, bias=_bias(b, layer), count_h=down,
+        count_w=across, x_channel=x.channel, formula=rule.formula, factor=_factor(rule), beta=rule.rule.beta,
+        epsilon=rule.rule.epsilon, bias_mode=_BIASES[rule.rule.bias], x_min=low, x_max=high, relevance=relevance)
 
 
 def _sum(b: Builder, layer: Layer, rule: LayerRule, index: int, sum_step: SumStep, x: Tensor, ratio: View, dead: State,
@@ -71,7 +71,7 @@ def _sum(b: Builder, layer: Layer, rule: LayerRule, index: int, sum_step: SumSte
     arguments: dict[str, Any] = {"x": x, "ratio": ratio, "dead": dead, "a": a, "x_channel": x.channel, "a_channel": a.channel,
                                  "relevance": relevance}
     if not isinstance(layer, (g.Pool2d, g.GlobalAveragePool)):
-        arguments |= {"least": clip[0], "most": clip[1]}
+        arguments |= {"x_min": clip[0], "x_max": clip[1]}
     if isinstance(layer, (g.Conv2d, g.Dense)):
         arguments["bias"] = bias
     sum_step(b, layer, index, rule.sums[index].features, arguments)
@@ -84,11 +84,11 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
     if layer.name in b.columns:
         common: dict[str, Any] = {"ledger": State("ledger"), "c": c, "column": b.columns[layer.name], "c_channel": c.channel}
         if rule.retains:
-            b.step(b.kernels.lose_redistribute, b.batch, lost=b.saved(layer, ABSORBED).view, **common)
+            b.step(b.kernels.absorb_remainder_redistribute, b.batch, absorbed=b.saved(layer, ABSORBED).view, **common)
         elif rule.formula in (None, codes.SIGNS):
             for part in range(len(rule.terms)):
                 saved = b.saved(layer, part)
-                b.step(b.kernels.absorb_redistribute, b.batch, condition=saved.dead, ratio=saved.view, dead=saved.dead, **common)
+                b.step(b.kernels.absorb_dead_redistribute, b.batch, condition=saved.dead, ratio=saved.view, dead=saved.dead, **common)
     for part, term in enumerate(rule.terms):
         for source in layer.inputs:
             accumulate = b.accumulates(source) or part > 0  # of several terms, all but the first add to what is there
@@ -119,18 +119,18 @@ def _bias(b: Builder, layer: Layer) -> Array:
     return zeros(b.graph.shapes[layer.name][0]) if bias is None else read_only(bias)
 
 
-def _direction_kernels(b: Builder, rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
+def _direction_kernels(b: Builder, rule: Rule) -> tuple[Kernel, Kernel]:
+    assert rule.direction is not None
     try:
-        kernels: tuple[Callable[..., None], Callable[..., None]] = b.kernels.direction_kernels(rule.direction, rule.takes_bounds)
+        return b.kernels.direction_kernels(rule.direction, rule.takes_bounds)
     except TypeError as error:
         raise RuleError(f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that "
                         "returns a number, in Python that Numba can compile") from None
-    return kernels
 
 
 def _as_convolution(layer: Layer) -> dict[str, Any]:
     """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel."""
-    names = ("groups", "stride_down", "stride_right", "top", "left", "dilate_down", "dilate_right")
+    names = ("groups", "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w")
     if isinstance(layer, g.Dense):
         return {"weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))}
     assert isinstance(layer, g.Conv2d)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from fastdtd import graph as g
 from fastdtd.graph import Graph
 from fastdtd.lowering import linear
 from fastdtd.lowering.builder import Builder, clip_bounds, read_only
+from fastdtd.protocols import Device
 from fastdtd.rules import Term
 from fastdtd.schedule import State
 
@@ -35,19 +35,19 @@ def activation_backward(b: Builder, layer: Activation) -> None:
     c_in, a, c = b.factor(source), b.activation(source), b.factor(layer.name)
     b.step(
         b.kernels.activate_redistribute, b.batch * a.channels, c_in=c_in, c=c, a=a, c_in_channel=c_in.channel, c_channel=c.channel,
-        a_channel=a.channel, channels=a.channels, relevance=b.carries_relevance(source) and not b.derives, derive=b.derives,
+        a_channel=a.channel, channels=a.channels, relevance=b.carries_relevance(source) and not b.derives, derivative=b.derives,
         accumulate=accumulate, **_activation(layer))
 
 
 def _activation(layer: Activation) -> dict[str, Any]:
     low, high = clip_bounds(layer)
-    return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "least": low, "most": high}
+    return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "x_min": low, "x_max": high}
 
 
 def power_forward(b: Builder, layer: g.Power) -> None:
     x, a = b.activation(layer.name), b.activation(layer.inputs[0])
     b.step(b.kernels.power_forward, b.batch * x.channels, x=x, ratio=b.saved(layer).view, a=a, x_channel=x.channel,
-           a_channel=a.channel, exponent=layer.exponent, derive=b.derives)
+           a_channel=a.channel, exponent=layer.exponent, derivative=b.derives)
 
 
 def redistribute_by_ratio(b: Builder, layer: g.Power | g.LocalResponseNorm) -> None:
@@ -85,7 +85,7 @@ def _add_term(b: Builder, layer: g.Add, part: int, term: Term, source: str, argu
 # ---- What only moves elements ----------------------------------------------------------------------------------------
 
 
-def rearrange_pack(layer: g.Rearrange, graph: Graph, kernels: ModuleType) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def rearrange_pack(layer: g.Rearrange, graph: Graph, kernels: Device) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """(starts, readers): element i of the input is read by outputs readers[starts[i]:starts[i + 1]], none by those before starts[0]."""
     index, elements = layer.index.ravel(), math.prod(graph.shapes[layer.inputs[0]])
     starts = np.searchsorted(np.sort(index), np.arange(elements + 1))

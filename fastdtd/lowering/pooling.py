@@ -25,7 +25,7 @@ def forward(b: Builder, layer: Pool) -> None:
     tap_positions = _tap_positions(b, layer) if blocks else None
     b.step(b.kernels.max_pool2d_forward, b.batch * x.channels, x=x, winner=b.saved(layer, dtype=np.int32).view, a=a,
            x_channel=x.channel, a_channel=a.channel,
-           optional={**_geometry(b, layer), **blocked, "places": tap_positions})
+           optional={**_geometry(b, layer), **blocked, "positions": tap_positions})
 
 
 def backward(b: Builder, layer: Pool) -> None:
@@ -47,8 +47,8 @@ def _by_winner(b: Builder, layer: Pool) -> bool:
 def _sum_step(b: Builder, layer: Pool, index: int, features: int, arguments: dict[str, Any]) -> None:
     low, _ = b.bounds(layer.inputs[0])
     count_h, count_w = _window_counts(b, layer)
-    b.step(b.kernels.pool2d_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, low=low, counted_down=count_h,
-           counted_across=count_w, maximum=isinstance(layer, g.MaxPool2d), features=features,
+    b.step(b.kernels.pool2d_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, low=low, count_h=count_h,
+           count_w=count_w, maximum=isinstance(layer, g.MaxPool2d), features=features,
            optional={**_geometry(b, layer), **_blocks(b, layer)[1]})
 
 
@@ -70,13 +70,13 @@ def _window(b: Builder, layer: Pool) -> tuple[Any, Any, Any, bool]:
 
 def _geometry(b: Builder, layer: Pool) -> dict[str, Any]:
     kernel, stride, padding, _ = _window(b, layer)
-    return {"kernel_down": kernel[0], "kernel_right": kernel[1], "stride_down": stride[0], "stride_right": stride[1],
-            "top": padding[0], "left": padding[1]}
+    return {"kernel_h": kernel[0], "kernel_w": kernel[1], "stride_h": stride[0], "stride_w": stride[1],
+            "pad_top": padding[0], "pad_left": padding[1]}
 
 
 def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
     """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole input."""
-    if not b.kernels.COPIES_BLOCKS:
+    if b.kernels.POOLING != "blocked":
         return None, {}
     kernel, stride, padding, _ = _window(b, layer)
     is_whole = kernel == b.graph.shapes[layer.inputs[0]][1:] and b.graph.shapes[layer.name][1:] == (1, 1) and not any(padding)
@@ -84,7 +84,7 @@ def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
         blocks = Blocks(int_table([], 2), [], 1, 1, 0, 0)
     else:
         taps = [(i - padding[0], j - padding[1]) for i in range(kernel[0]) for j in range(kernel[1])]
-        blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.kernels)
+        blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.blocked_kernels)
     return blocks, {"offsets": read_only(blocks.offsets(1)), "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()}
 
 

@@ -1,12 +1,23 @@
-"""What happens to one number at a time: the ratio of every rule, ReLU, addition, normalisation, and what a layer absorbs.
+"""What happens to one element at a time: the ratio of every rule, ReLU, addition, normalisation, and what a layer
+absorbs.
 
-Tensors are (N, *, H, W) and used from a given channel on; a call does the units first..last-1, one unit being one channel of one image.
-The channels of an image lie one behind the other in each tensor, so what needs to know no channel does all of them in one loop.
+Tensors are (N, *, H, W) and used from a given channel on; a call does the units first..last-1, one unit being one
+channel of one image. The channels of an image lie one after the other in each tensor, so what does not depend on the
+channel does all of them in one loop.
 """
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
+from fastdtd.kernels.codes import BOX
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.scalar import (
+    activation,
+    activation_redistributed,
+    clip,
+    positive_feature,
+    power,
+    ratio_of,
+    redistributed,
+)
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     LANES,
@@ -21,85 +32,34 @@ from fastdtd.kernels.cpu.vector_code import (
     pointers,
     splat,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
-
-
-# ---- Parts of other kernels, for one number --------------------------------------------------------------------------------------------
-
-
-@kernel
-def finish(y, least, most):
-    """The layer's output from its sum: clipped to the bounds of the activation behind it, which are infinite where there is none."""
-    return min(max(y, least), most)
-
-
-@kernel
-def ratio_of(x, z, relevance):
-    """|x| / z, what the way back multiplies c by; if `relevance`, the way back carries relevance R = |x| c and the ratio is 1 / z.
-
-    Where z is zero nothing can be redistributed. What is lost there is kept as a negative number, -|x| or -1, for `absorb`.
-    """
-    return ratio_of_least(x, z, relevance, LEAST)
-
-
-@kernel
-def ratio_of_least(x, z, relevance, least):
-    """As ratio_of, where a z up to `least` counts as zero."""
-    share = _ONE if relevance else abs(x)
-    return share / z if z > least else -share
-
-
-@kernel
-def feature_sum(a, features, low, high):
-    """Features of one number that weigh in where all weights are positive: the first of u."""
-    if features in (NONNEGATIVE, VALUE):
-        return a
-    if features == SIGNED:
-        return max(a, _ZERO)
-    if features == NEGATED:
-        return max(-a, _ZERO)
-    if features == BOX:
-        return max(a - low, _ZERO)
-    return _ONE
-
-
-@kernel
-def give(result, a, features, low, high, relevance):
-    """What one number gets of V^T (ratio * c) where all weights are positive."""
-    if (features == SIGNED and a < _ZERO) or (features == NEGATED and a >= _ZERO):
-        return _ZERO
-    if relevance and features != ONES:
-        return result * feature_sum(a, features, low, high)
-    return result
-
-
-# ---- The same for vectors ----------------------------------------------------------------------------------------------------------------
+# ---- Formulas of kernels/scalar.py, for vectors ----------------------------------------------------------------------
 
 
 class Finish:
-    """Emits finish and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
+    """Emits clip and ratio_of for vectors: (y without bias, z) -> (x, ratio)."""
 
-    def __init__(self, builder, bias, least, most, relevance, least_z):
+    def __init__(self, builder, bias, x_min, x_max, relevance, z_min):
         self.builder, self.relevance = builder, relevance
-        self.bias, self.least, self.most, self.least_z = (splat(builder, number) for number in (bias, least, most, least_z))
+        self.bias, self.least, self.most, self.z_min = (splat(builder, number)
+                                                        for number in (bias, x_min, x_max, z_min))
 
     def __call__(self, y, z):
         builder = self.builder
         y = builder.fadd(y, self.bias)
         y = builder.select(builder.fcmp_ordered("<", y, self.least), self.least, y)
         y = builder.select(builder.fcmp_ordered(">", y, self.most), self.most, y)
-        share = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), magnitude(builder, y))
-        ratio = builder.select(builder.fcmp_ordered(">", z, self.least_z), builder.fdiv(share, z), builder.fsub(ZEROS, share))
+        kept = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), magnitude(builder, y))
+        ratio = builder.select(builder.fcmp_ordered(">", z, self.z_min), builder.fdiv(kept, z),
+                               builder.fsub(ZEROS, kept))
         return y, ratio
 
     def store(self, y, z, p_x, p_ratio, step, count, store):
-        """Store x and ratio; returns which lanes with a number of the row, which has `count`, have a negative ratio."""
+        """Store x and ratio; returns which lanes with a value of the row, which has `count`, have a negative ratio."""
         builder = self.builder
         value, ratio = self(y, z)
         store(value, p_x, step)
@@ -108,17 +68,20 @@ class Finish:
 
 
 @intrinsic
-def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, least, most, relevance, least_z):
-    """x <- y + bias, clipped to least..most; ratio <- |x| / z: `count` numbers from each address. Returns whether a ratio is negative.
+def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, x_min, x_max, relevance,
+               z_min):
+    """x <- y + bias, clipped to x_min..x_max; ratio <- |x| / z: `count` values from each address. Returns whether a
+    ratio is negative.
 
     z = positive (+ y if shifted) and y = negative (+ positive if split).
     """
-    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 2, *[types.float32] * 2, types.boolean, types.float32)
+    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 2, *[types.float32] * 2,
+                              types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_x, p_ratio, p_positive, p_negative = pointers(builder, arguments[:4], F32, F32, F32, F32)
-        count, bias, split, shifted, least, most, relevance, least_z = arguments[4:]
-        finish = Finish(builder, bias, least, most, relevance, least_z)
+        count, bias, split, shifted, x_min, x_max, relevance, z_min = arguments[4:]
+        finish = Finish(builder, bias, x_min, x_max, relevance, z_min)
 
         def one_vector(step, found, load, store):
             z, y = load(p_positive, step), load(p_negative, step)
@@ -132,8 +95,8 @@ def finish_row(typing_context, x, ratio, positive, negative, count, bias, split,
 
 
 @intrinsic
-def give_row(typing_context, out, first, second, a, count, low, high, box, relevance, add):
-    """out <- what `count` numbers a get of V^T (ratio * c), or added to out if `add`.
+def redistribute_row(typing_context, out, first, second, a, count, low, high, box, relevance, add):
+    """out <- what `count` inputs a get of V^T (ratio * c), or added to out if `add`.
 
     first is what comes through positive weights, second through negative ones (not positive). Both features if `box`,
     max(a - low, 0) first - max(high - a, 0) second; else that of a's sign, times |a| if `relevance`.
@@ -146,10 +109,10 @@ def give_row(typing_context, out, first, second, a, count, low, high, box, relev
         low, high = (splat(builder, bound) for bound in arguments[5:7])
 
         def one_vector(step, nothing, load, store):
-            value, one, other = load(p_a, step), load(p_first, step), load(p_second, step)
-            both = builder.fsub(builder.fmul(larger(builder, builder.fsub(value, low), ZEROS), one),
-                                builder.fmul(larger(builder, builder.fsub(high, value), ZEROS), other))
-            own = builder.select(builder.fcmp_ordered(">=", value, ZEROS), one, builder.fsub(ZEROS, other))
+            value, pos, neg = load(p_a, step), load(p_first, step), load(p_second, step)
+            both = builder.fsub(builder.fmul(larger(builder, builder.fsub(value, low), ZEROS), pos),
+                                builder.fmul(larger(builder, builder.fsub(high, value), ZEROS), neg))
+            own = builder.select(builder.fcmp_ordered(">=", value, ZEROS), pos, builder.fsub(ZEROS, neg))
             own = builder.select(relevance, builder.fmul(own, magnitude(builder, value)), own)
             result = builder.select(box, both, own)
             store(builder.select(add, builder.fadd(result, load(p_out, step)), result), p_out, step)
@@ -161,147 +124,139 @@ def give_row(typing_context, out, first, second, a, count, low, high, box, relev
     return signature, codegen
 
 
-# ---- Kernels ---------------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def together_from(unit, last, channels):
+def channels_in_span(unit, last, channels):
     """How many units from this one on are channels of one image."""
     return min(last - unit, channels - unit % channels)
 
 
 @kernel
-def run(flat, begin, count):
-    """So many numbers in a row. A loop over them vectorises; one over flat[begin + i] does not, for begin + i could be negative."""
+def span(flat, begin, count):
+    """flat[begin:begin + count]. A loop over it vectorises; one over flat[begin + i] does not, as that may be
+    negative."""
     return flat[begin:begin + count]
 
 
 @kernel
-def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
-    """ledger[n, column] += what z = 0 kept from being redistributed, where dead[n]; those ratios become 0. Units are images."""
-    numbers, places = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
+def absorb_dead_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
+    """ledger[n, column] += the relevance of outputs with z = 0, where dead[n]; their ratios become 0. Units: images."""
+    elements, positions = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
     flat_ratio, flat_c = ratio.reshape(ratio.size), c.reshape(c.size)
     for n in range(first, last):
         if not dead[n]:
             continue
-        lost = np.float64(0)
-        r, factor = run(flat_ratio, n * numbers, numbers), run(flat_c, (n * c.shape[1] + c_channel) * places, numbers)
-        for i in range(numbers):
-            if r[i] < _ZERO:
-                lost -= np.float64(r[i]) * np.float64(factor[i])
-                r[i] = _ZERO
-        ledger[n, column] += lost
+        absorbed = np.float64(0)
+        r = span(flat_ratio, n * elements, elements)
+        factor = span(flat_c, (n * c.shape[1] + c_channel) * positions, elements)
+        for i in range(elements):
+            if r[i] < ZERO:
+                absorbed -= np.float64(r[i]) * np.float64(factor[i])
+                r[i] = ZERO
+        ledger[n, column] += absorbed
 
 
 @kernel
 def clear_redistribute(c_in, begin, end, first, last):
-    """c_in[n, begin:end] <- 0. Units are images."""
+    """c_in[n, begin:end] <- 0. Units: images."""
     for n in range(first, last):
-        c_in[n, begin:end] = _ZERO
+        c_in[n, begin:end] = ZERO
 
 
 @kernel
-def _activation(a, slope, least, most):
-    return finish(a if a > _ZERO else a * slope, least, most)
-
-
-@kernel
-def activate_forward(x, a, x_channel, a_channel, channels, slope, least, most, first, last):
-    """x <- a clipped to least..most, negative numbers times slope before."""
-    places = a.shape[2] * a.shape[3]
+def activate_forward(x, a, x_channel, a_channel, channels, slope, x_min, x_max, first, last):
+    """x <- a clipped to x_min..x_max, negative values times slope before that."""
+    positions = a.shape[2] * a.shape[3]
     flat_x, flat_a = x.reshape(x.size), a.reshape(a.size)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = together_from(unit, last, channels)
-        count = together * places
-        out = run(flat_x, (n * x.shape[1] + x_channel + k) * places, count)
-        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        channel_count = channels_in_span(unit, last, channels)
+        count = channel_count * positions
+        out = span(flat_x, (n * x.shape[1] + x_channel + k) * positions, count)
+        value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, count)
         for i in range(count):
-            out[i] = _activation(value[i], slope, least, most)
-        unit += together
+            out[i] = activation(value[i], slope, x_min, x_max)
+        unit += channel_count
 
 
 @kernel
-def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, least, most, relevance, derive, accumulate,
-                          first, last):
-    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes as it is.
+def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, x_min, x_max, relevance,
+                          derivative, accumulate, first, last):
+    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes
+    as it is.
 
-    If `derive`, c is a derivative, and so is c_in.
+    If `derivative`, c is a derivative, and so is c_in.
     """
-    places = a.shape[2] * a.shape[3]
+    positions = a.shape[2] * a.shape[3]
     flat_in, flat_c, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), a.reshape(a.size)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = together_from(unit, last, channels)
-        count = together * places
-        out = run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
-        factor = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count)
-        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        channel_count = channels_in_span(unit, last, channels)
+        count = channel_count * positions
+        out = span(flat_in, (n * c_in.shape[1] + c_in_channel + k) * positions, count)
+        factor = span(flat_c, (n * c.shape[1] + c_channel + k) * positions, count)
+        value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, count)
         for i in range(count):
-            x = _activation(value[i], slope, least, most)
-            kept = _ONE if relevance or x == value[i] else abs(x) / abs(value[i])
-            if derive:
-                kept = _ZERO if x <= least or x >= most else _ONE if value[i] > _ZERO else slope
-            result = factor[i] * kept
+            result = activation_redistributed(factor[i], value[i], slope, x_min, x_max, relevance, derivative)
             out[i] = result + out[i] if accumulate else result
-        unit += together
+        unit += channel_count
 
 
 @kernel
-def power_forward(x, ratio, a, x_channel, a_channel, exponent, derive, first, last):
-    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is; the derivative if `derive`. Units are channels of images."""
-    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first, last):
+    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is; the derivative if `derivative`."""
+    channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
     flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
-        out, share = run(flat_x, (n * x.shape[1] + x_channel + k) * places, places), run(flat_ratio, unit * places, places)
-        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, places)
-        for i in range(places):
-            size = abs(value[i])
-            out[i] = size ** exponent
-            share[i] = out[i] / size if size > LEAST else _ZERO
-            if derive:
-                share[i] *= exponent if value[i] > _ZERO else -exponent
+        out = span(flat_x, (n * x.shape[1] + x_channel + k) * positions, positions)
+        kept = span(flat_ratio, unit * positions, positions)
+        value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, positions)
+        for i in range(positions):
+            out[i], kept[i] = power(value[i], exponent, derivative)
 
 
 @kernel
 def rearrange_forward(x, a, index, x_channel, a_channel, first, last):
     """x <- a[index], 0 where index (C, H, W) is -1. Units are images."""
-    x_places, a_places = x.shape[2] * x.shape[3], a.shape[2] * a.shape[3]
-    flat_x, flat_a, places = x.reshape(x.size), a.reshape(a.size), index.reshape(index.size)
+    x_positions, a_positions = x.shape[2] * x.shape[3], a.shape[2] * a.shape[3]
+    flat_x, flat_a, positions = x.reshape(x.size), a.reshape(a.size), index.reshape(index.size)
     for n in range(first, last):
-        out = run(flat_x, (n * x.shape[1] + x_channel) * x_places, len(places))
-        value = flat_a[(n * a.shape[1] + a_channel) * a_places:(n + 1) * a.shape[1] * a_places]
-        for i in range(len(places)):
-            out[i] = value[places[i]] if places[i] >= 0 else _ZERO
+        out = span(flat_x, (n * x.shape[1] + x_channel) * x_positions, len(positions))
+        value = flat_a[(n * a.shape[1] + a_channel) * a_positions:(n + 1) * a.shape[1] * a_positions]
+        for i in range(len(positions)):
+            out[i] = value[positions[i]] if positions[i] >= 0 else ZERO
 
 
 @kernel
-def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channel, c_channel, relevance, accumulate, first, last):
-    """c_in[i] <- the sum of c over what reads number i: readers[starts[i]:starts[i + 1]]. Those before starts[0] read none: relevance
-    that they have goes to ledger[n, column]. Units are images."""
-    in_places, places = c_in.shape[2] * c_in.shape[3], c.shape[2] * c.shape[3]
+def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channel, c_channel, relevance, accumulate,
+                           first, last):
+    """c_in[i] <- the sum of c over the readers of element i, readers[starts[i]:starts[i + 1]]. Those before starts[0]
+    read none: their relevance goes to ledger[n, column]. Units are images."""
+    in_positions, positions = c_in.shape[2] * c_in.shape[3], c.shape[2] * c.shape[3]
     flat_in, flat_c = c_in.reshape(c_in.size), c.reshape(c.size)
     for n in range(first, last):
-        out = run(flat_in, (n * c_in.shape[1] + c_in_channel) * in_places, len(starts) - 1)
-        factor = flat_c[(n * c.shape[1] + c_channel) * places:(n + 1) * c.shape[1] * places]
+        out = span(flat_in, (n * c_in.shape[1] + c_in_channel) * in_positions, len(starts) - 1)
+        factor = flat_c[(n * c.shape[1] + c_channel) * positions:(n + 1) * c.shape[1] * positions]
         for i in range(len(out)):
-            total = out[i] if accumulate else _ZERO
+            total = out[i] if accumulate else ZERO
             for j in range(starts[i], starts[i + 1]):
                 total += factor[readers[j]]
             out[i] = total
         if relevance:
-            lost = np.float64(0)
+            absorbed = np.float64(0)
             for j in range(starts[0]):
-                lost += np.float64(factor[readers[j]])
-            ledger[n, column] = lost
+                absorbed += np.float64(factor[readers[j]])
+            ledger[n, column] = absorbed
 
 
 @kernel
 def copy_forward(x, a, x_begin, a_begin, count, accumulate, first, last):
-    """x[n, x_begin:x_begin + count] <- a[n, a_begin:a_begin + count], or added to it. Tensors are (N, *, 1, 1); units are images."""
+    """x[n, x_begin:x_begin + count] <- a[n, a_begin:a_begin + count], or added to it. Units: images."""
     flat_x, flat_a = x.reshape(x.shape[0], x.shape[1]), a.reshape(a.shape[0], a.shape[1])
     for n in range(first, last):
         out, value = flat_x[n, x_begin:x_begin + count], flat_a[n, a_begin:a_begin + count]
@@ -315,46 +270,52 @@ def copy_forward(x, a, x_begin, a_begin, count, accumulate, first, last):
 
 @kernel
 def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
-                x_channel, a_channel, b_channel, features, least, most, relevance, first, last):
-    """x <- a + b, clipped to least..most; ratio <- |x| / z with z the sum of both features."""
-    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_x, flat_ratio, flat_a, flat_b = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size), b.reshape(b.size)
+                x_channel, a_channel, b_channel, features, x_min, x_max, relevance, first, last):
+    """x <- a + b, clipped to x_min..x_max; ratio <- |x| / z with z the sum of both features."""
+    channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    flat_b = b.reshape(b.size)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = 1 if features == BOX else together_from(unit, last, channels)  # each channel has its own bounds
-        count = together * places
-        out, to_ratio = run(flat_x, (n * x.shape[1] + x_channel + k) * places, count), run(flat_ratio, unit * places, count)
-        p = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
-        q = run(flat_b, (n * b.shape[1] + b_channel + k) * places, count)
+        # each channel has its own bounds
+        channel_count = 1 if features == BOX else channels_in_span(unit, last, channels)
+        count = channel_count * positions
+        out = span(flat_x, (n * x.shape[1] + x_channel + k) * positions, count)
+        to_ratio = span(flat_ratio, unit * positions, count)
+        p = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, count)
+        q = span(flat_b, (n * b.shape[1] + b_channel + k) * positions, count)
         absorbs = False
         for i in range(count):
-            z = feature_sum(p[i], features, low_a[k], high_a[k]) + feature_sum(q[i], features, low_b[k], high_b[k])
-            value = finish(p[i] + q[i], least, most)
-            r = ratio_of(value, z, relevance)
+            z = positive_feature(p[i], features, low_a[k],
+                                 high_a[k]) + positive_feature(q[i], features, low_b[k], high_b[k])
+            value = clip(p[i] + q[i], x_min, x_max)
+            r = ratio_of(value, z, MIN_DENOMINATOR, relevance)
             out[i] = value
             to_ratio[i] = r
-            absorbs |= r < _ZERO
+            absorbs |= r < ZERO
         if absorbs:
             dead[n] = 1
-        unit += together
+        unit += channel_count
 
 
 @kernel
 def add_redistribute(c_in, c, ratio, a, low, high,
                      c_in_channel, c_channel, a_channel, features, relevance, accumulate, first, last):
-    """The share of one of the two inputs, a: c_in <- ratio * c, for the features that it has."""
-    channels, places = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_in, flat_c, flat_ratio, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    """What one of the two inputs, a, gets: c_in <- ratio * c, for the features that it has."""
+    channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+    flat_in, flat_c, flat_ratio = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size)
+    flat_a = a.reshape(a.size)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
-        together = 1 if features == BOX else together_from(unit, last, channels)
-        count = together * places
-        out = run(flat_in, (n * c_in.shape[1] + c_in_channel + k) * places, count)
-        factor, r = run(flat_c, (n * c.shape[1] + c_channel + k) * places, count), run(flat_ratio, unit * places, count)
-        value = run(flat_a, (n * a.shape[1] + a_channel + k) * places, count)
+        channel_count = 1 if features == BOX else channels_in_span(unit, last, channels)
+        count = channel_count * positions
+        out = span(flat_in, (n * c_in.shape[1] + c_in_channel + k) * positions, count)
+        factor = span(flat_c, (n * c.shape[1] + c_channel + k) * positions, count)
+        r = span(flat_ratio, unit * positions, count)
+        value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, count)
         for i in range(count):
-            result = give(r[i] * factor[i], value[i], features, low[k], high[k], relevance)
+            result = redistributed(r[i] * factor[i], value[i], features, low[k], high[k], relevance)
             out[i] = result + out[i] if accumulate else result
-        unit += together
+        unit += channel_count

@@ -1,6 +1,8 @@
-"""How CPU kernels are compiled: without the GIL, kept on disk, and dividing by zero as arithmetic does, without a Python check.
+"""How CPU kernels are compiled: without the GIL, kept on disk, and dividing by zero as arithmetic does, without a
+Python check.
 
-Not with parallel=True: its cached code has crashed when many processes start at once, and its threads abort when two callers enter.
+Not with parallel=True: its cached code has crashed when many processes start at once, and its threads abort when two
+callers enter.
 """
 
 import hashlib
@@ -30,37 +32,39 @@ _SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def on_compile():
-    """Called before a kernel is compiled because it is not on disk. To be replaced by who wants to know; see `kernels.load`."""
+    """Called before a kernel is compiled because it is not on disk. `kernels.load` replaces it."""
 
 
 def on_unkept(reason):
-    """Called when a compiled kernel cannot be kept on disk, with the folders that were tried and what is wrong with each."""
+    """Called when a compiled kernel cannot be kept on disk, with the folders that were tried and their errors."""
 
 
-# ---- On disk -----------------------------------------------------------------------------------------------------------------------------
+# ---- On disk ---------------------------------------------------------------------------------------------------------
 
 
 def _folders():
-    """Where kernels are kept: where NUMBA_CACHE_DIR says; without it beside their sources or, failing that, in the user's cache."""
-    place = f"fastdtd_{hashlib.sha256(os.fsencode(_FOLDER)).hexdigest()[:16]}"
+    """Where kernels are kept: in NUMBA_CACHE_DIR; else beside their sources or, failing that, in the user's cache."""
+    subfolder = f"fastdtd_{hashlib.sha256(os.fsencode(_FOLDER)).hexdigest()[:16]}"
     if config.CACHE_DIR:
-        return [Path(config.CACHE_DIR, place)]
-    return [_FOLDER / "__pycache__", Path(AppDirs("numba", appauthor=False).user_cache_dir, place)]
+        return [Path(config.CACHE_DIR, subfolder)]
+    return [_FOLDER / "__pycache__", Path(AppDirs("numba", appauthor=False).user_cache_dir, subfolder)]
 
 
 class _KernelCache(NullCache or object):
     """One kernel's compiled code on disk: asked by Numba's dispatcher before it compiles, and told after.
 
-    Numba's own cache is not safe here. It numbers its files, and two processes that compile at once can give one number to the code of two
-    signatures; here a file is named after what it holds, so all who write it write the same. It trusts its files, and one that was cut off
-    is an exception in every later process (numba issue 10434); here a seal tells. It takes a kernel's code for current as long as the
-    kernel's own file is unchanged; but kernels are made of parts, constants and tiles of other files, and new weights packed for old code
-    overrun memory, so here all sources must be as they were. And it reads only where it can write, so that what was compiled into an image
-    is compiled again by every user who may not write there.
+    Numba's own cache is not safe here. It numbers its files, and two processes that compile at once can give one number
+    to the code of two signatures; here a file is named after what it holds, so all processes write the same. It trusts
+    its files, and one that was cut off is an exception in every later process (numba issue 10434); here a seal tells.
+    It takes a kernel's code for current as long as the kernel's own file is unchanged; but kernels are made of parts,
+    constants and tiles of other files, and new weights packed for old code overrun memory, so here all sources must be
+    as they were. And it reads only where it can write, so that what was compiled into an image is compiled again by
+    every user who may not write there.
     """
 
     def __init__(self, function):
-        self._stem = re.sub("[<>]", "", f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}.{sys.implementation.cache_tag}")
+        module = function.__module__.rpartition(".")[2]
+        self._stem = re.sub("[<>]", "", f"{module}.{function.__qualname__}.{sys.implementation.cache_tag}")
         self._found_in = None
 
     @property
@@ -101,7 +105,7 @@ class _KernelCache(NullCache or object):
         on_unkept("; ".join(problems))
 
     def _name_and_key(self, sig, codegen):
-        """A file's name, for each signature and processor another, and all that must be the same for its code to be right."""
+        """A file's name, one for each signature and processor, and all that its code depends on."""
         what_for = repr((self._stem, sig, codegen.magic_tuple()))
         name = f"{self._stem}.{hashlib.sha256(what_for.encode()).hexdigest()[:16]}.nbc"
         return name, repr((numba.__version__, llvmlite.__version__, sys.version, _SOURCES, what_for))
@@ -114,31 +118,38 @@ def _seal(key, code):
 def _write(path, content):
     """The whole file or none: other processes read and write it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-# ---- The decorator -----------------------------------------------------------------------------------------------------------------------
+# ---- The decorator ---------------------------------------------------------------------------------------------------
 
 
-def kernel(function, name="", keep=True):
-    """The kernel of a Python function, known by another name in the cache if one is given; not kept on disk unless `keep`."""
+def kernel(function, name="", keep=True, **options):
+    """The kernel of a Python function, by another name in the cache if one is given; kept on disk if `keep`."""
+    options = {"nogil": True, "error_model": "numpy", **options}
     if not keep:
-        return njit(nogil=True, error_model="numpy")(function)
+        return njit(**options)(function)
     if name:
         function.__name__ = function.__qualname__ = name
     if NullCache is None:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    if function.__closure__ and not name:  # functions that one function makes are told apart by name, here and among symbols of cached code
+        return njit(cache=True, **options)(function)
+    # functions that one function makes are told apart by name, here and among symbols of cached code
+    if function.__closure__ and not name:
         constants = dumps([cell.cell_contents for cell in function.__closure__])
         function.__qualname__ += f"-{hashlib.sha256(constants).hexdigest()[:8]}"
-    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher = njit(**options)(function)
     dispatcher._cache = _KernelCache(function)
     return dispatcher
+
+
+def part(function):
+    """A function whose code becomes part of each kernel that calls it."""
+    return kernel(function, forceinline=True)
 
 
 def is_kept(dispatcher):

@@ -1,18 +1,22 @@
-"""Memory of this device: what plans allocate, and what else differs by where numbers lie."""
+"""Memory of this device: what plans allocate, and what else depends on where arrays are."""
 
 from contextlib import nullcontext
 
 import numpy as np
 from fastdtd.kernels.cpu.conv2d import CONV2D_COLUMNS
 
-COPIES_BLOCKS = True  # convolutions and pools copy blocks of what they read
-MOST_IMAGES = 32  # at a time
-PLANS_AT_ONCE = None  # on a device: as many as threads
-MARGIN = CONV2D_COLUMNS  # floats behind each allocation: tiles are read beyond the last place
+CONVOLUTION = POOLING = "blocked"  # how they read their input: copied, block by block, into padded planes
+MAX_IMAGES = 32  # of a plan
+MAX_PLANS = None  # at a time, on a device: one for each thread
+THREADS_SHARE_A_PLAN = True
+FILLS_MEMORY = False  # plans of more images than caches hold are not faster
+ALLOCATION_MAY_FAIL_AT_RUN_TIME = False
+SURVIVES_FORK = True
+MARGIN = CONV2D_COLUMNS  # floats after each allocation: tiles are read beyond the last position
 
 
 def empty(elements):
-    """Room for so many floats, and the margin."""
+    """Memory for so many floats, and the margin."""
     return np.empty(elements + MARGIN, np.float32)
 
 
@@ -25,14 +29,14 @@ def constant(array):
     return array
 
 
-def write(to, numbers):
-    """to <- numbers of the host."""
-    to[:] = numbers
+def write(to, values):
+    """to <- values of the host."""
+    to[:] = values
 
 
-def read(out, numbers):
+def read(out, values):
     """out <- what kernels wrote."""
-    out[:] = numbers
+    out[:] = values
 
 
 def namespace(array):
@@ -40,20 +44,20 @@ def namespace(array):
     return np
 
 
-def beside(array):
-    """While in this context, new arrays lie where `array` does."""
+def on_device_of(array):
+    """While in this context, new arrays are allocated on the device of `array`."""
     return nullcontext()
 
 
-def on_device(number):
-    """While in this context, the calling thread works on the device of that number, and all that it began is done when it leaves."""
+def on_device(device):
+    """While in this context, the calling thread works on that device, and all that it began is done when it leaves."""
     return nullcontext()
 
 
-def room(number):
-    """Bytes that plans may take on the device of that number; None: whatever is fastest."""
+def memory_budget(device):
+    """Bytes that plans may take on that device; None: whatever is fastest."""
 
 
-def may_hold(flags):
+def may_be_set(flags):
     """Whether one of some flags that kernels set may be set."""
     return flags.any()

@@ -1,7 +1,8 @@
-"""Padded copies of planes, which windows and taps read without looking where the plane ends.
+"""Padded copies of planes, which windows and taps read without a check for the plane's end.
 
-Everything here works on addresses: an array that is sliced or passed on is a counted reference, which takes longer than a short row does.
-Rows are copied in whole vectors. What is stored behind a row's end is stored over by the next; a block has room behind its last.
+Everything here works on addresses: an array that is sliced or passed on is a counted reference, which takes longer than
+a short row does. Rows are copied in whole vectors. What is stored after a row's end is stored over by the next; a block
+has memory after its last.
 """
 
 from fastdtd.kernels.cpu.jit import kernel
@@ -10,30 +11,30 @@ from fastdtd.kernels.cpu.rows import copy_second_vectors, copy_strided, copy_vec
 
 @kernel
 def inside(first, step, size, count):
-    """Of the positions first, first + step, ... (count of them): the number of the first inside 0..size-1, and of the first behind it."""
+    """Of first, first + step, ... (count of them): the index of the first inside 0..size-1, and of the next outside."""
     begin = min(max(-(first // step), 0), count)
     return begin, max(min(-((first - size) // step), count), begin)
 
 
 @kernel
-def copy_plane(block, rows, width, plane, height, across, first_y, first_x, stride_down, stride_right, outside):
-    """block (rows, width) <- the plane (height, across) at first + index * step, `outside` beside it."""
-    top, bottom = inside(first_y, stride_down, height, rows)
-    left, right = inside(first_x, stride_right, across, width)
+def copy_plane(block, rows, width, plane, height, across, first_y, first_x, stride_h, stride_w, outside):
+    """block (rows, width) <- the plane (height, across) at first + index * step, `outside` around it."""
+    top, bottom = inside(first_y, stride_h, height, rows)
+    left, right = inside(first_x, stride_w, across, width)
     if left == right:
         top = bottom = rows
     fill_vectors(block, top * width, outside)
-    to, source = block + 4 * top * width, plane + 4 * ((first_y + top * stride_down) * across + first_x + left * stride_right)
+    to, source = block + 4 * top * width, plane + 4 * ((first_y + top * stride_h) * across + first_x + left * stride_w)
     for _ in range(top, bottom):
         fill_vectors(to, left, outside)
-        if stride_right == 1:
+        if stride_w == 1:
             copy_vectors(to + 4 * left, source, 0, right - left)
-        elif stride_right == 2:
+        elif stride_w == 2:
             copy_second_vectors(to + 4 * left, source, right - left)
         else:
-            copy_strided(to + 4 * left, source, stride_right, right - left)
+            copy_strided(to + 4 * left, source, stride_w, right - left)
         fill_vectors(to + 4 * right, width - right, outside)
-        to, source = to + 4 * width, source + 4 * stride_down * across
+        to, source = to + 4 * width, source + 4 * stride_h * across
     fill_vectors(to, (rows - bottom) * width, outside)
 
 

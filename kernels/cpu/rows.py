@@ -1,7 +1,7 @@
-"""Arithmetic on rows of numbers, from address to address.
+"""Arithmetic on rows of values, from address to address.
 
-"..._vectors" do whole vectors: they write (and read) up to LANES - 1 numbers behind the last, and what is there must not matter. The others
-touch nothing behind the last.
+"..._vectors" do whole vectors: they write (and read) up to LANES - 1 values after the last, and what is there must not
+matter. The others touch nothing after the last.
 """
 
 from fastdtd.kernels.cpu.vector_code import (
@@ -9,11 +9,11 @@ from fastdtd.kernels.cpu.vector_code import (
     I32,
     I64,
     LANES,
+    integer,
     load_vector,
     loop_over,
     loop_range,
     negative,
-    number,
     pick,
     pointers,
     positive,
@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-# ---- Whole vectors -----------------------------------------------------------------------------------------------------------------------
+# ---- Whole vectors ---------------------------------------------------------------------------------------------------
 
 
 def _make_vector_loop(operation, inputs):
@@ -34,10 +34,12 @@ def _make_vector_loop(operation, inputs):
             p_out, *sources = pointers(builder, arguments[:3], F32, F32, F32)
 
             def one_step(step, nothing):
-                store_vector(builder, operation(builder, *(load_vector(builder, source, step) for source in sources[:inputs])), p_out, step)
+                store_vector(builder,
+                             operation(builder, *(load_vector(builder, source, step) for source in sources[:inputs])),
+                             p_out, step)
                 return nothing
 
-            loop_range(builder, number(0), arguments[3], LANES, [], one_step)
+            loop_range(builder, integer(0), arguments[3], LANES, [], one_step)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 4), codegen
@@ -45,24 +47,24 @@ def _make_vector_loop(operation, inputs):
     return loop
 
 
-# out <- p, p * q: `count` numbers from each address.
+# out <- p, p * q: `count` values from each address.
 copy_vectors = _make_vector_loop(lambda builder, p: p, 1)
 multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
 
 
 @intrinsic
 def copy_second_vectors(typing_context, out, values, count):
-    """out <- values[0], values[2], ...: `count` numbers."""
+    """out <- values[0], values[2], ...: `count` values."""
     def codegen(context, builder, signature, arguments):
         p_out, p_values = pointers(builder, arguments[:2], F32, F32)
 
         def one_step(step, nothing):
-            source = builder.shl(step, number(1))
-            pair = [load_vector(builder, p_values, builder.add(source, number(j * LANES))) for j in range(2)]
+            source = builder.shl(step, integer(1))
+            pair = [load_vector(builder, p_values, builder.add(source, integer(j * LANES))) for j in range(2)]
             store_vector(builder, pick(builder, *pair, list(range(0, 2 * LANES, 2))), p_out, step)
             return nothing
 
-        loop_range(builder, number(0), arguments[2], LANES, [], one_step)
+        loop_range(builder, integer(0), arguments[2], LANES, [], one_step)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), codegen
@@ -70,19 +72,19 @@ def copy_second_vectors(typing_context, out, values, count):
 
 @intrinsic
 def interleave_vectors(typing_context, out, even, odd, count):
-    """out[0], out[2], ... <- even, out[1], out[3], ... <- odd: `count` numbers of each."""
+    """out[0], out[2], ... <- even, out[1], out[3], ... <- odd: `count` values of each."""
     def codegen(context, builder, signature, arguments):
         p_out, p_even, p_odd = pointers(builder, arguments[:3], F32, F32, F32)
 
         def one_step(step, nothing):
             pair = load_vector(builder, p_even, step), load_vector(builder, p_odd, step)
             for half in range(2):
-                places = [place for i in range(half * LANES // 2, (half + 1) * LANES // 2) for place in (i, LANES + i)]
-                at = builder.add(builder.shl(step, number(1)), number(half * LANES))
-                store_vector(builder, pick(builder, *pair, places), p_out, at)
+                indices = [index for i in range(half * LANES // 2, (half + 1) * LANES // 2) for index in (i, LANES + i)]
+                at = builder.add(builder.shl(step, integer(1)), integer(half * LANES))
+                store_vector(builder, pick(builder, *pair, indices), p_out, at)
             return nothing
 
-        loop_range(builder, number(0), arguments[3], LANES, [], one_step)
+        loop_range(builder, integer(0), arguments[3], LANES, [], one_step)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), codegen
@@ -90,7 +92,7 @@ def interleave_vectors(typing_context, out, even, odd, count):
 
 @intrinsic
 def fill_vectors(typing_context, out, count, value):
-    """out <- value: `count` numbers."""
+    """out <- value: `count` values."""
     def codegen(context, builder, signature, arguments):
         (p_out,), vector = pointers(builder, arguments[:1], F32), splat(builder, arguments[2])
 
@@ -98,7 +100,7 @@ def fill_vectors(typing_context, out, count, value):
             store_vector(builder, vector, p_out, step)
             return nothing
 
-        loop_range(builder, number(0), arguments[1], LANES, [], one_step)
+        loop_range(builder, integer(0), arguments[1], LANES, [], one_step)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32), codegen
@@ -106,27 +108,28 @@ def fill_vectors(typing_context, out, count, value):
 
 @intrinsic
 def keep_sign_vectors(typing_context, row, count, plus):
-    """row <- max(row, 0) if `plus`, else min(row, 0): `count` numbers."""
+    """row <- max(row, 0) if `plus`, else min(row, 0): `count` values."""
     def codegen(context, builder, signature, arguments):
         p_row, = pointers(builder, arguments[:1], F32)
 
         def one_step(step, nothing):
             value = load_vector(builder, p_row, step)
-            store_vector(builder, builder.select(arguments[2], positive(builder, value), negative(builder, value)), p_row, step)
+            store_vector(builder, builder.select(arguments[2], positive(builder, value), negative(builder, value)),
+                         p_row, step)
             return nothing
 
-        loop_range(builder, number(0), arguments[1], LANES, [], one_step)
+        loop_range(builder, integer(0), arguments[1], LANES, [], one_step)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.boolean), codegen
 
 
-# ---- Exactly so many numbers -------------------------------------------------------------------------------------------------------------
+# ---- Exactly so many values ------------------------------------------------------------------------------------------
 
 
 @intrinsic
 def copy_exactly(typing_context, out, values, count, add):
-    """out <- values, or added to out if `add`: `count` numbers."""
+    """out <- values, or added to out if `add`: `count` values."""
     def codegen(context, builder, signature, arguments):
         p_out, p_values = pointers(builder, arguments[:2], F32, F32)
 
@@ -143,7 +146,7 @@ def copy_exactly(typing_context, out, values, count, add):
 
 @intrinsic
 def fill_exactly(typing_context, out, value, count, add):
-    """out <- value, or added to out if `add`: `count` numbers."""
+    """out <- value, or added to out if `add`: `count` values."""
     def codegen(context, builder, signature, arguments):
         (p_out,), value, add = pointers(builder, arguments[:1], F32), splat(builder, arguments[1]), arguments[3]
 
@@ -159,15 +162,16 @@ def fill_exactly(typing_context, out, value, count, add):
 
 @intrinsic
 def copy_strided(typing_context, out, values, stride, count):
-    """out <- values[0], values[stride], ...: `count` numbers."""
+    """out <- values[0], values[stride], ...: `count` values."""
     def codegen(context, builder, signature, arguments):
         p_out, p_values = pointers(builder, arguments[:2], F32, F32)
 
         def one_step(step, nothing):
-            builder.store(builder.load(builder.gep(p_values, [builder.mul(step, arguments[2])])), builder.gep(p_out, [step]))
+            builder.store(builder.load(builder.gep(p_values, [builder.mul(step, arguments[2])])),
+                          builder.gep(p_out, [step]))
             return nothing
 
-        loop_range(builder, number(0), arguments[3], 1, [], one_step)
+        loop_range(builder, integer(0), arguments[3], 1, [], one_step)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), codegen
@@ -175,7 +179,7 @@ def copy_strided(typing_context, out, values, stride, count):
 
 @intrinsic
 def spread(typing_context, out, values, stride, count):
-    """out[i * stride] <- values[i]: `count` numbers."""
+    """out[i * stride] <- values[i]: `count` values."""
     def codegen(context, builder, signature, arguments):
         p_out, p_values = pointers(builder, arguments[:2], F32, F32)
 
@@ -183,24 +187,24 @@ def spread(typing_context, out, values, stride, count):
             builder.store(builder.load(builder.gep(p_values, [i])), builder.gep(p_out, [builder.mul(i, arguments[2])]))
             return nothing
 
-        loop_range(builder, number(0), arguments[3], 1, [], one_value)
+        loop_range(builder, integer(0), arguments[3], 1, [], one_value)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), codegen
 
 
 @intrinsic
-def add_at(typing_context, out, places, values, count):
-    """out[places[i]] += values[i], places int32, `count` of them."""
+def add_at(typing_context, out, indices, values, count):
+    """out[indices[i]] += values[i], indices int32, `count` of them."""
     def codegen(context, builder, signature, arguments):
-        p_out, p_places, p_values = pointers(builder, arguments[:3], F32, I32, F32)
+        p_out, p_indices, p_values = pointers(builder, arguments[:3], F32, I32, F32)
 
         def one_value(i, nothing):
-            pointer = builder.gep(p_out, [builder.sext(builder.load(builder.gep(p_places, [i])), I64)])
+            pointer = builder.gep(p_out, [builder.sext(builder.load(builder.gep(p_indices, [i])), I64)])
             builder.store(builder.fadd(builder.load(pointer), builder.load(builder.gep(p_values, [i]))), pointer)
             return nothing
 
-        loop_range(builder, number(0), arguments[3], 1, [], one_value)
+        loop_range(builder, integer(0), arguments[3], 1, [], one_value)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), codegen

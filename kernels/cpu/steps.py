@@ -1,10 +1,11 @@
 """Lists of kernel calls that native code walks through, alone or together with other threads.
 
-A call from Python costs five to ten microseconds, and threads that come back to Python meet at the interpreter's lock, where the operating
-system needs 20 to 50 to wake the next one: as long as many a kernel takes. So a plan's calls are bound once. A bound call is an address of
-code and one of memory that holds the arguments; `run_steps` needs no interpreter to make it.
+A call from Python costs five to ten microseconds, and threads that come back to Python contend for the interpreter's
+lock, where the operating system needs 20 to 50 to wake the next one: as long as many a kernel takes. So a plan's calls
+are bound once. A bound call is an address of code and one of memory that holds the arguments; `run_steps` needs no
+interpreter to make it.
 
-Threads that share a plan's steps wait for each other after each one: at a counter in memory, on which every arrival counts one up.
+Threads that run a plan together wait at a barrier after each step: a counter in memory, which every arrival increments.
 """
 
 import hashlib
@@ -19,20 +20,20 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 BROKEN = 1 << 62  # a counter that stands here or higher lets all threads go, and they stop
-_LOOKS = 200_000  # some 200 microseconds: longer than most waits, for a thread that went back to Python is late
+_MAX_SPINS = 200_000  # some 200 microseconds: longer than most waits, for a thread that went back to Python is late
 _SIGNATURE = types.void(types.intp, types.intp, types.intp)
 
 _bound = {}  # (kernel, types of its arguments) -> compiled function of (slots, first, last)
 
 
-# ---- Binding -----------------------------------------------------------------------------------------------------------------------------
+# ---- Binding ---------------------------------------------------------------------------------------------------------
 
 
 def bind(function, arguments):
     """(address of code, slots): `run_steps` can make the call function(*arguments, first, last).
 
-    slots (int64) holds addresses of the arrays among the arguments, which are to be C-contiguous; the caller keeps both alive. Others are
-    integers, or floats, which arrive as float32.
+    slots (int64) holds addresses of the arrays among the arguments, which are to be C-contiguous; the caller keeps both
+    alive. Others are integers, or floats, which arrive as float32.
     """
     kinds = tuple(_kind(argument) for argument in arguments)
     slots = []
@@ -45,8 +46,9 @@ def bind(function, arguments):
 
 
 def table(calls):
-    """What run_steps walks through, from calls that have `code` and `slots` of `bind`, and `first` and `last` of their units."""
-    return np.array([(call.code, call.slots.ctypes.data, call.first, call.last) for call in calls], np.int64).reshape(-1, 4)
+    """What run_steps walks through, from calls that have `code`, `slots` (of `bind`), `first` and `last`."""
+    return np.array([(call.code, call.slots.ctypes.data, call.first, call.last) for call in calls],
+                    np.int64).reshape(-1, 4)
 
 
 def steps_compiled():
@@ -120,7 +122,7 @@ def _array(context, builder, kind, address, shape):
     return array._getvalue()
 
 
-# ---- Running -----------------------------------------------------------------------------------------------------------------------------
+# ---- Running ---------------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -134,7 +136,7 @@ def _call(typing_context, address, slots, first, last):
 
 
 @intrinsic
-def _count(typing_context, counter):
+def _atomic_increment(typing_context, counter):
     """Adds one to the int64 at an address, in one indivisible step; returns what is there then."""
     def codegen(context, builder, signature, arguments):
         pointer, one = builder.inttoptr(arguments[0], I64.as_pointer()), ir.Constant(I64, 1)
@@ -144,7 +146,7 @@ def _count(typing_context, counter):
 
 
 @intrinsic
-def _look(typing_context, counter):
+def _atomic_load(typing_context, counter):
     """The int64 at an address, as the last thread that wrote it left it."""
     def codegen(context, builder, signature, arguments):
         return builder.load_atomic(builder.inttoptr(arguments[0], I64.as_pointer()), "acquire", 8)
@@ -154,10 +156,12 @@ def _look(typing_context, counter):
 
 @kernel
 def run_steps(steps, wanted, progress, counter, workers):
-    """Make the calls steps[i] for each i in wanted, as one of so many workers that meet after each at `counter` (1,).
+    """Make the calls steps[i] for each i in wanted, as one of so many workers that wait at a barrier, `counter` (1,),
+    after each.
 
-    steps (S, 4) has addresses of code and slots, first and last of its units. progress (2,) is zero at first; where the others make this
-    one wait for long, it returns False, so that the caller can give away the processor, and with the same progress it goes on. All int64.
+    steps (S, 4) has addresses of code and slots, first and last of its units. progress (2,) is zero at first; where the
+    others make this one wait for long, it returns False, so that the caller can give away the processor, and with the
+    same progress it goes on. All int64.
     """
     p_counter = counter.ctypes.data
     while progress[0] < len(wanted):
@@ -165,15 +169,15 @@ def run_steps(steps, wanted, progress, counter, workers):
             step = wanted[progress[0]]
             _call(steps[step, 0], steps[step, 1], steps[step, 2], steps[step, 3])
             if workers > 1:
-                progress[1] = _count(p_counter)
+                progress[1] = _atomic_increment(p_counter)
         if workers > 1:
             target = -(-progress[1] // workers) * workers
-            looks, seen = 0, _look(p_counter)
+            spins, seen = 0, _atomic_load(p_counter)
             while seen < min(target, BROKEN):
-                looks += 1
-                if looks == _LOOKS:
+                spins += 1
+                if spins == _MAX_SPINS:
                     return False
-                seen = _look(p_counter)
+                seen = _atomic_load(p_counter)
             if seen >= BROKEN:
                 return True
         progress[0] += 1

@@ -1,7 +1,9 @@
-"""Pieces of LLVM code for the intrinsics that the kernels are made of: vectors, loops, and what is left at the end of a row.
+"""Pieces of LLVM code for the intrinsics that the kernels are made of: vectors, loops, and what is left at the end of a
+row.
 
-Numba's own vectoriser leaves half of the chip unused on products, and more on short rows. Intrinsics work on addresses and integers: an
-array that is sliced or passed to a function is a counted reference in Numba, and counting takes longer than a short loop.
+Numba's own vectoriser leaves half of the chip unused on products, and more on short rows. Intrinsics work on addresses
+and integers: an array that is sliced or passed to a function is a counted reference in Numba, and counting takes longer
+than a short loop.
 """
 
 import llvmlite.binding as llvm
@@ -10,7 +12,7 @@ from numba.core import cgutils, config
 
 
 def _cpu_features():
-    """What Numba compiles for, as LLVM writes it: the environment's word (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES), else this processor."""
+    """What Numba compiles for, as LLVM writes it: by NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, else this processor."""
     if config.CPU_FEATURES is not None:
         return config.CPU_FEATURES
     return "" if config.CPU_NAME == "generic" else llvm.get_host_cpu_features().flatten()
@@ -19,7 +21,8 @@ def _cpu_features():
 def _lanes():
     """Floats in a vector."""
     features = _cpu_features().split(",")
-    return 16 if "+avx512f" in features else 8 if "+avx2" in features else 4  # 4: SSE2, NEON and whatever else LLVM maps four lanes to
+    # 4: SSE2, NEON and whatever else LLVM maps four lanes to
+    return 16 if "+avx512f" in features else 8 if "+avx2" in features else 4
 
 
 LANES = _lanes()
@@ -28,13 +31,13 @@ F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR, INTEGERS, BITS = (ir.VectorType(kind, LANES) for kind in (F32, I32, ir.IntType(1)))
 ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
 NO_LANE = ir.Constant(BITS, [0] * LANES)
-_LANE_NUMBERS = ir.Constant(INTEGERS, list(range(LANES)))
+_LANE_INDICES = ir.Constant(INTEGERS, list(range(LANES)))
 
 
-# ---- Numbers and vectors -----------------------------------------------------------------------------------------------------------------
+# ---- Values and vectors ----------------------------------------------------------------------------------------------
 
 
-def number(value):
+def integer(value):
     return ir.Constant(I64, value)
 
 
@@ -67,12 +70,12 @@ def splat(builder, value, kind=VECTOR):
 def progression(builder, first, step):
     """The integers (of 64 bits) first, first + step, ... as a vector of 32 bits."""
     first, step = (splat(builder, builder.trunc(value, I32), INTEGERS) for value in (first, step))
-    return builder.add(first, builder.mul(_LANE_NUMBERS, step))
+    return builder.add(first, builder.mul(_LANE_INDICES, step))
 
 
 def lanes_before(builder, count):
-    """Which lanes have a number less than `count`, a positive integer of 64 bits."""
-    return builder.icmp_signed("<", _LANE_NUMBERS, splat(builder, builder.trunc(count, I32), INTEGERS))
+    """Which lanes have an index less than `count`, a positive integer of 64 bits."""
+    return builder.icmp_signed("<", _LANE_INDICES, splat(builder, builder.trunc(count, I32), INTEGERS))
 
 
 def larger(builder, a, b):
@@ -92,8 +95,8 @@ def negative(builder, vector):
     return builder.select(builder.fcmp_ordered("<", vector, ZEROS), vector, ZEROS)
 
 
-def pick(builder, a, b, places):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(places)), places))
+def pick(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
 
 
 def any_lane(builder, bits):
@@ -101,12 +104,13 @@ def any_lane(builder, bits):
 
 
 def combine_lanes(builder, vector, operation):
-    """One number of all lanes: operation(builder, half, other half) until one is left."""
+    """One value of all lanes: operation(builder, half, other half) until one is left."""
     lanes = LANES
     while lanes > 1:
         lanes //= 2
         undefined, kind = ir.Constant(vector.type, ir.Undefined), ir.VectorType(I32, lanes)
-        halves = [builder.shuffle_vector(vector, undefined, ir.Constant(kind, list(range(first, first + lanes)))) for first in (0, lanes)]
+        halves = [builder.shuffle_vector(vector, undefined, ir.Constant(kind, list(range(first, first + lanes))))
+                  for first in (0, lanes)]
         vector = operation(builder, *halves)
     return builder.extract_element(vector, ir.Constant(I32, 0))
 
@@ -122,11 +126,11 @@ def prefetch(builder, pointer):
     builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 
 
-# ---- Loops -------------------------------------------------------------------------------------------------------------------------------
+# ---- Loops -----------------------------------------------------------------------------------------------------------
 
 
 def loop_range(builder, first, last, stride, values, body):
-    """for step in range(first, last, stride): values = body(step, values). Skipped where first >= last; returns the values behind it."""
+    """for step in range(first, last, stride): values = body(step, values). Returns the last values."""
     before = builder.block
     inside, after = builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", first, last), inside, after)
@@ -139,11 +143,11 @@ def loop_range(builder, first, last, stride, values, body):
         phis[-1].add_incoming(value, before)
     results = body(step, phis)
     end = builder.block
-    following = builder.add(step, number(stride))
-    step.add_incoming(following, end)
+    next_step = builder.add(step, integer(stride))
+    step.add_incoming(next_step, end)
     for phi, value in zip(phis, results, strict=True):
         phi.add_incoming(value, end)
-    builder.cbranch(builder.icmp_signed("<", following, last), inside, after)
+    builder.cbranch(builder.icmp_signed("<", next_step, last), inside, after)
     builder.position_at_end(after)
     merged = []
     for old, new in zip(values, results, strict=True):
@@ -154,10 +158,10 @@ def loop_range(builder, first, last, stride, values, body):
 
 
 def loop_over(builder, count, values, body):
-    """values = body(step, values, load, store) for each vector of `count` numbers; returns the last values.
+    """values = body(step, values, load, store) for each vector of `count` values; returns the last values.
 
-    load(base, offset, outside=zeros) reads a vector, with lanes of the vector `outside` behind the last number; store(vector, base, offset)
-    writes nothing there.
+    load(base, offset, outside=zeros) reads a vector, with lanes of the vector `outside` after the last value;
+    store(vector, base, offset) writes nothing there.
     """
     def load_whole(base, offset, outside=ZEROS):
         return load_vector(builder, base, offset)
@@ -167,11 +171,13 @@ def loop_over(builder, count, values, body):
 
     def last_step(step, values):
         mask = lanes_before(builder, builder.sub(count, step))
-        return body(step, values, lambda base, offset, outside=ZEROS: _masked_load(builder, base, offset, mask, outside),
-                    lambda vector, base, offset: _masked_store(builder, vector, base, offset, mask))
+        return body(step, values, lambda base, offset,
+                    outside=ZEROS: _masked_load(builder, base, offset, mask, outside), lambda vector, base,
+                    offset: _masked_store(builder, vector, base, offset, mask))
 
-    whole = builder.sub(count, builder.srem(count, number(LANES)))
-    values = loop_range(builder, number(0), whole, LANES, values, lambda step, values: body(step, values, load_whole, store_whole))
+    whole = builder.sub(count, builder.srem(count, integer(LANES)))
+    values = loop_range(builder, integer(0), whole, LANES, values, lambda step,
+                        values: body(step, values, load_whole, store_whole))
     return loop_range(builder, whole, count, LANES, values, last_step)
 
 
@@ -189,4 +195,5 @@ def _masked_store(builder, vector, base, offset, mask):
 
 def _masked(builder, name, result, arguments, vector):
     kind = f"v{LANES}{'f32' if vector == VECTOR else 'i32'}"
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), f"llvm.masked.{name}.{kind}.p0{kind}")
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments),
+                                          f"llvm.masked.{name}.{kind}.p0{kind}")

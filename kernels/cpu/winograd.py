@@ -1,25 +1,30 @@
-"""Winograd's convolution F(4x4, 3x3) for 3x3 kernels of stride 1: 36 products for 16 outputs, where the definition takes 144.
+"""Winograd's convolution F(4x4, 3x3) for 3x3 kernels of stride 1: 36 products for 16 outputs, where the definition
+takes 144.
 
-Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016. Outputs are cut into tiles of 4 x 4. A tile reads 6 x 6
-inputs; transformed, these are 36 points. At each point the channels are summed by an ordinary matrix product over many tiles, and the 36
-sums are transformed back. The points' matrices are made once, from W, from V and, for the way back, from V^T with its taps turned round.
+Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016. Outputs are cut into tiles of 4 x 4. A
+tile reads 6 x 6 inputs; transformed, these are 36 points. At each point the channels are summed by an ordinary matrix
+product over many tiles, and the 36 sums are transformed back. The points' matrices are made once, from W, from V and,
+for the backward pass, from V^T with its taps turned round.
 
-The numbers that are summed here are non-negative (features NONNEGATIVE), so the transforms' cancellations stay small beside them. Only
-where z is zero, or far below others of its tile, would they matter: what rounding leaves there of the others is nothing to divide by. So
-outputs that see nothing but zeros are found beforehand and set, and other doubtful ones are summed once more by the definition.
+The values that are summed here are non-negative (features NONNEGATIVE), so the transforms' cancellations stay small
+beside them. Only where z is zero, or far below others of its tile, would they matter: what rounding leaves there of the
+others is nothing to divide by. So outputs whose inputs are all zeros are found beforehand and set, and other doubtful
+ones are summed once more by the definition.
 
-Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and these by groups and
-by `shares` of a group's outputs; a call does the units first..last-1. Vectors run along tiles. Scratch, per worker: lines holds 6 rows
-of input, points (36, channels, block) the transformed input, sums (36, rows, block) the products of `panels_together` panels, stage rows
-of outputs, seen the largest input of all channels and then the list of outputs that see none.
+Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and
+these by groups and by `splits` of a group's outputs; a call does the units first..last-1. Vectors run along tiles.
+Scratch, per worker: lines holds 6 rows of input, points (36, channels, block) the transformed input, sums (36, rows,
+block) the products of `panels_at_once` panels, stage rows of outputs, seen the largest input of all channels and then
+the list of outputs whose inputs are zero.
 """
 
 import numpy as np
-from fastdtd.kernels.cpu.elementwise import LEAST, Finish, finish, ratio_of
+from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
 from fastdtd.kernels.cpu.rows import copy_exactly
+from fastdtd.kernels.cpu.scalar import clip, ratio_of
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I64,
@@ -28,13 +33,14 @@ from fastdtd.kernels.cpu.vector_code import (
     VECTOR,
     ZEROS,
     any_lane,
+    integer,
     lanes_before,
     load_vector,
-    number,
     pick,
     pointers,
     store_vector,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -43,11 +49,10 @@ WINOGRAD_POINTS = 36
 _SUMS_BYTES = 1 << 19  # sums stay in the second-level cache
 _TRANSFORM = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
                        [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
-_ZERO = np.float32(0)
 _TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
 
 
-# ---- Sizes and weights, for the plan ---------------------------------------------------------------------------------------------------
+# ---- Sizes and weights, for the plan ---------------------------------------------------------------------------------
 
 
 def winograd2d_packed_shape(groups, rows, depth):
@@ -57,7 +62,7 @@ def winograd2d_packed_shape(groups, rows, depth):
 
 @kernel
 def winograd2d_pack(packed, weight):
-    """packed (groups * 36, panels, C, TILE_ROWS) <- G w G^T of weight (groups, K, C, 3, 3), with rows of zeros to fill the last panel."""
+    """packed (groups * 36, panels, C, TILE_ROWS) <- G w G^T of weight (groups, K, C, 3, 3), filled with zeros."""
     groups, outputs, channels = weight.shape[:3]
     for g in range(groups):
         for panel in range(packed.shape[1]):
@@ -80,7 +85,7 @@ def winograd2d_tiles(height, width):
 
 
 def winograd2d_pays(depth, rows, height, width):
-    """Whether this is faster than conv2d for a sum over `depth` channels to so many rows (docs/kernels.md has the measurements)."""
+    """Whether this is faster than conv2d for sums over `depth` channels to so many rows (docs/kernels.md)."""
     return depth >= 8 and rows >= 8 and height * width >= 81
 
 
@@ -88,15 +93,16 @@ def winograd2d_block(panels, products, tiles):
     """Tiles of a block, and how many panels (of each product) are multiplied before they are transformed back."""
     blocks = -(-tiles // TILE_COLUMNS)
     block = -(-tiles // (blocks * LANES)) * LANES
-    together = _SUMS_BYTES // (4 * WINOGRAD_POINTS * products * TILE_ROWS * block)
-    return block, min(max(together, 1), panels)
+    panel_count = _SUMS_BYTES // (4 * WINOGRAD_POINTS * products * TILE_ROWS * block)
+    return block, min(max(panel_count, 1), panels)
 
 
 def winograd2d_scratch(channels, panels, block, width):
     """Floats of the scratch arrays lines, points, sums, stage, seen."""
     rows, lines = panels * TILE_ROWS, 6 * (4 * min(-(-width // 4), block) + 2) + 6 * LANES
     seen = 6 * 6 * block + 16 * block + block // LANES + 2
-    return lines, WINOGRAD_POINTS * _stride(channels, block), WINOGRAD_POINTS * _stride(rows, block), 2 * 16 * LANES, seen
+    return lines, WINOGRAD_POINTS * _stride(channels,
+                                            block), WINOGRAD_POINTS * _stride(rows, block), 2 * 16 * LANES, seen
 
 
 @kernel
@@ -105,14 +111,15 @@ def _stride(rows, block):
     return rows * block + LANES
 
 
-# ---- Winograd's transforms, for a vector of tiles ----------------------------------------------------------------------------------------
+# ---- Winograd's transforms, for a vector of tiles --------------------------------------------------------------------
 
 
 def _combine(builder, *terms):
     """The sum of factor * value over the terms (factor, value), multiplied and added in this order."""
     total = None
     for factor, value in terms:
-        scaled = value if abs(factor) == 1 else builder.fmul(value, ir.Constant(VECTOR, [float(abs(factor))] * LANES), flags=("contract",))
+        scaled = value if abs(factor) == 1 else builder.fmul(value, ir.Constant(VECTOR, [float(abs(factor))] * LANES),
+                                                             flags=("contract",))
         if total is None:
             total = scaled if factor > 0 else builder.fsub(ZEROS, scaled, flags=("contract",))
         else:
@@ -124,62 +131,68 @@ def _transform_input(builder, d):
     """B^T d: six inputs of a line -> their six points."""
     p, q = _combine(builder, (1, d[4]), (-4, d[2])), _combine(builder, (1, d[3]), (-4, d[1]))
     r, s = _combine(builder, (1, d[4]), (-1, d[2])), _combine(builder, (1, d[3]), (-1, d[1]))
-    return [_combine(builder, (1, d[4]), (4, d[0]), (-5, d[2])), _combine(builder, (1, p), (1, q)), _combine(builder, (1, p), (-1, q)),
-            _combine(builder, (1, r), (2, s)), _combine(builder, (1, r), (-2, s)), _combine(builder, (1, d[5]), (4, d[1]), (-5, d[3]))]
+    return [_combine(builder, (1, d[4]), (4, d[0]), (-5, d[2])), _combine(builder, (1, p), (1, q)),
+            _combine(builder, (1, p), (-1, q)), _combine(builder, (1, r), (2, s)), _combine(builder, (1, r), (-2, s)),
+            _combine(builder, (1, d[5]), (4, d[1]), (-5, d[3]))]
 
 
 def _transform_output(builder, m):
     """A^T m: six points of a line -> its four outputs."""
     p, q = _combine(builder, (1, m[1]), (1, m[2])), _combine(builder, (1, m[1]), (-1, m[2]))
     r, s = _combine(builder, (1, m[3]), (1, m[4])), _combine(builder, (1, m[3]), (-1, m[4]))
-    return [_combine(builder, (1, m[0]), (1, p), (1, r)), _combine(builder, (1, q), (2, s)), _combine(builder, (1, p), (4, r)),
-            _combine(builder, (1, m[5]), (1, q), (8, s))]
+    return [_combine(builder, (1, m[0]), (1, p), (1, r)), _combine(builder, (1, q), (2, s)),
+            _combine(builder, (1, p), (4, r)), _combine(builder, (1, m[5]), (1, q), (8, s))]
 
 
 @intrinsic
 def _input_tiles(typing_context, points, stride, lines, width):
-    """points (36, LANES, `stride` floats apart) <- LANES tiles side by side in lines (6, `width`): tile t reads columns 4 t to 4 t + 5."""
+    """points (36, LANES, `stride` floats apart) <- LANES tiles in lines (6, `width`): tile t reads columns 4 t to 4 t +
+    5."""
     def codegen(context, builder, signature, arguments):
         p_points, p_lines = pointers(builder, (arguments[0], arguments[2]), F32, F32)
         stride, width = arguments[1], arguments[3]
         # Down the columns first, on rows as they lie in memory; then across, tiles in lanes.
         columns = []
         for j in range(5):
-            rows = [load_vector(builder, p_lines, builder.add(builder.mul(width, number(i)), number(j * LANES))) for i in range(6)]
+            rows = [load_vector(builder, p_lines, builder.add(builder.mul(width, integer(i)), integer(j * LANES)))
+                    for i in range(6)]
             columns.append(_transform_input(builder, rows))
         half = [4 * i for i in range(LANES // 2)]
         for i in range(6):
             line = [columns[j][i] for j in range(5)]
             d = []
             for k in range(4):
-                left, right = (pick(builder, line[j], line[j + 1], [k + place for place in half]) for j in (0, 2))
+                left, right = (pick(builder, line[j], line[j + 1], [k + lane for lane in half]) for j in (0, 2))
                 d.append(pick(builder, left, right, list(range(LANES))))
             for k in range(2):  # columns 4 and 5 of a tile are 0 and 1 of the next
                 d.append(pick(builder, d[k], line[4], [*range(1, LANES), LANES + k]))
             for j, point in enumerate(_transform_input(builder, d)):
-                store_vector(builder, point, p_points, builder.mul(stride, number(6 * i + j)))
+                store_vector(builder, point, p_points, builder.mul(stride, integer(6 * i + j)))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), codegen
 
 
 def _outputs(builder, p_sums, stride):
-    """The 4 x 4 outputs of LANES tiles from sums (36, LANES, `stride` floats apart): line by line, as functions to call when needed."""
+    """The 4 x 6 points of the outputs of LANES tiles from sums (36, LANES, `stride` floats apart), line by line."""
     across = []
     for j in range(6):
-        across.append(_transform_output(builder, [load_vector(builder, p_sums, builder.mul(stride, number(6 * i + j))) for i in range(6)]))
+        across.append(_transform_output(builder,
+                                        [load_vector(builder, p_sums, builder.mul(stride, integer(6 * i + j)))
+                                         for i in range(6)]))
     return [[across[j][i] for j in range(6)] for i in range(4)]
 
 
 def _interleave(builder, four):
     """Four vectors, tiles in lanes -> four vectors in the order of columns."""
     low = [pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2) for v in (i, LANES + i)]) for k in (0, 2)]
-    high = [pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2, LANES) for v in (i, LANES + i)]) for k in (0, 2)]
+    high = [pick(builder, four[k], four[k + 1], [v for i in range(LANES // 2, LANES) for v in (i, LANES + i)])
+            for k in (0, 2)]
     result = []
     for left, right in (low, high):
         for begin in (0, LANES // 2):
-            places = [v for i in range(begin, begin + LANES // 2, 2) for v in (i, i + 1, LANES + i, LANES + i + 1)]
-            result.append(pick(builder, left, right, places))
+            order = [v for i in range(begin, begin + LANES // 2, 2) for v in (i, i + 1, LANES + i, LANES + i + 1)]
+            result.append(pick(builder, left, right, order))
     return result
 
 
@@ -192,25 +205,26 @@ def _output_tiles(typing_context, stage, sums, stride):
             outputs = _transform_output(builder, line)
             outputs = [builder.select(builder.fcmp_ordered("<", value, ZEROS), ZEROS, value) for value in outputs]
             for j, vector in enumerate(_interleave(builder, outputs)):
-                store_vector(builder, vector, p_stage, number((4 * i + j) * LANES))
+                store_vector(builder, vector, p_stage, integer((4 * i + j) * LANES))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), codegen
 
 
 @intrinsic
-def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, least, most, relevance, least_z):
-    """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (see finish_vectors) from the points of y and of z, `stride` floats apart.
+def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, x_min, x_max, relevance, z_min):
+    """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (elementwise.Finish) from the points of y and of z, `stride`
+    floats apart.
 
-    A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1 where a ratio of the
-    first `count` tiles is negative, plus 2 where one is NaN.
+    A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1
+    where a ratio of the first `count` tiles is negative, plus 2 where one is NaN.
     """
     signature = types.int64(*[types.intp] * 5, *[types.float32] * 3, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
         p_stage, p_y, p_z = pointers(builder, arguments[:3], F32, F32, F32)
-        stride, count, bias, least, most, relevance, least_z = arguments[3:]
-        finish = Finish(builder, bias, least, most, relevance, least_z)
+        stride, count, bias, x_min, x_max, relevance, z_min = arguments[3:]
+        finish = Finish(builder, bias, x_min, x_max, relevance, z_min)
         all_z = [_transform_output(builder, line) for line in _outputs(builder, p_z, stride)]
         largest = all_z[0][0]
         for z in (z for line in all_z for z in line):
@@ -222,20 +236,22 @@ def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, l
             for y, z in zip(_transform_output(builder, line_y), line_z, strict=True):
                 x, ratio = finish(y, z)
                 found = builder.or_(found, builder.fcmp_ordered("<", ratio, ZEROS))
-                doubt = builder.and_(builder.fcmp_ordered("<", z, small), builder.fcmp_ordered(">", x, _combine(builder, (8, z))))
+                doubt = builder.and_(builder.fcmp_ordered("<", z, small),
+                                     builder.fcmp_ordered(">", x, _combine(builder, (8, z))))
                 doubtful = builder.or_(doubtful, doubt)
                 results.append((x, builder.select(doubt, ir.Constant(VECTOR, [float("nan")] * LANES), ratio)))
             for part in range(2):
                 for j, vector in enumerate(_interleave(builder, [result[part] for result in results])):
-                    store_vector(builder, vector, p_stage, number((16 * part + 4 * i + j) * LANES))
+                    store_vector(builder, vector, p_stage, integer((16 * part + 4 * i + j) * LANES))
         tiles = lanes_before(builder, count)
-        found, doubtful = (builder.zext(any_lane(builder, builder.and_(lanes, tiles)), I64) for lanes in (found, doubtful))
-        return builder.add(found, builder.shl(doubtful, number(1)))
+        found, doubtful = (builder.zext(any_lane(builder, builder.and_(lanes, tiles)), I64)
+                           for lanes in (found, doubtful))
+        return builder.add(found, builder.shl(doubtful, integer(1)))
 
     return signature, codegen
 
 
-# ---- Parts of both directions ------------------------------------------------------------------------------------------------------------
+# ---- Parts of both directions ----------------------------------------------------------------------------------------
 
 
 @kernel
@@ -247,13 +263,16 @@ def _piece(tile, last, tiles_across, tiles_of_image):
 
 
 @kernel
-def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points, points_stride, p_offsets, depth, block, count):
-    """sums (36, rows of `panels` panels, block) <- panels of packed (36, all_panels, depth, TILE_ROWS) times points (36, depth, block)."""
+def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points, points_stride, p_offsets, depth,
+                     block, count):
+    """sums (36, rows of `panels` panels, block) <- panels of packed (36, all_panels, depth, TILE_ROWS) times points
+    (36, depth, block)."""
     for point in range(WINOGRAD_POINTS):
         for panel in range(panels):
             a = p_packed + 4 * (point * all_panels + panel) * depth * TILE_ROWS
             for j in range(0, count, TILE_COLUMNS):
-                tile, b = p_sums + 4 * (point * sums_stride + panel * TILE_ROWS * block + j), p_points + 4 * (point * points_stride + j)
+                tile = p_sums + 4 * (point * sums_stride + panel * TILE_ROWS * block + j)
+                b = p_points + 4 * (point * points_stride + j)
                 if count - j <= LANES:
                     _TILE_1(tile, block, a, p_offsets, b, depth)
                 elif count - j <= 2 * LANES:
@@ -263,27 +282,30 @@ def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points
 
 
 @kernel
-def _store_tiles(p_out, p_stage, channels, channel, height, across, tile, count, tiles_across, tiles_of_image, accumulate):
-    """Rows of so many tiles go from the stage (4, 4 LANES) to where they belong in out (N, channels, height, across)."""
+def _store_tiles(p_out, p_stage, channels, channel, height, across, tile, count, tiles_across, tiles_of_image,
+                 accumulate):
+    """Rows of so many tiles go from the stage (4, 4 LANES) to their positions in out (N, channels, height, across)."""
     done = 0
     while done < count:
         n, row, column, length = _piece(tile + done, tile + count, tiles_across, tiles_of_image)
         for i in range(min(4, height - 4 * row)):
             to = ((n * channels + channel) * height + 4 * row + i) * across + 4 * column
-            copy_exactly(p_out + 4 * to, p_stage + 16 * (i * LANES + done), min(4 * length, across - 4 * column), accumulate)
+            copy_exactly(p_out + 4 * to, p_stage + 16 * (i * LANES + done), min(4 * length, across - 4 * column),
+                         accumulate)
         done += length
 
 
 @kernel
 def _note_largest(seen, at, lines, count):
-    """seen[at:] <- the larger of it and of lines, `count` numbers."""
+    """seen[at:] <- the larger of it and of lines, `count` values."""
     for i in range(count):
         seen[at + i] = max(seen[at + i], lines[i])
 
 
 @kernel
 def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_image):
-    """marks[first_mark:] <- where each vector of tiles has its list, then the lists: places in the stage whose 3 x 3 inputs are 0."""
+    """marks[first_mark:] <- where each vector of tiles has its list; the lists: indices in the stage whose inputs are
+    0."""
     vectors = -(-count // LANES)
     used, t, at = first_mark + vectors + 1, 0, 0
     marks[first_mark] = used
@@ -293,11 +315,11 @@ def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_ima
         for lane in range(length):
             for i in range(4):
                 for j in range(4):
-                    largest = _ZERO
+                    largest = ZERO
                     for p in range(3):
                         for q in range(3):
                             largest = max(largest, seen[at + (i + p) * width + 4 * lane + j + q])
-                    if largest == _ZERO:
+                    if largest == ZERO:
                         marks[used] = i * 4 * LANES + 4 * ((t + lane) % LANES) + j
                         used += 1
             marks[first_mark + (t + lane) // LANES + 1] = used
@@ -306,9 +328,10 @@ def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_ima
 
 
 @kernel
-def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_across, tiles_of_image, height, across, top, left, least,
-                  most, relevance):
-    """Output k of the tiles in the stage, where its ratio is NaN: by the definition. Returns whether one of these ratios is negative."""
+def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_across, tiles_of_image, height, across,
+                  pad_top, pad_left, x_min, x_max, relevance):
+    """Output k of the tiles in the stage, where its ratio is NaN: by the definition. Returns whether one of these
+    ratios is negative."""
     absorbs = False
     for at in range(16 * LANES):
         lane = at % (4 * LANES) // 4
@@ -318,36 +341,39 @@ def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_acros
         y_out, x_out = 4 * row + at // (4 * LANES), 4 * column + at % 4
         if y_out >= height or x_out >= across:
             continue
-        y = z = _ZERO
+        y = z = ZERO
         for channel in range(weight.shape[1]):
-            for i in range(max(0, top - y_out), min(3, a.shape[2] + top - y_out)):
-                for j in range(max(0, left - x_out), min(3, a.shape[3] + left - x_out)):
-                    term = weight[k, channel, i, j] * a[n, a_channel + channel, y_out + i - top, x_out + j - left]
+            for i in range(max(0, pad_top - y_out), min(3, a.shape[2] + pad_top - y_out)):
+                for j in range(max(0, pad_left - x_out), min(3, a.shape[3] + pad_left - x_out)):
+                    term = weight[k, channel, i, j] * a[n, a_channel + channel, y_out + i - pad_top,
+                                                        x_out + j - pad_left]
                     y += term
-                    z += max(term, _ZERO)
-        value = finish(y + bias, least, most)
-        stage[at], stage[16 * LANES + at] = value, ratio_of(value, z, relevance)
-        absorbs |= stage[16 * LANES + at] < _ZERO
+                    z += max(term, ZERO)
+        value = clip(y + bias, x_min, x_max)
+        stage[at], stage[16 * LANES + at] = value, ratio_of(value, z, MIN_DENOMINATOR, relevance)
+        absorbs |= stage[16 * LANES + at] < ZERO
     return absorbs
 
 
-# ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _transform_inputs(points, lines, seen, a, a_channel, channels, top, left, block, tile, count, tiles_across, tiles_of_image):
-    """The points of `count` tiles, of so many channels of a. Lists the outputs that see nothing; returns whether there are any."""
+def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_left, block, tile, count, tiles_across,
+                      tiles_of_image):
+    """The points of `count` tiles, of so many channels of a. Lists outputs whose inputs are 0; returns whether there
+    are any."""
     stride, size = _stride(channels, block), a.shape[2] * a.shape[3]
     p_a, p_lines, p_points = a.ctypes.data, lines.ctypes.data, points.ctypes.data
     for i in range(36 * block):
-        seen[i] = _ZERO
+        seen[i] = ZERO
     for channel in range(channels):
         t = at = 0
         while t < count:
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             width = 4 * length + 2
-            copy_plane(p_lines, 6, width, p_a + 4 * (n * a.shape[1] + a_channel + channel) * size, a.shape[2], a.shape[3], 4 * row - top,
-                       4 * column - left, 1, 1, _ZERO)
+            copy_plane(p_lines, 6, width, p_a + 4 * (n * a.shape[1] + a_channel + channel) * size, a.shape[2],
+                       a.shape[3], 4 * row - pad_top, 4 * column - pad_left, 1, 1, ZERO)
             _note_largest(seen, at, lines, 6 * width)
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (channel * block + t + i), stride, p_lines + 16 * i, width)
@@ -356,7 +382,8 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, top, left, bl
 
 
 @kernel
-def _transform_products(points, lines, ratio, c, group, c_channel, outputs, top, left, block, tile, count, tiles_across, tiles_of_image):
+def _transform_products(points, lines, ratio, c, group, c_channel, outputs, pad_top, pad_left, block, tile, count,
+                        tiles_across, tiles_of_image):
     """The points of `count` tiles of ratio * c, of a group's outputs; c_channel is the group's first."""
     stride, size = _stride(outputs, block), c.shape[2] * c.shape[3]
     p_ratio, p_c, p_lines, p_points = ratio.ctypes.data, c.ctypes.data, lines.ctypes.data, points.ctypes.data
@@ -366,7 +393,8 @@ def _transform_products(points, lines, ratio, c, group, c_channel, outputs, top,
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             width = 4 * length + 2
             copy_product(p_lines, 6, width, p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size,
-                         p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - top, 4 * column - left, _ZERO)
+                         p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - pad_top,
+                         4 * column - pad_left, ZERO)
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (k * block + t + i), stride, p_lines + 16 * i, width)
             t += length
@@ -374,61 +402,62 @@ def _transform_products(points, lines, ratio, c, group, c_channel, outputs, top,
 
 @kernel
 def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, points, sums, stage, seen,
-                       x_channel, a_channel, channels, groups, top, left, block, panels_together, shares, least, most, relevance,
-                       first, last):
-    """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, clipped to least..most; ratio <- |x| / z.
+                       x_channel, a_channel, channels, groups, pad_top, pad_left, block, panels_at_once, splits, x_min,
+                       x_max, relevance, first, last):
+    """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, clipped to x_min..x_max; ratio <- |x| / z.
 
-    packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_pack from W and from V, for C channels of a group; offsets (C,) are
-    c * block; top and left are paddings.
+    packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_pack from W and from V, for C channels of a group;
+    offsets (C,) are c * block.
     """
     outputs, height, across = ratio.shape[1:]
     per_group = outputs // groups
     tiles_across = -(-across // 4)
     tiles_of_image = -(-height // 4) * tiles_across
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[2]
-    points_stride, sums_stride = _stride(channels, block), _stride(2 * panels_together * TILE_ROWS, block)
+    points_stride, sums_stride = _stride(channels, block), _stride(2 * panels_at_once * TILE_ROWS, block)
     p_points, p_sums, p_stage = points.ctypes.data, sums.ctypes.data, stage.ctypes.data
     p_packed, p_packed_v = packed[0].ctypes.data, packed[1].ctypes.data
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
     marks, transformed, any_blind = seen.view(np.int32), -1, False
     for unit in range(first, last):
-        share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
+        split, g, tile = unit % splits, unit // splits % groups, unit // (splits * groups) * block
         count = min(block, all_tiles - tile)
-        if unit // shares != transformed:
-            transformed = unit // shares
-            any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, top, left, block, tile, count,
-                                          tiles_across, tiles_of_image)
+        if unit // splits != transformed:
+            transformed = unit // splits
+            any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, pad_top, pad_left,
+                                          block, tile, count, tiles_across, tiles_of_image)
         absorbs = False
-        end = panels * (share + 1) // shares
-        for panel in range(panels * share // shares, end, panels_together):
-            together = min(panels_together, end - panel)
+        end = panels * (split + 1) // splits
+        for panel in range(panels * split // splits, end, panels_at_once):
+            panel_count = min(panels_at_once, end - panel)
             weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * channels * TILE_ROWS
-            p_sums_z = p_sums + 4 * together * TILE_ROWS * block
-            _multiply_points(p_sums, sums_stride, p_packed + weights, panels, together, p_points, points_stride, offsets.ctypes.data,
-                             channels, block, count)
-            _multiply_points(p_sums_z, sums_stride, p_packed_v + weights, panels, together, p_points, points_stride, offsets.ctypes.data,
-                             channels, block, count)
-            for i in range(min(together * TILE_ROWS, per_group - panel * TILE_ROWS)):
+            p_sums_z = p_sums + 4 * panel_count * TILE_ROWS * block
+            _multiply_points(p_sums, sums_stride, p_packed + weights, panels, panel_count, p_points, points_stride,
+                             offsets.ctypes.data, channels, block, count)
+            _multiply_points(p_sums_z, sums_stride, p_packed_v + weights, panels, panel_count, p_points, points_stride,
+                             offsets.ctypes.data, channels, block, count)
+            for i in range(min(panel_count * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 k = g * per_group + panel * TILE_ROWS + i
                 for t in range(0, count, LANES):
                     at, now = 4 * (i * block + t), min(LANES, count - t)
-                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], least, most, relevance != 0,
-                                          LEAST)
+                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], x_min, x_max,
+                                          relevance != 0, MIN_DENOMINATOR)
                     absorbs |= found & 1 != 0
                     if any_blind:
-                        value = finish(bias[k], least, most)
-                        absorbed = ratio_of(value, _ZERO, relevance)
+                        value = clip(bias[k], x_min, x_max)
+                        absorbed = ratio_of(value, ZERO, MIN_DENOMINATOR, relevance)
                         for j in range(marks[36 * block + t // LANES], marks[36 * block + t // LANES + 1]):
                             stage[marks[j]] = value
                             stage[16 * LANES + marks[j]] = absorbed
-                            absorbs |= absorbed < _ZERO
+                            absorbs |= absorbed < ZERO
                     if found & 2:
-                        absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now, tiles_across,
-                                                 tiles_of_image, height, across, top, left, least, most, relevance)
-                    _store_tiles(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across, tiles_of_image,
-                                 False)
-                    _store_tiles(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across, tiles_of_image,
-                                 False)
+                        absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now,
+                                                 tiles_across, tiles_of_image, height, across, pad_top, pad_left, x_min,
+                                                 x_max, relevance)
+                    _store_tiles(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across,
+                                 tiles_of_image, False)
+                    _store_tiles(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across,
+                                 tiles_of_image, False)
         if absorbs:
             for n in range(tile // tiles_of_image, (tile + count - 1) // tiles_of_image + 1):
                 dead[n] = 1
@@ -436,35 +465,36 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
 
 @kernel
 def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums, stage,
-                            c_in_channel, c_channel, inputs, groups, top, left, block, panels_together, shares, accumulate,
-                            first, last):
+                            c_in_channel, c_channel, inputs, groups, pad_top, pad_left, block, panels_at_once, splits,
+                            accumulate, first, last):
     """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
 
-    packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_pack from V^T, taps turned round, for K outputs of a group; offsets (K,)
-    are k * block; top and left are the paddings of that convolution: 2 less the layer's own.
+    packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_pack from V^T, taps turned round, for K outputs of a
+    group; offsets (K,) are k * block; pad_top and pad_left are those of that convolution: 2 less the layer's own.
     """
     outputs, height, across = ratio.shape[1] // groups, c_in.shape[2], c_in.shape[3]
     per_group = inputs // groups
     tiles_across = -(-across // 4)
     tiles_of_image = -(-height // 4) * tiles_across
     all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[1]
-    points_stride, sums_stride = _stride(outputs, block), _stride(panels_together * TILE_ROWS, block)
+    points_stride, sums_stride = _stride(outputs, block), _stride(panels_at_once * TILE_ROWS, block)
     p_points, p_sums, p_stage, transformed = points.ctypes.data, sums.ctypes.data, stage.ctypes.data, -1
     for unit in range(first, last):
-        share, g, tile = unit % shares, unit // shares % groups, unit // (shares * groups) * block
+        split, g, tile = unit % splits, unit // splits % groups, unit // (splits * groups) * block
         count = min(block, all_tiles - tile)
-        if unit // shares != transformed:
-            transformed = unit // shares
-            _transform_products(points, lines, ratio, c, g, c_channel + g * outputs, outputs, top, left, block, tile, count, tiles_across,
-                                tiles_of_image)
-        end = panels * (share + 1) // shares
-        for panel in range(panels * share // shares, end, panels_together):
-            together = min(panels_together, end - panel)
+        if unit // splits != transformed:
+            transformed = unit // splits
+            _transform_products(points, lines, ratio, c, g, c_channel + g * outputs, outputs, pad_top, pad_left, block,
+                                tile, count, tiles_across, tiles_of_image)
+        end = panels * (split + 1) // splits
+        for panel in range(panels * split // splits, end, panels_at_once):
+            panel_count = min(panels_at_once, end - panel)
             weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * outputs * TILE_ROWS
-            _multiply_points(p_sums, sums_stride, packed.ctypes.data + weights, panels, together, p_points, points_stride,
-                             offsets.ctypes.data, outputs, block, count)
-            for i in range(min(together * TILE_ROWS, per_group - panel * TILE_ROWS)):
+            _multiply_points(p_sums, sums_stride, packed.ctypes.data + weights, panels, panel_count, p_points,
+                             points_stride, offsets.ctypes.data, outputs, block, count)
+            for i in range(min(panel_count * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 for t in range(0, count, LANES):
                     _output_tiles(p_stage, p_sums + 4 * (i * block + t), sums_stride)
-                    _store_tiles(c_in.ctypes.data, p_stage, c_in.shape[1], c_in_channel + g * per_group + panel * TILE_ROWS + i, height,
-                                 across, tile + t, min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
+                    _store_tiles(c_in.ctypes.data, p_stage, c_in.shape[1],
+                                 c_in_channel + g * per_group + panel * TILE_ROWS + i, height, across, tile + t,
+                                 min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)

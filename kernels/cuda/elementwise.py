@@ -1,78 +1,37 @@
-"""What happens to one number at a time: the ratio of every rule, ReLU, addition, rearrangement, and what a layer absorbs.
+"""What happens to one element at a time: the ratio of every rule, ReLU, addition, rearrangement, and what a layer
+absorbs.
 
-A thread has one number. Tensors are (N, *, H, W) and used from a given channel on; numbers of a call are counted through the channels that
-it does, one behind the other.
+A thread has one element. Tensors are (N, *, H, W) and used from a given channel on; elements of a call are counted
+through the channels that it does.
 """
 
 import math
 
 import numpy as np
-from fastdtd.kernels.codes import BOX, NEGATED, NONNEGATIVE, ONES, SIGNED, VALUE
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
-from fastdtd.kernels.cuda.vector_code import divide, load, split, store
+from fastdtd.kernels.cuda.scalar import (
+    activation,
+    activation_redistributed,
+    clip,
+    positive_feature,
+    power,
+    ratio_of,
+    redistributed,
+)
+from fastdtd.kernels.cuda.vector_code import load, split, store
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from numba import cuda, float32, float64
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-LEAST = np.float32(1e-30)  # a smaller sum counts as none: 1 / z and its products stay within float32
 SUMMING_THREADS = 512  # of the block that sums over an image
 _AT_ONCE = 16
 
 
-# ---- Parts of kernels --------------------------------------------------------------------------------------------------------------------
-
-
-@part
-def finish(y, least, most):
-    """The layer's output from its sum: clipped to the bounds of the activation behind it, which are infinite where there is none."""
-    if y < least:  # not min(max()), which would make a number of NaN
-        return least
-    return most if y > most else y
-
-
-@part
-def ratio_of(x, z, relevance):
-    """|x| / z, what the way back multiplies c by; if `relevance`, the way back carries relevance R = |x| c and the ratio is 1 / z.
-
-    Where z is zero nothing can be redistributed. What is lost there is kept as a negative number, -|x| or -1, for `absorb`.
-    """
-    return ratio_of_least(x, z, relevance, LEAST)
-
-
-@part
-def ratio_of_least(x, z, relevance, least):
-    """As ratio_of, where a z up to `least` counts as zero."""
-    share = _ONE if relevance else abs(x)
-    return divide(share, z) if z > least else -share
-
-
-@part
-def feature_sum(a, features, low, high):
-    """Features of one number that weigh in where all weights are positive: the first of u."""
-    if features in (NONNEGATIVE, VALUE):
-        return a
-    if features == SIGNED:
-        return max(a, _ZERO)
-    if features == NEGATED:
-        return max(-a, _ZERO)
-    if features == BOX:
-        return max(a - low, _ZERO)
-    return _ONE
-
-
-@part
-def give(result, a, features, low, high, relevance):
-    """What one number gets of V^T (ratio * c) where all weights are positive."""
-    if (features == SIGNED and a < _ZERO) or (features == NEGATED and a >= _ZERO):
-        return _ZERO
-    if relevance and features != ONES:
-        return result * feature_sum(a, features, low, high)
-    return result
+# ---- Parts of kernels ------------------------------------------------------------------------------------------------
 
 
 @part
 def sum_of_block(sums, own):
-    """The sum of `own` over a block of SUMMING_THREADS, in one order, for all its threads; sums is shared memory, a float64 for each."""
+    """The sum of `own` over a block of SUMMING_THREADS, in one order; sums (SUMMING_THREADS,) is shared memory."""
     t = cuda.threadIdx.x
     cuda.syncthreads()
     sums[t] = own
@@ -86,161 +45,149 @@ def sum_of_block(sums, own):
     return sums[0]
 
 
-# ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _absorb(ledger, ratio, c, dead, column, c_numbers, c_begin, numbers, first):
+def _absorb_dead(ledger, ratio, c, dead, column, c_elements, c_begin, elements, first):
     n = first + cuda.blockIdx.x
     if dead[n] == 0:
         return
-    sums, lost = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
+    sums, absorbed = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
     held, t, step = cuda.local.array(_AT_ONCE, float32), cuda.threadIdx.x, SUMMING_THREADS
-    begin, begin_c = n * numbers, n * c_numbers + c_begin
-    for i in range(t, numbers, _AT_ONCE * step):  # one block has an image to itself, so each thread asks for several numbers at a time
+    begin, begin_c = n * elements, n * c_elements + c_begin
+    # one block has an image to itself, so each thread requests several at a time
+    for i in range(t, elements, _AT_ONCE * step):
         for j in range(_AT_ONCE):
-            held[j] = load(ratio, begin, min(i + j * step, numbers - 1))
+            held[j] = load(ratio, begin, min(i + j * step, elements - 1))
         for j in range(_AT_ONCE):
             at = i + j * step
-            if held[j] < _ZERO and at < numbers:
-                lost -= np.float64(held[j]) * np.float64(load(c, begin_c, at))
-                store(ratio, begin, at, _ZERO)
-    total = sum_of_block(sums, lost)
+            if held[j] < ZERO and at < elements:
+                absorbed -= np.float64(held[j]) * np.float64(load(c, begin_c, at))
+                store(ratio, begin, at, ZERO)
+    total = sum_of_block(sums, absorbed)
     if t == 0:
         ledger[n, column] += total
 
 
 @kernel
-def _clear(c_in, numbers, begin, count, first, images):
+def _clear(c_in, elements, begin, count, first, images):
     at = cuda.grid(1)
     if at < images * count:
         n, i = split(at, count)
-        c_in[(first + n) * numbers + begin + i] = _ZERO
-
-
-@part
-def _activation(a, slope, least, most):
-    return finish(a if a > _ZERO else a * slope, least, most)
+        c_in[(first + n) * elements + begin + i] = ZERO
 
 
 @kernel
-def _activate(x, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, slope, least, most):
+def _activate(x, a, x_elements, x_begin, a_elements, a_begin, elements, count, slope, x_min, x_max):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        x[n * x_numbers + x_begin + i] = _activation(a[n * a_numbers + a_begin + i], slope, least, most)
+        n, i = split(at, elements)
+        x[n * x_elements + x_begin + i] = activation(a[n * a_elements + a_begin + i], slope, x_min, x_max)
 
 
 @kernel
-def _give_through_activation(c_in, c, a, in_numbers, in_begin, c_numbers, c_begin, a_numbers, a_begin, numbers, count, slope, least, most,
-                             relevance, derive, accumulate):
+def _redistribute_activation(c_in, c, a, in_elements, in_begin, c_elements, c_begin, a_elements, a_begin, elements,
+                             count, slope, x_min, x_max, relevance, derivative, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        value, to = a[n * a_numbers + a_begin + i], n * in_numbers + in_begin + i
-        x = _activation(value, slope, least, most)
-        kept = _ONE if relevance or x == value else abs(x) / abs(value)
-        if derive:
-            kept = _ZERO if x <= least or x >= most else _ONE if value > _ZERO else slope
-        result = c[n * c_numbers + c_begin + i] * kept
+        n, i = split(at, elements)
+        value, to = a[n * a_elements + a_begin + i], n * in_elements + in_begin + i
+        result = activation_redistributed(c[n * c_elements + c_begin + i], value, slope, x_min, x_max, relevance,
+                                          derivative)
         c_in[to] = result + c_in[to] if accumulate else result
 
 
 @kernel
-def _power(x, ratio, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, exponent, derive):
+def _power(x, ratio, a, x_elements, x_begin, a_elements, a_begin, elements, count, exponent, derivative):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        value = a[n * a_numbers + a_begin + i]
-        size = abs(value)
-        power = size ** exponent
-        share = power / size if size > LEAST else _ZERO
-        if derive:
-            share *= exponent if value > _ZERO else -exponent
-        x[n * x_numbers + x_begin + i] = power
-        ratio[at] = share
+        n, i = split(at, elements)
+        x[n * x_elements + x_begin + i], ratio[at] = power(a[n * a_elements + a_begin + i], exponent, derivative)
 
 
 @kernel
-def _rearrange(x, a, index, x_numbers, x_begin, a_numbers, a_begin, numbers, count):
+def _rearrange(x, a, index, x_elements, x_begin, a_elements, a_begin, elements, count):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        x[n * x_numbers + x_begin + i] = a[n * a_numbers + a_begin + index[i]] if index[i] >= 0 else _ZERO
+        n, i = split(at, elements)
+        x[n * x_elements + x_begin + i] = a[n * a_elements + a_begin + index[i]] if index[i] >= 0 else ZERO
 
 
 @kernel
-def _give_back_places(c_in, c, starts, readers, in_numbers, in_begin, c_numbers, c_begin, numbers, count, accumulate):
+def _redistribute_rearranged(c_in, c, starts, readers, in_elements, in_begin, c_elements, c_begin, elements, count,
+                             accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        to = n * in_numbers + in_begin + i
-        total = c_in[to] if accumulate else _ZERO
+        n, i = split(at, elements)
+        to = n * in_elements + in_begin + i
+        total = c_in[to] if accumulate else ZERO
         for j in range(starts[i], starts[i + 1]):
-            total += c[n * c_numbers + c_begin + readers[j]]
+            total += c[n * c_elements + c_begin + readers[j]]
         c_in[to] = total
 
 
 @kernel
-def _lose_zeros(ledger, c, starts, readers, column, c_numbers, c_begin, first):
+def _absorb_unread(ledger, c, starts, readers, column, c_elements, c_begin, first):
     n = first + cuda.blockIdx.x
-    sums, lost = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
+    sums, absorbed = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
     for j in range(cuda.threadIdx.x, starts[0], SUMMING_THREADS):
-        lost += np.float64(c[n * c_numbers + c_begin + readers[j]])
-    total = sum_of_block(sums, lost)
+        absorbed += np.float64(c[n * c_elements + c_begin + readers[j]])
+    total = sum_of_block(sums, absorbed)
     if cuda.threadIdx.x == 0:
         ledger[n, column] = total
 
 
 @kernel
-def _copy(x, a, x_numbers, x_begin, a_numbers, a_begin, numbers, count, accumulate):
+def _copy(x, a, x_elements, x_begin, a_elements, a_begin, elements, count, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        to, value = n * x_numbers + x_begin + i, a[n * a_numbers + a_begin + i]
+        n, i = split(at, elements)
+        to, value = n * x_elements + x_begin + i, a[n * a_elements + a_begin + i]
         x[to] = x[to] + value if accumulate else value
 
 
 @kernel
-def _add(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_numbers, x_begin, a_numbers, a_begin, b_numbers, b_begin, first, places,
-         numbers, count, features, least, most, relevance):
+def _add(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_elements, x_begin, a_elements, a_begin, b_elements,
+         b_begin, first, positions, elements, count, features, x_min, x_max, relevance):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        k, _ = split(i, places)
-        p, q = a[n * a_numbers + a_begin + i], b[n * b_numbers + b_begin + i]
-        z = feature_sum(p, features, low_a[k], high_a[k]) + feature_sum(q, features, low_b[k], high_b[k])
-        value = finish(p + q, least, most)
-        r = ratio_of(value, z, relevance)
-        x[n * x_numbers + x_begin + i] = value
+        n, i = split(at, elements)
+        k, _ = split(i, positions)
+        p, q = a[n * a_elements + a_begin + i], b[n * b_elements + b_begin + i]
+        z = positive_feature(p, features, low_a[k], high_a[k]) + positive_feature(q, features, low_b[k], high_b[k])
+        value = clip(p + q, x_min, x_max)
+        r = ratio_of(value, z, MIN_DENOMINATOR, relevance)
+        x[n * x_elements + x_begin + i] = value
         ratio[at + first] = r
-        if r < _ZERO:
-            dead[split(first, numbers)[0] + n] = 1
+        if r < ZERO:
+            dead[split(first, elements)[0] + n] = 1
 
 
 @kernel
-def _give_to_summand(c_in, c, ratio, a, low, high, in_numbers, in_begin, c_numbers, c_begin, a_numbers, a_begin, places, numbers, count,
-                     features, relevance, accumulate):
+def _redistribute_summand(c_in, c, ratio, a, low, high, in_elements, in_begin, c_elements, c_begin, a_elements, a_begin,
+                          positions, elements, count, features, relevance, accumulate):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        (k, _), to = split(i, places), n * in_numbers + in_begin + i
-        result = give(ratio[at] * c[n * c_numbers + c_begin + i], a[n * a_numbers + a_begin + i], features, low[k], high[k], relevance)
+        n, i = split(at, elements)
+        (k, _), to = split(i, positions), n * in_elements + in_begin + i
+        result = redistributed(ratio[at] * c[n * c_elements + c_begin + i], a[n * a_elements + a_begin + i], features,
+                               low[k], high[k], relevance)
         c_in[to] = result + c_in[to] if accumulate else result
 
 
-# ---- Launchers ---------------------------------------------------------------------------------------------------------------------------
+# ---- Launchers -------------------------------------------------------------------------------------------------------
 
 
 def flat(tensor):
-    """All numbers of a tensor in a row."""
+    """All elements of a tensor in a row."""
     return tensor.reshape(tensor.size)
 
 
-def place_of(tensor, channel, first_image):
-    """(numbers of an image, where a channel of the first image begins), in a flat tensor."""
-    numbers = math.prod(tensor.shape[1:])
-    return numbers, first_image * numbers + channel * math.prod(tensor.shape[2:])
+def location(tensor, channel, first_image):
+    """(elements of an image, where a channel of the first image begins), in a flat tensor."""
+    elements = math.prod(tensor.shape[1:])
+    return elements, first_image * elements + channel * math.prod(tensor.shape[2:])
 
 
 def whole_images(first, last, channels):
@@ -249,83 +196,92 @@ def whole_images(first, last, channels):
     return first // channels, last // channels
 
 
-def absorb_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
-    """ledger[n, column] += what z = 0 kept from being redistributed, where dead[n]; those ratios become 0. Units are images."""
-    launch(_absorb, last - first, SUMMING_THREADS, ledger, flat(ratio), flat(c), dead, column, *place_of(c, c_channel, 0),
-           math.prod(ratio.shape[1:]), first)
+def absorb_dead_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
+    """ledger[n, column] += the relevance of outputs with z = 0, where dead[n]; their ratios become 0. Units: images."""
+    launch(_absorb_dead, last - first, SUMMING_THREADS, ledger, flat(ratio), flat(c), dead, column,
+           *location(c, c_channel, 0), math.prod(ratio.shape[1:]), first)
 
 
 def clear_redistribute(c_in, begin, end, first, last):
-    """c_in[n, begin:end] <- 0. Units are images."""
-    launch_for_each(_clear, (last - first) * (end - begin), flat(c_in), c_in.shape[1], begin, end - begin, first, last - first)
+    """c_in[n, begin:end] <- 0. Units: images."""
+    launch_for_each(_clear, (last - first) * (end - begin), flat(c_in), c_in.shape[1], begin, end - begin, first,
+                    last - first)
 
 
-def activate_forward(x, a, x_channel, a_channel, channels, slope, least, most, first, last):
-    """x <- a clipped to least..most, negative numbers times slope before. Units are channels of images."""
-    image, behind = whole_images(first, last, channels)
-    numbers = channels * math.prod(a.shape[2:])
-    launch_for_each(_activate, (behind - image) * numbers, flat(x), flat(a), *place_of(x, x_channel, image), *place_of(a, a_channel, image),
-                    numbers, (behind - image) * numbers, np.float32(slope), np.float32(least), np.float32(most))
+def activate_forward(x, a, x_channel, a_channel, channels, slope, x_min, x_max, first, last):
+    """x <- a clipped to x_min..x_max, negative values times slope before that."""
+    image, end = whole_images(first, last, channels)
+    elements = channels * math.prod(a.shape[2:])
+    launch_for_each(_activate, (end - image) * elements, flat(x), flat(a), *location(x, x_channel, image),
+                    *location(a, a_channel, image), elements, (end - image) * elements, np.float32(slope),
+                    np.float32(x_min), np.float32(x_max))
 
 
-def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, least, most, relevance, derive, accumulate,
-                          first, last):
-    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes as it is.
+def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, slope, x_min, x_max, relevance,
+                          derivative, accumulate, first, last):
+    """Relevance |x| c of an activation is that of what it was made from: c_in <- c |x| / |a|; relevance itself passes
+    as it is."""
+    image, end = whole_images(first, last, channels)
+    elements = channels * math.prod(a.shape[2:])
+    launch_for_each(_redistribute_activation, (end - image) * elements, flat(c_in), flat(c), flat(a),
+                    *location(c_in, c_in_channel, image),
+                    *location(c, c_channel, image), *location(a, a_channel, image), elements, (end - image) * elements,
+                    np.float32(slope), np.float32(x_min), np.float32(x_max), int(relevance), int(derivative),
+                    int(accumulate))
 
-    If `derive`, c is a derivative, and so is c_in.
-    """
-    image, behind = whole_images(first, last, channels)
-    numbers = channels * math.prod(a.shape[2:])
-    launch_for_each(_give_through_activation, (behind - image) * numbers, flat(c_in), flat(c), flat(a),
-                    *place_of(c_in, c_in_channel, image),
-                    *place_of(c, c_channel, image), *place_of(a, a_channel, image), numbers, (behind - image) * numbers,
-                    np.float32(slope), np.float32(least), np.float32(most), int(relevance), int(derive), int(accumulate))
 
-
-def power_forward(x, ratio, a, x_channel, a_channel, exponent, derive, first, last):
-    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is; the derivative if `derive`. Units are channels of images."""
-    image, behind = whole_images(first, last, ratio.shape[1])
-    numbers = math.prod(ratio.shape[1:])
-    launch_for_each(_power, (behind - image) * numbers, flat(x), flat(ratio[image:behind]), flat(a), *place_of(x, x_channel, image),
-                    *place_of(a, a_channel, image), numbers, (behind - image) * numbers, np.float32(exponent), int(derive))
+def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first, last):
+    """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is; the derivative if `derivative`."""
+    image, end = whole_images(first, last, ratio.shape[1])
+    elements = math.prod(ratio.shape[1:])
+    launch_for_each(_power, (end - image) * elements, flat(x), flat(ratio[image:end]), flat(a),
+                    *location(x, x_channel, image), *location(a, a_channel, image), elements, (end - image) * elements,
+                    np.float32(exponent), int(derivative))
 
 
 def rearrange_forward(x, a, index, x_channel, a_channel, first, last):
     """x <- a[index], 0 where index (C, H, W) is -1. Units are images."""
-    launch_for_each(_rearrange, (last - first) * index.size, flat(x), flat(a), flat(index), *place_of(x, x_channel, first),
-                    *place_of(a, a_channel, first), index.size, (last - first) * index.size)
+    launch_for_each(_rearrange, (last - first) * index.size, flat(x), flat(a), flat(index),
+                    *location(x, x_channel, first), *location(a, a_channel, first), index.size,
+                    (last - first) * index.size)
 
 
-def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channel, c_channel, relevance, accumulate, first, last):
-    """c_in[i] <- the sum of c over what reads number i: readers[starts[i]:starts[i + 1]]. Those before starts[0] read none: relevance
-    that they have goes to ledger[n, column]. Units are images."""
-    numbers = starts.size - 1
-    launch_for_each(_give_back_places, (last - first) * numbers, flat(c_in), flat(c), starts, readers, *place_of(c_in, c_in_channel, first),
-                    *place_of(c, c_channel, first), numbers, (last - first) * numbers, int(accumulate))
+def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channel, c_channel, relevance, accumulate,
+                           first, last):
+    """c_in[i] <- the sum of c over the readers of element i, readers[starts[i]:starts[i + 1]]. Those before starts[0]
+    read none: their relevance goes to ledger[n, column]. Units are images."""
+    elements = starts.size - 1
+    launch_for_each(_redistribute_rearranged, (last - first) * elements, flat(c_in), flat(c), starts, readers,
+                    *location(c_in, c_in_channel, first), *location(c, c_channel, first), elements,
+                    (last - first) * elements, int(accumulate))
     if relevance:
-        launch(_lose_zeros, last - first, SUMMING_THREADS, ledger, flat(c), starts, readers, column, *place_of(c, c_channel, 0), first)
+        launch(_absorb_unread, last - first, SUMMING_THREADS, ledger, flat(c), starts, readers, column,
+               *location(c, c_channel, 0), first)
 
 
 def copy_forward(x, a, x_begin, a_begin, count, accumulate, first, last):
-    """x[n, x_begin:x_begin + count] <- a[n, a_begin:a_begin + count], or added to it. Tensors are (N, *, 1, 1); units are images."""
-    launch_for_each(_copy, (last - first) * count, flat(x), flat(a), x.shape[1], first * x.shape[1] + x_begin, a.shape[1],
-                    first * a.shape[1] + a_begin, count, (last - first) * count, int(accumulate))
+    """x[n, x_begin:x_begin + count] <- a[n, a_begin:a_begin + count], or added to it. Units: images."""
+    launch_for_each(_copy, (last - first) * count, flat(x), flat(a), x.shape[1], first * x.shape[1] + x_begin,
+                    a.shape[1], first * a.shape[1] + a_begin, count, (last - first) * count, int(accumulate))
 
 
-def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_channel, a_channel, b_channel, features, least, most, relevance,
-                first, last):
-    """x <- a + b, clipped to least..most; ratio <- |x| / z with z the sum of both features. Units are channels of images."""
-    image, behind = whole_images(first, last, ratio.shape[1])
-    numbers, places = math.prod(ratio.shape[1:]), math.prod(ratio.shape[2:])
-    launch_for_each(_add, (behind - image) * numbers, flat(x), flat(ratio), dead, flat(a), flat(b), low_a, high_a, low_b, high_b,
-                    *place_of(x, x_channel, image), *place_of(a, a_channel, image), *place_of(b, b_channel, image), image * numbers, places,
-                    numbers, (behind - image) * numbers, int(features), np.float32(least), np.float32(most), int(relevance))
+def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b, x_channel, a_channel, b_channel, features, x_min,
+                x_max, relevance, first, last):
+    """x <- a + b, clipped to x_min..x_max; ratio <- |x| / z with z the sum of both features."""
+    image, end = whole_images(first, last, ratio.shape[1])
+    elements, positions = math.prod(ratio.shape[1:]), math.prod(ratio.shape[2:])
+    launch_for_each(_add, (end - image) * elements, flat(x), flat(ratio), dead, flat(a), flat(b), low_a, high_a, low_b,
+                    high_b, *location(x, x_channel, image), *location(a, a_channel, image),
+                    *location(b, b_channel, image), image * elements, positions, elements, (end - image) * elements,
+                    int(features), np.float32(x_min), np.float32(x_max), int(relevance))
 
 
-def add_redistribute(c_in, c, ratio, a, low, high, c_in_channel, c_channel, a_channel, features, relevance, accumulate, first, last):
-    """The share of one of the two inputs, a: c_in <- ratio * c, for the features that it has. Units are channels of images."""
-    image, behind = whole_images(first, last, ratio.shape[1])
-    numbers, places = math.prod(ratio.shape[1:]), math.prod(ratio.shape[2:])
-    launch_for_each(_give_to_summand, (behind - image) * numbers, flat(c_in), flat(c), flat(ratio[image:behind]), flat(a), low, high,
-                    *place_of(c_in, c_in_channel, image), *place_of(c, c_channel, image), *place_of(a, a_channel, image), places, numbers,
-                    (behind - image) * numbers, int(features), int(relevance), int(accumulate))
+def add_redistribute(c_in, c, ratio, a, low, high, c_in_channel, c_channel, a_channel, features, relevance, accumulate,
+                     first, last):
+    """What one of the two inputs, a, gets: c_in <- ratio * c, for the features that it has."""
+    image, end = whole_images(first, last, ratio.shape[1])
+    elements, positions = math.prod(ratio.shape[1:]), math.prod(ratio.shape[2:])
+    launch_for_each(_redistribute_summand, (end - image) * elements, flat(c_in), flat(c), flat(ratio[image:end]),
+                    flat(a), low, high, *location(c_in, c_in_channel, image), *location(c, c_channel, image),
+                    *location(a, a_channel, image), positions, elements, (end - image) * elements, int(features),
+                    int(relevance), int(accumulate))

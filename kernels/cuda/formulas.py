@@ -1,157 +1,101 @@
 """Rules with more than one ratio, or another than |x| / z: how ratios follow from a layer's sums.
 
-The formulas are in kernels/cpu/formulas.py. A thread has one output.
+The formulas are in kernels/scalar.py. A thread has one output.
 """
 
 import math
 
 import numpy as np
-from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, IGNORED, SHARED, SIGNS
-from fastdtd.kernels.cuda.elementwise import LEAST, SUMMING_THREADS, finish, flat, place_of, sum_of_block, whole_images
-from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.codes import SIGNS
+from fastdtd.kernels.cuda.elementwise import SUMMING_THREADS, flat, location, sum_of_block, whole_images
+from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each
+from fastdtd.kernels.cuda.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
 from fastdtd.kernels.cuda.vector_code import split
+from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float64
 
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-_ROUNDING = np.float32(1e-6)  # of P: a smaller Q, which is found as P - t, is what rounding left
-
-
-# ---- Kernels -----------------------------------------------------------------------------------------------------------------------------
-
-
-@part
-def _over(number, z, epsilon):
-    """number / z, z moved away from zero by epsilon."""
-    z += epsilon if z >= _ZERO else -epsilon
-    return number / z if abs(z) > LEAST else _ZERO
-
-
-@part
-def _sum_of(ratio):
-    """z, from what ratio_of made of it for relevance."""
-    return _ONE / ratio if ratio > _ZERO else _ZERO
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _ratios(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, first_image, x_numbers, x_begin, places, width,
-            numbers, total, formula, factor, beta, epsilon, kept, least, most, relevance):
+def _ratios(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, first_image,
+            x_elements, x_begin, positions, width, elements, total, formula, factor, beta, epsilon, bias_mode, x_min,
+            x_max, relevance):
     at = cuda.grid(1)
     if at >= total:
         return
-    n, i = split(at, numbers)
-    (k, place), at_x = split(i, places), n * x_numbers + x_begin + i
-    row, column = split(place, width)
-    at += first_image * numbers
-    t, count = x[at_x], counted_down[row] * counted_across[column]
-    y = t + bias[k]
-    value = finish(y, least, most)
-    share = _ONE if relevance else abs(value)
-    x[at_x] = value
+    n, i = split(at, elements)
+    (k, position), at_x = split(i, positions), n * x_elements + x_begin + i
+    row, column = split(position, width)
+    at += first_image * elements
+    t, count = x[at_x], count_h[row] * count_w[column]
     if formula == SIGNS:
-        p = _sum_of(one[at])
-        q = p - t * count
-        to_one = _ZERO if value < _ZERO else share / p if p > LEAST else -share
-        to_other = _ZERO if value >= _ZERO else share / q if q > max(_ROUNDING * p, LEAST) else -share
-        one[at] = to_one
-        other[at] = to_other
-        if to_one < _ZERO:
+        value = clip(t + bias[k], x_min, x_max)
+        new_pos, new_neg = signs_ratios(value, t * count, ratio_pos[at], relevance)
+        x[at_x], ratio_pos[at], ratio_neg[at] = value, new_pos, new_neg
+        if new_pos < ZERO:
             dead[first_image + n] = 1
-        if to_other < _ZERO:
-            other_dead[first_image + n] = 1
+        if new_neg < ZERO:
+            dead_neg[first_image + n] = 1
         return
-    is_part = kept != IGNORED and (kept != SHARED or even[at] > _ZERO)  # some windows hold padding only
-    b = bias[k] if is_part else _ZERO
-    b_for, b_against = max(b, _ZERO), max(-b, _ZERO)
-    of_bias = _ZERO
-    remains = _ZERO
-    if formula == EPSILON:
-        s = _over(share, t + b, epsilon)
-        of_bias = b * s
-        remains = share - t * s
-        one[at] = s / count
-    elif formula == ALPHA_BETA:
-        p = _sum_of(one[at])
-        q = _sum_of(other[at]) if beta > _ZERO else _ZERO
-        s_for = _over(share * factor, p + b_for, epsilon)
-        s_against = _over(share * beta, q + b_against, epsilon)
-        of_bias = b_for * s_for - b_against * s_against
-        remains = share - (p * s_for - q * s_against)
-        one[at] = s_for
-        if beta > _ZERO:
-            other[at] = -s_against
-    elif formula == GAMMA:
-        p = _sum_of(one[at])
-        q, sign = max(p - t, _ZERO), t + b
-        more_for = factor if sign > _ZERO else _ZERO
-        more_against = factor if sign < _ZERO else _ZERO
-        z = sign + more_for * (p + b_for) - more_against * (q + b_against)
-        s = _over(share, z, epsilon) if sign != _ZERO else _ZERO
-        of_bias = (b + more_for * b_for - more_against * b_against) * s
-        remains = share - (t + more_for * p - more_against * q) * s
-        one[at] = (_ONE + more_for) * s
-        other[at] = -(_ONE + more_against) * s
-    elif formula == DIRECTION:
-        z = one[at]
-        shares = abs(z) > LEAST
-        one[at] = share / z if shares else _ZERO
-        lost[at] = _ZERO if shares else share
-    elif formula == GRADIENT:
-        one[at] = (_ONE if least < y < most else _ZERO) / count
-    if formula in (EPSILON, ALPHA_BETA, GAMMA):
-        if kept == SHARED:
-            even[at] *= of_bias
-            remains -= of_bias
-        lost[at] = remains
+    x[at_x], ratio_pos[at], new_neg, to_bias, new_absorbed = rule_ratios(
+        formula, t, bias[k], ratio_pos[at], ratio_neg[at], ratio_bias[at], factor, beta, epsilon, bias_mode,
+        x_min, x_max, relevance)
+    has_neg, has_bias, has_absorbed, is_for_sum = rule_writes(formula, beta, bias_mode)
+    if is_for_sum:
+        ratio_pos[at] /= count
+    if has_neg:
+        ratio_neg[at] = new_neg
+    if has_bias:
+        ratio_bias[at] *= to_bias
+    if has_absorbed:
+        absorbed[at] = new_absorbed
 
 
 @kernel
-def _lose(ledger, lost, c, column, c_numbers, c_begin, numbers, first):
+def _absorb_remainder(ledger, absorbed, c, column, c_elements, c_begin, elements, first):
     n = first + cuda.blockIdx.x
     sums, own = cuda.shared.array(SUMMING_THREADS, float64), np.float64(0)
-    for i in range(cuda.threadIdx.x, numbers, SUMMING_THREADS):
-        own += np.float64(lost[n * numbers + i]) * np.float64(c[n * c_numbers + c_begin + i])
+    for i in range(cuda.threadIdx.x, elements, SUMMING_THREADS):
+        own += np.float64(absorbed[n * elements + i]) * np.float64(c[n * c_elements + c_begin + i])
     total = sum_of_block(sums, own)
     if cuda.threadIdx.x == 0:
         ledger[n, column] += total
 
 
 @kernel
-def _observe(out, x, c, x_numbers, x_begin, c_numbers, c_begin, first, numbers, count, relevance):
+def _relevance(out, x, c, x_elements, x_begin, c_elements, c_begin, first, elements, count, relevance):
     at = cuda.grid(1)
     if at < count:
-        n, i = split(at, numbers)
-        factor = c[n * c_numbers + c_begin + i]
-        out[first + at] = factor if relevance else abs(x[n * x_numbers + x_begin + i]) * factor
+        n, i = split(at, elements)
+        out[first + at] = relevance_of(x[n * x_elements + x_begin + i], c[n * c_elements + c_begin + i], relevance)
 
 
-# ---- Launchers ---------------------------------------------------------------------------------------------------------------------------
+# ---- Launchers -------------------------------------------------------------------------------------------------------
 
 
-def ratios_forward(x, one, other, even, lost, dead, other_dead, bias, counted_down, counted_across, x_channel, formula, factor, beta,
-                   epsilon, kept, least, most, relevance, first, last):
-    """x <- x + bias, clipped to least..most; one, other, even, lost <- the ratios of P, of Q and of a SHARED bias, and what is lost.
-
-    x holds t. one, other, even hold 1 / P, 1 / Q and 1 / (number of inputs) where the formula asks for them, and are the same array
-    where it does not. factor is alpha or gamma. counted_down (OH,) and counted_across (OW,): their product divides a mean. dead and
-    other_dead as in ratio_of. Units are channels of images.
-    """
-    image, behind = whole_images(first, last, one.shape[1])
-    numbers, places = math.prod(one.shape[1:]), math.prod(one.shape[2:])
-    launch_for_each(_ratios, (behind - image) * numbers, flat(x), flat(one), flat(other), flat(even), flat(lost), dead, other_dead, bias,
-                    counted_down, counted_across, image, *place_of(x, x_channel, image), places, one.shape[3], numbers,
-                    (behind - image) * numbers, int(formula), np.float32(factor), np.float32(beta), np.float32(epsilon), int(kept),
-                    np.float32(least), np.float32(most), int(relevance))
+def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, x_channel,
+                   formula, factor, beta, epsilon, bias_mode, x_min, x_max, relevance, first, last):
+    """x <- x + bias, clipped to x_min..x_max; ratio_pos, ratio_neg, ratio_bias, absorbed <- of P, of Q, of a SHARED
+    bias, and what none of them gets."""
+    image, end = whole_images(first, last, ratio_pos.shape[1])
+    elements, positions = math.prod(ratio_pos.shape[1:]), math.prod(ratio_pos.shape[2:])
+    launch_for_each(_ratios, (end - image) * elements, flat(x), flat(ratio_pos), flat(ratio_neg), flat(ratio_bias),
+                    flat(absorbed), dead, dead_neg, bias, count_h, count_w, image, *location(x, x_channel, image),
+                    positions, ratio_pos.shape[3], elements, (end - image) * elements, int(formula), np.float32(factor),
+                    np.float32(beta), np.float32(epsilon), int(bias_mode), np.float32(x_min), np.float32(x_max),
+                    int(relevance))
 
 
-def lose_redistribute(ledger, lost, c, column, c_channel, first, last):
-    """ledger[n, column] += what stabilisers and biases keep of relevance c. Units are images."""
-    launch(_lose, last - first, SUMMING_THREADS, ledger, flat(lost), flat(c), column, *place_of(c, c_channel, 0),
-           math.prod(lost.shape[1:]), first)
+def absorb_remainder_redistribute(ledger, absorbed, c, column, c_channel, first, last):
+    """ledger[n, column] += what stabilisers and biases absorb of relevance c. Units are images."""
+    launch(_absorb_remainder, last - first, SUMMING_THREADS, ledger, flat(absorbed), flat(c), column,
+           *location(c, c_channel, 0), math.prod(absorbed.shape[1:]), first)
 
 
-def observe_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
+def relevance_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
     """out (N, C, H, W) <- the relevance of x, |x| c, or c where that is relevance itself. Units are images."""
-    numbers = math.prod(out.shape[1:])
-    launch_for_each(_observe, (last - first) * numbers, flat(out), flat(x), flat(c), *place_of(x, x_channel, first),
-                    *place_of(c, c_channel, first), first * numbers, numbers, (last - first) * numbers, int(relevance))
+    elements = math.prod(out.shape[1:])
+    launch_for_each(_relevance, (last - first) * elements, flat(out), flat(x), flat(c), *location(x, x_channel, first),
+                    *location(c, c_channel, first), first * elements, elements, (last - first) * elements,
+                    int(relevance))

@@ -1,20 +1,21 @@
 """How CUDA kernels are compiled and launched.
 
-What runs on the device stands under the first banner of each file: parts of kernels (`part`) and kernels (`kernel`). What starts them
-stands under the second: launchers, plain Python functions with the names and parameters of kernels/cpu.
+What runs on the device stands under the first banner of each file: parts of kernels (`part`) and kernels (`kernel`).
+What starts them stands under the second: launchers, plain Python functions with the names and parameters of
+kernels/cpu.
 """
 
 import threading
 
 from numba import config, cuda
 
-THREADS = 256  # of a block, where nothing asks for another number
+THREADS = 256  # of a block, unless a kernel needs another number
 
 _of_thread = threading.local()
 
 
 def on_compile():
-    """Called before a kernel is compiled. To be replaced by who wants to know; see `kernels.load`."""
+    """Called before a kernel is compiled. `kernels.load` replaces it."""
 
 
 def on_unkept(reason):
@@ -22,7 +23,7 @@ def on_unkept(reason):
 
 
 def kernel(function, registers=None):
-    """A function that runs on the device and is started from the host, with at most so many registers for each thread."""
+    """A function that the host starts on the device, with at most so many registers for each thread."""
     if registers is None or config.ENABLE_CUDASIM:
         return cuda.jit(function)
     return cuda.jit(max_registers=registers)(function)
@@ -34,7 +35,7 @@ def part(function):
 
 
 def launch(function, blocks, threads, *arguments):
-    """Start so many blocks of so many threads, in the stream of the calling thread; nothing where there is nothing to do."""
+    """Start so many blocks, if any, of so many threads, in the stream of the calling thread."""
     if blocks:
         if not (config.ENABLE_CUDASIM or function.overloads):
             on_compile()
@@ -42,9 +43,9 @@ def launch(function, blocks, threads, *arguments):
 
 
 def launch_for_each(function, count, *arguments):
-    """One thread for each of `count` numbers, and a few that have none: kernels look whether cuda.grid(1) is below the count.
+    """One thread for each of `count` elements, and a few more: kernels check that cuda.grid(1) is below the count.
 
-    MemoryError: so many at a time that 32 bits do not count them.
+    MemoryError: 32 bits cannot count them.
     """
     if count >= 1 << 32:
         raise MemoryError(f"{count} numbers at a time; required: fewer than 2^32")

@@ -1,22 +1,25 @@
-"""The product of a tile: ROWS x DEPTH weights times DEPTH x PLACES numbers, both in shared memory, sums in registers.
+"""The product of a tile: ROWS x DEPTH weights times DEPTH x POSITIONS values, both in shared memory, sums in registers.
 
-A block holds two sums for each of its rows x PLACES results, `one` and `two`. What they are of weights W and numbers b:
+A block holds two sums for each of its rows x POSITIONS results, `one` and `two`. What they are of weights W and values
+b:
 
     SUM       one = sum of W b
     PAIR      one = sum of W b          two = sum of W+ b                 W+ = max(W, 0), W- = max(-W, 0)
     SIGNED    one = sum of W b          two = sum of W+ b+ + W- b-
     SPLIT     one = sum of W+ b         two = sum of W- b
 
-so that W is stored and read once. Each thread has some of the results, at `row_of` and `place_of`; its sums are a local array that is
-indexed by constants alone, once loops are unrolled, and so lies in registers (tests/test_cuda_compiled.py sees to that).
+so that W is stored and read once. Each thread has some of the results, at `row_of` and `position_of`; its sums are a
+local array that is indexed by constants alone, once loops are unrolled, and so lies in registers
+(tests/test_cuda_compiled.py sees to that).
 
-In float32 each thread multiplies by itself. On tensor cores a warp does together, by mma.m16n8k8. Its lane 4 g + q holds of W (16 x 8) the
-rows g, g + 8, g, g + 8 at depths q, q, q + 4, q + 4; of b (8 x 8) place g at depths q and q + 4; of the result (16 x 8) the rows g, g,
-g + 8, g + 8 at places 2 q, 2 q + 1, 2 q, 2 q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k8"). Weights are packed in that order, so a lane
-reads its four at once. A warp has 32 places, and 16, 32 or 64 of the rows: with more rows, each number that is read serves more products.
+In float32 each thread multiplies by itself. On tensor cores a warp does together, by mma.m16n8k8. Its lane 4 g + q
+holds of W (16 x 8) the rows g, g + 8, g, g + 8 at depths q, q, q + 4, q + 4; of b (8 x 8) position g at depths q and q
++ 4; of the result (16 x 8) the rows g, g, g + 8, g + 8 at positions 2 q, 2 q + 1, 2 q, 2 q + 1 (PTX ISA, "Matrix
+Fragments for mma.m16n8k8"). Weights are packed in that order, so a lane reads its four at once. A warp has 32
+positions, and 16, 32 or 64 of the rows: with more rows, each value that is read serves more products.
 
-In shared memory, depth d of the numbers is a row of PLACES in which place p lies at p ^ swizzle_of(d): else the lanes of a fragment, which
-read four depths, would meet in the same banks.
+In shared memory, depth d of the values is a row of POSITIONS in which position p lies at p ^ swizzle_of(d): else the
+lanes of a fragment, which read four depths, would conflict in the same banks.
 """
 
 from functools import cache
@@ -24,19 +27,21 @@ from functools import cache
 import numpy as np
 from fastdtd.kernels.codes import FP32, TF32, TF32X3
 from fastdtd.kernels.cuda.jit import part
-from fastdtd.kernels.cuda.vector_code import ZERO, load_four_shared, load_shared, mma, round_for_mma, truncate
+from fastdtd.kernels.cuda.vector_code import load_four_shared, load_shared, mma, round_for_mma, truncate
+from fastdtd.kernels.scalar import ZERO
 from numba import cuda, float32
 
 SUM, PAIR, SIGNED_PAIR, SPLIT = range(4)
 
-PLACES = 128  # 1 << 7
+POSITIONS = 128  # 1 << 7
 DEPTH = 16
 SMALL_ROWS, MIDDLE_ROWS, LARGE_ROWS = 16, 64, 128  # of a tile
 _FRAGMENT = 16 * 8  # weights of one mma
 
 
 def tile_rows(rows, precision):
-    """Rows of the tiles for a layer with so many. Large ones where they stand no emptier; only TF32 leaves registers for their sums."""
+    """Rows of the tiles for a layer with so many: large ones where they are as full; only TF32 leaves registers for
+    these."""
     if rows <= 2 * SMALL_ROWS:
         return SMALL_ROWS
     fills = -(-rows // LARGE_ROWS) * 2 == -(-rows // MIDDLE_ROWS)
@@ -50,11 +55,11 @@ def threads_of(rows):
 
 def sums_of(rows):
     """How many results each thread has."""
-    return rows * PLACES // threads_of(rows)
+    return rows * POSITIONS // threads_of(rows)
 
 
-def most_registers(rows, kind, precision, in_planes):
-    """Of a thread: so many that two blocks fit on a multiprocessor, one computing while the other waits; None where they would not do."""
+def max_registers(rows, kind, precision, in_planes):
+    """Of a thread: so many that two blocks fit on a multiprocessor; None where they would not do."""
     if precision != TF32 or kind in (SIGNED_PAIR, SPLIT) or (kind == PAIR and rows == LARGE_ROWS):
         return None
     return 128 if rows < LARGE_ROWS or in_planes else None
@@ -74,7 +79,7 @@ def pack_tiles(panels, precision):
     return packed
 
 
-# ---- Which results a thread has ----------------------------------------------------------------------------------------------------------
+# ---- Which results a thread has --------------------------------------------------------------------------------------
 
 
 def _in_columns(rows):
@@ -84,7 +89,7 @@ def _in_columns(rows):
 
 @cache
 def layout(rows, precision):
-    """(row_of, place_of, swizzle_of): parts of (thread, number of its result), the same, and a depth."""
+    """(row_of, position_of, swizzle_of): parts of (thread, number of its result), the same, and a depth."""
     in_columns, per_thread = _in_columns(rows), sums_of(rows) // 4
     warp_rows = rows // in_columns
 
@@ -94,7 +99,7 @@ def layout(rows, precision):
             return (t >> 5) * per_thread + (i >> 2)
 
         @part
-        def place_of(t, i):
+        def position_of(t, i):
             return (t & 31) + 32 * (i & 3)
 
         @part
@@ -106,25 +111,25 @@ def layout(rows, precision):
             return ((t >> 5) & (in_columns - 1)) * warp_rows + (i >> 4) * 16 + ((t & 31) >> 2) + 4 * (i & 2)
 
         @part
-        def place_of(t, i):
+        def position_of(t, i):
             return (t >> 5) // in_columns * 32 + ((i >> 2) & 3) * 8 + 2 * (t & 3) + (i & 1)
 
         @part
         def swizzle_of(depth):
             return (depth & 3) << 3
 
-    return row_of, place_of, swizzle_of
+    return row_of, position_of, swizzle_of
 
 
-# ---- The product -------------------------------------------------------------------------------------------------------------------------
+# ---- The product -----------------------------------------------------------------------------------------------------
 
 
 @cache
 def multiply_kernel(rows, kind, precision):
-    """The part multiply(one, two, tile, numbers, weights, t): one, two += their sums over one tile.
+    """The part multiply(one, two, tile, values, weights, t): one, two += their sums over one tile.
 
-    one, two: thread t's sums. tile: shared memory, in which the numbers (DEPTH, PLACES) and weights (DEPTH * rows) begin at `numbers` and
-    `weights`. Under SUM two is not touched.
+    one, two: thread t's sums. tile: shared memory, in which the values (DEPTH, POSITIONS) and weights (DEPTH * rows)
+    begin at `values` and `weights`. Under SUM two is not touched.
     """
     return _multiply_alone(rows, kind) if precision == FP32 else _multiply_together(rows, kind, precision)
 
@@ -133,12 +138,12 @@ def _multiply_alone(rows, kind):
     fours = sums_of(rows) // 16
 
     @part
-    def multiply(one, two, tile, numbers, weights, t):
-        at_weights, at_numbers = weights + (t >> 5) * 4 * fours, numbers + (t & 31)
+    def multiply(one, two, tile, elements, weights, t):
+        at_weights, at_elements = weights + (t >> 5) * 4 * fours, elements + (t & 31)
         b = cuda.local.array(4, float32)
         for depth in range(DEPTH):
             for j in range(4):
-                b[j] = load_shared(tile, at_numbers + depth * PLACES + 32 * j)
+                b[j] = load_shared(tile, at_elements + depth * POSITIONS + 32 * j)
             for four in range(fours):
                 w = load_four_shared(tile, at_weights + depth * rows + 4 * four)
                 for i in range(4):
@@ -184,10 +189,10 @@ def _multiply_together(rows, kind, precision):
             rests[i] = round_for_mma(number - parts[i])
 
     @part
-    def multiply(one, two, tile, numbers, weights, t):
+    def multiply(one, two, tile, elements, weights, t):
         warp, lane, q = t >> 5, t & 31, t & 3
         at_weights = weights + (warp & (in_columns - 1)) * (tiles * _FRAGMENT) + 4 * lane
-        at_numbers = numbers + q * PLACES + warp // in_columns * 32 + (lane >> 2)
+        at_elements = elements + q * POSITIONS + warp // in_columns * 32 + (lane >> 2)
         b, b_rest = cuda.local.array(8, float32), cuda.local.array(8, float32)
         b_for, b_for_rest = cuda.local.array(8, float32), cuda.local.array(8, float32)
         b_against, b_against_rest = cuda.local.array(8, float32), cuda.local.array(8, float32)
@@ -196,7 +201,7 @@ def _multiply_together(rows, kind, precision):
         w_against, w_against_rest = cuda.local.array(4, float32), cuda.local.array(4, float32)
         for depth in range(0, DEPTH, 8):
             for i in range(8):  # fragment i // 2, depths q and q + 4
-                number = load_shared(tile, at_numbers + (depth + 4 * (i & 1)) * PLACES + (((i >> 1) ^ q) << 3))
+                number = load_shared(tile, at_elements + (depth + 4 * (i & 1)) * POSITIONS + (((i >> 1) ^ q) << 3))
                 keep(b, b_rest, i, number)
                 if kind == SIGNED_PAIR:
                     keep(b_for, b_for_rest, i, max(number, ZERO))

@@ -1,7 +1,7 @@
 """Lists of launches, captured once as a graph of the device and replayed: no launch then passes through Python.
 
-The first time that a list is walked through its kernels are compiled and loaded, which must not happen while it is captured; the second
-time it is captured. Graphs belong to the plan whose memory they name.
+The first time that a list is walked through its kernels are compiled and loaded, which must not happen while it is
+captured; the second time it is captured. Graphs belong to the plan whose memory they name.
 """
 
 import threading
@@ -14,7 +14,8 @@ from numba import config, cuda
 
 BROKEN = 1 << 62
 
-# Two threads that need the same kernel at once would make two of it, and find the other's, which is not loaded, in the next walk.
+# Two threads that need the same kernel at once would make two of it, and find the other's, which is not loaded, in the
+# next walk.
 _walking = threading.Lock()
 
 
@@ -39,14 +40,15 @@ class _Launches:
 
 
 def table(calls):
-    """What run_steps walks through, from calls that have `code` and `slots` of `bind`, and `first` and `last` of their units."""
+    """What run_steps walks through, from calls that have `code`, `slots` (of `bind`), `first` and `last`."""
     return _Launches([(call.code, call.slots, call.first, call.last) for call in calls])
 
 
 def run_steps(steps, wanted, progress, counter, workers):
     """Launch the calls steps[i] for each i in wanted, in the calling thread's stream; True: all are launched.
 
-    A list on a device has one worker, for threads have nothing to share out: progress, counter and workers are those of processors.
+    A list on a device has one worker, for a GPU's threads are its own: progress, counter and workers are those of
+    processors.
     """
     assert workers == 1
     key = wanted.tobytes()
@@ -65,14 +67,15 @@ def _capture(steps, wanted):
     """The graph of these launches, or None."""
     stream = cupy.cuda.get_current_stream()
     try:
-        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)  # other threads may allocate and compile meanwhile
+        # other threads may allocate and compile meanwhile
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
         try:
             _launch(steps, wanted)
         finally:
             graph = stream.end_capture()
     except Exception as error:  # of CUDA, CuPy or Numba; what is wrong with the calls themselves, launching them tells
-        warnings.warn(f"kernels are launched one by one, which is slower, for they cannot be captured: {error}", RuntimeWarning,
-                      stacklevel=2)
+        warnings.warn(f"kernels are launched one by one, which is slower, for they cannot be captured: {error}",
+                      RuntimeWarning, stacklevel=2)
         return None
     return graph
 
