@@ -3,8 +3,9 @@
     .venv/bin/pytest benchmarks/bench_kernels.py --benchmark-json=kernels.json
     .venv/bin/pytest benchmarks/bench_kernels.py -k "ResNet and conv2d" --benchmark-sort=name
 
-Operands are those of a real explanation, which is checked (conserved, not negative) before any kernel is timed; tests/ hold each kernel to
-the float64 oracle. What is computed from the median is under "extra_info" of the JSON; `profile_layers.py` prints it as tables.
+Operands are those of a real explanation, which is checked (conserved, not negative) before any kernel is timed; tests/
+hold each kernel to the float64 oracle. What is computed from the median is under "extra_info" of the JSON;
+`profile_layers.py` prints it as tables.
 """
 
 import functools

@@ -1,14 +1,15 @@
-"""How fast is an explanation, next to PyTorch's forward pass and to the explanations of zennit, Captum, iNNvestigate? And is it right?
+"""How fast is an explanation, next to PyTorch's forward pass and to the explanations of zennit, Captum, iNNvestigate?
+And is it right?
 
     make compare                                   # everything, about 20 minutes; makes .venv-peers first
     .venv-peers/bin/python benchmarks/compare.py --only speed --nets VGG-16 --batches 8
     .venv-peers/bin/python benchmarks/compare.py --save --readme
     make .venv-innvestigate/ready                  # iNNvestigate and TensorFlow; without them that section is left out
 
-Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by more than 1e-3 is
-not timed, and the script ends with an error. Then the three run in turns, so that what else the machine does meets all of them; times are
-medians over the turns, ratios are medians of the turns' ratios. --save writes benchmarks/results/ (sections that were not run stay as
-they are there), --readme the table in README.md.
+Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by
+more than 1e-3 is not timed, and the script ends with an error. Then the three run in turns, so that what else the
+machine does meets all of them; times are medians over the turns, ratios are medians of the turns' ratios. --save writes
+benchmarks/results/ (sections that were not run stay as they are there), --readme the table in README.md.
 """
 
 import argparse
@@ -47,26 +48,31 @@ def explainer_of(graph, threads=None):
     return fastdtd.Explainer(Model(graph, Preprocessing(None)), threads=threads)
 
 
-# ---- Right before fast -------------------------------------------------------------------------------------------------------------------
+# ---- Right before fast -----------------------------------------------------------------------------------------------
 
 
 def averaged(graph):
     """The same network with average pools: no winner of a max-pool that turns on the last bit."""
-    return g.Graph(tuple(g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
-                         if isinstance(layer, g.MaxPool2d) else layer for layer in graph), graph.input_shape, graph.box)
+    return g.Graph(
+        tuple(
+            g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode
+                            ) if isinstance(layer, g.MaxPool2d) else layer
+            for layer in graph), graph.input_shape, graph.box)
 
 
 def disagreement(graph):
-    """(scores, relevance, smallest relevance) of one picture, the first two relative to PyTorch and zennit in float64."""
+    """(scores, relevance, smallest relevance) of one picture, the first two relative to PyTorch and zennit in float64.
+    """
     from torch_nets import zennit_relevance
     explainer, picture = explainer_of(graph), pictures(graph, 1)
     e = explainer(picture)
-    relevance, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, e.target)
+    relevance, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture,
+                                         e.target)
     return (float(abs(e.output - scores).max() / abs(scores).max()),
             float(np.linalg.norm(e.relevance - relevance) / np.linalg.norm(relevance)), float(e.relevance.min()))
 
 
-# ---- Speed -------------------------------------------------------------------------------------------------------------------------------
+# ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
 def contenders(graph, batch, threads):
@@ -86,14 +92,18 @@ def contenders(graph, batch, threads):
         with torch.inference_mode():
             return net(tensor)
 
-    return {"PyTorch": forward, "fastdtd": lambda: explainer(images, targets), "zennit": lambda: zennit(tensor, targets)}
+    return {
+        "PyTorch": forward, "fastdtd": lambda: explainer(images, targets), "zennit": lambda: zennit(tensor, targets)
+    }
 
 
 def measure(functions, seconds):
-    """Seconds of each call, in turns, for about so long. The slow ones (zennit, Captum, iNNvestigate) have a third of the turns, and 3.
+    """Seconds of each call, in turns, for about so long. The slow ones (zennit, Captum, iNNvestigate) have a third of
+    the turns, and 3.
 
-    Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that the next one needs;
-    and as long a run that does not count, for it finds cold caches and threads that sleep, or share a processor.
+    Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that
+    the next one needs; and as long a run that does not count, for it finds cold caches and threads that sleep, or share
+    a processor.
     """
     times = {name: [] for name in functions}
     for function in functions.values():
@@ -121,26 +131,33 @@ def speed(options):
         graph = NETWORKS[name]()
         errors = disagreement(graph)
         exact = disagreement(averaged(graph))
-        print(f"{name}: scores within {errors[0]:.1e}, relevance within {errors[1]:.1e} ({exact[1]:.1e} with average pools, where no "
-              f"winner turns on the last bit), least relevance {errors[2]:.1e}", flush=True)
+        print(
+            f"{name}: scores within {errors[0]:.1e}, relevance within {errors[1]:.1e} ({exact[1]:.1e} with average "
+            f"pools, where no "
+            f"winner turns on the last bit), least relevance {errors[2]:.1e}", flush=True)
         if max(errors[:2]) > MOST_DISAGREEMENT or max(exact[:2]) > MOST_DISAGREEMENT or errors[2] < 0:
             sys.exit(f"{name} disagrees with PyTorch or zennit by more than {MOST_DISAGREEMENT}: not timed")
         for batch in options.batches:
             times = measure(contenders(graph, batch, options.threads), options.seconds)
             medians = {who: statistics.median(values) / batch * 1e3 for who, values in times.items()}
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(times["fastdtd"], times["PyTorch"], strict=True))
+            ratio = statistics.median(ours / theirs
+                                      for ours, theirs in zip(times["fastdtd"], times["PyTorch"], strict=True))
             spreads = {who: (np.percentile(values, 75) - np.percentile(values, 25)) / statistics.median(values)
                        for who, values in times.items()}
             rows.append({"net": name, "batch": batch, "milliseconds": medians, "spread": spreads, "to PyTorch": ratio,
                          "zennit to ours": medians["zennit"] / medians["fastdtd"], "turns": len(times["fastdtd"]),
                          "scores": errors[0], "relevance": errors[1], "relevance with average pools": exact[1]})
-            print(f"  batch {batch}: " + ", ".join(f"{who} {medians[who]:.2f} ms (spread {spreads[who]:.0%})" for who in medians)
-                  + f"; to PyTorch {ratio:.2f}, zennit to ours {rows[-1]['zennit to ours']:.1f}", flush=True)
+            print(
+                f"  batch {batch}: " + ", ".join(f"{who} {medians[who]:.2f} ms (spread {spreads[who]:.0%})"
+                                                 for who in medians)
+                + f"; to PyTorch {ratio:.2f}, zennit to ours {rows[-1]['zennit to ours']:.1f}", flush=True)
     return rows
 
 
 def captum(options):
-    """Captum's "deep Taylor" is z+ in the first layer too: so is ours here, on networks that it can do and pictures without negatives."""
+    """Captum's "deep Taylor" is z+ in the first layer too: so is ours here, on networks that it can do and pictures
+    without negatives.
+    """
     import torch
     from torch_nets import CaptumExplainer
     torch.set_num_threads(options.threads)
@@ -148,7 +165,8 @@ def captum(options):
     for name in [name for name in ("LeNet", "AlexNet", "VGG-16") if name in options.nets]:
         graph = averaged(NETWORKS[name]())  # in float32 the two pick other winners of max-pools here and there
         graph = g.Graph(graph.layers, graph.input_shape, (0 * graph.box[0], graph.box[1]))
-        explainer = fastdtd.Explainer(Model(graph, Preprocessing(None)), {graph.layers[0].name: "z+"}, threads=options.threads)
+        explainer = fastdtd.Explainer(Model(graph, Preprocessing(None)), {graph.layers[0].name: "z+"},
+                                      threads=options.threads)
         theirs = CaptumExplainer(graph)
         for batch in options.batches:
             images = pictures(graph, batch)
@@ -168,13 +186,18 @@ class Innvestigate:
     """iNNvestigate's deep Taylor decomposition of `images`, in a process of its own (innvestigate_server.py)."""
 
     def __init__(self, model, images, target, threads, folder):
-        self.relevance, arguments = Path(folder, "relevance.npy"), [str(Path(folder, name)) for name in ("net.h5", "pictures.npy")]
+        self.relevance, arguments = Path(
+            folder, "relevance.npy"), [str(Path(folder, name)) for name in ("net.h5", "pictures.npy")]
         fastdtd.save(model, arguments[0])
         np.save(arguments[1], images)
         with open(Path(folder, "log"), "w") as log:
-            self.process = subprocess.Popen(
-                [INNVESTIGATE, str(ROOT / "benchmarks" / "innvestigate_server.py"), *arguments, str(target), str(threads), self.relevance],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"})
+            self.process = subprocess.Popen([
+                INNVESTIGATE,
+                str(ROOT / "benchmarks" / "innvestigate_server.py"), *arguments,
+                str(target),
+                str(threads), self.relevance
+            ], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                                            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"})
         if self.process.stdout.readline() != "ready\n":
             sys.exit(Path(folder, "log").read_text())
 
@@ -190,7 +213,9 @@ class Innvestigate:
 
 
 def innvestigate(options):
-    """iNNvestigate's "deep_taylor" is z+ in the first layer too; it asks for TensorFlow 2.14, so for an environment of its own."""
+    """iNNvestigate's "deep_taylor" is z+ in the first layer too; it asks for TensorFlow 2.14, so for an environment of
+    its own.
+    """
     if not INNVESTIGATE.exists():
         print("iNNvestigate is not installed: make .venv-innvestigate/ready", flush=True)
         return None
@@ -204,11 +229,13 @@ def innvestigate(options):
             images = pictures(graph, batch)
             target = int(explainer(images).output.min(0).argmax())
             e = explainer(images, target)
-            with tempfile.TemporaryDirectory() as folder, Innvestigate(model, images, target, options.threads, folder) as theirs:
+            with tempfile.TemporaryDirectory() as folder, Innvestigate(model, images, target, options.threads,
+                                                                       folder) as theirs:
                 error = float(np.linalg.norm(e.relevance - np.load(theirs.relevance)) / np.linalg.norm(e.relevance))
                 if error > MOST_DISAGREEMENT or (e.explained <= 0).any():
                     sys.exit(f"{name} disagrees with iNNvestigate by {error:.1e}: not timed")
-                times = measure({"fastdtd": functools.partial(explainer, images, target), "iNNvestigate": theirs}, options.seconds / 2)
+                times = measure({"fastdtd": functools.partial(explainer, images, target), "iNNvestigate": theirs},
+                                options.seconds / 2)
             rows.append(compared(name, batch, times, "iNNvestigate", error))
     return rows
 
@@ -222,16 +249,23 @@ def compared(name, batch, times, who, error):
 
 def table(rows):
     """Markdown."""
-    lines = ["| network | batch | PyTorch, forward only | **fastdtd, whole explanation** | ratio | zennit, same explanation | times ours |",
-             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| network | batch | PyTorch, forward only | **fastdtd, whole explanation** | ratio | zennit, same explanation "
+        "| times ours |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    ]
     for row in rows:
         t = row["milliseconds"]
-        lines.append(f"| {row['net']} | {row['batch']} | {t['PyTorch']:.3g} ms | **{t['fastdtd']:.3g} ms** | {row['to PyTorch']:.2f} | "
-                     f"{t['zennit']:.3g} ms | {row['zennit to ours']:.1f} |")
+        lines.append(
+            f"| {row['net']} | {row['batch']} | {t['PyTorch']:.3g} ms | **{t['fastdtd']:.3g} ms** | "
+            f"{row['to PyTorch']:.2f} | "
+            f"{t['zennit']:.3g} ms | {row['zennit to ours']:.1f} |")
     for batch in sorted({row["batch"] for row in rows}, reverse=True):
         own = [row for row in rows if row["batch"] == batch and "LRN" not in row["net"]]  # each network once
-        lines.append(f"| *geometric mean, without LRN* | {batch} | | | {geometric_mean(row['to PyTorch'] for row in own):.2f} | | "
-                     f"{geometric_mean(row['zennit to ours'] for row in own):.1f} |")
+        lines.append(
+            f"| *geometric mean, without LRN* | {batch} | | | {geometric_mean(row['to PyTorch'] for row in own):.2f} | "
+            f"| "
+            f"{geometric_mean(row['zennit to ours'] for row in own):.1f} |")
     return "\n".join(lines)
 
 
@@ -239,7 +273,7 @@ def geometric_mean(values):
     return float(np.exp(np.mean(np.log(list(values)))))
 
 
-# ---- Memory, threads, bits, growth, start ------------------------------------------------------------------------------------------------
+# ---- Memory, threads, bits, growth, start ----------------------------------------------------------------------------
 
 
 def in_own_process(what, *arguments):
@@ -284,8 +318,9 @@ def threads(options):
         graph = NETWORKS[name]()
         images = pictures(graph, 8)
         one, two = explainer_of(graph, 1), explainer_of(graph, 2)
-        times = measure({"one": lambda one=one, images=images: one(images), "two": lambda two=two, images=images: two(images)},
-                        options.seconds)
+        times = measure(
+            {"one": lambda one=one, images=images: one(images), "two": lambda two=two, images=images: two(images)},
+            options.seconds)
         result[name] = statistics.median(a / b for a, b in zip(times["one"], times["two"], strict=True))
     print(f"two threads over one, batch 8: {result}", flush=True)
     return result
@@ -344,14 +379,17 @@ def start(options):
         result["first heatmap, empty cache"] = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as cache:
         begin = time.perf_counter()
-        runs = [subprocess.Popen([sys.executable, "-c", heatmap], env=os.environ | {"NUMBA_CACHE_DIR": cache}) for _ in range(8)]
+        runs = [
+            subprocess.Popen([sys.executable, "-c", heatmap], env=os.environ | {"NUMBA_CACHE_DIR": cache})
+            for _ in range(8)
+        ]
         result["8 processes, empty cache, all well"] = all(run.wait() == 0 for run in runs)
         result["8 processes, empty cache"] = time.perf_counter() - begin
     print(f"seconds: {result}", flush=True)
     return result
 
 
-# ---- The script --------------------------------------------------------------------------------------------------------------------------
+# ---- The script ------------------------------------------------------------------------------------------------------
 
 
 def machine(options):
@@ -360,7 +398,9 @@ def machine(options):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = found.group(1) if found else model
     from fastdtd.kernels.cpu.vector_code import LANES
-    versions = {name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit", "captum")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit", "captum")
+    }
     return {"processor": model, "target": _numba_target(), "threads": options.threads, "float lanes": LANES,
             "python": platform.python_version(), **versions, "date": datetime.date.today().isoformat()}
 
@@ -375,7 +415,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 1])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("--threads", type=int,
+                        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--seconds", type=float, default=20, help="about how long each net and batch is measured")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/compare-<processor>.json")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
@@ -399,8 +440,10 @@ def write_readme(result):
     path, m = ROOT / "README.md", result["machine"]
     begin, end = "<!-- table by benchmarks/compare.py -->", "<!-- end of table -->"
     before, rest = path.read_text().split(begin)
-    text = (f"{table(result['speed'])}\n\nMilliseconds an image, {m['threads']} threads, float32, random weights; {m['processor']} "
-            f"({m['target']}), PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.{others(result)}")
+    text = (
+        f"{table(result['speed'])}\n\nMilliseconds an image, {m['threads']} threads, float32, random weights; "
+        f"{m['processor']} "
+        f"({m['target']}), PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.{others(result)}")
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 

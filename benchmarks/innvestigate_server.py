@@ -1,10 +1,11 @@
-"""iNNvestigate's deep Taylor decomposition of a network in fastdtd's file format, on demand: compare.py runs this in iNNvestigate's own
-environment, which needs an older NumPy and TensorFlow.
+"""iNNvestigate's deep Taylor decomposition of a network in fastdtd's file format, on demand: compare.py runs this in
+iNNvestigate's own environment, which needs an older NumPy and TensorFlow.
 
     .venv-innvestigate/bin/python benchmarks/innvestigate_server.py net.h5 pictures.npy class threads relevance.npy
 
-Writes the relevance of the pictures (N, C, H, W), prints "ready", and then for each line on standard input explains them once more and
-prints a line. It knows layers one behind the other: convolutions without groups, ReLU, max-pools, flatten, dense.
+Writes the relevance of the pictures (N, C, H, W), prints "ready", and then for each line on standard input explains
+them once more and prints a line. It knows layers one behind the other: convolutions without groups, ReLU, max-pools,
+flatten, dense.
 """
 
 import sys
@@ -28,7 +29,8 @@ def model_of(path):
             x, made = keras_layer(layer, x)
             if made is not None:
                 kernel = layer["weight"][()]
-                weights.append((made, [kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T, layer["bias"][()]]))
+                weights.append(
+                    (made, [kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T, layer["bias"][()]]))
     for made, values in weights:
         made.set_weights(values)
     return tf.keras.Model(start, x)

@@ -1,4 +1,5 @@
-"""The steps of a network's plan one by one: what each has to compute and move at least, and the processor's ceilings."""
+"""The steps of a network's plan one by one: what each has to compute and move at least, and the processor's ceilings.
+"""
 
 import math
 import time
@@ -32,7 +33,8 @@ class Steps:
         """One explanation of class 0; an error where relevance is not conserved or negative."""
         self.advance_to(len(self))
         explained, plan = np.maximum(self._scores, 0), self.plan
-        np.testing.assert_allclose(plan.relevance.sum((1, 2, 3), dtype=float) + plan.ledger.sum(1), explained, rtol=1e-4)
+        np.testing.assert_allclose(
+            plan.relevance.sum((1, 2, 3), dtype=float) + plan.ledger.sum(1), explained, rtol=1e-4)
         assert plan.relevance.min() >= 0
 
     def advance_to(self, step):
@@ -60,7 +62,9 @@ class Steps:
 
     def shapes(self, step):
         """All that the time of a step depends on: kernel, shapes, integers."""
-        arguments = [argument.shape if isinstance(argument, np.ndarray) else argument for argument in self.plan.arguments(step)]
+        arguments = [
+            argument.shape if isinstance(argument, np.ndarray) else argument for argument in self.plan.arguments(step)
+        ]
         return self.kernel(step), *arguments
 
     def run(self, step):
@@ -78,14 +82,18 @@ class Steps:
         return self.plan.schedule.batch * layer.weight[0].size * math.prod(self.graph.shapes[layer.name])
 
     def least_bytes(self, step):
-        """Each operand read or written once: forward input, output, ratio and weights; back c, ratio, what is given back and weights."""
+        """Each operand read or written once: forward input, output, ratio and weights; back c, ratio, what is given
+        back and weights.
+        """
         layer = self.layer(step)
         numbers = self.plan.schedule.batch * (2 * math.prod(self.graph.shapes[layer.name])
                                      + sum(math.prod(self.graph.shapes[name]) for name in set(layer.inputs)))
         return 4 * (numbers + (layer.weight.size if isinstance(layer, (g.Conv2d, g.Dense)) else 0))
 
     def floor(self, step, ceiling, copy_rate):
-        """Seconds that the step takes at least: y and z cost one product (docs/kernels.md), and memory is no faster than copying."""
+        """Seconds that the step takes at least: y and z cost one product (docs/kernels.md), and memory is no faster
+        than copying.
+        """
         layer = self.layer(step)
         product = 2 * self.multiply_adds(layer) if self.operations(step) else 0
         return max(product / ceiling, self.least_bytes(step) / copy_rate)

@@ -1,4 +1,6 @@
-"""The networks that are measured: well-known ones as Graphs, with seeded random weights (He et al. 2015) and batch norm folded."""
+"""The networks that are measured: well-known ones as Graphs, with seeded random weights (He et al. 2015) and batch norm
+folded.
+"""
 
 from functools import partial
 
@@ -27,8 +29,9 @@ class _Builder:
 
     def conv(self, source, outputs, kernel, stride=1, padding=0, groups=1, relu=True):
         weight, bias = self._weights(outputs, self.channels[source] // groups, kernel, kernel)
-        name = self.add(g.Conv2d(f"conv{len(self.layers)}", (source,), weight, bias, stride=(stride,) * 2, padding=(padding,) * 4,
-                                 groups=groups), outputs)
+        name = self.add(
+            g.Conv2d(f"conv{len(self.layers)}", (source, ), weight, bias, stride=(stride, ) * 2,
+                     padding=(padding, ) * 4, groups=groups), outputs)
         return self.relu(name) if relu else name
 
     def dense(self, source, inputs, outputs, relu=True):
@@ -46,8 +49,9 @@ class _Builder:
         return self.add(g.LocalResponseNorm(f"norm{len(self.layers)}", (source,), 5, 1e-4, 0.75), self.channels[source])
 
     def pool(self, source, kernel, stride, padding=0, ceil_mode=False):
-        return self.add(g.MaxPool2d(f"pool{len(self.layers)}", (source,), (kernel,) * 2, (stride,) * 2, (padding,) * 4, ceil_mode),
-                        self.channels[source])
+        return self.add(
+            g.MaxPool2d(f"pool{len(self.layers)}", (source, ), (kernel, ) * 2, (stride, ) * 2, (padding, ) * 4,
+                        ceil_mode), self.channels[source])
 
     def average(self, source):
         return self.add(g.GlobalAveragePool(f"average{len(self.layers)}", (source,)), self.channels[source])
@@ -56,7 +60,8 @@ class _Builder:
         return self.add(g.Flatten(f"flatten{len(self.layers)}", (source,)), None)
 
     def concat(self, *sources):
-        return self.add(g.Concat(f"concat{len(self.layers)}", sources), sum(self.channels[source] for source in sources))
+        return self.add(g.Concat(f"concat{len(self.layers)}", sources),
+                        sum(self.channels[source] for source in sources))
 
     def sum(self, a, b):
         return self.relu(self.add(g.Add(f"sum{len(self.layers)}", (a, b)), self.channels[a]))
@@ -64,7 +69,8 @@ class _Builder:
     def graph(self):
         """The network of pixels between -2 and 2, about what the usual preprocessing of photographs gives."""
         channels = self.input_shape[0]
-        return g.Graph(tuple(self.layers), self.input_shape, (np.full(channels, -2, np.float32), np.full(channels, 2, np.float32)))
+        return g.Graph(tuple(self.layers), self.input_shape,
+                       (np.full(channels, -2, np.float32), np.full(channels, 2, np.float32)))
 
 
 def lenet():
@@ -80,7 +86,8 @@ def squeezenet():
     """SqueezeNet 1.1, Iandola et al. 2016."""
     b = _Builder(3, 224, 2)
     x = b.pool(b.conv(g.INPUT, 64, 3, stride=2), 3, 2, ceil_mode=True)
-    for i, (squeeze, expand) in enumerate(((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))):
+    for i, (squeeze, expand) in enumerate(
+        ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))):
         if i in (2, 4):
             x = b.pool(x, 3, 2, ceil_mode=True)
         x = b.conv(x, squeeze, 1)
@@ -93,7 +100,8 @@ def mobilenet():
     """MobileNet v1, Howard et al. 2017."""
     b = _Builder(3, 224, 3)
     x = b.conv(g.INPUT, 32, 3, stride=2, padding=1)
-    for outputs, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)):
+    for outputs, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2),
+                            (1024, 1)):
         x = b.conv(x, b.channels[x], 3, stride=stride, padding=1, groups=b.channels[x])
         x = b.conv(x, outputs, 1)
     b.dense(b.flatten(b.average(x)), 1024, 1000, relu=False)
@@ -132,17 +140,17 @@ def googlenet(norm=False):
     b = _Builder(3, 224, 6)
     x = b.norm(b.pool(b.conv(g.INPUT, 64, 7, stride=2, padding=3), 3, 2, ceil_mode=True), norm)
     x = b.pool(b.norm(b.conv(b.conv(x, 64, 1), 192, 3, padding=1), norm), 3, 2, ceil_mode=True)
-    blocks = ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), None,
-              (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
-              (256, 160, 320, 32, 128, 128), None,
-              (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
+    blocks = ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), None, (192, 96, 208, 16, 48, 64),
+              (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
+              (256, 160, 320, 32, 128, 128), None, (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
     for block in blocks:
         if block is None:
             x = b.pool(x, 3, 2, ceil_mode=True)
             continue
         one, reduce3, three, reduce5, five, behind_pool = block
         x = b.concat(b.conv(x, one, 1), b.conv(b.conv(x, reduce3, 1), three, 3, padding=1),
-                     b.conv(b.conv(x, reduce5, 1), five, 5, padding=2), b.conv(b.pool(x, 3, 1, padding=1), behind_pool, 1))
+                     b.conv(b.conv(x, reduce5, 1), five, 5, padding=2),
+                     b.conv(b.pool(x, 3, 1, padding=1), behind_pool, 1))
     b.dense(b.flatten(b.average(x)), 1024, 1000, relu=False)
     return b.graph()
 
@@ -160,9 +168,11 @@ def vgg16():
     return b.graph()
 
 
-NETWORKS = {"LeNet": lenet, "SqueezeNet 1.1": squeezenet, "MobileNet v1": mobilenet, "AlexNet": alexnet, "ResNet-18": resnet18,
-            "GoogLeNet": googlenet, "VGG-16": vgg16, "AlexNet with LRN": partial(alexnet, norm=True),
-            "GoogLeNet with LRN": partial(googlenet, norm=True)}
+NETWORKS = {
+    "LeNet": lenet, "SqueezeNet 1.1": squeezenet, "MobileNet v1": mobilenet, "AlexNet": alexnet, "ResNet-18": resnet18,
+    "GoogLeNet": googlenet, "VGG-16": vgg16, "AlexNet with LRN": partial(alexnet, norm=True),
+    "GoogLeNet with LRN": partial(googlenet, norm=True)
+}
 
 
 def pictures(graph, count, seed=0):

@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/profile_layers.py "ResNet-18" --batch 4
     .venv/bin/python benchmarks/profile_layers.py --summary           # all networks, by kernel
 
-One thread. A step's floor is the time of its multiply-adds at the measured ceiling of the tile product, or of its operands at the measured
-rate of copying, whichever is more; y and z count as one product, which is what the direct convolution takes. "GFLOP/s" counts the
-definition (two products forward, one back), so that kernels which need fewer can be above the ceiling. Times are medians over whole
-explanations, each step timed in its turn, so that caches hold what they hold in real use.
+One thread. A step's floor is the time of its multiply-adds at the measured ceiling of the tile product, or of its
+operands at the measured rate of copying, whichever is more; y and z count as one product, which is what the direct
+convolution takes. "GFLOP/s" counts the definition (two products forward, one back), so that kernels which need fewer
+can be above the ceiling. Times are medians over whole explanations, each step timed in its turn, so that caches hold
+what they hold in real use.
 """
 
 import argparse
@@ -36,15 +37,20 @@ def measure(steps, rounds):
 
 
 def print_steps(steps, times, top, rate):
-    print(f"{'layer':12} {'kernel':26} {'output':>16} {'ms':>8} {'floor':>8} {'x floor':>8} {'GFLOP/s':>8} {'of ceiling':>10} {'GB/s':>6}")
+    print(
+        f"{'layer':12} {'kernel':26} {'output':>16} {'ms':>8} {'floor':>8} {'x floor':>8} {'GFLOP/s':>8} "
+        f"{'of ceiling':>10} {'GB/s':>6}"
+    )
     for step, seconds in enumerate(times):
         layer, operations = steps.layer(step), steps.operations(step)
         floor = steps.floor(step, top, rate)
         if seconds < 2e-6:  # nothing to do
             continue
         products = f"{operations / seconds / 1e9:8.0f} {operations / seconds / top:10.2f}" if operations else " " * 19
-        print(f"{layer.name:12} {steps.kernel(step):26} {'x'.join(map(str, steps.graph.shapes[layer.name])):>16} {seconds * 1e3:8.3f} "
-              f"{floor * 1e3:8.3f} {seconds / floor:8.1f} {products} {steps.least_bytes(step) / seconds / 1e9:6.1f}")
+        print(
+            f"{layer.name:12} {steps.kernel(step):26} {'x'.join(map(str, steps.graph.shapes[layer.name])):>16} "
+            f"{seconds * 1e3:8.3f} "
+            f"{floor * 1e3:8.3f} {seconds / floor:8.1f} {products} {steps.least_bytes(step) / seconds / 1e9:6.1f}")
 
 
 def print_kernels(steps, times, top, rate):
@@ -62,12 +68,15 @@ def print_kernels(steps, times, top, rate):
 
 def print_shares(shares):
     """What the convolutions of 64 channels or more, in and out, reach of the ceiling."""
-    print("\nshare of the ceiling, convolutions from 64 channels or more to as many: least, lower quarter, median, most, "
-          "how many reach 0.8")
+    print(
+        "\nshare of the ceiling, convolutions from 64 channels or more to as many: least, lower quarter, median, most, "
+        "how many reach 0.8")
     for name, own in sorted(shares.items()):
         own.sort()
-        print(f"  {name:26} {len(own):4} layers {own[0]:.2f} {own[len(own) // 4]:.2f} {statistics.median(own):.2f} {own[-1]:.2f} "
-              f"{sum(share >= 0.8 for share in own):4}")
+        print(
+            f"  {name:26} {len(own):4} layers {own[0]:.2f} {own[len(own) // 4]:.2f} {statistics.median(own):.2f} "
+            f"{own[-1]:.2f} "
+            f"{sum(share >= 0.8 for share in own):4}")
 
 
 def main():
@@ -90,7 +99,8 @@ def main():
         print_kernels(steps, times, top, rate)
         for step, seconds in enumerate(times):
             layer, operations = steps.layer(step), steps.operations(step)
-            if isinstance(layer, Conv2d) and operations and min(layer.weight.shape[1], len(layer.weight) // layer.groups) >= 64:
+            if isinstance(layer, Conv2d) and operations and min(layer.weight.shape[1],
+                                                                len(layer.weight) // layer.groups) >= 64:
                 shares[steps.kernel(step)].append(operations / seconds / top)
     if shares:
         print_shares(shares)

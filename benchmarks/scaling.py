@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/scaling.py
 
-Each network is saved and loaded again, and its explanation is checked for conservation. A step that is quadratic shows as
-microseconds a layer that grow with the layers.
+Each network is saved and loaded again, and its explanation is checked for conservation. A step that is quadratic shows
+as microseconds a layer that grow with the layers.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -71,7 +72,7 @@ def measure(model):
     e = explainer(batch)
     times.append(("", time.perf_counter()))
     np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-3)
-    return {name: after - at for (name, at), (_, after) in zip(times, times[1:], strict=False)}
+    return {name: after - at for (name, at), (_, after) in itertools.pairwise(times)}
 
 
 def main():

@@ -1,7 +1,7 @@
 """z+ against alpha-beta and sensitivity analysis, on handwritten digits.
 
-`python examples/digits.py FOLDER OUT.png` needs a folder with Caffe's LeNet (lenet.prototxt, lenet_iter_10000.caffemodel) and MNIST's test
-digits (t10k-images-idx3-ubyte.gz).
+`python examples/digits.py FOLDER OUT.png` needs a folder with Caffe's LeNet (lenet.prototxt,
+lenet_iter_10000.caffemodel) and MNIST's test digits (t10k-images-idx3-ubyte.gz).
 """
 
 import gzip
@@ -15,17 +15,20 @@ import fastdtd
 from fastdtd import heatmap
 
 RULES = {
-    "deep Taylor (z+)": "dtd",
-    "alpha 2, beta 1": ["dtd", {"type:conv2d": "alpha-beta(alpha=2, beta=1)", "type:dense": "alpha-beta(alpha=2, beta=1)", "conv1": "zB"}],
-    "epsilon": ["dtd", {"type:conv2d": "epsilon(epsilon=0.25)", "type:dense": "epsilon(epsilon=0.25)", "conv1": "zB"}],
-    "sensitivity": "sensitivity",
+    "deep Taylor (z+)": "dtd", "alpha 2, beta 1": [
+        "dtd",
+        {"type:conv2d": "alpha-beta(alpha=2, beta=1)", "type:dense": "alpha-beta(alpha=2, beta=1)", "conv1": "zB"}
+    ],
+    "epsilon": ["dtd", {"type:conv2d": "epsilon(epsilon=0.25)", "type:dense": "epsilon(epsilon=0.25)",
+                        "conv1": "zB"}], "sensitivity": "sensitivity",
 }
 SHOWN = [0, 1, 2, 3, 4, 7, 8, 18]  # of the test set
 
 
 def main(folder, out):
     folder = Path(folder)
-    model = fastdtd.convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256, box=(0, 255 / 256))
+    model = fastdtd.convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256,
+                            box=(0, 255 / 256))
     content = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
     digits = np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, 28, 28)[SHOWN]
     columns = {name: fastdtd.Explainer(model, rules)(digits.astype(np.float32) / 256) for name, rules in RULES.items()}

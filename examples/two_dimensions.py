@@ -1,7 +1,7 @@
 """Decomposition against sensitivity analysis on a function of two variables: f(x) = max(0, x1) + max(0, x2).
 
-`python examples/two_dimensions.py OUT.png` draws both as vector fields over the plane, after the introduction to deep Taylor decomposition
-by the method's authors. Each arrow has what the two variables got at the point where it starts.
+`python examples/two_dimensions.py OUT.png` draws both as vector fields over the plane, after the introduction to deep
+Taylor decomposition by the method's authors. Each arrow has what the two variables got at the point where it starts.
 """
 
 import sys
@@ -34,7 +34,8 @@ def main(out):
                                               ("decomposition: deep Taylor", "dtd")), strict=True):
         arrows = field(rules, points).relevance.reshape(-1, 2)
         panel.contourf(fine, fine, height, levels=12, cmap="Blues", alpha=0.8)
-        panel.quiver(*points.T, *arrows.T, angles="xy", pivot="tail", width=0.004, color="black", scale=9 if rules == "dtd" else 18)
+        panel.quiver(*points.T, *arrows.T, angles="xy", pivot="tail", width=0.004, color="black",
+                     scale=9 if rules == "dtd" else 18)
         panel.set(title=title, xlabel="$x_1$", aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         panel.axhline(0, color="gray", linewidth=0.5)
         panel.axvline(0, color="gray", linewidth=0.5)

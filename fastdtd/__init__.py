@@ -6,7 +6,16 @@
 >>> e.relevance, e.output, e.target, e.explained, e.ledger
 """
 
-from fastdtd.errors import ConversionError, DeviceError, FastDTDError, InputError, ModelError, OutputError, PictureError, RuleError
+from fastdtd.errors import (
+    ConversionError,
+    DeviceError,
+    FastDTDError,
+    InputError,
+    ModelError,
+    OutputError,
+    PictureError,
+    RuleError,
+)
 from fastdtd.explainer import Explainer
 from fastdtd.explanation import Explanation
 from fastdtd.graph import Graph
@@ -18,7 +27,7 @@ from fastdtd.rules import Rule, search_direction
 
 __version__ = "0.1.0"
 __all__ = [
-    "ConversionError", "DeviceError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model",
-    "ModelError", "OutputError", "PictureError", "Preprocessing", "Rule", "RuleError", "convert", "from_torch", "load", "save",
-    "search_direction",
+    "ConversionError", "DeviceError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph",
+    "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing", "Rule", "RuleError", "convert",
+    "from_torch", "load", "save", "search_direction",
 ]

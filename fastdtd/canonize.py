@@ -1,8 +1,9 @@
-"""Graph -> Graph: the same function with fewer kinds of layers, so that rules, plan and kernels need not know the others.
+"""Graph -> Graph: the same function with fewer kinds of layers, so that rules, plan and kernels need not know the
+others.
 
-Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the convolution or dense
-layer before it or, failing that, behind it; where neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a
-fixed point: canonizing it again changes nothing.
+Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the
+convolution or dense layer before it or, failing that, behind it; where neither can be, it becomes a convolution of 1 x
+1, each channel a group. The result is a fixed point: canonizing it again changes nothing.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _fold_into_next(norm: BatchNorm, layer: Conv2d | Dense) -> Conv2d | Dense:
                     .reshape(outputs, per_group, *[1] * (layer.weight.ndim - 2)) for number in (norm.scale, norm.shift))
     bias = (layer.weight * shift).reshape(outputs, -1).sum(1) + (0 if layer.bias is None else layer.bias)
     with np.errstate(over="ignore"):
-        return dataclasses.replace(layer, weight=(layer.weight * scale).astype(np.float32), bias=bias.astype(np.float32))
+        return dataclasses.replace(layer, weight=(layer.weight * scale).astype(np.float32),
+                                   bias=bias.astype(np.float32))
 
 
 def _fold(layer: Conv2d | Dense, norm: BatchNorm) -> Conv2d | Dense:

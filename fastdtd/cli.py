@@ -27,10 +27,11 @@ Which pixels does a network's prediction come from?
 _EXPLAIN = """\
 Explain what a network sees in pictures, by deep Taylor decomposition.
 
-Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and NAME.overlay.png (the same over
-the picture), and explanations.h5 with relevance, scores, targets, file names and sums for all. Prints a line for each picture: the class
-that is explained, its score, and the sum of the relevance, which is the same but for what a layer absorbed. Pictures that cannot be read
-are listed at the end, and the exit status is then 1. A run that was cut off goes on where it was when it is started again.
+Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and
+NAME.overlay.png (the same over the picture), and explanations.h5 with relevance, scores, targets, file names and
+sums for all. Prints a line for each picture: the class that is explained, its score, and the sum of the relevance,
+which is the same but for what a layer absorbed. Pictures that cannot be read are listed at the end, and the exit
+status is then 1. A run that was cut off goes on where it was when it is started again.
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
@@ -46,25 +47,25 @@ examples:
   fastdtd explain vgg16.h5 photos/ --device cuda --precision 3xtf32
 """
 _CONVERT = """\
-Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt and .caffemodel) or from
-PyTorch.
+Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt
+and .caffemodel) or from PyTorch.
 
-A PyTorch network is given as MODULE:CALLABLE, such as torchvision.models:resnet18: MODULE is imported and CALLABLE called, without
-arguments. That runs your own code, by its name; nothing that a file holds is run. WEIGHTS is then a state dict, as
-torch.save(module.state_dict(), path) writes it; without one the weights are those that CALLABLE gives, random ones in torchvision.
+A PyTorch network is given as MODULE:CALLABLE, such as torchvision.models:resnet18: MODULE is imported and CALLABLE
+called, without arguments. That runs your own code, by its name; nothing that a file holds is run. WEIGHTS is then a
+state dict, as torch.save(module.state_dict(), path) writes it; without one the weights are those that CALLABLE
+gives, random ones in torchvision.
 
-How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD, with pixels 0..255 and the
-channels in the order of COLOR. With a value box (the least and the largest value of each channel after that) the first layer gets the z^B
-rule, which explains pixels best; without one it gets w^2.
+How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD,
+with pixels 0..255 and the channels in the order of COLOR. With a value box (the least and the largest value of each
+channel after that) the first layer gets the z^B rule, which explains pixels best; without one it gets w^2.
 """
 _CONVERT_EXAMPLES = """\
-examples:
-  fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --labels names.txt
-  fastdtd convert net.onnx net.h5 --verify                   and compare its scores with onnxruntime's
-  fastdtd convert net.keras net.h5 --box=0,255               from Keras 2 or 3, or net.h5 as they wrote before
-  fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
-      --box=-104:151,-117:138,-123:132 --labels synset_words.txt
-  fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop --verify
+examples:   fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+--labels names.txt   fastdtd convert net.onnx net.h5 --verify                   and compare its scores with
+onnxruntime's   fastdtd convert net.keras net.h5 --box=0,255               from Keras 2 or 3, or net.h5 as they
+wrote before   fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
+--box=-104:151,-117:138,-123:132 --labels synset_words.txt   fastdtd convert torchvision.models:resnet18
+resnet18.pth net.h5 --size 224 --resize crop --verify
 """
 _SHOW = "Print a network's layers: shape, parameters, the domain of what each reads, and the rule it will get."
 _SHOW_EXAMPLES = """\
@@ -72,17 +73,22 @@ examples:
   fastdtd show squeezenet1_1
   fastdtd show net.h5 --rule 'conv1=w2'
 """
-_RULES = "List the presets and rules by which relevance can be shared, with their parameters. docs/method.md has the formulas."
+_RULES = """\
+List the presets and rules by which relevance can be redistributed, with their parameters. docs/method.md has the
+formulas.
+"""
 _WARMUP = """\
 Compile all kernels ahead, so that nobody waits for it later: when a container image is built, say.
 
-Kernels are otherwise compiled when they are first used, which can take half a minute, and kept on disk: beside fastdtd's own files or,
-where these cannot be written, in your cache folder. Environment variables say otherwise, and must then be set for this command and for
-those that follow it alike:
+Kernels are otherwise compiled when they are first used, which can take half a minute, and kept on disk: beside
+fastdtd's own files or, where these cannot be written, in your cache folder. Environment variables say otherwise,
+and must then be set for this command and for those that follow it alike:
 
-  NUMBA_CACHE_DIR      another folder. When kernels are used it need not be writable, only hold what this command put there.
-  NUMBA_CPU_NAME,      the processor to compile for (default: this one). Kernels for one processor are no use to another, so an image that
-  NUMBA_CPU_FEATURES   is built here and used there names one that both have. `generic` alone runs everywhere, slowly.
+  NUMBA_CACHE_DIR      another folder. When kernels are used it need not be writable, only hold what this command put
+                       there.
+  NUMBA_CPU_NAME,      the processor to compile for (default: this one). Kernels for one processor are no use to
+  NUMBA_CPU_FEATURES   another, so an image that is built here and used there names one that both have. `generic`
+                       alone runs everywhere, slowly.
 """
 _WARMUP_EXAMPLES = """\
 examples:
@@ -141,46 +147,68 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = command("explain", _EXPLAIN, _EXPLAIN_EXAMPLES, "explain pictures")
     explain.set_defaults(run=_explain)
-    explain.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
+    explain.add_argument("model", metavar="MODEL",
+                         help="a model file, or the name of one that comes along: squeezenet1_1")
     explain.add_argument("pictures", metavar="PICTURE", nargs="*", default=[],
                          help="pictures, or folders that are searched for some (default: two that come along)")
-    explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
-    explain.add_argument("--target", metavar="CLASS", help="class to explain: a name or a number (default: each picture's winner)")
+    explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
+                         help="folder for the results (default: %(default)s)")
+    explain.add_argument("--target", metavar="CLASS",
+                         help="class to explain: a name or a number (default: each picture's winner)")
     _add_rules(explain)
-    explain.add_argument("--ledger", action="store_true", help="print at the end where the scores went: to the pixels, and what each layer "
-                         "absorbed because none of its inputs spoke for it")
-    explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance", help="what to write (default: %(default)s)")
-    explain.add_argument("--batch", metavar="N", type=int, help="pictures at a time (default: 16; on GPUs, as many as they take)")
+    explain.add_argument(
+        "--ledger", action="store_true",
+        help="print at the end where the scores went: to the pixels, and what each layer "
+        "absorbed because none of its inputs spoke for it")
+    explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance",
+                         help="what to write (default: %(default)s)")
+    explain.add_argument("--batch", metavar="N", type=int,
+                         help="pictures at a time (default: 16; on GPUs, as many as they take)")
     explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
-    explain.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
-                         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 %% "
-                         "of what is free)")
-    explain.add_argument("--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
-                         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
-                         "(default: %(default)s)")
-    explain.add_argument("--precision", metavar="P", help="how GPUs multiply in convolutions: tf32, the fastest, with 11 bits of each "
-                         "factor; 3xtf32, with float32's accuracy on the same tensor cores; or fp32, without tensor cores, which older "
-                         "GPUs lack (default: tf32, or fp32 on those)")
+    explain.add_argument(
+        "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
+        "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
+        "%% "
+        "of what is free)")
+    explain.add_argument(
+        "--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
+        "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
+        "(default: %(default)s)")
+    explain.add_argument(
+        "--precision", metavar="P", help="how GPUs multiply in convolutions: tf32, the fastest, with 11 bits of each "
+        "factor; 3xtf32, with float32's accuracy on the same tensor cores; or fp32, without tensor cores, which older "
+        "GPUs lack (default: tf32, or fp32 on those)")
 
     convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Keras, Caffe or PyTorch network")
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SOURCE", help=".onnx, .keras, .h5 (of Keras) or .prototxt file, or MODULE:CALLABLE for PyTorch")
-    convert.add_argument("weights", metavar="WEIGHTS", nargs="?", help=".caffemodel file, with a .prototxt; state dict, with "
+    convert.add_argument("source", metavar="SOURCE",
+                         help=".onnx, .keras, .h5 (of Keras) or .prototxt file, or MODULE:CALLABLE for PyTorch")
+    convert.add_argument("weights", metavar="WEIGHTS", nargs="?",
+                         help=".caffemodel file, with a .prototxt; state dict, with "
                          "MODULE:CALLABLE")
     convert.add_argument("model", metavar="MODEL.h5", help="file to write")
-    convert.add_argument("--color", choices=("rgb", "bgr", "gray"), help="order of the input's channels (default: rgb, or gray for one)")
-    convert.add_argument("--size", metavar="H,W", type=_size, help="size of the input (default: the file's); PyTorch needs it")
-    convert.add_argument("--resize", choices=("stretch", "crop"), default="stretch",
-                         help="stretch pictures to the size, or scale them to cover it and cut out the centre (default: %(default)s)")
-    convert.add_argument("--mean", metavar="M,...", type=_numbers, default=[0.0], help="one number, or one for each channel (default: 0)")
-    convert.add_argument("--std", metavar="S,...", type=_numbers, default=[1.0], help="one number, or one for each channel (default: 1)")
-    convert.add_argument("--scale", metavar="F", type=float, default=1.0, help="multiplies pixels 0..255 first (default: 1)")
-    convert.add_argument("--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
-                         "channel; write --box=... since it begins with a minus")
+    convert.add_argument("--color", choices=("rgb", "bgr", "gray"),
+                         help="order of the input's channels (default: rgb, or gray for one)")
+    convert.add_argument("--size", metavar="H,W", type=_size,
+                         help="size of the input (default: the file's); PyTorch needs it")
+    convert.add_argument(
+        "--resize", choices=("stretch", "crop"), default="stretch",
+        help="stretch pictures to the size, or scale them to cover it and cut out the centre (default: %(default)s)")
+    convert.add_argument("--mean", metavar="M,...", type=_numbers, default=[0.0],
+                         help="one number, or one for each channel (default: 0)")
+    convert.add_argument("--std", metavar="S,...", type=_numbers, default=[1.0],
+                         help="one number, or one for each channel (default: 1)")
+    convert.add_argument("--scale", metavar="F", type=float, default=1.0,
+                         help="multiplies pixels 0..255 first (default: 1)")
+    convert.add_argument(
+        "--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
+        "channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
-    convert.add_argument("--verify", action="store_true", help="compare scores on random inputs with those of onnxruntime, Keras (which "
-                         "must be installed: `pip install onnxruntime`, or `keras tensorflow`) or the PyTorch module; nothing is written "
-                         "where they differ by more than 0.1 %%")
+    convert.add_argument(
+        "--verify", action="store_true", help="compare scores on random inputs with those of onnxruntime, Keras (which "
+        "must be installed: `pip install onnxruntime`, or `keras tensorflow`) or the PyTorch module; nothing is "
+        "written "
+        "where they differ by more than 0.1 %%")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -196,11 +224,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rules", metavar="PRESET", default="dtd", help="rules of all layers: dtd (the method as published), or another "
-                        "one that `fastdtd rules` lists (default: %(default)s)")
-    parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
-                        help="another rule than the preset's for a layer, for all that a pattern matches, or for a type such as "
-                        "type:dense; `fastdtd rules` lists them, with their parameters")
+    parser.add_argument(
+        "--rules", metavar="PRESET", default="dtd",
+        help="rules of all layers: dtd (the method as published), or another "
+        "one that `fastdtd rules` lists (default: %(default)s)")
+    parser.add_argument(
+        "--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
+        help="another rule than the preset's for a layer, for all that a pattern matches, or for a type such as "
+        "type:dense; `fastdtd rules` lists them, with their parameters")
 
 
 def _rules(options: argparse.Namespace) -> list[str | dict[str, str]]:
@@ -210,7 +241,8 @@ def _rules(options: argparse.Namespace) -> list[str | dict[str, str]]:
 def _rule(text: str) -> tuple[str, str]:
     match = re.fullmatch(r"(.+)=([^=()]*(?:\(.*\))?)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=RULE, as in 'conv1=w2' or 'conv*=epsilon(epsilon=0.25)'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no LAYER=RULE, as in 'conv1=w2' or 'conv*=epsilon(epsilon=0.25)'")
     return match[1], match[2]
 
 
@@ -237,11 +269,11 @@ def _box(text: str) -> list[tuple[float, float]] | tuple[float, float]:
         pairs = [part.split(":") for part in text.split(",")]
         return [(float(low), float(high)) for low, high in pairs]
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no box; required: LOW,HIGH as in -3,3 or LOW:HIGH,... as in -104:151,-117:138"
-                                         ) from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no box; required: LOW,HIGH as in -3,3 or LOW:HIGH,... as in -104:151,-117:138") from None
 
 
-# ---- Commands ----------------------------------------------------------------------------------------------------------------------------
+# ---- Commands --------------------------------------------------------------------------------------------------------
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -259,17 +291,20 @@ def _explain(options: argparse.Namespace) -> int:
     flow: dict[str, float] = defaultdict(float)
     with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
-            for sums, of_line in ((books, {"": line.relevance, **line.ledger}), (flow, {"": line.relevance, **line.flow})):
+            for sums, of_line in ((books, {"": line.relevance,
+                                           **line.ledger}), (flow, {"": line.relevance, **line.flow})):
                 for place, amount in of_line.items():
                     sums[place] += amount
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
-            bar.write(f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance {line.relevance:.6g}{absorbed}{nothing}",
-                      file=sys.stdout)
+            bar.write(
+                f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance "
+                f"{line.relevance:.6g}{absorbed}{nothing}",
+                file=sys.stdout)
 
-        summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","), options.batch, on_line,
-                             bar.update, options.ledger)
+        summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","),
+                             options.batch, on_line, bar.update, options.ledger)
     if summary.clipped:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
     for _, reason in summary.failed:
@@ -283,7 +318,9 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
-    """Where the scores of all pictures went, from the scores on: what came to each layer, went on, and was absorbed; "" is the pixels."""
+    """Where the scores of all pictures went, from the scores on: what came to each layer, went on, and was absorbed; ""
+    is the pixels.
+    """
     total = sum(books.values())
     width = max(len(name) for name in [*books, "the pixels"])
     print(f"{'layer':<{width}}  {'came':>12}  {'went on':>12}  {'absorbed':>12}")
@@ -311,12 +348,14 @@ def _convert(options: argparse.Namespace) -> int:
 
     source = opened(options.source, options.weights)
     model = convert(source, options.weights, color=options.color, size=options.size, resize=options.resize,
-                    mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box, labels=options.labels)
+                    mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box,
+                    labels=options.labels)
     if options.verify:
         difference, runtime = verify(model, source), runtime_of(source)
         if not difference <= _MOST_DIFFERENCE:
-            raise ConversionError(f"{options.source}: scores differ from {runtime}'s by {difference:.1%} of the largest; nothing was "
-                                  "written. Please report this network")
+            raise ConversionError(
+                f"{options.source}: scores differ from {runtime}'s by {difference:.1%} of the largest; nothing was "
+                "written. Please report this network")
         print(f"{options.source}: scores within {difference:.1e} of {runtime}'s, relative to the largest")
     model_file.save(model, options.model, options.dtype)
     print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
@@ -335,18 +374,22 @@ def _show(options: argparse.Namespace) -> int:
     def size(name: str) -> str:
         return "x".join(map(str, graph.shapes[name][:1 if graph.shapes[name][1:] == (1, 1) else 3]))
 
-    rows = [("layer", "type", "reads", "output", "parameters", "domain", "rule"), ("input", "", "", size("input"), "", "", "")]
+    rows = [("layer", "type", "reads", "output", "parameters", "domain", "rule"),
+            ("input", "", "", size("input"), "", "", "")]
     for layer in graph:
         count = sum(getattr(layer, field).size for field in layer.arrays if getattr(layer, field) is not None)
         rule = rules.get(layer.name)
-        rows.append((layer.name, type(layer).__name__, ", ".join(layer.inputs), size(layer.name), f"{count:,}" if count else "",
-                     str(input_domain(graph, layer)) if rule else "", str(rule.rule) if rule else ""))
+        rows.append(
+            (layer.name, type(layer).__name__, ", ".join(layer.inputs), size(layer.name), f"{count:,}" if count else "",
+             str(input_domain(graph, layer)) if rule else "", str(rule.rule) if rule else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+        print("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}"
+                        for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
     print()
-    print(f"input     {size('input')}, " + (f"{p.color}, {p.resize}, (pixel * {p.scale:g} - {_text(p.mean)}) / {_text(p.std)}" if p.color
-                                            else "no picture"))
+    print(f"input     {size('input')}, "
+          + (f"{p.color}, {p.resize}, (pixel * {p.scale:g} - {_text(p.mean)}) / {_text(p.std)}" if p.
+             color else "no picture"))
     print("box       " + ("none" if graph.box is None else f"{_text(graph.box[0])} to {_text(graph.box[1])}"))
     print(f"classes   {len(model.classes) or 'unnamed'}")
     print(f"weights   {_parameters(graph):,} parameters")
@@ -360,8 +403,8 @@ def _list_rules(_: argparse.Namespace) -> int:
 
     tables = {
         "Presets (--rules):": {name: preset.text for name, preset in rules.PRESETS.items()},
-        "Rules of convolutions, dense layers, average pools and additions (--rule); they redistribute relevance": rules.LINEAR_RULES,
-        "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
+        "Rules of convolutions, dense layers, average pools and additions (--rule); they redistribute relevance": rules.
+        LINEAR_RULES, "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
         "What a rule's bias can be:": rules.BIASES,
     }
     width = max(len(name) for table in tables.values() for name in table)
@@ -391,4 +434,5 @@ def _text(values: Any) -> str:
 
 
 def _parameters(graph: Any) -> int:
-    return sum(getattr(layer, field).size for layer in graph for field in layer.arrays if getattr(layer, field) is not None)
+    return sum(
+        getattr(layer, field).size for layer in graph for field in layer.arrays if getattr(layer, field) is not None)

@@ -1,4 +1,6 @@
-"""What `device` names: kernels, and the GPUs that run them. Each thing that can be missing is named, with what to install or set."""
+"""What `device` names: kernels, and the GPUs that run them. Each thing that can be missing is named, with what to
+install or set.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _LOG = logging.getLogger("fastdtd")
 
 @dataclass(frozen=True)
 class Devices:
-    """Kernels, the devices that run them, by number, and the precision of products on tensor cores ("" where there is no choice)."""
+    """Kernels, the devices that run them, by number, and the precision of products on tensor cores ("" where there is
+    no choice).
+    """
 
     kernels: AnyDevice
     numbers: tuple[int, ...]
@@ -51,9 +55,11 @@ def find(device: str, precision: str | None) -> Devices:
         What is asked for cannot be used, and why.
     """
     if not isinstance(device, str) or not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", device, re.ASCII):
-        raise InputError(f"device {device!r} is unknown; required: 'cpu', 'cuda' (all GPUs), 'cuda:0' (one of them) or 'auto'")
+        raise InputError(
+            f"device {device!r} is unknown; required: 'cpu', 'cuda' (all GPUs), 'cuda:0' (one of them) or 'auto'")
     if precision not in (None, *PRECISIONS):
-        raise InputError(f"precision {precision!r} is unknown; required: one of {', '.join(PRECISIONS)}, or None for the fastest")
+        raise InputError(
+            f"precision {precision!r} is unknown; required: one of {', '.join(PRECISIONS)}, or None for the fastest")
     why = ""
     if device != "cpu":
         try:
@@ -70,7 +76,8 @@ def find(device: str, precision: str | None) -> Devices:
 def _gpus(device: str, precision: str | None) -> Devices:
     if _simulated():
         if device == "auto":
-            raise DeviceError("NUMBA_ENABLE_CUDASIM is set, which puts Numba's simulator, for tests, in the place of GPUs")
+            raise DeviceError(
+                "NUMBA_ENABLE_CUDASIM is set, which puts Numba's simulator, for tests, in the place of GPUs")
         _say_simulated()
         chips, oldest_chip, cuda = {0: _OLDEST_TENSOR_CORES}, _OLDEST_TENSOR_CORES, ""
     else:
@@ -85,11 +92,15 @@ def _gpus(device: str, precision: str | None) -> Devices:
     oldest = min(chips[i] for i in numbers)
     if oldest < oldest_chip:
         for_older = 'in place of the packages for CUDA 13 install cupy-cuda12x and "numba-cuda[cu12]", '
-        raise DeviceError(f"a GPU of {device!r} has compute capability {_dotted(oldest)}; required by {cuda}: {_dotted(oldest_chip)} or "
-                          f"newer. Name a newer GPU, as in 'cuda:1', {for_older if oldest >= (7, 0) else ''}or use device='cpu'")
+        raise DeviceError(
+            f"a GPU of {device!r} has compute capability {_dotted(oldest)}; required by {cuda}: {_dotted(oldest_chip)} "
+            f"or "
+            f"newer. Name a newer GPU, as in 'cuda:1', {for_older if oldest >= (7, 0) else ''}or use device='cpu'")
     if oldest < _OLDEST_TENSOR_CORES and precision not in (None, "fp32"):
-        raise DeviceError(f"precision {precision!r} needs compute capability {_dotted(_OLDEST_TENSOR_CORES)}, and a GPU of {device!r} has "
-                          f"{_dotted(oldest)}; use precision='fp32'")
+        raise DeviceError(
+            f"precision {precision!r} needs compute capability {_dotted(_OLDEST_TENSOR_CORES)}, and a GPU of "
+            f"{device!r} has "
+            f"{_dotted(oldest)}; use precision='fp32'")
     if not _simulated():
         for i in numbers:
             _try(i)
@@ -105,7 +116,10 @@ def _simulated() -> bool:
 
 @functools.cache
 def _say_simulated() -> None:
-    _LOG.warning("fastdtd: NUMBA_ENABLE_CUDASIM is set, so no GPU is used but Numba's simulator, which is for tests and very slow")
+    _LOG.warning(
+        "fastdtd: NUMBA_ENABLE_CUDASIM is set, so no GPU is used but Numba's simulator, which is for tests and very "
+        "slow"
+    )
 
 
 def _chips() -> tuple[dict[int, tuple[int, int]], int]:
@@ -115,24 +129,30 @@ def _chips() -> tuple[dict[int, tuple[int, int]], int]:
     try:
         import cupy
     except ImportError as error:
-        raise DeviceError(f"device 'cuda' needs CuPy, which cannot be imported ({_line(error, -1)}): {_INSTALL}, or the cupy-cuda12x "
-                          "package where the driver is older than CUDA 13") from None
+        raise DeviceError(
+            f"device 'cuda' needs CuPy, which cannot be imported ({_line(error, -1)}): {_INSTALL}, or the cupy-cuda12x "
+            "package where the driver is older than CUDA 13") from None
     runtime = cupy.cuda.runtime
     try:
         driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     except Exception as error:  # CuPy has a kind of error for each library that may be missing
-        raise DeviceError(f"CuPy cannot use CUDA: {_line(error)}. Is the NVIDIA driver installed? `nvidia-smi` tells") from None
+        raise DeviceError(
+            f"CuPy cannot use CUDA: {_line(error)}. Is the NVIDIA driver installed? `nvidia-smi` tells") from None
     if driver == 0:
-        raise DeviceError("no NVIDIA driver was found; install the one for your GPU (`nvidia-smi` tells), or use device='cpu'")
+        raise DeviceError(
+            "no NVIDIA driver was found; install the one for your GPU (`nvidia-smi` tells), or use device='cpu'")
     if driver // 1000 < needed // 1000:
-        raise DeviceError(f"the NVIDIA driver is made for CUDA {_version(driver)} and CuPy for {_version(needed)}; update the driver, or "
-                          f"install what fits it: pip install cupy-cuda{driver // 1000}x \"numba-cuda[cu{driver // 1000}]\"")
+        raise DeviceError(
+            f"the NVIDIA driver is made for CUDA {_version(driver)} and CuPy for {_version(needed)}; update the "
+            f"driver, or "
+            f"install what fits it: pip install cupy-cuda{driver // 1000}x \"numba-cuda[cu{driver // 1000}]\"")
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
         if "cudaErrorInitializationError" in str(error):
-            raise DeviceError("CUDA cannot start here; was this process forked from one that uses it? Start processes by "
-                              "multiprocessing's 'spawn'") from None
+            raise DeviceError(
+                "CUDA cannot start here; was this process forked from one that uses it? Start processes by "
+                "multiprocessing's 'spawn'") from None
         raise DeviceError(f"CUDA shows no GPU: {_line(error)}; is CUDA_VISIBLE_DEVICES set?") from None
     if count == 0:
         raise DeviceError("CUDA shows no GPU; is CUDA_VISIBLE_DEVICES set?")
@@ -150,7 +170,8 @@ def _try(number: int) -> None:
             cuda.jit(lambda: None)[128, 32]()  # of fewer blocks Numba says that they are few
             cuda.synchronize()
     except Exception as error:  # of its driver bindings, its compiler or its libraries
-        raise DeviceError(f"numba-cuda cannot use cuda:{number}: {_line(error)}; {_INSTALL} installs versions that fit") from None
+        raise DeviceError(
+            f"numba-cuda cannot use cuda:{number}: {_line(error)}; {_INSTALL} installs versions that fit") from None
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -162,6 +183,9 @@ def _version(number: int) -> str:
 
 
 def _line(error: Exception, which: int = 0) -> str:
-    """Of a message; some are many lines long. CuPy's, where it cannot be imported, has the reason in the last, before a rule."""
+    """Of a message; some are many lines long.
+
+    CuPy's, where it cannot be imported, has the reason in the last, before a rule.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")]
     return lines[which] if lines else type(error).__name__

@@ -1,4 +1,7 @@
-"""What can go wrong, by whose turn it is to act. Every message says what was found, what is required, and what to do."""
+"""What can go wrong, by whose turn it is to act.
+
+Every message says what was found, what is required, and what to do.
+"""
 
 
 class FastDTDError(Exception):

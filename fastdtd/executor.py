@@ -43,15 +43,18 @@ class Executor:
     Attributes
     ----------
     batch : int
-        Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a time.
+        Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a
+        time.
     """
 
-    def __init__(self, graph: Graph, assignment: Assignment, found: Devices, threads: int, limit: float, told_limit: object) -> None:
+    def __init__(self, graph: Graph, assignment: Assignment, found: Devices, threads: int, limit: float,
+                 told_limit: object) -> None:
         self.kernels, self.threads = found.kernels, threads
         self._process = os.getpid()
         kernels = found.kernels
         concurrent = kernels.MAX_PLANS or threads  # plans at a time, on each device
-        self.places = [(number, self._pool(graph, assignment, found, number, concurrent, limit)) for number in found.numbers]
+        self.places = [(number, self._pool(graph, assignment, found, number, concurrent, limit))
+                       for number in found.numbers]
         self._concurrent = len(self.places) * concurrent
         self._forget_threads()
         if hasattr(os, "register_at_fork"):  # threads, and who holds a lock, are not there in a forked process
@@ -60,13 +63,18 @@ class Executor:
         plans, available = self.places[0][1], min(plans.limit for _, plans in self.places)
         one = plans.nbytes(1, 1)
         if one > available:
-            told = f"memory is limited to {told_limit!r}; raise the limit, or" if available == limit else "a GPU has less;"
-            raise InputError(f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network with a "
-                             "smaller input")
+            told = "a GPU has less;"
+            if available == limit:
+                told = f"memory is limited to {told_limit!r}; raise the limit, or"
+            raise InputError(
+                f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network "
+                f"with a "
+                "smaller input")
         budget = int(available) if kernels.FILLS_MEMORY else min(available, concurrent * max(one, _WORKSPACE_BYTES))
         for _, each in self.places:
             each.max_idle = budget
-        self._own_plans = concurrent * one <= available or not kernels.THREADS_SHARE_A_PLAN  # is there memory for an image in each thread?
+        # Is there memory for an image in each thread?
+        self._own_plans = concurrent * one <= available or not kernels.THREADS_SHARE_A_PLAN
         self._is_small = not kernels.THREADS_SHARE_A_PLAN or _multiply_adds(graph) < _SMALL_NETWORK
         self._workers = threads  # on one plan, where they share one
         if not kernels.THREADS_SHARE_A_PLAN:
@@ -81,15 +89,17 @@ class Executor:
         """Images that all threads, or the streams of all GPUs, take together."""
         return self.batch * (self._concurrent if self._own_plans else 1)
 
-    def _pool(self, graph: Graph, assignment: Assignment, found: Devices, number: int, concurrent: int, limit: float) -> PlanPool:
+    def _pool(self, graph: Graph, assignment: Assignment, found: Devices, number: int, concurrent: int,
+              limit: float) -> PlanPool:
         """Plans of one device, with the weights there."""
         kernels = found.kernels
         try:
             with kernels.on_device(number):
                 network: Lowered = lower(graph, assignment, kernels, found.precision_code)
         except MemoryError as error:
-            raise InputError(f"there is no memory for the network's weights ({error}); use a device with more, or a smaller network"
-                             ) from None
+            raise InputError(
+                f"there is no memory for the network's weights ({error}); use a device with more, or a smaller network"
+            ) from None
 
         def bind(schedule: Schedule) -> Plan:
             try:
@@ -98,20 +108,25 @@ class Executor:
             except MemoryError as error:
                 raise OutOfMemoryError(f"there is no memory for {schedule.batch} images at a time ({error})") from None
 
-        return PlanPool(network, bind, concurrent, min(limit, kernels.memory_budget(number) or limit), kernels.MAX_IMAGES)
+        return PlanPool(network, bind, concurrent, min(limit,
+                                                       kernels.memory_budget(number) or limit), kernels.MAX_IMAGES)
 
     def devices_for(self, images: object) -> list[Place]:
         """The devices for these images: all, or the one that they are on."""
         if not self.kernels.SURVIVES_FORK and os.getpid() != self._process:
-            raise DeviceError("this explainer was made before the process was forked, and no GPU can be used from both sides of a fork; "
-                              "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
+            raise DeviceError(
+                "this explainer was made before the process was forked, and no GPU can be used from both sides of a "
+                "fork; "
+                "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
         own = getattr(getattr(images, "device", None), "id", None)  # of CuPy's arrays
         if own is None:
             return self.places
         places = [(number, plans) for number, plans in self.places if number == int(own)]
         if not places:
-            raise InputError(f"the batch is on cuda:{own}; required: images on cuda:{', cuda:'.join(str(n) for n, _ in self.places)}, or "
-                             "of NumPy")
+            raise InputError(
+                f"the batch is on cuda:{own}; required: images on "
+                f"cuda:{', cuda:'.join(str(n) for n, _ in self.places)}, or "
+                "of NumPy")
         return places
 
     def submit(self, plan: Plan) -> Callable[..., object] | None:
@@ -119,10 +134,11 @@ class Executor:
         return self._threads().submit if plan.schedule.workers > 1 else None
 
     def map(self, work: Work, count: int, places: list[Place]) -> None:
-        """Whole images to each thread; all threads to each image where there are fewer images than threads, or no memory for as many.
+        """Whole images to each thread; all threads to each image where there are fewer images than threads, or no
+        memory for as many.
 
-        Threads that share an image wait for each other after each layer: a small network is done before that pays. Of several devices each
-        gets as many images, and those that a device has no memory for come again, in halves.
+        Threads that share an image wait for each other after each layer: a small network is done before that pays. Of
+        several devices each gets as many images, and those that a device has no memory for come again, in halves.
         """
         own_plans = self._own_plans and (count >= self.threads or self._is_small)
         workers, max_images = (1, self.batch) if own_plans else (self._workers, self._shared_batch)
@@ -169,7 +185,8 @@ class Executor:
                 first, last = todo.pop()
                 place = min(places, key=lambda place: place[1].used_workers)
                 try:
-                    loan = [place[1].take(last - first, workers)]  # `run` takes it out: a plan known here would keep its memory
+                    loan = [place[1].take(last - first,
+                                          workers)]  # `run` takes it out: a plan known here would keep its memory
                 except OutOfMemoryError:
                     busy = [future for future, _, _ in running if not future.done()]
                     wait(busy)
@@ -187,7 +204,8 @@ class Executor:
                     plans.give_back(loan.pop(), False)
 
     def observe(self, work: Callable[[Plan], None], layers: Sequence[str], place: Place) -> None:
-        """Run `work` with plans that keep the relevance of tensors, as many of them at a time as there is memory for."""
+        """Run `work` with plans that keep the relevance of tensors, as many of them at a time as there is memory for.
+        """
         number, plans = place
         todo = [list(layers)]
         while todo:
@@ -220,7 +238,9 @@ class Executor:
             plans.forget_users()
 
     def _threads(self) -> ThreadPoolExecutor:
-        """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot start."""
+        """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot
+        start.
+        """
         with self._lock:
             if self._pool_of_threads is None:
                 executor, ready = ThreadPoolExecutor(self._concurrent, "fastdtd"), threading.Event()

@@ -19,7 +19,15 @@ from fastdtd.errors import InputError
 from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
 from fastdtd.graph import Array
-from fastdtd.inputs import ExplanationWarning, Target, checked_images, checked_start, checked_targets, factors, pictures_of
+from fastdtd.inputs import (
+    ExplanationWarning,
+    Target,
+    checked_images,
+    checked_start,
+    checked_targets,
+    factors,
+    pictures_of,
+)
 from fastdtd.lowering.aliasing import fused_activations
 from fastdtd.model import Model
 from fastdtd.plan import Plan
@@ -40,19 +48,21 @@ class Explainer:
     rules : str, mapping of str to str or Rule, or sequence of these
         See `fastdtd.rules.assign`: "dtd" is the method as published, each layer's rule following from its input domain.
     device : str
-        "cpu"; "cuda": all GPUs that CUDA shows, which share out the images of a call; "cuda:1": one of them; "auto": "cuda" where that works,
-        else "cpu". GPUs need `pip install "fastdtd[cuda]"`.
+        "cpu"; "cuda": all GPUs that CUDA shows, which share out the images of a call; "cuda:1": one of them; "auto":
+        "cuda" where that works, else "cpu". GPUs need `pip install "fastdtd[cuda]"`.
     threads : int or None
-        None: as many as this process may use. However many callers there are, no more threads than these compute at a time; but with one,
-        each call is computed by the thread that makes it. On GPUs those that read and write pictures for `fastdtd.runner`.
+        None: as many as this process may use. However many callers there are, no more threads than these compute at a
+        time; but with one, each call is computed by the thread that makes it. On GPUs those that read and write
+        pictures for `fastdtd.runner`.
     memory : str, int or None
-        The most memory that activations, ratios and scratch may take (on each GPU), of all calls together and of what is kept for the next:
-        a text such as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer images are explained at a time, and if need be
-        all threads work on one; the results are the same bits. Weights, images and explanations are not counted. None: whatever is fastest,
-        which is at most 256 MiB, or one image, for each thread; of a GPU at most 80 % of what is free.
+        The most memory that activations, ratios and scratch may take (on each GPU), of all calls together and of what
+        is kept for the next: a text such as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer
+        images are explained at a time, and if need be all threads work on one; the results are the same bits. Weights,
+        images and explanations are not counted. None: whatever is fastest, which is at most 256 MiB, or one image, for
+        each thread; of a GPU at most 80 % of what is free.
     precision : str or None
-        How GPUs multiply in convolutions: "tf32", on tensor cores, with 11 bits of each factor; "3xtf32", on tensor cores with float32's
-        accuracy; "fp32", without tensor cores. None: "tf32" where the chip has it.
+        How GPUs multiply in convolutions: "tf32", on tensor cores, with 11 bits of each factor; "3xtf32", on tensor
+        cores with float32's accuracy; "fp32", without tensor cores. None: "tf32" where the chip has it.
 
     Attributes
     ----------
@@ -60,8 +70,8 @@ class Explainer:
     rules : mapping of str to LayerRule
         Of each layer that redistributes relevance.
     batch : int
-        Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a time. It is halved when a
-        GPU has no memory left for as many.
+        Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a
+        time. It is halved when a GPU has no memory left for as many.
     at_once : int
         Images that all threads, or the streams of all GPUs, take together.
     precision : str
@@ -72,7 +82,8 @@ class Explainer:
     RuleError
         A rule that does not exist or does not fit.
     InputError
-        An unknown device, a number of threads below 1, or a limit of memory that is none, or in which not one image can be explained.
+        An unknown device, a number of threads below 1, or a limit of memory that is none, or in which not one image can
+        be explained.
     DeviceError
         A GPU that cannot be used: what is missing or does not fit, and what to do.
 
@@ -87,8 +98,8 @@ class Explainer:
 
     References
     ----------
-    Montavon, Lapuschkin, Binder, Samek, Müller: Explaining NonLinear Classification Decisions with Deep Taylor Decomposition. Pattern
-    Recognition 65:211-222, 2017.
+    Montavon, Lapuschkin, Binder, Samek, Müller: Explaining NonLinear Classification Decisions with Deep Taylor
+    Decomposition. Pattern Recognition 65:211-222, 2017.
     """
 
     def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
@@ -127,14 +138,16 @@ class Explainer:
         Parameters
         ----------
         batch : picture, sequence of pictures, or (N, C, H, W) or (C, H, W) array
-            A picture is a path, a PIL image or a uint8 array of pixels (H, W, 3), and is preprocessed by the model. An array is what
-            `model.preprocess` makes; values beyond the model's value box are clipped to it, with a warning. With device="cuda" it may be an
-            array of CuPy on one of the explainer's GPUs; it is explained there, and relevance and output stay there.
+            A picture is a path, a PIL image or a uint8 array of pixels (H, W, 3), and is preprocessed by the model. An
+            array is what `model.preprocess` makes; values beyond the model's value box are clipped to it, with a
+            warning. With device="cuda" it may be an array of CuPy on one of the explainer's GPUs; it is explained
+            there, and relevance and output stay there.
         target : int, str, sequence of these, or None
-            The output to explain: its number or class name, one for all or one for each image. None: the one with the highest score.
+            The output to explain: its number or class name, one for all or one for each image. None: the one with the
+            highest score.
         start : (N, K) or (K,) array, or None
-            Instead of a target: the relevance that each output starts with, none negative. Its largest is the `target` of the explanation,
-            and its sum what is `explained`.
+            Instead of a target: the relevance that each output starts with, none negative. Its largest is the `target`
+            of the explanation, and its sum what is `explained`.
 
         Returns
         -------
@@ -145,8 +158,9 @@ class Explainer:
         PictureError
             A picture that cannot be read.
         InputError
-            A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a start of another
-            shape, negative, beside a target, or at an output whose score is zero; scores or relevance beyond float32.
+            A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a
+            start of another shape, negative, beside a target, or at an output whose score is zero; scores or relevance
+            beyond float32.
         DeviceError
             It was made for GPUs before the process was forked.
 
@@ -169,12 +183,14 @@ class Explainer:
             context = replace(self.context(), pictures=pictures,
                               explain_again=partial(self._observed, images, explained_targets, begins))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
-                            np.empty(count, np.float32), {name: np.zeros(count) for name in self._assignment.absorbers}, context)
+                            np.empty(count, np.float32), {name: np.zeros(count) for name in self._assignment.absorbers},
+                            context)
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
-            scores, e.target[part], e.explained[part] = self._run(
-                plan, images[part], None if targets is None else targets[part], None if begins is None else begins[part], first)
+            scores, e.target[part], e.explained[part] = self._run(plan, images[part],
+                                                                  None if targets is None else targets[part],
+                                                                  None if begins is None else begins[part], first)
             e.output[part] = library.asarray(scores)
             kernels.read(e.relevance[part], plan.relevance)
             match derivative:
@@ -192,19 +208,25 @@ class Explainer:
 
         self._executor.map(explain, count, self._executor.devices_for(images))
         if not finite.all():
-            raise InputError(f"image {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights are too "
-                             "large")
+            raise InputError(
+                f"image {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights "
+                f"are too "
+                "large")
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not derivative:
             image, which = nothing[0], int(e.target[nothing[0]])
-            warnings.warn(f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to decompose and the "
-                          f"relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, score "
-                          f"{float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
+            warnings.warn(
+                f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
+                f"decompose and the "
+                f"relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, score "
+                f"{float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
         return e
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
-        """Both passes: scores, what is explained of each image, and how much that is. first: the number of the first image."""
+        """Both passes: scores, what is explained of each image, and how much that is. first: the number of the first
+        image.
+        """
         submit = self._executor.submit(plan)
         self._kernels.write(plan.input, images)
         plan.forward(submit)
@@ -219,19 +241,23 @@ class Explainer:
             np.put_along_axis(relevance, target[:, None], 1 if derivative else explained[:, None], 1)
         else:
             relevance, target, explained = begins, begins.argmax(1), begins.sum(1)
-        self._kernels.write(plan.start, relevance if plan.schedule.starts_with_relevance else factors(relevance, scores, first))
+        self._kernels.write(plan.start,
+                            relevance if plan.schedule.starts_with_relevance else factors(relevance, scores, first))
         plan.backward(submit)
         return scores, target, explained
 
-    def _observed(self, images: Array, targets: npt.NDArray[np.int64], begins: Array | None, layers: Sequence[str]) -> dict[str, Array]:
+    def _observed(self, images: Array, targets: npt.NDArray[np.int64], begins: Array | None,
+                  layers: Sequence[str]) -> dict[str, Array]:
         """Relevance of some tensors, one image after the other: a plan that keeps it is large."""
         graph = self.model.graph
         for name in layers:
             if name not in graph.shapes:
                 raise InputError(f"the network has no layer {name!r}; it has {', '.join(graph.shapes)}")
             if self._assignment.derivative and (after := fused_activations(graph).get(name)):
-                raise InputError(f"the derivative by what layer {name!r} makes is not kept, for the activation after it is computed with it; "
-                                 f"required: a layer such as {after.name!r}")
+                raise InputError(
+                    f"the derivative by what layer {name!r} makes is not kept, for the activation after it is computed "
+                    f"with it; "
+                    f"required: a layer such as {after.name!r}")
         library = self._kernels.namespace(images)
         with self._kernels.on_device_of(images):
             found = {name: library.empty((len(images), *graph.shapes[name]), np.float32) for name in layers}
@@ -252,11 +278,14 @@ def _bytes(memory: str | int) -> int:
     size = 0
     if isinstance(memory, int) and not isinstance(memory, bool):
         size = memory
-    elif isinstance(memory, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", memory, re.ASCII | re.IGNORECASE)):
+    elif isinstance(memory, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", memory,
+                                                            re.ASCII | re.IGNORECASE)):
         size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
-        raise InputError(f"memory is {memory!r}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in '2GiB', or a whole "
-                         "number of bytes")
+        raise InputError(
+            f"memory is {memory!r}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in '2GiB', "
+            f"or a whole "
+            "number of bytes")
     return size
 
 

@@ -52,18 +52,20 @@ class Explanation:
     Attributes
     ----------
     relevance : (N, C, H, W) float32
-        How much of `explained` each input value carries, summing to `explained` less what `ledger` names. Non-negative by the rules of
-        "dtd"; epsilon, gamma and alpha-beta can make it negative. The presets named after derivatives have these instead.
+        How much of `explained` each input value carries, summing to `explained` less what `ledger` names. Non-negative
+        by the rules of "dtd"; epsilon, gamma and alpha-beta can make it negative. The presets named after derivatives
+        have these instead.
     output : (N, K) float32
         Class scores, before any softmax.
     target : (N,) int64
         The output that is explained.
     explained : (N,) float32
-        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0. Beside derivatives the
-        score as it is.
+        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0.
+        Beside derivatives the score as it is.
     ledger : dict of str to (N,) float64
-        By layer, the relevance that it absorbed: where a neuron is active though none of its inputs contributes to it (its bias does), the
-        rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a rule's sums, kept.
+        By layer, the relevance that it absorbed: where a neuron is active though none of its inputs contributes to it
+        (its bias does), the rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a
+        rule's sums, kept.
 
     Examples
     --------
@@ -111,8 +113,11 @@ class Explanation:
 
     def _line(self, i: int) -> str:
         target, name = int(self.target[i]), self.class_name(i)
-        return (f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}, "
-                f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed {float(self.absorbed[i]):.6g}")
+        return (
+            f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}, "
+            f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed "
+            f"{float(self.absorbed[i]):.6g}"
+        )
 
     def _repr_html_(self) -> str:
         """For notebooks: each heatmap beside class, score, sum and what was absorbed."""
@@ -123,8 +128,9 @@ class Explanation:
                      "absorbed": f"{float(self.absorbed[i]):.6g}"}
             pictures = [self.heatmap(i), *([self.overlay(i)] if self.context.pictures is not None else [])]
             cells = "".join(f"<td><img src='data:image/png;base64,{_png(picture)}'></td>" for picture in pictures)
-            text = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
-                           for name, value in facts.items())
+            text = "".join(
+                f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+                for name, value in facts.items())
             rows.append(f"<tr>{cells}<td><table>{text}</table></td></tr>")
         more = f"<p>... {len(self) - _MAX_DRAWN} more</p>" if len(self) > _MAX_DRAWN else ""
         return f"<table>{''.join(rows)}</table>{more}"
@@ -134,8 +140,8 @@ class Explanation:
     def at(self, layer: str) -> Array:
         """Relevance of what a layer makes: how much of `explained` each element carries there.
 
-        It is computed now, by explaining the images again. A layer and the ReLU or clip after it have the same relevance; derivatives have
-        only those after it.
+        It is computed now, by explaining the images again. A layer and the ReLU or clip after it have the same
+        relevance; derivatives have only those after it.
 
         Parameters
         ----------
@@ -149,20 +155,27 @@ class Explanation:
         Raises
         ------
         InputError
-            The network has no such layer, or not the derivative by it; or the explainer's memory limit is too low for it.
+            The network has no such layer, or not the derivative by it; or the explainer's memory limit is too low for
+            it.
         """
         return self._at([layer])[layer]
 
     def flow(self) -> dict[str, npt.NDArray[np.float64]]:
-        """By layer of the ledger, the relevance that came to it: (N,) float64. What went on is this less what the ledger names.
+        """By layer of the ledger, the relevance that came to it: (N,) float64. What went on is this less what the
+        ledger names.
 
         It is computed now, by explaining the images again.
         """
-        return {name: relevance.sum((1, 2, 3), dtype=np.float64) for name, relevance in self._at(list(self.ledger)).items()}
+        return {
+            name: relevance.sum((1, 2, 3), dtype=np.float64) for name, relevance in self._at(list(self.ledger)).items()
+        }
 
     def _at(self, layers: Sequence[str]) -> dict[str, Array]:
         if self.context.explain_again is None:
-            raise InputError("this explanation was pickled, without the network; explain the images again for relevance at inner layers")
+            raise InputError(
+                "this explanation was pickled, without the network; explain the images again for relevance at inner "
+                "layers"
+            )
         return self.context.explain_again(layers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,7 +184,8 @@ class Explanation:
     # -- Pictures and files
 
     def heatmap(self, image: int = 0) -> Image.Image:
-        """The relevance of each pixel as a picture: white for none to red, or blue where it is negative, with its scale beside it.
+        """The relevance of each pixel as a picture: white for none to red, or blue where it is negative, with its scale
+        beside it.
 
         Parameters
         ----------
@@ -205,11 +219,13 @@ class Explanation:
         if picture is None and self.context.pictures is not None:
             picture = self.context.pictures[image]
         if picture is None:
-            raise InputError("this explanation was made of an array, so the picture is not known; required: overlay(i, picture) with a "
-                             "path, a PIL image or a uint8 array")
+            raise InputError(
+                "this explanation was made of an array, so the picture is not known; required: overlay(i, picture) "
+                "with a "
+                "path, a PIL image or a uint8 array")
         relevance = _host(self.relevance[image])
-        seen = images.seen_by_network(images.open_picture(picture), (relevance.shape[1], relevance.shape[2]), self.context.resize,
-                                      heatmap.MAX_SIDE)
+        seen = images.seen_by_network(images.open_picture(picture), (relevance.shape[1], relevance.shape[2]),
+                                      self.context.resize, heatmap.MAX_SIDE)
         return heatmap.draw(relevance, seen)
 
     def _checked(self, image: int) -> int:
@@ -218,13 +234,14 @@ class Explanation:
         return image % len(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write relevance, scores, targets and sums to an HDF5 file, as `fastdtd explain` does: written beside and renamed into place.
+        """Write relevance, scores, targets and sums to an HDF5 file, as `fastdtd explain` does: written beside and
+        renamed into place.
 
         Parameters
         ----------
         path : path
-            It gets the datasets relevance, scores, target, explained, sum and absorbed, a row for each image; ledger, a column for each
-            layer of its attribute "layers"; rules (JSON) and classes.
+            It gets the datasets relevance, scores, target, explained, sum and absorbed, a row for each image; ledger, a
+            column for each layer of its attribute "layers"; rules (JSON) and classes.
 
         Raises
         ------
@@ -245,13 +262,17 @@ class Explanation:
         try:
             files.replace(Path(path), lambda beside: beside.write_bytes(content.getbuffer()))
         except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; required: a file in a folder that can be written "
-                              "and has room") from None
+            raise OutputError(
+                f"cannot write {str(path)!r}: {error.strerror or error}; required: a file in a folder that can be "
+                f"written "
+                "and has room") from None
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """What a file of explanations holds, a row for each image."""
-        return {"relevance": _host(self.relevance), "scores": _host(self.output), "target": self.target, "explained": self.explained,
-                "sum": self.sum, "absorbed": self.absorbed}
+        return {
+            "relevance": _host(self.relevance), "scores": _host(self.output), "target": self.target,
+            "explained": self.explained, "sum": self.sum, "absorbed": self.absorbed
+        }
 
 
 def write_header(file: Any, context: Context) -> None:

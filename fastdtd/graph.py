@@ -1,7 +1,8 @@
 """Networks as frozen values: layers, how they connect, and what follows from that (shapes, input domains).
 
-A tensor is named after the layer that makes it; the network's input is named ``"input"``. Shapes leave the batch out and always have three
-entries, (channels, height, width); a flat tensor of F features is (F, 1, 1). Values here are never changed after they are made.
+A tensor is named after the layer that makes it; the network's input is named ``"input"``. Shapes leave the batch out
+and always have three entries, (channels, height, width); a flat tensor of F features is (F, 1, 1). Values here are
+never changed after they are made.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Array = npt.NDArray[np.float32]
 class Layer:
     """What every layer has: a unique name and the names of the tensors it reads.
 
-    A subclass says how its output shape follows from its input shapes, which of its fields are weights (``arrays``), and how many inputs
-    it takes (``arity``, least and most).
+    A subclass says how its output shape follows from its input shapes, which of its fields are weights (``arrays``),
+    and how many inputs it takes (``arity``, least and most).
     """
 
     name: str
@@ -97,7 +98,8 @@ def _weights(layer: str, field: str, value: Any) -> Array:
     if array.dtype.kind not in "fiu":
         raise ModelError(f"layer {layer!r} has {field} of type {array.dtype}; required: real numbers")
     if array.size > MAX_WEIGHT_ELEMENTS:
-        raise ModelError(f"layer {layer!r} has {field} of {array.size} numbers; at most {MAX_WEIGHT_ELEMENTS} are accepted")
+        raise ModelError(
+            f"layer {layer!r} has {field} of {array.size} numbers; at most {MAX_WEIGHT_ELEMENTS} are accepted")
     with np.errstate(over="ignore"):
         array = np.array(array, np.float32, order="C")
     if not np.isfinite(array).all():
@@ -110,10 +112,14 @@ def _indices(layer: str, field: str, value: Any) -> npt.NDArray[np.int32]:
     """A read-only, C-ordered int32 copy of `value`."""
     array = np.asarray(value)
     if array.dtype.kind not in "iu" or array.size > MAX_TENSOR_ELEMENTS:
-        raise ModelError(f"layer {layer!r} has {field} of {array.size} numbers of type {array.dtype}; required: at most "
-                         f"{MAX_TENSOR_ELEMENTS} whole numbers")
+        raise ModelError(
+            f"layer {layer!r} has {field} of {array.size} numbers of type {array.dtype}; required: at most "
+            f"{MAX_TENSOR_ELEMENTS} whole numbers")
     if array.size and not -1 <= array.min() <= array.max() < MAX_TENSOR_ELEMENTS:
-        raise ModelError(f"layer {layer!r} has {field} from {array.min()} to {array.max()}; required: -1 to {MAX_TENSOR_ELEMENTS - 1}")
+        raise ModelError(
+            f"layer {layer!r} has {field} from {array.min()} to {array.max()}; required: -1 to "
+            f"{MAX_TENSOR_ELEMENTS - 1}"
+        )
     array = np.array(array, np.int32, order="C")
     array.flags.writeable = False
     return array
@@ -123,7 +129,8 @@ def _indices(layer: str, field: str, value: Any) -> npt.NDArray[np.int32]:
 class Conv2d(Layer):
     """y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k].
 
-    weight: (K, C / groups, kernel height, kernel width); bias: (K,) or None; padding: (top, left, bottom, right), with zeros.
+    weight: (K, C / groups, kernel height, kernel width); bias: (K,) or None; padding: (top, left, bottom, right), with
+    zeros.
     """
 
     weight: Array
@@ -140,17 +147,21 @@ class Conv2d(Layer):
         self._require_ints("padding", 4, 0, MAX_PADDING)
         self._require_ints("dilation", 2, 1)
         if self.weight.ndim != 4 or 0 in self.weight.shape:
-            self._refuse(f"has weight of shape {self.weight.shape}; required: (K, C / groups, kernel height, kernel width)")
+            self._refuse(
+                f"has weight of shape {self.weight.shape}; required: (K, C / groups, kernel height, kernel width)")
         if self.groups < 1 or self.weight.shape[0] % self.groups:
-            self._refuse(f"has {self.weight.shape[0]} output channels in {self.groups} groups; required: groups that divide them")
+            self._refuse(
+                f"has {self.weight.shape[0]} output channels in {self.groups} groups; required: groups that divide them"
+            )
         _check_bias(self, self.weight.shape[0])
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
         channels, height, width = shapes[0]
         outputs, per_group, *kernel = self.weight.shape
         if channels != per_group * self.groups:
-            self._refuse(f"expects {per_group * self.groups} input channels ({per_group} in each of {self.groups} groups) but "
-                         f"{self.inputs[0]!r} has {channels}")
+            self._refuse(
+                f"expects {per_group * self.groups} input channels ({per_group} in each of {self.groups} groups) but "
+                f"{self.inputs[0]!r} has {channels}")
         sizes = []
         for axis, size in enumerate((height, width)):
             padded = size + self.padding[axis] + self.padding[axis + 2]
@@ -177,8 +188,9 @@ class Dense(Layer):
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
         if shapes[0] != (self.weight.shape[1], 1, 1):
-            self._refuse(f"expects {self.weight.shape[1]} flat features but {self.inputs[0]!r} has shape {_text(shapes[0])}"
-                         + ("; put a Flatten before it" if shapes[0][1:] != (1, 1) else ""))
+            self._refuse(
+                f"expects {self.weight.shape[1]} flat features but {self.inputs[0]!r} has shape {_text(shapes[0])}"
+                + ("; put a Flatten before it" if shapes[0][1:] != (1, 1) else ""))
         return self.weight.shape[0], 1, 1
 
 
@@ -201,7 +213,8 @@ class Clip(Layer):
 
     def validate(self) -> None:
         if not self.low <= 0 < self.high:
-            self._refuse(f"clips to {self.low:g}..{self.high:g}; required: a lower bound of 0 or less, and an upper one above 0")
+            self._refuse(
+                f"clips to {self.low:g}..{self.high:g}; required: a lower bound of 0 or less, and an upper one above 0")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -230,8 +243,8 @@ class Power(Layer):
 class LocalResponseNorm(Layer):
     """x[c] = y[c] / (bias + alpha / size * sum of y^2 over `size` channels around c)^beta (Krizhevsky et al. 2012).
 
-    The channels are those from (size - 1) // 2 before c to size // 2 behind it, as far as there are any. within_channel: size x size pixels
-    around each of the same channel instead, and alpha / size^2.
+    The channels are those from (size - 1) // 2 before c to size // 2 behind it, as far as there are any.
+    within_channel: size x size pixels around each of the same channel instead, and alpha / size^2.
     """
 
     size: int
@@ -244,15 +257,19 @@ class LocalResponseNorm(Layer):
         if not 1 <= self.size <= MAX_PADDING:
             self._refuse(f"has size {self.size}; required: 1 to {MAX_PADDING}")
         if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 100 and _LEAST_NORM_BIAS <= self.bias < math.inf):
-            self._refuse(f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta up to 100, "
-                         f"and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
+            self._refuse(
+                f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta "
+                f"up to 100, "
+                f"and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pool2d(Layer):
-    """What the pools share. kernel, stride: (height, width); padding: (top, left, bottom, right), each less than the kernel.
+    """What the pools share. kernel, stride: (height, width); padding: (top, left, bottom, right), each less than the
+    kernel.
 
-    ceil_mode rounds the number of windows up; a window that would start beyond the input is dropped, as in PyTorch, Caffe and ONNX.
+    ceil_mode rounds the number of windows up; a window that would start beyond the input is dropped, as in PyTorch,
+    Caffe and ONNX.
     """
 
     kernel: tuple[int, int]
@@ -265,7 +282,8 @@ class Pool2d(Layer):
         self._require_ints("stride", 2, 1)
         self._require_ints("padding", 4, 0, MAX_PADDING)
         if any(self.padding[i] >= self.kernel[i % 2] for i in range(4)):
-            self._refuse(f"has padding {self.padding} (top, left, bottom, right); required: less than the kernel {self.kernel}")
+            self._refuse(
+                f"has padding {self.padding} (top, left, bottom, right); required: less than the kernel {self.kernel}")
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
         channels, *image = shapes[0]
@@ -274,7 +292,10 @@ class Pool2d(Layer):
             before, after = self.padding[axis], self.padding[axis + 2]
             room = size + before + after - self.kernel[axis]
             if room < 0:
-                self._refuse(f"has a kernel of {self.kernel[axis]} pixels over an input of {size + before + after} (padding included)")
+                self._refuse(
+                    f"has a kernel of {self.kernel[axis]} pixels over an input of {size + before + after} (padding "
+                    f"included)"
+                )
             count = (-(-room // self.stride[axis]) if self.ceil_mode else room // self.stride[axis]) + 1
             if self.ceil_mode and (count - 1) * self.stride[axis] >= size + before:
                 count -= 1
@@ -289,7 +310,10 @@ class MaxPool2d(Pool2d):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AveragePool2d(Pool2d):
-    """The mean of each window. count_include_pad: padded zeros count in the divisor (never what ceil_mode adds beyond them)."""
+    """The mean of each window.
+
+    count_include_pad: padded zeros count in the divisor (never what ceil_mode adds beyond them).
+    """
 
     count_include_pad: bool = False
 
@@ -339,7 +363,8 @@ class Flatten(Layer):
 class Rearrange(Layer):
     """Numbers in another order and shape: reshape, transpose, slice, pad, channel shuffle, nearest upsampling.
 
-    index: (C, H, W) integers, of the output's shape. Each is the number, in C order, of the input that comes there, or -1 for a zero.
+    index: (C, H, W) integers, of the output's shape. Each is the number, in C order, of the input that comes there, or
+    -1 for a zero.
     """
 
     index: npt.NDArray[np.int32]
@@ -372,7 +397,10 @@ class BatchNorm(Layer):
 
     def validate(self) -> None:
         if self.scale.ndim != 1 or self.scale.shape != self.shift.shape:
-            self._refuse(f"has scale {self.scale.shape} and shift {self.shift.shape}; required: one number each for every channel")
+            self._refuse(
+                f"has scale {self.scale.shape} and shift {self.shift.shape}; required: one number each for every "
+                f"channel"
+            )
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
         if shapes[0][0] != len(self.scale):
@@ -387,14 +415,17 @@ class Dropout(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Softmax(Layer):
-    """Probabilities from class scores. Only as the last layer, where canonize.py drops it: what is explained is the score."""
+    """Probabilities from class scores.
+
+    Only as the last layer, where canonize.py drops it: what is explained is the score.
+    """
 
 
 LAYER_TYPES: dict[str, type[Layer]] = {
     "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
     "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
-    "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "rearrange": Rearrange, "local_response_norm": LocalResponseNorm,
-    "dropout": Dropout, "softmax": Softmax,
+    "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "rearrange": Rearrange,
+    "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
 }  # the names that model files use
 
 
@@ -444,7 +475,8 @@ class Graph:
     Raises
     ------
     ModelError
-        Names that repeat or are missing, a cycle, shapes that do not fit, more or less than one output, bounds that are no bounds.
+        Names that repeat or are missing, a cycle, shapes that do not fit, more or less than one output, bounds that are
+        no bounds.
     """
 
     layers: tuple[Layer, ...]
@@ -465,12 +497,15 @@ class Graph:
         read = {name for layer in self.layers for name in layer.inputs}
         outputs = [layer.name for layer in self.layers if layer.name not in read]
         if len(outputs) != 1:
-            raise ModelError(f"the network has {len(outputs)} outputs ({', '.join(map(repr, outputs))}); required: one. "
-                             "Remove the layers that lead to the others")
+            raise ModelError(
+                f"the network has {len(outputs)} outputs ({', '.join(map(repr, outputs))}); required: one. "
+                "Remove the layers that lead to the others")
         keep("output", outputs[0])
         if self.shapes[self.output][1:] != (1, 1):
-            raise ModelError(f"the network's output {self.output!r} has shape {_text(self.shapes[self.output])}; required: one score for "
-                             "each class, (K, 1, 1). Add a global average pool or a flatten at the end")
+            raise ModelError(
+                f"the network's output {self.output!r} has shape {_text(self.shapes[self.output])}; required: one "
+                f"score for "
+                "each class, (K, 1, 1). Add a global average pool or a flatten at the end")
         keep("domains", self._infer_domains())
 
     def __iter__(self) -> Iterator[Layer]:
@@ -483,16 +518,19 @@ class Graph:
                    if field not in layer.integer_arrays and getattr(layer, field) is not None)
 
     def __repr__(self) -> str:
-        return (f"<Graph of {len(self.layers)} layers: {_text(self.input_shape)} -> {self.shapes[self.output][0]} scores, "
-                f"{self.parameters:,} parameters>")
+        return (
+            f"<Graph of {len(self.layers)} layers: {_text(self.input_shape)} -> {self.shapes[self.output][0]} scores, "
+            f"{self.parameters:,} parameters>")
 
     def _infer_shapes(self) -> dict[str, Shape]:
         shapes = {INPUT: self.input_shape}
         for layer in self.layers:
             shape = layer.output_shape([shapes[name] for name in layer.inputs])
             if int(np.prod(shape, dtype=object)) > MAX_TENSOR_ELEMENTS:
-                raise ModelError(f"layer {layer.name!r} makes a tensor of shape {_text(shape)}; at most {MAX_TENSOR_ELEMENTS} numbers are "
-                                 "accepted")
+                raise ModelError(
+                    f"layer {layer.name!r} makes a tensor of shape {_text(shape)}; at most {MAX_TENSOR_ELEMENTS} "
+                    f"numbers are "
+                    "accepted")
             shapes[layer.name] = shape
         return shapes
 
@@ -535,7 +573,8 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
         return dataclasses.replace(domain, low=np.minimum(domain.low, 0), high=np.maximum(domain.high, 0))
     if isinstance(layer, Flatten):
         _, height, width = shapes[layer.inputs[0]]
-        return dataclasses.replace(domain, low=np.repeat(domain.low, height * width), high=np.repeat(domain.high, height * width))
+        return dataclasses.replace(domain, low=np.repeat(domain.low, height * width),
+                                   high=np.repeat(domain.high, height * width))
     return domain
 
 
@@ -561,13 +600,15 @@ def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     by_name: dict[str, Layer] = {}
     for layer in layers:
         if layer.name in by_name or layer.name in (INPUT, ""):
-            raise ModelError(f"layer name {layer.name!r} is taken or empty; required: a name for each layer that no other has "
-                             f"({INPUT!r} is the network's input)")
+            raise ModelError(
+                f"layer name {layer.name!r} is taken or empty; required: a name for each layer that no other has "
+                f"({INPUT!r} is the network's input)")
         by_name[layer.name] = layer
     for layer in layers:
         for name in layer.inputs:
             if name not in by_name and name != INPUT:
-                raise ModelError(f"layer {layer.name!r} reads {name!r}, which no layer makes; the network's input is {INPUT!r}")
+                raise ModelError(
+                    f"layer {layer.name!r} reads {name!r}, which no layer makes; the network's input is {INPUT!r}")
     readers: dict[str, list[Layer]] = {}
     waiting = {layer.name: len(set(layer.inputs) - {INPUT}) for layer in layers}
     for layer in layers:
@@ -585,27 +626,35 @@ def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
                 heapq.heappush(ready, position[reader.name])
     if len(order) < len(layers):
         stuck = [layer.name for layer in layers if waiting[layer.name]]
-        raise ModelError(f"the network has a cycle through {', '.join(map(repr, stuck[:5]))}; required: layers that lead forward only")
+        raise ModelError(
+            f"the network has a cycle through {', '.join(map(repr, stuck[:5]))}; required: layers that lead forward "
+            f"only"
+        )
     return tuple(order)
 
 
 def _input_shape(shape: Iterable[int]) -> Shape:
     values = tuple(int(v) for v in shape)
     if len(values) != 3 or min(values) < 1 or int(np.prod(values, dtype=object)) > MAX_TENSOR_ELEMENTS:
-        raise ModelError(f"the input has shape {values}; required: (channels, height, width), each 1 or more, and at most "
-                         f"{MAX_TENSOR_ELEMENTS} numbers in all")
+        raise ModelError(
+            f"the input has shape {values}; required: (channels, height, width), each 1 or more, and at most "
+            f"{MAX_TENSOR_ELEMENTS} numbers in all")
     return values[0], values[1], values[2]
 
 
 def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
     try:
         with np.errstate(over="ignore"):
-            low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels,))) for bound in box)
+            low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels, )))
+                         for bound in box)
     except (ValueError, TypeError):
-        raise ModelError(f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one for each channel"
-                         ) from None
+        raise ModelError(
+            f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one for each "
+            f"channel"
+        ) from None
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
-        raise ModelError(f"the value box has low {low.tolist()} and high {high.tolist()}; required: finite, and low below high")
+        raise ModelError(
+            f"the value box has low {low.tolist()} and high {high.tolist()}; required: finite, and low below high")
     low.flags.writeable = high.flags.writeable = False
     return low, high
 

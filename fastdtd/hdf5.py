@@ -1,7 +1,7 @@
 """HDF5 files from anywhere, model files and Keras's.
 
-Nothing is opened that could lead out of the file, and nothing is read before its type and size are known to be sane. Whatever is wrong
-becomes a ModelError.
+Nothing is opened that could lead out of the file, and nothing is read before its type and size are known to be sane.
+Whatever is wrong becomes a ModelError.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 MAX_ATTRIBUTE_ELEMENTS = 10_000
 MAX_TEXT_BYTES = 4096  # one string
-# Deflate, the strongest of the accepted compressions on real data, shrinks at most 1032 times. A dataset that claims more over its stored
-# bytes was never written. Small ones may do so: a bias left at the fill value, a chunk larger than what it holds.
+# Deflate, the strongest of the accepted compressions on real data, shrinks at most 1032 times. A dataset that claims
+# more over its stored bytes was never written. Small ones may do so: a bias left at the fill value, a chunk larger than
+# what it holds.
 MAX_EXPANSION = 2000
 SMALL_BYTES = 2**20
 
@@ -42,7 +43,8 @@ def opened(source: Path | io.BytesIO | bytes, required: str, longest: int = MAX_
 
     with contextlib.ExitStack() as stack:
         with errors(required):  # and what is done with the file later is the caller's
-            if not (h5py.is_hdf5(source) if isinstance(source, Path) else isinstance(source, io.BytesIO) or source.startswith(SIGNATURE)):
+            if not (h5py.is_hdf5(source)
+                    if isinstance(source, Path) else isinstance(source, io.BytesIO) or source.startswith(SIGNATURE)):
                 raise ModelError(f"is not an HDF5 file, or its start is damaged; required: {required}")
             if isinstance(source, Path):
                 with open(source, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -62,14 +64,17 @@ def errors(required: str) -> Iterator[None]:
     """Whatever h5py raises, on a damaged file or on a name that cannot be stored, as ModelError."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
         raise ModelError(f"HDF5 cannot process it ({error}); required: {required}") from error
 
 
 def _check_string_heaps(data: bytes | mmap.mmap, longest: int, required: str) -> None:
-    """Refuse global heaps, where HDF5 keeps variable-length strings, that are damaged or hold longer strings than expected.
+    """Refuse global heaps, where HDF5 keeps variable-length strings, that are damaged or hold longer strings than
+    expected.
 
-    HDF5 would loop for ever over an object of no size, and would copy one long string for each of many references to it.
+    HDF5 would loop for ever over an object of no size, and would copy one long string for each of many references to
+    it.
     """
     end = 0
     start = data.find(_HEAP)
@@ -85,7 +90,10 @@ def _check_string_heaps(data: bytes | mmap.mmap, longest: int, required: str) ->
             is_sound = step >= 16 and at + step <= end and (not index or length <= longest)
             at += step
         if not is_sound:
-            raise ModelError(f"has a damaged heap at byte {start}, or one with strings of more than {longest} bytes; required: {required}")
+            raise ModelError(
+                f"has a damaged heap at byte {start}, or one with strings of more than {longest} bytes; required: "
+                f"{required}"
+            )
         start = data.find(_HEAP, start + 1)
 
 
@@ -107,8 +115,10 @@ def children(group: h5py.Group, where: str, limit: int, known: Iterable[str] | N
         raise ModelError(f"{where} holds more than {limit} objects; required: at most {limit}")
     for link, name in zip(links, names, strict=True):
         if group.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
-            raise ModelError(f"{where} holds {name!r} as a soft, external or user-defined link; required: the object itself (h5repack and "
-                             "h5copy resolve links)")
+            raise ModelError(
+                f"{where} holds {name!r} as a soft, external or user-defined link; required: the object itself "
+                f"(h5repack and "
+                "h5copy resolve links)")
     return {name: group[link] for name, link in sorted(zip(names, links, strict=True))}
 
 
@@ -134,26 +144,32 @@ def dataset(child: Any, where: str, ranks: tuple[int, ...], limit: int) -> h5py.
         raise ModelError(f"{where} is a {type(child).__name__.lower()}; required: a dataset")
     shape = child.shape
     if shape is None or len(shape) not in ranks or 0 in shape:
-        raise ModelError(f"{where} has shape {shape}; required: {' or '.join(map(str, ranks))} axes, none of them empty")
+        raise ModelError(
+            f"{where} has shape {shape}; required: {' or '.join(map(str, ranks))} axes, none of them empty")
     count = math.prod(shape)
     if count > limit:
         raise ModelError(f"{where} has {count} elements; at most {limit} are accepted")
     layout = child.id.get_create_plist()
     if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count():
-        raise ModelError(f"{where} keeps its data in other files (virtual dataset or external storage); required: data in this file "
-                         "(h5repack brings it in)")
+        raise ModelError(
+            f"{where} keeps its data in other files (virtual dataset or external storage); required: data in this file "
+            "(h5repack brings it in)")
     compressions = {h5z.FILTER_DEFLATE, h5z.FILTER_LZF, h5z.FILTER_SZIP}
     filters = [layout.get_filter(i)[0] for i in range(layout.get_nfilters())]
-    # HDF5's decoder for scale-offset has been overrun by hostile files (CVE-2025-2308, CVE-2025-44905), and filters from elsewhere would
-    # load foreign code. Two compressions, one on the other, would multiply how far a file can expand.
+    # HDF5's decoder for scale-offset has been overrun by hostile files (CVE-2025-2308, CVE-2025-44905), and filters
+    # from elsewhere would load foreign code. Two compressions, one on the other, would multiply how far a file can
+    # expand.
     if (set(filters) - compressions - {h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32} or len(set(filters)) < len(filters)
             or len(compressions.intersection(filters)) > 1):
-        raise ModelError(f"{where} is stored with the HDF5 filters {filters}; required: at most one of gzip, lzf and szip, with or without "
-                         "shuffle and fletcher32 (h5repack changes filters)")
+        raise ModelError(
+            f"{where} is stored with the HDF5 filters {filters}; required: at most one of gzip, lzf and szip, with or "
+            f"without "
+            "shuffle and fletcher32 (h5repack changes filters)")
     claimed = max(count, math.prod(child.chunks or ())) * child.id.get_type().get_size()
     stored = min(child.id.get_storage_size(), child.file.id.get_filesize())
     if claimed > max(SMALL_BYTES, stored * (MAX_EXPANSION if filters else 1)):
-        raise ModelError(f"{where} claims {claimed} bytes but the file stores {stored} for it; required: data that were written")
+        raise ModelError(
+            f"{where} claims {claimed} bytes but the file stores {stored} for it; required: data that were written")
     return child
 
 
@@ -170,8 +186,10 @@ def array(child: Any, where: str, ranks: tuple[int, ...], limit: int, integers: 
     kind = data.id.get_type()
     if not any(kind.equal(one) for one in accepted):
         found = type(kind).__name__.removeprefix("Type").removesuffix("ID")
-        raise ModelError(f"{where} is of HDF5 type {found} ({kind.get_size()} bytes); required: IEEE floating-point numbers of 16, 32 or "
-                         "64 bits")
+        raise ModelError(
+            f"{where} is of HDF5 type {found} ({kind.get_size()} bytes); required: IEEE floating-point numbers of 16, "
+            f"32 or "
+            "64 bits")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which Layer and Model refuse by name
         return np.asarray(data[()], np.float32)
 
@@ -193,7 +211,10 @@ def attribute_names(node: h5py.Group, where: str) -> list[str]:
 
 
 def attribute(node: h5py.Group, name: str, where: str, longest: int = MAX_TEXT_BYTES) -> list[Any]:
-    """One attribute as a flat list of str, int or float. longest: bytes that a string may have; with longer ones there may be fewer."""
+    """One attribute as a flat list of str, int or float.
+
+    longest: bytes that a string may have; with longer ones there may be fewer.
+    """
     from h5py import h5a, h5s, h5t
 
     attribute = h5a.open(node.id, name.encode())
@@ -205,7 +226,8 @@ def attribute(node: h5py.Group, name: str, where: str, longest: int = MAX_TEXT_B
     if count > most:
         raise ModelError(f"{where} has {count} elements; at most {most} are accepted")
     is_text = kind.get_class() == h5t.STRING
-    is_number = kind.get_class() in (h5t.INTEGER, h5t.FLOAT) or (kind.get_class() == h5t.ENUM and attribute.dtype == bool)
+    is_number = kind.get_class() in (h5t.INTEGER, h5t.FLOAT) or (kind.get_class() == h5t.ENUM
+                                                                 and attribute.dtype == bool)
     if not (is_text or is_number):
         raise ModelError(f"{where} is neither text nor numbers; required: strings, integers or floating-point numbers")
     if is_text and not kind.is_variable_str() and kind.get_size() > longest:
@@ -234,7 +256,10 @@ def single(value: list[Any] | None, kind: type | tuple[type, ...], where: str) -
 def require_known(found: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
     unknown = sorted(set(found) - set(known))
     if unknown:
-        raise ModelError(f"{where} has the unknown {what} {shown(unknown)}; known: {', '.join(known) or 'none'}. Correct or remove it")
+        raise ModelError(
+            f"{where} has the unknown {what} {shown(unknown)}; known: {', '.join(known) or 'none'}. Correct or remove "
+            f"it"
+        )
 
 
 def shown(value: list[Any] | None) -> str:

@@ -1,6 +1,7 @@
 """Pictures in: any file or array that people have -> 8-bit pixels of the network's size.
 
-Files are not trusted: only formats that Pillow decodes by itself are opened, and sizes are checked before pixels are decoded.
+Files are not trusted: only formats that Pillow decodes by itself are opened, and sizes are checked before pixels are
+decoded.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def open_picture(picture: Any) -> Image.Image:
     Parameters
     ----------
     picture : path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4)
-        Transparent parts are laid over white, 16-bit grey is reduced to 8 bits, of an animation the first frame is taken.
+        Transparent parts are laid over white, 16-bit grey is reduced to 8 bits, of an animation the first frame is
+        taken.
 
     Raises
     ------
@@ -55,10 +57,13 @@ def open_picture(picture: Any) -> Image.Image:
         name = "the array"
         pixels = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
         if picture.dtype != np.uint8 or not pixels:
-            raise PictureError(f"the array has type {picture.dtype} and shape {picture.shape}; required: uint8 pixels (H, W), (H, W, 3) or "
-                               "(H, W, 4), red first")
+            raise PictureError(
+                f"the array has type {picture.dtype} and shape {picture.shape}; required: uint8 pixels (H, W), (H, W, "
+                f"3) or "
+                "(H, W, 4), red first")
     else:
-        raise PictureError(f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
+        raise PictureError(
+            f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
     try:
         if isinstance(picture, Image.Image):
             return _upright_rgb(picture, name)
@@ -82,7 +87,10 @@ def open_picture(picture: Any) -> Image.Image:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of Pillow's. Filters belong to the whole process: two threads that set them at once would mix them up."""
+    """No warnings of Pillow's.
+
+    Filters belong to the whole process: two threads that set them at once would mix them up.
+    """
     with _filters, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
@@ -100,7 +108,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     with _quiet():  # after load, so that threads decode at the same time
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise PictureError(f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
+        raise PictureError(
+            f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
     if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.clip(np.asarray(image, np.int32), 0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -110,7 +119,9 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
-    """`image` at (height, width): stretched to it, or scaled until it covers it and cut to its centre ("crop"). Bilinear, antialiased."""
+    """`image` at (height, width): stretched to it, or scaled until it covers it and cut to its centre ("crop").
+    Bilinear, antialiased.
+    """
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=visible_part(image, size, resize))
 
 

@@ -1,4 +1,6 @@
-"""What an Explainer is called with: images, targets, starting relevance. All of it is checked here, before anything is computed."""
+"""What an Explainer is called with: images, targets, starting relevance. All of it is checked here, before anything is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class ExplanationWarning(UserWarning):
 
 
 def pictures_of(given: Any, model: Model) -> list[Any] | None:
-    """The pictures among what an explainer may be given, which the model has to preprocess: paths, PIL images, uint8 pixels (H, W, 3) or
-    (H, W, 4), or a sequence of these. None: it is an array of network inputs."""
+    """The pictures among what an explainer may be given, which the model has to preprocess: paths, PIL images, uint8
+    pixels (H, W, 3) or (H, W, 4), or a sequence of these. None: it is an array of network inputs."""
     from PIL import Image
 
     def is_picture(one: Any) -> bool:
@@ -36,14 +38,18 @@ def pictures_of(given: Any, model: Model) -> list[Any] | None:
 
     if is_picture(given):
         return [given]
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 4 and given.shape[1:] != model.graph.input_shape:
+    if isinstance(
+            given,
+            np.ndarray) and given.dtype == np.uint8 and given.ndim == 4 and given.shape[1:] != model.graph.input_shape:
         given = list(given)
     if not isinstance(given, (list, tuple)) or not given or not any(map(is_picture, given)):
         return None
     strange = [i for i, one in enumerate(given) if not is_picture(one)]
     if strange:
-        raise InputError(f"item {strange[0]} of the list is of type {type(given[strange[0]]).__name__} and no picture, others are; required: "
-                         "paths, PIL images or uint8 arrays (H, W, 3), or one array of network inputs")
+        raise InputError(
+            f"item {strange[0]} of the list is of type {type(given[strange[0]]).__name__} and no picture, others are; "
+            f"required: "
+            "paths, PIL images or uint8 arrays (H, W, 3), or one array of network inputs")
     return list(given)
 
 
@@ -53,20 +59,26 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
     try:
         given = library.asarray(batch)
     except (ValueError, TypeError) as error:
-        raise InputError(f"the batch is no array of one shape ({error}); required: (N, {', '.join(map(str, shape))}) float32") from None
+        raise InputError(
+            f"the batch is no array of one shape ({error}); required: (N, {', '.join(map(str, shape))}) float32"
+        ) from None
     if given.dtype.kind not in "fiu":
         raise InputError(f"the batch has type {given.dtype}; required: real numbers, as model.preprocess makes them")
     if given.shape == shape:
         given = given[None]
     if given.shape[1:] != shape:
-        raise InputError(f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
-                         "model.preprocess returns, or pictures: paths, PIL images or uint8 arrays (H, W, 3)")
+        raise InputError(
+            f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
+            "model.preprocess returns, or pictures: paths, PIL images or uint8 arrays (H, W, 3)")
     with np.errstate(over="ignore"):
-        images: Array = library.array(given, np.float32, order="C")  # `at` reads it later, when the caller's may be another
+        images: Array = library.array(given, np.float32,
+                                      order="C")  # `at` reads it later, when the caller's may be another
     if not images.size:
         return images
     planes = images.reshape(-1, shape[1] * shape[2])  # rows of which each is read by one part of a GPU
-    lowest, highest = planes.min(1).reshape(-1, shape[0]).min(0), planes.max(1).reshape(-1, shape[0]).max(0)  # NaN where one is
+    lowest, highest = planes.min(1).reshape(-1,
+                                            shape[0]).min(0), planes.max(1).reshape(-1,
+                                                                                    shape[0]).max(0)  # NaN where one is
     if not (library.isfinite(lowest).all() and library.isfinite(highest).all()):
         worst = int(library.argmin(library.isfinite(images).all((1, 2, 3))))
         raise InputError(f"image {worst} holds NaN or infinity (as float32); required: finite numbers")
@@ -79,9 +91,10 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
     clipped: Array = library.clip(images, low, high)
     beyond = library.abs(images - clipped) > _CLIP_TOLERANCE * (high - low)
     if beyond.any():
-        warnings.warn(f"{int(beyond.any((1, 2, 3)).sum())} of {len(images)} images have values beyond the model's value box "
-                      f"{box[0].tolist()}..{box[1].tolist()}; they were clipped to it. Was model.preprocess used?",
-                      ExplanationWarning, stacklevel=3)
+        warnings.warn(
+            f"{int(beyond.any((1, 2, 3)).sum())} of {len(images)} images have values beyond the model's value box "
+            f"{box[0].tolist()}..{box[1].tolist()}; they were clipped to it. Was model.preprocess used?",
+            ExplanationWarning, stacklevel=3)
     return clipped
 
 
@@ -97,10 +110,12 @@ def checked_targets(target: Target, model: Model, count: int, outputs: int) -> n
     for one in given:
         index = model.class_index(one) if isinstance(one, str) else one
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
-            raise InputError(f"target {one!r} is not an output; required: a whole number from 0 to {outputs - 1}, or a class name")
+            raise InputError(
+                f"target {one!r} is not an output; required: a whole number from 0 to {outputs - 1}, or a class name")
         indices.append(int(index))
     if not is_one and len(indices) != count:
-        raise InputError(f"{len(indices)} targets were given for {count} images; required: one for all, or one for each")
+        raise InputError(
+            f"{len(indices)} targets were given for {count} images; required: one for all, or one for each")
     return np.resize(np.array(indices, np.int64), count)
 
 
@@ -117,7 +132,9 @@ def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outpu
         with np.errstate(over="ignore"):
             relevance = np.broadcast_to(given, (count, outputs)).astype(np.float32)
     except (ValueError, TypeError):
-        raise InputError(f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output") from None
+        raise InputError(
+            f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output"
+        ) from None
     if not (np.isfinite(relevance).all() and (relevance >= 0).all()):
         raise InputError("start holds a number that is negative, infinite or NaN; required: relevance from 0")
     return relevance
@@ -128,7 +145,9 @@ def factors(relevance: Array, scores: Array, first: int) -> Array:
     impossible = (relevance > 0) & (scores == 0)
     if impossible.any():
         image, output = np.argwhere(impossible)[0]
-        raise InputError(f"output {output} of image {first + image} has the score 0, and start gives it relevance; required: a score that can "
-                         "be redistributed")
+        raise InputError(
+            f"output {output} of image {first + image} has the score 0, and start gives it relevance; required: a "
+            f"score that can "
+            "be redistributed")
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
         return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)

@@ -85,7 +85,10 @@ class Model:
         object.__setattr__(self, "preprocessing", _checked(self.preprocessing, self.graph.input_shape))
         outputs = self.graph.shapes[self.graph.output][0]
         if self.classes and len(self.classes) != outputs:
-            raise ModelError(f"the model names {len(self.classes)} classes but has {outputs} outputs; required: one name each, or none")
+            raise ModelError(
+                f"the model names {len(self.classes)} classes but has {outputs} outputs; required: one name each, or "
+                f"none"
+            )
 
     def _facts(self) -> dict[str, str]:
         """What it is, in a few lines."""
@@ -107,8 +110,10 @@ class Model:
         return "\n".join([f"Model: {self._title()}", *(f"  {key:<{width}}  {value}" for key, value in facts.items())])
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th style='text-align:left'>{html.escape(key)}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
-                       for key, value in self._facts().items())
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(key)}</th><td "
+            f"style='text-align:left'>{html.escape(value)}</td></tr>"
+            for key, value in self._facts().items())
         return f"<table><tr><th colspan=2>Model: {self._title()}</th></tr>{rows}</table>"
 
     def preprocess(self, picture: Any) -> Array:
@@ -141,7 +146,9 @@ class Model:
         return self.classes[index] if self.classes else str(index)
 
     def class_index(self, name: str) -> int:
-        """The output named `name`: the whole name, its WordNet id, or one of its comma-separated synonyms, whatever the case."""
+        """The output named `name`: the whole name, its WordNet id, or one of its comma-separated synonyms, whatever the
+        case.
+        """
         if not self.classes:
             raise InputError(f"target {name!r} is a class name, but this model has none; give the number of an output")
         wanted = name.strip().lower()
@@ -150,7 +157,10 @@ class Model:
             if len(matches) == 1:
                 return matches[0]
             if matches:
-                raise InputError(f"class name {name!r} is ambiguous: it names outputs {', '.join(map(str, matches))}; give the number")
+                raise InputError(
+                    f"class name {name!r} is ambiguous: it names outputs {', '.join(map(str, matches))}; give the "
+                    f"number"
+                )
         near = self._nearest(wanted)
         raise InputError(f"no class is named {name!r}; required: one of {len(self.classes)} names, or a number"
                          + (f". Nearest: {'; '.join(near)}" if near else ""))
@@ -178,7 +188,8 @@ def _checked(p: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
     if p.color is not None and p.color not in COLORS:
         raise ModelError(f"colour order {p.color!r} is unknown; required: one of {', '.join(COLORS)}")
     if p.color is not None and COLORS[p.color] != shape[0]:
-        raise ModelError(f"colour order {p.color!r} has {COLORS[p.color]} channels but the network's input has {shape[0]}")
+        raise ModelError(
+            f"colour order {p.color!r} has {COLORS[p.color]} channels but the network's input has {shape[0]}")
     if p.resize not in RESIZES:
         raise ModelError(f"resize {p.resize!r} is unknown; required: one of {', '.join(RESIZES)}")
     mean, std = (_per_channel(name, getattr(p, name), shape) for name in ("mean", "std"))
@@ -209,8 +220,9 @@ def _per_channel(name: str, value: Any, shape: tuple[int, int, int]) -> npt.NDAr
     if array.ndim <= 1 and array.size in (1, shape[0]):
         array = np.broadcast_to(array.reshape(-1, 1, 1), (shape[0], 1, 1))
     if array.shape not in ((shape[0], 1, 1), shape) or not np.isfinite(array).all():
-        raise ModelError(f"preprocessing has {name} of shape {np.shape(value)}; required: finite, and one number, one for each of "
-                         f"{shape[0]} channels, or one for each of {shape}")
+        raise ModelError(
+            f"preprocessing has {name} of shape {np.shape(value)}; required: finite, and one number, one for each of "
+            f"{shape[0]} channels, or one for each of {shape}")
     array = np.array(array, np.float32, order="C")
     array.flags.writeable = False
     return array

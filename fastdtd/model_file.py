@@ -1,7 +1,7 @@
 """Model files: one HDF5 file holds a network, its preprocessing, its class names and where they come from.
 
-docs/model-format.md is the specification. Files come from anywhere, so nothing is opened that could lead out of the file, and nothing is
-read before its type and size are known to be sane.
+docs/model-format.md is the specification. Files come from anywhere, so nothing is opened that could lead out of the
+file, and nothing is read before its type and size are known to be sane.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ import numpy.typing as npt
 from fastdtd import hdf5
 from fastdtd.errors import InputError, ModelError, OutputError
 from fastdtd.files import replace
-from fastdtd.graph import LAYER_TYPES, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Array, Conv2d, Dense, Graph, Layer, Rearrange
+from fastdtd.graph import (
+    LAYER_TYPES,
+    MAX_LAYERS,
+    MAX_TENSOR_ELEMENTS,
+    MAX_WEIGHT_ELEMENTS,
+    Array,
+    Conv2d,
+    Dense,
+    Graph,
+    Layer,
+    Rearrange,
+)
 from fastdtd.hdf5 import MAX_TEXT_BYTES
 from fastdtd.model import Model, Preprocessing
 
@@ -69,7 +80,8 @@ def load(source: str | os.PathLike[str]) -> Model:
 
 
 def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", compression: str | None = "gzip") -> None:
-    """Write a model file. The same model makes the same bytes (with the same HDF5). A file already there is replaced only by a whole one.
+    """Write a model file. The same model makes the same bytes (with the same HDF5). A file already there is replaced
+    only by a whole one.
 
     Parameters
     ----------
@@ -102,7 +114,8 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
     try:
         replace(Path(path), lambda beside: beside.write_bytes(image.getbuffer()))
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise OutputError(f"cannot write {str(path)!r}: {error}; required: a place with room where files may be written") from error
+        raise OutputError(
+            f"cannot write {str(path)!r}: {error}; required: a place with room where files may be written") from error
 
 
 def _locate(source: str) -> Path:
@@ -116,19 +129,25 @@ def _locate(source: str) -> Path:
         what = "a directory" if os.path.isdir(source) else "no regular file"
         raise ModelError(f"model file {source!r} is {what}; required: a model file")
     names = ", ".join(sorted(p.stem for p in MODELS.glob("*" + _EMBEDDED_SUFFIX))) or "none"
-    raise ModelError(f"model file {source!r} does not exist; required: the path of a model file or the name of an embedded model "
-                     f"(embedded: {names})")
+    raise ModelError(
+        f"model file {source!r} does not exist; required: the path of a model file or the name of an embedded model "
+        f"(embedded: {names})")
 
 
 def _read(source: Path | io.BytesIO) -> Model:
     with hdf5.errors(_REQUIRED), hdf5.opened(source, _REQUIRED) as file:
         names = hdf5.attribute_names(file, "the file")
-        found = {name: hdf5.attribute(file, name, f"root attribute {name!r}") for name in ("format", "version") if name in names}
+        found = {
+            name: hdf5.attribute(file, name, f"root attribute {name!r}") for name in ("format", "version")
+            if name in names
+        }
         if found.get("format") != [FORMAT]:
             raise ModelError(f"has no root attribute 'format' that says {FORMAT!r}; required: {_REQUIRED}")
         if found.get("version") != [VERSION]:
-            raise ModelError(f"has format version {hdf5.shown(found.get('version'))}; this fastdtd reads version {VERSION}. Install the "
-                             "fastdtd that wrote it, or save the model again with this one")
+            raise ModelError(
+                f"has format version {hdf5.shown(found.get('version'))}; this fastdtd reads version {VERSION}. Install "
+                f"the "
+                "fastdtd that wrote it, or save the model again with this one")
         hdf5.require_known(names, ("format", "version"), "the file", "attribute")
         parts = hdf5.children(file, "the file", 4, ("input", "layers", "classes", "provenance"))
         for name in ("input", "layers"):
@@ -138,7 +157,8 @@ def _read(source: Path | io.BytesIO) -> Model:
         pending = _read_layers(hdf5.group(parts["layers"], "/layers"))
         classes = _read_classes(parts["classes"]) if "classes" in parts else ()
         provenance = _read_provenance(hdf5.group(parts["provenance"], "/provenance")) if "provenance" in parts else {}
-    # Outside the file, so that a mistake of ours is not taken for damage. A layer copies its arrays; popping frees them one by one.
+    # Outside the file, so that a mistake of ours is not taken for damage. A layer copies its arrays; popping frees them
+    # one by one.
     pending.reverse()
     layers = []
     while pending:
@@ -164,7 +184,10 @@ def _read_input(group: h5py.Group) -> tuple[Any, tuple[Array, Array] | None, Pre
     if "box" in datasets:
         bounds = hdf5.array(datasets["box"], "/input/box", (2,), 2 * MAX_TENSOR_ELEMENTS)
         if bounds.shape != (shape[0], 2):
-            raise ModelError(f"/input/box has shape {bounds.shape}; required: ({shape[0]}, 2), lowest and highest value of each channel")
+            raise ModelError(
+                f"/input/box has shape {bounds.shape}; required: ({shape[0]}, 2), lowest and highest value of each "
+                f"channel"
+            )
         box = bounds[:, 0], bounds[:, 1]
     return tuple(shape), box, Preprocessing(**fields)
 
@@ -183,7 +206,9 @@ def _read_layers(group: h5py.Group) -> list[tuple[type[Layer], dict[str, Any]]]:
         if kind not in LAYER_TYPES:
             raise ModelError(f"layer {name!r} has the unknown type {kind!r}; required: one of {', '.join(LAYER_TYPES)}")
         cls = LAYER_TYPES[kind]
-        settings = [field.name for field in dataclasses.fields(cls) if field.name not in ("name", "inputs", *cls.arrays)]
+        settings = [
+            field.name for field in dataclasses.fields(cls) if field.name not in ("name", "inputs", *cls.arrays)
+        ]
         hdf5.require_known(found, ("type", "name", "inputs", *settings), where, "attribute")
         datasets = hdf5.children(layer, where, len(cls.arrays), cls.arrays)
         inputs = found.get("inputs", [])
@@ -253,8 +278,10 @@ def _read_provenance(group: h5py.Group) -> dict[str, str]:
 def _write(model: Model, image: io.BytesIO, dtype: npt.DTypeLike, compression: str | None) -> None:
     import h5py
 
-    # v108 objects carry checksums, so that damage to a stride is noticed; every library since HDF5 1.8 (2008) reads them.
-    with hdf5.errors("names and texts of valid Unicode, none of them empty"), h5py.File(image, "w", libver=("v108", "v108")) as file:
+    # v108 objects carry checksums, so that damage to a stride is noticed; every library since HDF5 1.8 (2008) reads
+    # them.
+    with hdf5.errors("names and texts of valid Unicode, none of them empty"), h5py.File(
+            image, "w", libver=("v108", "v108")) as file:
         _put_text(file, "format", FORMAT)
         file.attrs["version"] = np.asarray(VERSION, "<i8")
         _write_input(file.create_group("input"), model)
@@ -296,8 +323,9 @@ def _write_layer(group: h5py.Group, layer: Layer, dtype: npt.DTypeLike, compress
         with np.errstate(over="ignore"):
             stored = value.astype("<i4" if field.name in layer.integer_arrays else dtype)
         if not np.isfinite(stored).all():
-            raise ModelError(f"layer {layer.name!r} has {field.name} up to {np.abs(value).max():g}, beyond {np.dtype(dtype).name}; "
-                             "save with dtype='float32'")
+            raise ModelError(
+                f"layer {layer.name!r} has {field.name} up to {np.abs(value).max():g}, beyond {np.dtype(dtype).name}; "
+                "save with dtype='float32'")
         # Chunks of a small array would cost more than their compression saves.
         filters = {"compression": compression, "shuffle": True} if compression and stored.nbytes > 4096 else {}
         group.create_dataset(field.name, data=stored, track_times=False, **filters)

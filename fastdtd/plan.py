@@ -44,8 +44,8 @@ class Plan:
     output : (batch, K) float32
         Class scores, valid between `forward` and `backward`.
     start : (batch, K) float32
-        Write here what the output carries back (1 for the class to explain; its relevance if `schedule.starts_with_relevance`)
-        before `backward`.
+        Write here what the output carries back (1 for the class to explain; its relevance if
+        `schedule.starts_with_relevance`) before `backward`.
     relevance : (batch, C, H, W) float32
         Of the input, valid after `backward`.
     ledger : (batch, layers) float64
@@ -59,11 +59,16 @@ class Plan:
         try:
             self._workspace = kernels.empty(schedule.workspace_elements)
             self._states = {name: kernels.zeros(shape, dtype) for name, (shape, dtype) in schedule.states.items()}
-            self._views = {view: self._bind_view(view) for step in schedule.steps for view in step.arguments if isinstance(view, View)}
-            self._calls = [self._bind(worker) for worker in range(schedule.workers)]  # what the tables hold addresses of
+            self._views = {
+                view: self._bind_view(view) for step in schedule.steps for view in step.arguments
+                if isinstance(view, View)
+            }
+            self._calls = [self._bind(worker)
+                           for worker in range(schedule.workers)]  # what the tables hold addresses of
         except MemoryError:
-            raise OutOfMemoryError(f"the network needs {schedule.nbytes / 2**30:.1f} GiB for {schedule.batch} images at a time, more "
-                                   "than there is") from None
+            raise OutOfMemoryError(
+                f"the network needs {schedule.nbytes / 2**30:.1f} GiB for {schedule.batch} images at a time, more "
+                "than there is") from None
         self._tables = [kernels.table(calls) for calls in self._calls]
         self._conditions = {i: self._state(step.condition) for i, step in enumerate(schedule.steps) if step.condition}
         self.ledger = self._states["ledger"]
@@ -87,8 +92,9 @@ class Plan:
 
     def run(self, steps: Iterable[int], submit: Submit | None = None) -> None:
         """Run some steps, by number, each once all workers are done with the one before."""
-        wanted = np.array([step for step in steps if step not in self._conditions or self._kernels.may_be_set(self._conditions[step])],
-                          np.int64)
+        wanted = np.array([
+            step for step in steps if step not in self._conditions or self._kernels.may_be_set(self._conditions[step])
+        ], np.int64)
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
 
         def work(table: Any) -> None:

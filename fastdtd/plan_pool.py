@@ -24,15 +24,16 @@ class PlanPool:
     bind : callable
         Schedule -> Plan, on the pool's device. OutOfMemoryError where it has no memory for it.
     threads : int
-        How many may work at a time on all plans together. With 1, each caller works in a thread of its own, and there may
-        be any number.
+        How many may work at a time on all plans together. With 1, each caller works in a thread of its own, and there
+        may be any number.
     limit : int or infinity
         Bytes of all plans, used and idle.
     max_batch : int
         Images of one plan.
     """
 
-    def __init__(self, network: Lowered, bind: Callable[[Schedule], Plan], threads: int, limit: float, max_batch: int) -> None:
+    def __init__(self, network: Lowered, bind: Callable[[Schedule], Plan], threads: int, limit: float,
+                 max_batch: int) -> None:
         self.limit = limit
         self.bind, self._network, self._max_batch = bind, network, max_batch
         self._max_workers = threads if threads > 1 else math.inf
@@ -50,7 +51,8 @@ class PlanPool:
         key = batch, workers, tuple(observed)
         if key not in self._schedules:
             schedule = self._network.schedule(*key)
-            return schedule if observed else self._schedules.setdefault(key, schedule)  # those that observe are rarely asked for twice
+            return schedule if observed else self._schedules.setdefault(
+                key, schedule)  # those that observe are rarely asked for twice
         return self._schedules[key]
 
     def nbytes(self, batch: int, workers: int, observed: Sequence[str] = ()) -> int:
@@ -68,8 +70,8 @@ class PlanPool:
         """A plan for the caller alone, once there are threads and memory for it; who asks first gets it first."""
         schedule = self.schedule(batch, workers, observed)
         with self._turn, self._change:
-            self._change.wait_for(lambda: not self.used_workers or (self.used_workers + workers <= self._max_workers
-                                                                    and self.used_bytes + schedule.nbytes <= self.limit))
+            self._change.wait_for(lambda: not self.used_workers or (self.used_workers + workers <= self._max_workers and
+                                                                    self.used_bytes + schedule.nbytes <= self.limit))
             self.used_bytes += schedule.nbytes
             self.used_workers += workers
             i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)
@@ -82,7 +84,10 @@ class PlanPool:
             raise
 
     def give_back(self, plan: Plan, sound: bool = True) -> None:
-        """After use. A plan that is not sound, for its work was cut short, is not used again; nor one that keeps relevance."""
+        """After use.
+
+        A plan that is not sound, for its work was cut short, is not used again; nor one that keeps relevance.
+        """
         self._release(plan.schedule, *([plan] if sound and not plan.schedule.observed else []))
 
     def drop_idle(self) -> bool:

@@ -1,8 +1,8 @@
 """Many pictures: read, explain, write, with bounded memory and nothing lost when a run is cut off.
 
-What is done is on disk before it is said to be done: each picture's PNGs, then each batch's numbers as one part file, all written beside
-and renamed into place. At the end the parts become `explanations.h5`. A run that was cut off leaves its parts; the same call goes on from
-them.
+What is done is on disk before it is said to be done: each picture's PNGs, then each batch's numbers as one part file,
+all written beside and renamed into place. At the end the parts become `explanations.h5`. A run that was cut off leaves
+its parts; the same call goes on from them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
     taken: set[str] = set()
     for source in map(Path, sources):
         if os.path.isdir(source):  # unlike Path.is_dir, False for a name that is too long
-            files = sorted(p for p in source.rglob("*") if p.suffix.lower() in images.SUFFIXES and not p.name.endswith(_DRAWN))
+            files = sorted(p for p in source.rglob("*")
+                           if p.suffix.lower() in images.SUFFIXES and not p.name.endswith(_DRAWN))
             named = [(p, p.relative_to(source).as_posix()) for p in files if p.is_file()]
             named = [(p, name) for p, name in named if not any(part.startswith(".") for part in name.split("/"))]
         elif os.path.exists(source):
@@ -114,12 +115,15 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
             taken.add(free)
             found[path.resolve()] = Picture(path, free)
     if not found:
-        raise InputError(f"no picture was found in {', '.join(map(str, sources))}; files looked for end in {' '.join(images.SUFFIXES)}")
+        raise InputError(
+            f"no picture was found in {', '.join(map(str, sources))}; files looked for end in "
+            f"{' '.join(images.SUFFIXES)}"
+        )
     return list(found.values())
 
 
-def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None, outputs: Iterable[str] = OUTPUTS,
-        batch: int | None = None, on_line: Callable[[Line], Any] = lambda line: None,
+def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None,
+        outputs: Iterable[str] = OUTPUTS, batch: int | None = None, on_line: Callable[[Line], Any] = lambda line: None,
         on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False) -> Summary:
     """Explain every picture and write the results to `out`.
 
@@ -129,13 +133,15 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
     pictures : list of Picture
         From `find_pictures`.
     out : Path
-        Made where it does not exist. Gets NAME.heatmap.png and NAME.overlay.png for each picture, and explanations.h5 for all.
+        Made where it does not exist. Gets NAME.heatmap.png and NAME.overlay.png for each picture, and explanations.h5
+        for all.
     target : int or str, optional
         One output for all pictures. None: each picture's winner.
     outputs : some of "heatmap", "overlay", "relevance"
         What to write; "relevance" is the HDF5 file.
     batch : int, optional
-        Pictures at a time: what is lost if the run is cut off, and what is held in memory. None: 16, or as many as GPUs take at once.
+        Pictures at a time: what is lost if the run is cut off, and what is held in memory. None: 16, or as many as GPUs
+        take at once.
     on_line, on_progress : callable
         Told of each explained picture, and of each batch how many pictures it settled.
 
@@ -156,7 +162,8 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
     """
     outputs = list(outputs)
     if not outputs or set(outputs) - set(OUTPUTS):
-        raise InputError(f"outputs {', '.join(map(repr, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
+        raise InputError(
+            f"outputs {', '.join(map(repr, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
     if batch is None:
         batch = max(_BATCH, explainer.at_once) if explainer.precision else _BATCH
     if batch < 1:
@@ -178,8 +185,10 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
     todo = [p for p in pictures if p.name not in done]
     summary.done_before = len(done)
     on_progress(summary.done_before)
-    # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the whole process.
-    with ThreadPoolExecutor(explainer.threads, "fastdtd-pictures") as executor, warnings.catch_warnings(record=True) as told:
+    # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the whole
+    # process.
+    with ThreadPoolExecutor(explainer.threads,
+                            "fastdtd-pictures") as executor, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ExplanationWarning)
         try:
             for loaded, count in _loaded_batches(executor, explainer, todo, batch, "overlay" in outputs, summary):
@@ -202,9 +211,12 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
     return summary
 
 
-def _loaded_batches(executor: ThreadPoolExecutor, explainer: Explainer, todo: list[Picture], batch: int, show: bool, summary: Summary,
+def _loaded_batches(executor: ThreadPoolExecutor, explainer: Explainer, todo: list[Picture], batch: int, show: bool,
+                    summary: Summary,
                     ) -> Iterator[tuple[list[_Loaded], int]]:
-    """Batches of readable pictures, each with how many pictures it settles; the next one is read while one is explained."""
+    """Batches of readable pictures, each with how many pictures it settles; the next one is read while one is
+    explained.
+    """
     def start(first: int) -> list[tuple[Picture, Future[_Loaded]]]:
         return [(p, executor.submit(_load, explainer, p, show)) for p in todo[first:first + batch]]
 
@@ -223,12 +235,13 @@ def _loaded_batches(executor: ThreadPoolExecutor, explainer: Explainer, todo: li
 def _load(explainer: Explainer, picture: Picture, show: bool) -> _Loaded:
     image = images.open_picture(picture.path)
     model = explainer.model
-    shown = images.seen_by_network(image, model.graph.input_shape[1:], model.preprocessing.resize, heatmap.MAX_SIDE) if show else None
+    shown = images.seen_by_network(image, model.graph.input_shape[1:], model.preprocessing.resize,
+                                   heatmap.MAX_SIDE) if show else None
     return _Loaded(picture, explainer.model.preprocess(image), shown)
 
 
-def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Loaded], target: Target, outputs: list[str], out: Path,
-            part: Path, run_id: str, flow: bool) -> list[Line]:
+def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Loaded], target: Target,
+            outputs: list[str], out: Path, part: Path, run_id: str, flow: bool) -> list[Line]:
     """Explain one batch and write all of it, the part last: what is in it is done."""
     e = explainer(np.stack([one.values for one in loaded]), target)
 
@@ -251,12 +264,15 @@ def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Lo
     with _writing(out):
         replace(part, lambda path: path.write_bytes(_part(columns, run_id)))
     came = e.flow() if flow else {}
-    return [Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(columns["sum"][i]), float(e.absorbed[i]),
-                 {name: float(lost[i]) for name, lost in e.ledger.items()}, {name: float(given[i]) for name, given in came.items()})
-            for i, (one, t, scores) in enumerate(zip(loaded, e.target, e.output, strict=True))]
+    return [
+        Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(columns["sum"][i]),
+             float(e.absorbed[i]), {name: float(lost[i]) for name, lost in e.ledger.items()},
+             {name: float(given[i]) for name, given in came.items()})
+        for i, (one, t, scores) in enumerate(zip(loaded, e.target, e.output, strict=True))
+    ]
 
 
-# ---- Files -------------------------------------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -264,8 +280,10 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has room. "
-                          "Nothing that was reported as done is lost") from None
+        raise OutputError(
+            f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has "
+            f"room. "
+            "Nothing that was reported as done is lost") from None
 
 
 def _part(columns: dict[str, Any], run_id: str) -> memoryview:
@@ -284,7 +302,8 @@ def _create(file: Any, name: str, like: Any, count: int) -> Any:
     """A dataset for `count` rows; not compressed, for relevance hardly shrinks."""
     import h5py
 
-    return file.create_dataset(name, (count, *like.shape[1:]), like.dtype if like.dtype.kind != "O" else h5py.string_dtype())
+    return file.create_dataset(name, (count, *like.shape[1:]),
+                               like.dtype if like.dtype.kind != "O" else h5py.string_dtype())
 
 
 def _source(picture: Picture) -> str:
@@ -302,12 +321,15 @@ def _done_before(parts: list[Path], run_id: str, pictures: list[Picture]) -> set
         try:
             with h5py.File(part, "r", locking=False) as file:  # a lock is refused on some network file systems
                 names = list(file["file"].asstr()[...])
-                same = file.attrs["run"] == run_id and wanted.issuperset(zip(names, file[_SOURCE].asstr()[...], strict=True))
+                same = file.attrs["run"] == run_id and wanted.issuperset(
+                    zip(names, file[_SOURCE].asstr()[...], strict=True))
         except (OSError, KeyError):
             names, same = [], False
         if not same:
-            raise OutputError(f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs, precision or "
-                              "pictures; finish that one, remove its parts, or choose another folder")
+            raise OutputError(
+                f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs, "
+                f"precision or "
+                "pictures; finish that one, remove its parts, or choose another folder")
         done.update(names)
     return done
 
@@ -322,8 +344,10 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
     with open(path, "wb") as plain:
         plain.write(content.getbuffer())
         plain.flush()
-        if hasattr(os, "posix_fallocate"):  # HDF5 does not survive a full disk: all the room it will need is taken before it writes
-            os.posix_fallocate(plain.fileno(), 0, len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _MORE_ROOM)
+        if hasattr(os, "posix_fallocate"
+                   ):  # HDF5 does not survive a full disk: all the room it will need is taken before it writes
+            os.posix_fallocate(plain.fileno(), 0,
+                               len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _MORE_ROOM)
     with h5py.File(parts[-1], "r", locking=False) as last, h5py.File(path, "r+", locking=False) as file:
         counts = []
         for part in parts:
@@ -342,12 +366,13 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
 
 
 def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> str:
-    """Of all that must be the same for two calls to be the same, but the pictures. Processors, whose precision is "", and GPUs differ in
-    the last bits, GPUs among themselves by their precision."""
+    """Of all that must be the same for two calls to be the same, but the pictures. Processors, whose precision is "",
+    and GPUs differ in the last bits, GPUs among themselves by their precision."""
     graph, p = explainer.model.graph, explainer.model.preprocessing
     digest = hashlib.sha256(repr((target, outputs, graph.input_shape, p.color, p.resize, p.scale)).encode())
     rules = [(name, str(rule.rule)) for name, rule in explainer.rules.items()]
     digest.update(explainer.precision.encode())
-    for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph for v in (type(layer), *vars(layer).values()))):
+    for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph
+                                                              for v in (type(layer), *vars(layer).values()))):
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()

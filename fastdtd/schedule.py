@@ -1,7 +1,7 @@
 """The steps of one explanation as data: which kernel runs, on which memory, for how long each buffer is needed.
 
-A schedule holds constants (weights, tables) but no activations and no addresses. Whoever has one can run it (plan.py), measure it
-(benchmarks/) or compile it; its size is known without allocating anything.
+A schedule holds constants (weights, tables) but no activations and no addresses. Whoever has one can run it (plan.py),
+measure it (benchmarks/) or compile it; its size is known without allocating anything.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ DType = type[np.generic]
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory in the workspace that is alive from step `first` to step `last`; `offset` and `elements` are in float32 elements.
+    """Memory in the workspace that is alive from step `first` to step `last`; `offset` and `elements` are in float32
+    elements.
 
-    The caller's own writing and reading count as steps: the input is alive from step 0, the result until after the last.
+    The caller's own writing and reading count as steps: the input is alive from step 0, the result until after the
+    last.
     """
 
     elements: int  # of all images
@@ -35,7 +37,9 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An argument: the memory of a buffer as an array (batch, *shape). Views of one buffer may differ in shape and type."""
+    """An argument: the memory of a buffer as an array (batch, *shape). Views of one buffer may differ in shape and
+    type.
+    """
 
     buffer: int  # index into Schedule.buffers
     shape: tuple[int, ...]
@@ -100,10 +104,11 @@ class Schedule:
     scratch : mapping of str to int
         float32 elements of each worker's scratch arrays.
     states : mapping of str to (shape, dtype)
-        Arrays beside the workspace: "ledger" (batch, layers), "dead" (rows, batch) with a flag for each image in which something is
-        absorbed, and the relevance of each tensor of `observed`, by "observed/NAME".
+        Arrays beside the workspace: "ledger" (batch, layers), "dead" (rows, batch) with a flag for each image in which
+        something is absorbed, and the relevance of each tensor of `observed`, by "observed/NAME".
     input, output, start, relevance : Tensor
-        What the caller writes before the forward pass, reads after it, writes before the backward pass and reads after it.
+        What the caller writes before the forward pass, reads after it, writes before the backward pass and reads after
+        it.
     starts_with_relevance : bool
         Whether `start` takes relevance R, or the factor c of R = |score| c.
     ledger_layers : tuple of str
@@ -143,7 +148,8 @@ class Schedule:
 
 
 def lay_out(lifetimes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """The offset of each buffer of (elements, first step, last step), so that those alive together do not overlap, and the size of all.
+    """The offset of each buffer of (elements, first step, last step), so that those alive together do not overlap, and
+    the size of all.
 
     The large ones are placed first, each as low as it fits; that is within a few percent of what is alive at a time.
     """
@@ -167,7 +173,9 @@ def lay_out(lifetimes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
 
 
 def _in_order_of_time(sizes: list[int], lifetimes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """As an allocator would, step by step, each buffer in the smallest hole that takes it: n log n, some percent more memory."""
+    """As an allocator would, step by step, each buffer in the smallest hole that takes it: n log n, some percent more
+    memory.
+    """
     holes: list[tuple[int, int]] = []
     offsets, end, size = [0] * len(sizes), 0, 0
     ending = sorted(range(len(sizes)), key=lambda i: lifetimes[i][2], reverse=True)

@@ -1,4 +1,7 @@
-"""Kernels are compiled when they are first used and kept on disk. What users are told of that, and how it is done ahead."""
+"""Kernels are compiled when they are first used and kept on disk.
+
+What users are told of that, and how it is done ahead.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ _ADVICE = "set NUMBA_CACHE_DIR to a folder that can be written and has room"
 
 def load_kernels(device: str) -> AnyDevice:
     """The kernels of `device`, which tell of their compilation, once in a process, through the logger "fastdtd"."""
-    module: AnyDevice = kernels.load(device, _say_compiling if device == "cpu" else _say_compiling_for_gpus, _say_unkept)
+    module: AnyDevice = kernels.load(device, _say_compiling if device == "cpu" else _say_compiling_for_gpus,
+                                     _say_unkept)
     return module
 
 
@@ -40,7 +44,8 @@ def _say_compiling_for_gpus() -> None:
 
 def _say_unkept(reason: str) -> None:
     if not _unkept:
-        _LOG.warning("fastdtd: compiled kernels cannot be kept, so each process will compile them (%s); %s", reason, _ADVICE)
+        _LOG.warning("fastdtd: compiled kernels cannot be kept, so each process will compile them (%s); %s", reason,
+                     _ADVICE)
     _unkept.append(reason)
 
 
@@ -78,7 +83,9 @@ def _network() -> g.Graph:
 
     tests/test_compiling.py sees to it that none is forgotten.
     """
-    def conv(name: str, source: str, outputs: int, inputs: int, kernel: int = 3, **options: Any) -> tuple[g.Conv2d, g.ReLU]:
+
+    def conv(name: str, source: str, outputs: int, inputs: int, kernel: int = 3,
+             **options: Any) -> tuple[g.Conv2d, g.ReLU]:
         weight = np.full((outputs, inputs, kernel, kernel), 0.01, np.float32)
         bias = np.zeros(outputs, np.float32)
         weight[0], bias[0] = -weight[0], 100  # active though no input speaks for it: something to absorb

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # before anything imports Numba: kernels for GPUs run in its simulator
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM",
+                      "1")  # before anything imports Numba: kernels for GPUs run in its simulator
 
 
 @pytest.fixture(scope="session")

@@ -7,17 +7,20 @@ from fastdtd import graph as g
 
 LINEAR = ["z+", "w2", "flat"]
 PLAIN = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"  # z+ whatever the sign of the output
-# Rules that can make negative relevance. Their stabilisers are large, so that small denominators do not amplify float32's rounding.
+# Rules that can make negative relevance. Their stabilisers are large, so that small denominators do not amplify
+# float32's rounding.
 SIGNED = [
     PLAIN, "epsilon(epsilon=0.5)", "epsilon(epsilon=0.5, bias=ignored)", "epsilon(epsilon=0.5, bias=shared)",
 ]
 SIGNED_WITH_WEIGHTS = [
     *SIGNED, "gamma(gamma=0.5, epsilon=0.5)", "gamma(epsilon=0.5, bias=shared)", "gamma(epsilon=0.5, bias=ignored)",
-    "alpha-beta(epsilon=0.5)", "alpha-beta(alpha=3, beta=2, epsilon=0.5, bias=ignored)", "alpha-beta(epsilon=0.5, bias=shared)",
-    "z+(bias=absorbed, epsilon=0.1)", "z+(bias=shared)",
+    "alpha-beta(epsilon=0.5)", "alpha-beta(alpha=3, beta=2, epsilon=0.5, bias=ignored)",
+    "alpha-beta(epsilon=0.5, bias=shared)", "z+(bias=absorbed, epsilon=0.1)", "z+(bias=shared)",
 ]
-KINDS = ["conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "clip", "norm", "dense",
-         "leaky", "power", "rearrange"]
+KINDS = [
+    "conv", "conv", "conv+relu", "conv+relu", "max", "average", "global", "concat", "add", "relu", "clip", "norm",
+    "dense", "leaky", "power", "rearrange"
+]
 
 
 def _pads(draw, kernel, symmetric):
@@ -42,7 +45,8 @@ def _weights(rng, *shape, dead=0.1):
 def graphs(draw, layers=6, like_peers=False, maximum_size=9):
     """A Graph of up to `layers` layers and a head.
 
-    like_peers keeps averages and additions behind ReLUs, for zennit shares signed numbers by their sign, and paddings to PyTorch's.
+    like_peers keeps averages and additions behind ReLUs, for zennit shares signed numbers by their sign, and paddings
+    to PyTorch's.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = tuple(draw(st.integers(1, n)) for n in (4, maximum_size, maximum_size))
@@ -60,14 +64,18 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
         return layer.name
 
     def pick(images=True, quiet=False):
-        names = [n for n, s in shapes.items() if (not images or s[1:] != (1, 1) or n == g.INPUT) and (not quiet or behind_relu[n])]
+        names = [
+            n for n, s in shapes.items()
+            if (not images or s[1:] != (1, 1) or n == g.INPUT) and (not quiet or behind_relu[n])
+        ]
         return draw(st.sampled_from(names[-4:])) if names else None
 
     for number in range(draw(st.integers(1, layers))):
         kind = draw(st.sampled_from(KINDS))
         name = f"{kind}{number}"
         quiet = like_peers and kind in ("average", "global", "add")
-        source = pick(images=kind not in ("dense", "relu", "clip", "norm", "concat", "leaky", "power", "rearrange"), quiet=quiet)
+        source = pick(images=kind not in ("dense", "relu", "clip", "norm", "concat", "leaky", "power", "rearrange"),
+                      quiet=quiet)
         if source is None:
             continue
         channels, *size = shapes[source]
@@ -90,7 +98,9 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
             kernel = tuple(draw(st.integers(1, min(3, n))) for n in size)
             stride, padding = tuple(draw(st.integers(1, 3)) for _ in size), _pads(draw, kernel, like_peers)
             arguments = (name, (source,), kernel, stride, padding, draw(st.booleans()))
-            add(g.MaxPool2d(*arguments) if kind == "max" else g.AveragePool2d(*arguments, draw(st.booleans())), behind_relu[source])
+            add(
+                g.MaxPool2d(*arguments) if kind == "max" else g.AveragePool2d(*arguments, draw(st.booleans())),
+                behind_relu[source])
         elif kind == "global":
             add(g.GlobalAveragePool(name, (source,)), behind_relu[source])
         elif kind == "concat":
@@ -119,18 +129,22 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
             continue
         elif kind == "norm":
             size, beta = draw(st.integers(1, 5)), draw(st.sampled_from([0.75, 0.5, 1.0]))
-            add(g.LocalResponseNorm(name, (source,), size | 1 if like_peers else size, 2.0, beta, draw(st.sampled_from([1.0, 2.0])),
-                                    not like_peers and draw(st.booleans())), behind_relu[source])
+            add(
+                g.LocalResponseNorm(name, (source, ), size | 1 if like_peers else size, 2.0, beta,
+                                    draw(st.sampled_from([1.0, 2.0])), not like_peers and draw(st.booleans())),
+                behind_relu[source])
         else:
             flat = source
             if shapes[source][1:] != (1, 1):
                 flat = add(g.Flatten(name + "/flatten", (source,)), behind_relu[source])
             outputs = draw(st.integers(1, 12))
-            add(g.Dense(name, (flat,), _weights(rng, outputs, shapes[flat][0]), 0.2 * rng.standard_normal(outputs)), False)
+            add(g.Dense(name, (flat, ), _weights(rng, outputs, shapes[flat][0]), 0.2 * rng.standard_normal(outputs)),
+                False)
             if draw(st.booleans()):
                 add(g.ReLU(name + "/relu", (name,)), True)
 
-    flat = [add(g.Flatten(f"{name}/flat", (name,)), behind_relu[name]) for name in list(shapes) if name not in read] or [g.INPUT]
+    flat = [add(g.Flatten(f"{name}/flat", (name, )), behind_relu[name])
+            for name in list(shapes) if name not in read] or [g.INPUT]
     if flat == [g.INPUT]:
         flat = [add(g.Flatten("flat", (g.INPUT,)), False)]
     joined = add(g.Concat("join", tuple(flat)), all(behind_relu[n] for n in flat)) if len(flat) > 1 else flat[0]
@@ -140,11 +154,14 @@ def graphs(draw, layers=6, like_peers=False, maximum_size=9):
 
 @st.composite
 def graphs_and_rules(draw, like_peers=False, signed=False):
-    """A Graph, and rules for some of its layers; like_peers: for none of its pools and additions; signed: for most, of SIGNED."""
+    """A Graph, and rules for some of its layers; like_peers: for none of its pools and additions; signed: for most, of
+    SIGNED.
+    """
     graph = draw(graphs(like_peers=like_peers))
     rules = {}
     for layer in graph:
-        if draw(st.integers(0, 4)) > (3 if signed else 0) or (like_peers and not isinstance(layer, (g.Conv2d, g.Dense))):
+        if draw(st.integers(0, 4)) > (3 if signed else 0) or (like_peers and not isinstance(layer,
+                                                                                            (g.Conv2d, g.Dense))):
             continue
         if isinstance(layer, g.MaxPool2d):
             rules[layer.name] = draw(st.sampled_from(["winner", "proportional"]))
@@ -158,13 +175,17 @@ def graphs_and_rules(draw, like_peers=False, signed=False):
 
 
 def pictures(graph, count, seed=0):
-    """(count, C, H, W) float32 inside the graph's box; the second is all zero (or the lower bound), the third holds the bounds only.
+    """(count, C, H, W) float32 inside the graph's box; the second is all zero (or the lower bound), the third holds the
+    bounds only.
 
-    Where a mean or sum of the input has bounds, the pictures keep off them: there a - low of a mean is what rounding left.
+    Where a mean or sum of the input has bounds, the pictures keep off them: there a - low of a mean is what rounding
+    left.
     """
     rng = np.random.default_rng(seed)
     low, high = (b[:, None, None] for b in graph.box) if graph.box is not None else (-2.0, 2.0)
-    if any(isinstance(layer, (g.AveragePool2d, g.GlobalAveragePool, g.Add)) and not graph.domains[layer.name].hidden for layer in graph):
+    if any(
+            isinstance(layer, (g.AveragePool2d, g.GlobalAveragePool, g.Add)) and not graph.domains[layer.name].hidden
+            for layer in graph):
         low, high = low + 0.01 * (high - low), high - 0.01 * (high - low)
     batch = low + (high - low) * rng.random((count, *graph.input_shape))
     if count > 1:

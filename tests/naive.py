@@ -1,11 +1,13 @@
-"""The oracle: deep Taylor decomposition in plain NumPy, float64, written from the formulas and for reading, not for speed.
+"""The oracle: deep Taylor decomposition in plain NumPy, float64, written from the formulas and for reading, not for
+speed.
 
-Every layer that sums is one dense matrix W from all its inputs to all its outputs, so each rule is written once, as in the papers:
+Every layer that sums is one dense matrix W from all its inputs to all its outputs, so each rule is written once, as in
+the papers:
 
     R_i = sum over j of  u_i V_ij / (sum over i' of u_i' V_i'j)  R_j
 
-with the features u and weights V of docs/method.md. It works on relevance R itself, never on factors c = R / x, on one picture at a time.
-Nothing here is shared with the package but the layers' fields.
+with the features u and weights V of docs/method.md. It works on relevance R itself, never on factors c = R / x, on one
+picture at a time. Nothing here is shared with the package but the layers' fields.
 """
 
 import inspect
@@ -18,7 +20,9 @@ TIE = 1e-9  # equal numbers whose sums were rounded in another order are still e
 
 
 def matrix(layer, shapes):
-    """(weights, connected), each (outputs, inputs): the layer as one matrix, and which entries exist (a weight may be zero)."""
+    """(weights, connected), each (outputs, inputs): the layer as one matrix, and which entries exist (a weight may be
+    zero).
+    """
     match layer:
         case g.Dense():
             return layer.weight.astype(float), np.ones(layer.weight.shape)
@@ -87,7 +91,8 @@ def shares(rule, a, weights, connected, low, high, direction=None):
             return connected
         case "direction":
             every = np.broadcast_arrays(a, weights, *([] if low is None else [low, high]))
-            return np.vectorize(direction, otypes=[float])(*every[:len(inspect.signature(direction).parameters)]) * weights * connected
+            return np.vectorize(
+                direction, otypes=[float])(*every[:len(inspect.signature(direction).parameters)]) * weights * connected
     raise ValueError(rule)
 
 
@@ -105,7 +110,8 @@ def stable(z, epsilon):
 
 
 def redistribute_signed(rule, contributions, connected, bias, relevance):
-    """The rules with parameters: relevance of the inputs, from contributions (outputs, inputs) a W and bias (outputs,)."""
+    """The rules with parameters: relevance of the inputs, from contributions (outputs, inputs) a W and bias (outputs,).
+    """
     bias = np.zeros_like(bias) if rule.bias == "ignored" else bias
     speaks_for, against = np.maximum(contributions, 0), np.minimum(contributions, 0)
     bias_for, bias_against = np.maximum(bias, 0), np.minimum(bias, 0)
@@ -210,7 +216,8 @@ def forward(graph, picture):
 def taylor_of_normalisation(layer, a, relevance, epsilon):
     """Binder et al., arXiv:1604.00825: each output expanded around the input that has its own number alone."""
     flat, size = a.ravel(), layer.size**2 if layer.within_channel else layer.size
-    sums = (normalisation(layer, a)**(1 / layer.beta) - layer.bias) / layer.alpha if layer.beta and layer.alpha else np.zeros(flat.size)
+    sums = (normalisation(layer, a)**(1 / layer.beta)
+            - layer.bias) / layer.alpha if layer.beta and layer.alpha else np.zeros(flat.size)
     alpha, back = layer.alpha / size, np.zeros_like(flat)
     places = list(np.ndindex(a.shape))
     before, behind = (layer.size - 1) // 2, layer.size // 2
@@ -220,7 +227,8 @@ def taylor_of_normalisation(layer, a, relevance, epsilon):
             steps = [q - p for p, q in zip(place, other, strict=True)]
             near = all(-before <= step <= behind for step in (steps[1:] if layer.within_channel else steps[:1]))
             if near and not any(steps[:1] if layer.within_channel else steps[1:]) and i != k:
-                terms[i] = -2 * alpha * layer.beta * flat[k] * flat[i]**2 / (layer.bias + layer.alpha * sums[k])**(layer.beta + 1)
+                terms[i] = -2 * alpha * layer.beta * flat[k] * flat[i]**2 / (layer.bias
+                                                                             + layer.alpha * sums[k])**(layer.beta + 1)
         terms[k] = flat[k] / (layer.bias + alpha * flat[k]**2)**layer.beta
         back += terms * relevance[k] / stable(terms.sum(), epsilon)
     return back
@@ -270,8 +278,10 @@ def relevances(graph, picture, target, rules, start=None):
                 kind, weights = "zB" if bounded else "z+", connected
             low = high = None
             if bounded:
-                low, high = (np.concatenate([np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
-                                             for name in layer.inputs]) for side in ("low", "high"))
+                low, high = (np.concatenate([
+                    np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
+                    for name in layer.inputs
+                ]) for side in ("low", "high"))
             if kind == "direction":
                 share = shares(kind, a, weights, connected, low, high, rule.direction)
                 back = share.T @ (r / stable(share.sum(1), 0))
@@ -286,7 +296,8 @@ def relevances(graph, picture, target, rules, start=None):
                 share = shares(kind, a, weights, connected, low, high)
                 if rule.name == "z+" and negatives_speak(graph, rules, layer.name):
                     # A negative output is a neuron of weights -W that reads the same.
-                    share = np.where(tensors[layer.name][:, None] < 0, shares(kind, a, -weights, connected, low, high), share)
+                    share = np.where(tensors[layer.name][:, None] < 0, shares(kind, a, -weights, connected, low, high),
+                                     share)
                 back, absorbed[layer.name] = redistribute(share, r)
         at = 0
         for name in layer.inputs:

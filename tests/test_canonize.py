@@ -18,7 +18,8 @@ def conv(name="conv", source=g.INPUT, bias=True):
 
 
 def norm(name, source, channels=3):
-    return g.BatchNorm(name, (source,), RNG.standard_normal(channels), RNG.standard_normal(channels))  # scales of both signs
+    return g.BatchNorm(name, (source, ), RNG.standard_normal(channels),
+                       RNG.standard_normal(channels))  # scales of both signs
 
 
 def normalized(layer, values):
@@ -58,20 +59,26 @@ def test_batch_norm_after_a_dense_layer(bias):
 
 def test_dropout_and_softmax_go():
     kept = (conv(), g.ReLU("end", ("conv",)), *END)
-    given = (g.Dropout("drop0", (g.INPUT,)), conv(source="drop0"), g.Dropout("drop1", ("conv",)), norm("norm", "drop1"),
-             g.Dropout("drop2", ("norm",)), g.ReLU("end", ("drop2",)), *END, g.Dropout("drop3", ("scores",)), g.Softmax("soft", ("drop3",)))
+    given = (g.Dropout("drop0", (g.INPUT, )), conv(source="drop0"), g.Dropout("drop1",
+                                                                              ("conv", )), norm("norm", "drop1"),
+             g.Dropout("drop2", ("norm", )), g.ReLU("end", ("drop2", )), *END, g.Dropout("drop3", ("scores", )),
+             g.Softmax("soft", ("drop3", )))
     made = canonize(g.Graph(given, SHAPE))
     assert [(layer.name, layer.inputs) for layer in made] == [(layer.name, layer.inputs) for layer in kept]
     assert made.output == "scores"
 
 
 def test_dropout_that_several_read():
-    made = canonize(g.Graph((g.Dropout("drop", (g.INPUT,)), g.Add("sum", ("drop", "drop")), g.Add("scores", ("sum", "drop"))), (2, 1, 1)))
+    made = canonize(
+        g.Graph((g.Dropout("drop", (g.INPUT, )), g.Add("sum", ("drop", "drop")), g.Add("scores", ("sum", "drop"))),
+                (2, 1, 1)))
     assert [layer.inputs for layer in made] == [(g.INPUT, g.INPUT), ("sum", g.INPUT)]
 
 
 def test_canonical_form_is_a_fixed_point():
-    made = canonize(g.Graph((conv(), norm("norm", "conv"), g.ReLU("end", ("norm",)), *END, g.Softmax("soft", ("scores",))), SHAPE))
+    made = canonize(
+        g.Graph((conv(), norm("norm", "conv"), g.ReLU("end", ("norm", )), *END, g.Softmax("soft", ("scores", ))),
+                SHAPE))
     assert canonize(made) is made
 
 
@@ -91,7 +98,8 @@ def with_norms(layers, picture):
                 continue
             alone = type(layer)(**{**vars(layer), "inputs": (g.INPUT,)})
             behind = (g.Flatten("made flat", (layer.name,)),)
-            one = naive.forward(g.Graph((alone, *behind), shapes[layer.inputs[0]]), source[0].reshape(shapes[layer.inputs[0]]))
+            one = naive.forward(g.Graph((alone, *behind), shapes[layer.inputs[0]]),
+                                source[0].reshape(shapes[layer.inputs[0]]))
             tensors[layer.name] = one[layer.name]
     return tensors
 
@@ -101,16 +109,25 @@ GROUPED = g.Conv2d("conv2", ("norm",), RNG.standard_normal((3, 1, 1, 1)), RNG.st
 
 
 @pytest.mark.parametrize(("layers", "expected"), [
-    ([norm("norm", g.INPUT, 2), conv(source="norm"), g.ReLU("end", ("conv",))], ["Conv2d", "ReLU"]),
-    ([conv(), g.ReLU("relu", ("conv",)), norm("norm", "relu"), g.ReLU("end", ("norm",))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),
-    ([conv(), g.ReLU("relu", ("conv",)), norm("norm", "relu"), PADDED, g.ReLU("end", ("conv2",))],
-     ["Conv2d", "ReLU", "Conv2d", "Conv2d", "ReLU"]),  # what is padded behind it is zero, not the shift
-    ([conv(), g.ReLU("relu", ("conv",)), norm("norm", "relu"), GROUPED, g.ReLU("end", ("conv2",))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),
+    ([norm("norm", g.INPUT, 2), conv(source="norm"),
+      g.ReLU("end", ("conv", ))], ["Conv2d", "ReLU"]),
+    ([conv(), g.ReLU("relu", ("conv", )),
+      norm("norm", "relu"), g.ReLU("end", ("norm", ))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),
+    ([conv(), g.ReLU("relu", ("conv", )),
+      norm("norm", "relu"), PADDED,
+      g.ReLU("end", ("conv2", ))], ["Conv2d", "ReLU", "Conv2d", "Conv2d", "ReLU"
+                                    ]),  # what is padded behind it is zero, not the shift
+    ([conv(), g.ReLU("relu", ("conv", )),
+      norm("norm", "relu"), GROUPED,
+      g.ReLU("end", ("conv2", ))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),
     # folded into what another layer reads as well, it would change what that one reads
     ([conv(), norm("norm", "conv"), g.Add("end", ("conv", "norm"))], ["Conv2d", "Conv2d", "Add"]),
     ([conv(), norm("a", "conv"), norm("b", "a"), g.Add("end", ("a", "b"))], ["Conv2d", "Conv2d", "Add"]),
-    ([conv(), g.Dropout("drop", ("conv",)), norm("norm", "drop"), g.Add("end", ("drop", "norm"))], ["Conv2d", "Conv2d", "Add"]),
-    ([conv(), g.ReLU("relu", ("conv",)), norm("a", "relu"), norm("b", "a"), g.ReLU("end", ("b",))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),
+    ([conv(), g.Dropout("drop", ("conv", )),
+      norm("norm", "drop"), g.Add("end", ("drop", "norm"))], ["Conv2d", "Conv2d", "Add"]),
+    ([conv(), g.ReLU("relu", ("conv", )),
+      norm("a", "relu"), norm("b", "a"),
+      g.ReLU("end", ("b", ))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),
 ])
 def test_batch_norm_elsewhere(layers, expected):
     made = canonize(g.Graph((*layers, *END), SHAPE))
@@ -130,9 +147,10 @@ def test_batch_norm_before_a_dense_layer():
     np.testing.assert_allclose(naive.forward(made, picture)["dense"], by_hand, atol=1e-5)
 
 
-@pytest.mark.parametrize(("layers", "message"), [
-    ([conv(), g.Softmax("soft", ("conv",)), g.ReLU("end", ("soft",))], "softmax 'soft' is not the last layer; required: a softmax only at"),
-])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [([conv(), g.Softmax("soft", ("conv", )), g.ReLU("end", ("soft", ))
+       ], "softmax 'soft' is not the last layer; required: a softmax only at"), ])
 def test_refusals(layers, message):
     with pytest.raises(ModelError, match=message):
         canonize(g.Graph((*layers, *END), SHAPE))

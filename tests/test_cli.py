@@ -27,7 +27,8 @@ def kernels():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a small network, that in red, green and blue looks for brightness, and pictures in these colours."""
+    """A folder with a small network, that in red, green and blue looks for brightness, and pictures in these colours.
+    """
     monkeypatch.chdir(tmp_path)
     layers = (g.Conv2d("conv", ("input",), np.eye(3).reshape(3, 3, 1, 1)), g.ReLU("relu", ("conv",)),
               g.GlobalAveragePool("average", ("relu",)), g.Dense("scores", ("average",), 2 * np.eye(3) - 0.5))
@@ -62,9 +63,11 @@ def refused(result):
 
 
 def test_explain_one_picture(run, place):
-    assert run("explain", "net.h5", "pictures/blue.png") == (0, ["blue.png  2 n03 blue  score 1.5, relevance 1.5", "1 explained; see out/"],
-                                                              [])
-    assert {p.name for p in (place / "out").iterdir()} == {"blue.png.heatmap.png", "blue.png.overlay.png", "explanations.h5"}
+    assert run("explain", "net.h5",
+               "pictures/blue.png") == (0, ["blue.png  2 n03 blue  score 1.5, relevance 1.5",
+                                            "1 explained; see out/"], [])
+    assert {p.name
+            for p in (place / "out").iterdir()} == {"blue.png.heatmap.png", "blue.png.overlay.png", "explanations.h5"}
 
 
 def test_explain_a_folder_with_bad_pictures(run, place):
@@ -96,13 +99,15 @@ def test_no_picture_means_those_that_come_along(run):
 
 
 def test_target(run):
-    for target, name in (("1", "1 n02 green"), ("n02", "1 n02 green"), ("GREEN", "1 n02 green"), ("scarlet", "0 n01 red, scarlet")):
+    for target, name in (("1", "1 n02 green"), ("n02", "1 n02 green"), ("GREEN", "1 n02 green"),
+                         ("scarlet", "0 n01 red, scarlet")):
         status, out, err = run("explain", "net.h5", "pictures/lime.png", "--target", target)
         assert (status, err) == (0, [])
         assert out[0].startswith(f"lime.png  {name}  score ")
     assert out[0].endswith("score -0.5, relevance 0, score not positive: nothing to decompose")
-    for target, message in (("pink", "no class is named 'pink'"), ("re", "Nearest: n01 red, scarlet; n02 green"), ("3", "target 3"), ("-1",
-                            "target -1"), ("\N{SUPERSCRIPT TWO}", "no class is named"), ("", "no class is named ''")):
+    for target, message in (("pink", "no class is named 'pink'"), ("re", "Nearest: n01 red, scarlet; n02 green"),
+                            ("3", "target 3"), ("-1", "target -1"), ("\N{SUPERSCRIPT TWO}", "no class is named"),
+                            ("", "no class is named ''")):
         assert message in refused(run("explain", "net.h5", "pictures/lime.png", "--target", target))
 
 
@@ -110,8 +115,10 @@ def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]
     assert run("explain", "net.h5", "pictures", "--rule", "conv=flat")[0] == 0
-    for rule, message in (("conv=magic", "for 'conv': rule 'magic' is unknown"), ("nothing=w2", "no layer with a rule is named 'nothing'"),
-                          ("scores=winner", "does not apply to Dense"), ("scores=zB", "rule 'zB' needs bounds"), ("conv=", "rule ''")):
+    for rule, message in (("conv=magic", "for 'conv': rule 'magic' is unknown"),
+                          ("nothing=w2", "no layer with a rule is named 'nothing'"), ("scores=winner",
+                                                                                      "does not apply to Dense"),
+                          ("scores=zB", "rule 'zB' needs bounds"), ("conv=", "rule ''")):
         for command in (["show", "net.h5"], ["explain", "net.h5", "pictures"]):
             assert message in refused(run(*command, "--rule", rule))
     for rule in ("conv", "=w2"):
@@ -121,13 +128,15 @@ def test_rule(run):
 
 def test_memory(run):
     plenty = run("explain", "net.h5", "pictures")
-    assert run("explain", "net.h5", "pictures", "--memory", "1MiB") == run("explain", "net.h5", "pictures", "--memory=2GB") == plenty
+    assert run("explain", "net.h5", "pictures", "--memory", "1MiB") == run("explain", "net.h5", "pictures",
+                                                                           "--memory=2GB") == plenty
 
 
 def test_device(run, simulator):
     cpu = run("explain", "net.h5", "pictures", "-o", "a")
     for options in (["--device", "cuda"], ["--device", "cuda:0", "--precision", "3xtf32"], ["--device", "auto"]):
-        status, out, _ = run("explain", "net.h5", "pictures", "-o", "a", *options)  # what the simulator is, it says on standard error
+        status, out, _ = run("explain", "net.h5", "pictures", "-o", "a",
+                             *options)  # what the simulator is, it says on standard error
         assert (status, out) == cpu[:2]
 
 
@@ -139,29 +148,27 @@ def test_outputs(run, place):
     assert run("explain", "net.h5", "pictures/red.png", "--outputs", "overlay")[0] == 0
     assert [p.name for p in (place / "out").iterdir()] == ["red.png.overlay.png"]
     for outputs in ("", "heatmap,picture", "heatmap,,overlay"):
-        assert "required: some of heatmap, overlay, relevance" in refused(run("explain", "net.h5", "pictures", "--outputs", outputs))
+        assert "required: some of heatmap, overlay, relevance" in refused(
+            run("explain", "net.h5", "pictures", "--outputs", outputs))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["net.h5", "pictures", "--threads", "0"], "threads is 0"),
-    (["net.h5", "pictures", "--threads", "-2"], "threads is -2"),
-    (["net.h5", "pictures", "--batch", "0"], "batch is 0"),
-    (["net.h5", "pictures", "--memory", "2"], "memory is '2'; required: a number with one of the units"),
-    (["net.h5", "pictures", "--memory", "0.5KiB"], "one image takes "),
-    (["net.h5", "pictures", "--device", "gpu"], "device 'gpu' is unknown; required: 'cpu', 'cuda'"),
-    (["net.h5", "pictures", "--precision", "tf32"], "precision 'tf32' is for GPUs"),
-    (["net.h5", "pictures", "--device", "cuda", "--precision", "half"], "precision 'half' is unknown; required: one of fp32, tf32"),
-    (["none.h5", "pictures"], "'none.h5' does not exist"),
-    (["alexnet", "pictures"], "(embedded: squeezenet1_1)"),
-    (["pictures", "pictures"], "is a directory"),
-    (["pictures/red.png", "pictures"], "is not an HDF5 file"),
-    (["net.h5", "none.png"], "'none.png' does not exist"),
-    (["net.h5", "out"], "'out' does not exist"),
-    (["net.h5", "."], ""),
-    (["net.h5", "pictures", "-o", "net.h5"], "cannot write to 'net.h5'"),
-    (["net.h5", "pictures", "-o", "net.h5/out"], "cannot write to 'net.h5/out'"),
-    (["net.h5", "pictures", "-o", "/proc/out"], "cannot write to '/proc/out'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["net.h5", "pictures", "--threads", "0"], "threads is 0"),
+     (["net.h5", "pictures", "--threads", "-2"], "threads is -2"),
+     (["net.h5", "pictures", "--batch", "0"], "batch is 0"),
+     (["net.h5", "pictures", "--memory", "2"], "memory is '2'; required: a number with one of the units"),
+     (["net.h5", "pictures", "--memory", "0.5KiB"], "one image takes "),
+     (["net.h5", "pictures", "--device", "gpu"], "device 'gpu' is unknown; required: 'cpu', 'cuda'"),
+     (["net.h5", "pictures", "--precision", "tf32"], "precision 'tf32' is for GPUs"),
+     (["net.h5", "pictures", "--device", "cuda", "--precision", "half"
+       ], "precision 'half' is unknown; required: one of fp32, tf32"),
+     (["none.h5", "pictures"], "'none.h5' does not exist"), (["alexnet", "pictures"], "(embedded: squeezenet1_1)"),
+     (["pictures", "pictures"], "is a directory"), (["pictures/red.png", "pictures"], "is not an HDF5 file"),
+     (["net.h5", "none.png"], "'none.png' does not exist"), (["net.h5", "out"], "'out' does not exist"),
+     (["net.h5", "."], ""), (["net.h5", "pictures", "-o", "net.h5"], "cannot write to 'net.h5'"),
+     (["net.h5", "pictures", "-o", "net.h5/out"], "cannot write to 'net.h5/out'"),
+     (["net.h5", "pictures", "-o", "/proc/out"], "cannot write to '/proc/out'"), ])
 def test_explain_refuses(run, place, arguments, message):
     if arguments[1] == ".":
         (place / "empty").mkdir()
@@ -178,11 +185,14 @@ def test_no_memory(run, monkeypatch):
 
 
 def test_calls_that_cannot_be_understood(run):
-    for arguments, message in (([], "required: COMMAND"), (["explain"], "required: MODEL"), (["explode"], "invalid choice: 'explode'"),
-                               (["explain", "net.h5", "a.png", "--outputz", "b"], "unrecognized arguments: --outputz b"),
-                               (["show", "net.h5", "other.h5"], "unrecognized arguments: other.h5"),
-                               (["explain", "net.h5", "--batch", "many"], "invalid int value: 'many'"),
-                               (["convert", "net.onnx", "net.h5", "--size", "nan"], "'nan' is no size")):
+    for arguments, message in (([], "required: COMMAND"), (["explain"], "required: MODEL"),
+                               (["explode"], "invalid choice: 'explode'"),
+                               (["explain", "net.h5", "a.png", "--outputz",
+                                 "b"], "unrecognized arguments: --outputz b"), (["show", "net.h5", "other.h5"],
+                                                                                "unrecognized arguments: other.h5"),
+                               (["explain", "net.h5", "--batch", "many"],
+                                "invalid int value: 'many'"), (["convert", "net.onnx", "net.h5", "--size",
+                                                                "nan"], "'nan' is no size")):
         status, out, err = run(*arguments)
         assert (status, out) == (2, [])
         assert message in err[-1]
@@ -207,7 +217,8 @@ def test_progress_bar(place):
     for arguments, wanted in ((["pictures"], True), (["pictures/red.png"], False)):
         terminal, stderr = pty.openpty()
         fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        result = subprocess.run([*COMMAND, "explain", "net.h5", *arguments], stdout=subprocess.PIPE, stderr=stderr, check=True, text=True)
+        result = subprocess.run([*COMMAND, "explain", "net.h5", *arguments], stdout=subprocess.PIPE, stderr=stderr,
+                                check=True, text=True)
         os.write(stderr, b"end")
         shown = os.read(terminal, 100_000).decode()
         os.close(stderr)
@@ -247,7 +258,7 @@ def test_names_that_the_terminal_cannot_show(place):
     assert b"gr\\xf6\\xdfe.png" in result.stdout
 
 
-# ---- convert: only how it reads its arguments --------------------------------------------------------------------------------------------
+# ---- convert: only how it reads its arguments ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,8 +269,9 @@ def converted(run, monkeypatch):
     def call(*arguments):
         got = {}
         network = Model(g.Graph((g.Flatten("flat", ("input",)),), (1, 2, 2)), Preprocessing(None))
-        monkeypatch.setattr(importers, "convert", lambda source, weights, **options: got.update(options, source=source,
-                                                                                                weights=weights) or network)
+        monkeypatch.setattr(
+            importers, "convert",
+            lambda source, weights, **options: got.update(options, source=source, weights=weights) or network)
         status, out, err = run("convert", *arguments)
         assert (status, err) == (0, [])
         assert out == ["new.h5: 1 layers, 0 parameters; `fastdtd show new.h5` lists them"]
@@ -269,21 +281,31 @@ def converted(run, monkeypatch):
 
 
 def test_convert_arguments(converted):
-    assert converted("a.onnx", "new.h5") == {"source": "a.onnx", "weights": None, "color": None, "size": None, "resize": "stretch",
-                                             "mean": 0.0, "std": 1.0, "scale": 1.0, "box": None, "labels": None}
-    got = converted("a.prototxt", "a.caffemodel", "new.h5", "--color", "bgr", "--size", "227,224", "--resize", "crop", "--mean=-1,2,3",
-                    "--std", "4", "--scale", "0.5", "--box=-104:151,-117:138,-123:132", "--labels", "names.txt")
-    assert got == {"source": "a.prototxt", "weights": "a.caffemodel", "color": "bgr", "size": (227, 224), "resize": "crop",
-                   "mean": [-1, 2, 3], "std": 4, "scale": 0.5, "box": [(-104, 151), (-117, 138), (-123, 132)], "labels": "names.txt"}
+    assert converted("a.onnx", "new.h5") == {
+        "source": "a.onnx", "weights": None, "color": None, "size": None, "resize": "stretch", "mean": 0.0, "std": 1.0,
+        "scale": 1.0, "box": None, "labels": None
+    }
+    got = converted("a.prototxt", "a.caffemodel", "new.h5", "--color", "bgr", "--size", "227,224", "--resize", "crop",
+                    "--mean=-1,2,3", "--std", "4", "--scale", "0.5", "--box=-104:151,-117:138,-123:132", "--labels",
+                    "names.txt")
+    assert got == {
+        "source": "a.prototxt", "weights": "a.caffemodel", "color": "bgr", "size": (227, 224), "resize": "crop",
+        "mean": [-1, 2, 3], "std": 4, "scale": 0.5, "box": [(-104, 151), (-117, 138),
+                                                            (-123, 132)], "labels": "names.txt"
+    }
     assert converted("a.onnx", "new.h5", "--box=-3,3", "--size", "28")["box"] == (-3, 3)
     assert converted("a.onnx", "new.h5", "--size", "28")["size"] == (28, 28)
 
 
-@pytest.mark.parametrize(("option", "message"), [
-    ("--box=3", "is no box"), ("--box=1,2,3", "is no box"), ("--box=1:2:3", "is no box"), ("--box=a,b", "is no box"),
-    ("--box=1:2,3", "is no box"), ("--box=", "is no box"), ("--size=1,2,3", "is no size"), ("--size=2.5", "is no size"),
-    ("--size=inf,1", "is no size"), ("--size=", "is no size"), ("--mean=1,b", "is no list of numbers"), ("--std=", "is no list of numbers"),
-    ("--scale=big", "invalid float value"), ("--color=red", "invalid choice"), ("--dtype=int8", "invalid choice")])
+@pytest.mark.parametrize(("option", "message"), [("--box=3", "is no box"), ("--box=1,2,3", "is no box"),
+                                                 ("--box=1:2:3", "is no box"), ("--box=a,b", "is no box"),
+                                                 ("--box=1:2,3", "is no box"), ("--box=", "is no box"),
+                                                 ("--size=1,2,3", "is no size"), ("--size=2.5", "is no size"),
+                                                 ("--size=inf,1", "is no size"), ("--size=", "is no size"),
+                                                 ("--mean=1,b", "is no list of numbers"),
+                                                 ("--std=", "is no list of numbers"),
+                                                 ("--scale=big", "invalid float value"),
+                                                 ("--color=red", "invalid choice"), ("--dtype=int8", "invalid choice")])
 def test_convert_options_that_are_none(run, option, message):
     status, out, err = run("convert", "a.onnx", "new.h5", option)
     assert (status, out) == (2, [])
@@ -300,11 +322,17 @@ def test_rules_by_name(run):
     status, out, _ = run("show", "net.h5", "--rules", "innvestigate.deep_taylor")
     assert status == 0
     plain = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"
-    shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
+    shown = [
+        line.partition("  ")[0] + line.rpartition("  ")[2] for line in out
+        if line.startswith(("conv ", "average ", "scores "))
+    ]
     assert shown == [f"conv{plain}", "averageflat", f"scores{plain}"]
     changed = ["--rule", "type:conv2d=w2", "--rule", "scores=epsilon(epsilon=0.25, bias=ignored)"]
     out = run("show", "net.h5", "--rules", "innvestigate.deep_taylor", *changed)[1]
-    shown = [line.partition("  ")[0] + line.rpartition("  ")[2] for line in out if line.startswith(("conv ", "average ", "scores "))]
+    shown = [
+        line.partition("  ")[0] + line.rpartition("  ")[2] for line in out
+        if line.startswith(("conv ", "average ", "scores "))
+    ]
     assert shown == ["convw2", "averageflat", "scoresepsilon(epsilon=0.25, bias=ignored)"]
     assert run("explain", "net.h5", "pictures", "--rules", "innvestigate.deep_taylor", *changed)[0] == 0
     assert "rules 'lrp' is unknown" in run("show", "net.h5", "--rules", "lrp")[2][0]
@@ -326,7 +354,8 @@ def test_ledger(run):
     total = sum(float(line.split("score ")[1].split(",")[0]) for line in out[:3])
     came = [float(row[0]) for row in rows.values()]
     assert came[0] == pytest.approx(total, rel=1e-4)
-    for (given, went_on, absorbed, share), following in zip(rows.values(), [*came[1:], float(out[-3].split()[2])], strict=True):
+    for (given, went_on, absorbed, share), following in zip(rows.values(),
+                                                            [*came[1:], float(out[-3].split()[2])], strict=True):
         assert float(given) == pytest.approx(float(went_on) + float(absorbed), rel=1e-4)
         assert float(went_on) == pytest.approx(following, rel=1e-4)  # layers in a row
         assert float(share.rstrip("%")) == pytest.approx(100 * float(absorbed) / total, abs=1e-2)

@@ -16,14 +16,16 @@ import fastdtd
 
 TESTS = Path(__file__).parent
 NOTICE = "fastdtd: compiling kernels for this processor, once; this can take half a minute\n"
-# Explain with the kernels of a ReLU, quick to compile, or with those of dense layers too, and print a digest of the results.
+# Explain with the kernels of a ReLU, quick to compile, or with those of dense layers too, and print a digest of the
+# results.
 EXPLAIN = """
 import hashlib, sys
 import numpy as np
 from fastdtd import Explainer, Graph, Model, Preprocessing
 from fastdtd.graph import Dense, ReLU
 def explain(*layers):
-    e = Explainer(Model(Graph(layers, (3, 1, 1), (0.0, 1.0)), Preprocessing(None)), threads=2)(np.float32([[[[0.2]], [[0.3]], [[0.5]]]]))
+    explainer = Explainer(Model(Graph(layers, (3, 1, 1), (0.0, 1.0)), Preprocessing(None)), threads=2)
+    e = explainer(np.float32([[[[0.2]], [[0.3]], [[0.5]]]]))
     print(hashlib.sha256(e.relevance.tobytes() + e.output.tobytes()).hexdigest())
 relu = ReLU("relu", ("input",))
 rng = np.random.default_rng(0)
@@ -36,8 +38,10 @@ COUNT = """
 import importlib, pkgutil
 from fastdtd.kernels import cpu
 def compiled():
-    modules = [importlib.import_module(f"fastdtd.kernels.cpu.{module.name}") for module in pkgutil.iter_modules(cpu.__path__)]
-    found = {id(value): value.stats.cache_misses for module in modules for value in vars(module).values() if hasattr(value, "stats")}
+    names = [module.name for module in pkgutil.iter_modules(cpu.__path__)]
+    modules = [importlib.import_module(f"fastdtd.kernels.cpu.{name}") for name in names]
+    kernels = [value for module in modules for value in vars(module).values() if hasattr(value, "stats")]
+    found = {id(kernel): kernel.stats.cache_misses for kernel in kernels}
     found |= {id(step): step.stats.cache_misses for step in cpu.steps_compiled().values()}
     assert len(found) > 20
     return sum(sum(misses.values()) for misses in found.values())
@@ -47,8 +51,9 @@ NO_ROOM = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
 
 def start(code, cache, **environment):
     environment = {"NUMBA_CACHE_DIR": str(cache) if cache else None, "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS,
-                            env={name: value for name, value in (os.environ | environment).items() if value is not None})
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS,
+        env={name: value for name, value in (os.environ | environment).items() if value is not None})
 
 
 def finish(process):
@@ -77,7 +82,7 @@ def warmed(tmp_path_factory):
     return cache
 
 
-# ---- Ahead -------------------------------------------------------------------------------------------------------------------------------
+# ---- Ahead -----------------------------------------------------------------------------------------------------------
 
 
 def test_after_warming_up_nothing_is_compiled(warmed):
@@ -108,8 +113,8 @@ print(compiled())
 
 
 def test_warming_up_compiles_every_kernel_once(warmed):
-    """Where this fails, a kernel is not needed by the network of warmup.py, which then needs a layer more; or one gets arrays of another
-    type or number of axes in one place than in another, and is compiled for each."""
+    """Where this fails, a kernel is not needed by the network of warmup.py, which then needs a layer more; or one gets
+    arrays of another type or number of axes in one place than in another, and is compiled for each."""
     verbs = ("_forward", "_redistribute")
     kernels = sorted(name for name in cpu.__all__ if name.endswith(verbs))
     assert len(kernels) > 10
@@ -124,10 +129,11 @@ print(sorted(function.py_func.__name__ for function, kinds in cpu.steps_compiled
 
 def test_importing_fastdtd_imports_nothing_that_is_slow(tmp_path):
     slow = ["numba", "llvmlite", "h5py", "PIL", "onnx", "tqdm"]
-    assert run(f"import fastdtd, sys; print([name for name in {slow} if name in sys.modules])", tmp_path) == ("[]\n", "")
+    assert run(f"import fastdtd, sys; print([name for name in {slow} if name in sys.modules])",
+               tmp_path) == ("[]\n", "")
 
 
-# ---- What is said ------------------------------------------------------------------------------------------------------------------------
+# ---- What is said ----------------------------------------------------------------------------------------------------
 
 
 def test_compiling_is_announced_once_and_can_be_silenced(tmp_path):
@@ -158,8 +164,10 @@ def test_an_installation_that_cannot_be_written(home_can_be_written, warmed, tmp
     installed = tmp_path / "site" / "fastdtd"
     shutil.copytree(Path(fastdtd.__file__).parent, installed, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(Path(cpu.__file__).parents[1], installed / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (installed / "kernels" / "cpu" / "__pycache__").write_text("where a folder should be, so that not even root can make it")
-    home = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(tmp_path) if home_can_be_written else "/dev/null")
+    (installed / "kernels" / "cpu"
+     / "__pycache__").write_text("where a folder should be, so that not even root can make it")
+    home = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"),
+                         str(tmp_path) if home_can_be_written else "/dev/null")
     results = [run(WITH_RELU, None, PYTHONPATH=str(installed.parent), **home) for _ in range(2)]
     assert {out for out, _ in results} == {run(WITH_RELU, warmed)[0]}
     if home_can_be_written:
@@ -183,7 +191,7 @@ sys.exit(cli.main(["warmup"]))
     assert len(err.splitlines()) == 2
 
 
-# ---- What is kept, in processes ----------------------------------------------------------------------------------------------------------
+# ---- What is kept, in processes --------------------------------------------------------------------------------------
 
 
 def test_kernels_can_be_used_where_they_cannot_be_written(warmed):
@@ -225,12 +233,14 @@ def test_a_numba_that_is_another_inside_keeps_kernels_its_own_way(warmed, tmp_pa
     assert {path.suffix for path in kept(tmp_path)} == {".nbi", ".nbc"}
 
 
-# ---- What is kept, file by file ----------------------------------------------------------------------------------------------------------
+# ---- What is kept, file by file --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """Makes a kernel as a new process would, with nothing but what is kept in tmp_path: it gives `number` for any argument."""
+    """Makes a kernel as a new process would, with nothing but what is kept in tmp_path: it gives `number` for any
+    argument.
+    """
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
 
     def make(number, name="give"):
@@ -244,8 +254,9 @@ def fresh(tmp_path, monkeypatch):
 
 
 DAMAGES = {
-    "empty": lambda content: b"", "head": lambda content: content[:10], "half": lambda content: content[:len(content) // 2],
-    "cut": lambda content: content[:-1], "longer": lambda content: content + b"\0", "zeros": lambda content: bytes(len(content)),
+    "empty": lambda content: b"", "head": lambda content: content[:10],
+    "half": lambda content: content[:len(content) // 2], "cut": lambda content: content[:-1],
+    "longer": lambda content: content + b"\0", "zeros": lambda content: bytes(len(content)),
     "one byte": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
     "random": lambda content: np.random.default_rng(0).bytes(len(content)),
 }

@@ -1,6 +1,8 @@
-"""GPUs as users ask for them: what is told when one cannot be used, and that several share out images, whatever memory they have.
+"""GPUs as users ask for them: what is told when one cannot be used, and that several share out images, whatever memory
+they have.
 
-No GPU is needed: CuPy is faked where errors and copies are looked at, and kernels run in a simulator (tests/lockstep.py).
+No GPU is needed: CuPy is faked where errors and copies are looked at, and kernels run in a simulator
+(tests/lockstep.py).
 """
 
 import ctypes
@@ -27,7 +29,7 @@ from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
 from fastdtd.plan import OutOfMemoryError
 
-# ---- What cannot be used -----------------------------------------------------------------------------------------------------------------
+# ---- What cannot be used ---------------------------------------------------------------------------------------------
 
 
 class CUDARuntimeError(RuntimeError):
@@ -65,26 +67,27 @@ def machine(monkeypatch):
     devices._try.cache_clear()
 
 
-MACHINES = [
-    ({"driver": 0}, "cuda", None, "no NVIDIA driver was found; install the one"),
-    ({"driver": raises(RuntimeError("libcudart.so.13 is missing\nand more"))}, "cuda", None,
-     r"CuPy cannot use CUDA: libcudart.so.13 is missing\. Is the NVIDIA driver installed"),
-    ({"driver": 12040}, "cuda", None, r"the NVIDIA driver is made for CUDA 12\.4 and CuPy for 13\.2; update the driver, or install what "
-                                      r'fits it: pip install cupy-cuda12x "numba-cuda\[cu12\]"'),
-    ({"count": raises(CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"))}, "cuda", None,
-     "CUDA shows no GPU: cudaErrorNoDevice: no CUDA-capable device is detected; is CUDA_VISIBLE_DEVICES set"),
-    ({"count": raises(CUDARuntimeError("cudaErrorInitializationError: initialization error"))}, "cuda", None, "was this process forked"),
-    ({"chips": ()}, "cuda", None, "CUDA shows no GPU; is CUDA_VISIBLE_DEVICES set"),
-    ({}, "cuda:1", None, "device 'cuda:1' was asked for, and CUDA shows cuda:0; is CUDA_VISIBLE_DEVICES set"),
-    ({"chips": [(9, 0)] * 3}, "cuda:3", None, "CUDA shows cuda:0, cuda:1, cuda:2; is"),
-    ({"chips": [(9, 0), (6, 1)]}, "cuda", None, r"a GPU of 'cuda' has compute capability 6\.1; required by CUDA 13: 7\.5 or newer\. Name a "
-                                                r"newer GPU, as in 'cuda:1', or use device='cpu'"),
-    ({"chips": [(7, 0)]}, "cuda:0", None, "in place of the packages for CUDA 13 install cupy-cuda12x"),
-    ({"chips": [(6, 1)], "needed": 12060}, "cuda", None, r"required by CUDA 12: 7\.0 or newer"),
-    ({"chips": [(9, 0), (7, 5)]}, "cuda", "tf32", r"precision 'tf32' needs compute capability 8\.0, and a GPU of 'cuda' has 7\.5; use "
-                                                  "precision='fp32'"),
-    ({"chips": [(7, 5)]}, "cuda", "3xtf32", "use precision='fp32'"),
-]
+MACHINES = [({"driver": 0}, "cuda", None, "no NVIDIA driver was found; install the one"),
+            ({"driver": raises(RuntimeError("libcudart.so.13 is missing\nand more"))}, "cuda", None,
+             r"CuPy cannot use CUDA: libcudart.so.13 is missing\. Is the NVIDIA driver installed"),
+            ({"driver": 12040}, "cuda", None,
+             r"the NVIDIA driver is made for CUDA 12\.4 and CuPy for 13\.2; update the driver, or install what "
+             r'fits it: pip install cupy-cuda12x "numba-cuda\[cu12\]"'),
+            ({"count": raises(CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"))}, "cuda", None,
+             "CUDA shows no GPU: cudaErrorNoDevice: no CUDA-capable device is detected; is CUDA_VISIBLE_DEVICES set"),
+            ({"count": raises(CUDARuntimeError("cudaErrorInitializationError: initialization error"))}, "cuda",
+             None, "was this process forked"),
+            ({"chips": ()}, "cuda", None, "CUDA shows no GPU; is CUDA_VISIBLE_DEVICES set"),
+            ({}, "cuda:1", None, "device 'cuda:1' was asked for, and CUDA shows cuda:0; is CUDA_VISIBLE_DEVICES set"),
+            ({"chips": [(9, 0)] * 3}, "cuda:3", None, "CUDA shows cuda:0, cuda:1, cuda:2; is"),
+            ({"chips": [(9, 0), (6, 1)]}, "cuda", None,
+             r"a GPU of 'cuda' has compute capability 6\.1; required by CUDA 13: 7\.5 or newer\. Name a "
+             r"newer GPU, as in 'cuda:1', or use device='cpu'"),
+            ({"chips": [(7, 0)]}, "cuda:0", None, "in place of the packages for CUDA 13 install cupy-cuda12x"),
+            ({"chips": [(6, 1)], "needed": 12060}, "cuda", None, r"required by CUDA 12: 7\.0 or newer"),
+            ({"chips": [(9, 0), (7, 5)]}, "cuda", "tf32",
+             r"precision 'tf32' needs compute capability 8\.0, and a GPU of 'cuda' has 7\.5; use "
+             "precision='fp32'"), ({"chips": [(7, 5)]}, "cuda", "3xtf32", "use precision='fp32'"), ]
 
 
 @pytest.mark.parametrize(("options", "device", "precision", "message"), MACHINES)
@@ -101,18 +104,23 @@ def test_auto_is_the_processor_where_gpus_cannot_be_used(machine, options, devic
         found = devices.find("auto", None)
         assert (found.kernels.__name__, found.numbers, found.precision) == ("fastdtd.kernels.cpu", (0,), "")
     else:
-        with pytest.raises(InputError, match=rf"precision '{precision}' is for GPUs; required on processors: 'fp32' or None; no GPU can be "
-                                             "used: "):
+        with pytest.raises(
+                InputError,
+                match=rf"precision '{precision}' is for GPUs; required on processors: 'fp32' or None; no GPU can be "
+                "used: "):
             devices.find("auto", precision)
 
 
 def test_gpus_that_can_be_used(machine):
-    for options, device, precision, numbers, chosen in (
-            ({}, "cuda", None, (0,), "tf32"), ({}, "auto", "fp32", (0,), "fp32"),
-            ({"chips": [(9, 0), (8, 0)]}, "cuda", None, (0, 1), "tf32"),
-            ({"chips": [(9, 0), (7, 5)]}, "cuda", None, (0, 1), "fp32"), ({"chips": [(9, 0), (7, 5)]}, "cuda:0", "3xtf32", (0,), "3xtf32"),
-            ({"chips": [(6, 0), (8, 9)]}, "cuda:1", None, (1,), "tf32"),
-            ({"chips": [(7, 0)], "needed": 12060, "driver": 13000}, "auto", None, (0,), "fp32")):
+    for options, device, precision, numbers, chosen in (({}, "cuda", None, (0, ), "tf32"), ({}, "auto", "fp32", (0, ),
+                                                                                            "fp32"),
+                                                        ({"chips": [(9, 0), (8, 0)]}, "cuda", None, (0, 1), "tf32"),
+                                                        ({"chips": [(9, 0), (7, 5)]}, "cuda", None, (0, 1),
+                                                         "fp32"), ({"chips": [(9, 0), (7, 5)]}, "cuda:0", "3xtf32",
+                                                                   (0, ), "3xtf32"), ({"chips": [(6, 0), (8, 9)]},
+                                                                                      "cuda:1", None, (1, ), "tf32"),
+                                                        ({"chips": [(7, 0)], "needed": 12060,
+                                                          "driver": 13000}, "auto", None, (0, ), "fp32")):
         machine(**options)
         found = devices.find(device, precision)
         assert (found.kernels, found.numbers, found.precision) == (kernels, numbers, chosen)
@@ -140,12 +148,15 @@ def test_a_compiler_that_does_not_work(machine, monkeypatch):
     from numba import cuda
 
     monkeypatch.setattr(cuda, "gpus", SimpleNamespace(__getitem__=None), raising=False)
-    with pytest.raises(DeviceError, match=r'numba-cuda cannot use cuda:0: .*; pip install "fastdtd\[cuda\]" installs versions that fit'):
+    with pytest.raises(
+            DeviceError,
+            match=r'numba-cuda cannot use cuda:0: .*; pip install "fastdtd\[cuda\]" installs versions that fit'):
         devices.find("cuda", None)
 
 
-@pytest.mark.parametrize("device", ["tpu", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:1234", "cuda:0,1", "cuda:\N{SUPERSCRIPT TWO}", "",
-                                    None, 0])
+@pytest.mark.parametrize("device", [
+    "tpu", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:1234", "cuda:0,1", "cuda:\N{SUPERSCRIPT TWO}", "", None, 0
+])
 def test_unknown_devices(device):
     with pytest.raises(InputError, match="is unknown; required: 'cpu', 'cuda'"):
         devices.find(device, None)
@@ -153,7 +164,8 @@ def test_unknown_devices(device):
 
 def test_precisions_that_do_not_fit():
     for device in ("cpu", "cuda", "auto"):
-        with pytest.raises(InputError, match="precision 'fp16' is unknown; required: one of fp32, tf32, 3xtf32, or None"):
+        with pytest.raises(InputError,
+                           match="precision 'fp16' is unknown; required: one of fp32, tf32, 3xtf32, or None"):
             devices.find(device, "fp16")
     with pytest.raises(InputError, match=r"precision 'tf32' is for GPUs; required on processors: 'fp32' or None$"):
         devices.find("cpu", "tf32")
@@ -178,20 +190,22 @@ def test_without_a_gpu():
             "print(fastdtd.Explainer(model, device='auto').precision)\n"
             "try:\n fastdtd.Explainer(model, device='cuda')\nexcept fastdtd.DeviceError as error:\n print(error)\n"
             "from fastdtd.cli import main\nsys.exit(main(['explain', 'squeezenet1_1', '--device', 'cuda:0']))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment,
+                          timeout=100)
     assert done.returncode == 1
     _, told = done.stdout.splitlines()
-    assert "no NVIDIA driver was found; install the one for your GPU" in told or "needs CuPy, which cannot be imported" in told
+    assert ("no NVIDIA driver was found; install the one for your GPU" in told
+            or "needs CuPy, which cannot be imported" in told)
     assert done.stderr.splitlines()[-1] == f"fastdtd: {told}"
 
 
-# ---- Several of them, and little memory --------------------------------------------------------------------------------------------------
+# ---- Several of them, and little memory ------------------------------------------------------------------------------
 
 
 def tiny():
     rng = np.random.default_rng(0)
-    layers = (g.Conv2d("conv", ("input",), rng.standard_normal((4, 2, 3, 3)), np.array([0.1, -0.1, 50, 0]), padding=(1, 1, 1, 1)),
-              g.ReLU("relu", ("conv",)), g.GlobalAveragePool("scores", ("relu",)))
+    layers = (g.Conv2d("conv", ("input", ), rng.standard_normal((4, 2, 3, 3)), np.array([0.1, -0.1, 50, 0]),
+                       padding=(1, 1, 1, 1)), g.ReLU("relu", ("conv", )), g.GlobalAveragePool("scores", ("relu", )))
     return Model(g.Graph(layers, (2, 4, 4), (-1.0, 1.0)), Preprocessing(None))
 
 
@@ -202,7 +216,9 @@ def plans_of(made):
 
 @pytest.fixture
 def gpus(simulator, monkeypatch):
-    """Says how many there are; gives a list, to which each piece of work is added that begins: (number of the GPU, thread)."""
+    """Says how many there are; gives a list, to which each piece of work is added that begins: (number of the GPU,
+    thread).
+    """
     begun, on_device = [], kernels.on_device
 
     def noting(number):
@@ -210,7 +226,8 @@ def gpus(simulator, monkeypatch):
         return on_device(number)
 
     def make(count):
-        monkeypatch.setattr(devices, "find", lambda device, precision: Devices(kernels, tuple(range(count)), precision or "fp32"))
+        monkeypatch.setattr(devices, "find",
+                            lambda device, precision: Devices(kernels, tuple(range(count)), precision or "fp32"))
         monkeypatch.setattr(kernels, "on_device", noting)
         return begun
 
@@ -235,7 +252,8 @@ def test_gpus_share_out_images(gpus, monkeypatch):
     made._executor.batch = 2
     assert_same(made(batch, 1), wanted)
     assert_same(made(batch[:1], 1), Explainer(model, device="cuda")(batch[:1], 1))
-    np.testing.assert_allclose(wanted.relevance, Explainer(model)(batch, 1).relevance, atol=1e-5 * np.abs(wanted.relevance).max())
+    np.testing.assert_allclose(wanted.relevance,
+                               Explainer(model)(batch, 1).relevance, atol=1e-5 * np.abs(wanted.relevance).max())
     assert made(batch[:0]).relevance.shape == (0, 2, 4, 4)
 
 
@@ -260,7 +278,8 @@ def test_the_gpu_with_least_memory_says_how_many_images(gpus, monkeypatch):
     assert [plans.limit for _, plans in made._executor.places] == [20 * one, 7 * one]
     monkeypatch.setattr(kernels, "memory_budget", lambda number: (20, 0.5)[number] * one)
     for memory_limit in (None, "1GiB"):
-        with pytest.raises(InputError, match=r"one image takes .*, and a GPU has less; use a network with a smaller input"):
+        with pytest.raises(InputError,
+                           match=r"one image takes .*, and a GPU has less; use a network with a smaller input"):
             Explainer(model, device="cuda", memory=memory_limit)
     with pytest.raises(InputError, match=r"and memory is limited to 100; raise the limit, or use a network"):
         Explainer(model, device="cuda", memory=100)
@@ -315,7 +334,8 @@ def test_one_image_may_take_the_memory_of_idle_plans(gpus, monkeypatch):
     wanted = made(batch)
     assert plans_of(made).idle
     empty = kernels.empty
-    monkeypatch.setattr(kernels, "empty", lambda elements: raises(MemoryError())() if plans_of(made).idle else empty(elements))
+    monkeypatch.setattr(kernels, "empty", lambda elements: raises(MemoryError())()
+                        if plans_of(made).idle else empty(elements))
     most = made.batch
     plans_of(made).idle = [plan for plan in plans_of(made).idle if plan.schedule.batch != 1]
     np.testing.assert_array_equal(made(batch[:1]).relevance, wanted.relevance[:1])
@@ -374,7 +394,7 @@ def test_an_explainer_of_a_forked_process_says_so(gpus, monkeypatch):
             use()
 
 
-# ---- Copies, and memory that they read and write -----------------------------------------------------------------------------------------
+# ---- Copies, and memory that they read and write ---------------------------------------------------------------------
 
 
 class Stream:
@@ -444,7 +464,8 @@ def test_staged_memory_is_not_overwritten_nor_given_up_while_a_copy_is_under_way
             given = source.copy()
             memory.write(to, given)
             given[:] = -1  # the caller's again
-            current.todo.append(lambda of=of, outputs=outputs: of.view(np.ndarray).__setitem__(slice(None), outputs))  # what kernels do
+            current.todo.append(
+                lambda of=of, outputs=outputs: of.view(np.ndarray).__setitem__(slice(None), outputs))  # what kernels do
             result = np.empty(outputs.shape, np.float32)
             memory.read(result, of)
             np.testing.assert_array_equal(result, outputs)
@@ -469,7 +490,7 @@ def test_copies_of_channels_between_others_and_of_a_device_and_of_float64(copies
     np.testing.assert_array_equal(read, ledger)
 
 
-# ---- Graphs ------------------------------------------------------------------------------------------------------------------------------
+# ---- Graphs ----------------------------------------------------------------------------------------------------------
 
 
 class Capturing:
@@ -492,7 +513,8 @@ class Capturing:
 def events(monkeypatch):
     """What a fake CuPy, and launchers that say so, are asked for."""
     asked = []
-    cuda = SimpleNamespace(get_current_stream=lambda: Capturing(asked), runtime=SimpleNamespace(streamCaptureModeThreadLocal="local"))
+    cuda = SimpleNamespace(get_current_stream=lambda: Capturing(asked),
+                           runtime=SimpleNamespace(streamCaptureModeThreadLocal="local"))
     monkeypatch.setattr(steps, "cupy", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(steps, "cuda", SimpleNamespace(external_stream=lambda ptr: f"stream {ptr}"))
     monkeypatch.setattr(steps, "use_stream", asked.append)
@@ -501,8 +523,10 @@ def events(monkeypatch):
 
 def run_thrice(asked, wanted=(0, 2)):
     """What each of three runs asks for, of calls that are numbered."""
-    calls = [SimpleNamespace(code=lambda name, first, last: asked.append(f"{name} {first}-{last}"), slots=[name], first=0, last=3)
-             for name in "abc"]
+    calls = [
+        SimpleNamespace(code=lambda name, first, last: asked.append(f"{name} {first}-{last}"), slots=[name], first=0,
+                        last=3) for name in "abc"
+    ]
     table, seen = steps.table(calls), []
     for _ in range(3):
         assert steps.run_steps(table, np.array(wanted), None, None, 1)
@@ -520,7 +544,8 @@ def test_calls_are_launched_then_captured_then_replayed(events):
 def test_what_cannot_be_captured_is_launched_one_by_one(events, monkeypatch):
     monkeypatch.setattr(Capturing, "end_capture", raises(CUDARuntimeError("cudaErrorStreamCaptureInvalidated: why")))
     walk = ["stream 7", "a 0-3", "c 0-3"]
-    with pytest.warns(RuntimeWarning, match="kernels are launched one by one.*cudaErrorStreamCaptureInvalidated: why") as told:
+    with pytest.warns(RuntimeWarning,
+                      match="kernels are launched one by one.*cudaErrorStreamCaptureInvalidated: why") as told:
         assert run_thrice(events) == [walk, ["begin local", *walk, *walk], walk]
     assert len(told) == 1
 
@@ -566,9 +591,12 @@ def device_contexts(monkeypatch):
         def synchronize(self):
             seen.append("waits")
 
-    fake = SimpleNamespace(ndarray=DeviceArray, cuda=SimpleNamespace(
-        Device=lambda number: Context("CuPy"), Stream=lambda non_blocking: Context("stream"), get_current_stream=lambda: Context(""),
-        runtime=SimpleNamespace(memGetInfo=lambda: (60, 100))), get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 40))
+    fake = SimpleNamespace(
+        ndarray=DeviceArray,
+        cuda=SimpleNamespace(Device=lambda number: Context("CuPy"), Stream=lambda non_blocking: Context("stream"),
+                             get_current_stream=lambda: Context(""),
+                             runtime=SimpleNamespace(memGetInfo=lambda: (60, 100))),
+        get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 40))
     monkeypatch.setattr(memory, "cupy", fake)
     monkeypatch.setattr(memory, "cuda", SimpleNamespace(gpus={1: Context("Numba")}))
     monkeypatch.setattr(memory, "_of_thread", threading.local())

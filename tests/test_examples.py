@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(script, *arguments):
-    subprocess.run([sys.executable, ROOT / "examples" / script, *arguments], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, ROOT / "examples" / script, *arguments], check=True, capture_output=True,
+                   timeout=300)
 
 
 def is_drawn(path):

@@ -1,4 +1,6 @@
-"""Whole explanations: against the oracle, and what must hold for every network (conservation, no negative relevance, the same bits)."""
+"""Whole explanations: against the oracle, and what must hold for every network (conservation, no negative relevance,
+the same bits).
+"""
 
 import os
 import pickle
@@ -29,7 +31,8 @@ from fastdtd.model import Model, Preprocessing
 from fastdtd.plan import Plan
 from fastdtd.rules import search_direction
 
-many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+many = settings(max_examples=150, deadline=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def plans_of(made):
@@ -69,7 +72,8 @@ def test_agrees_with_the_oracle(case, count):
         relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], names)
         scale = max(1.0, np.abs(scores).max())
         np.testing.assert_allclose(e.output[i], scores, atol=2e-5 * scale)
-        # A neuron whose z is 1e-7 of its terms' size may count as none in one precision: compare with the score's scale.
+        # A neuron whose z is 1e-7 of its terms' size may count as none in one precision: compare with the score's
+        # scale.
         assert np.linalg.norm(e.relevance[i] - relevance) <= 2e-5 * max(np.linalg.norm(relevance), scale)
         for name, lost in absorbed.items():
             assert abs(e.ledger[name][i] - lost) <= 2e-5 * scale
@@ -84,13 +88,15 @@ def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
     made, batch = explainer(graph, rules, threads), pictures(graph, count)
     e = explain(made, batch)
     for i, picture in enumerate(batch):
-        relevance, scores, absorbed = naive.explain(graph, picture, e.target[i], {name: rule.rule for name, rule in made.rules.items()})
+        relevance, scores, absorbed = naive.explain(graph, picture, e.target[i],
+                                                    {name: rule.rule for name, rule in made.rules.items()})
         scale = max(1.0, np.abs(scores).max())
         assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), scale)
         for name, lost in absorbed.items():
             assert abs(e.ledger[name][i] - lost) <= 1e-4 * max(np.linalg.norm(relevance), scale)
         kept = np.sum([abs(lost[i]) for lost in e.ledger.values()]) + np.abs(e.relevance[i]).sum(dtype=np.float64)
-        assert abs(e.relevance[i].sum(dtype=np.float64) + e.absorbed[i] - e.explained[i]) <= 1e-5 * max(kept, e.explained[i])
+        assert abs(e.relevance[i].sum(dtype=np.float64) + e.absorbed[i]
+                   - e.explained[i]) <= 1e-5 * max(kept, e.explained[i])
 
 
 @settings(many, max_examples=40)
@@ -126,16 +132,20 @@ def test_relevance_at_every_layer(case):
         assert ours.shape == (2, *shape)
         for i in range(2):
             expected = oracle[i][name].reshape(shape)
-            assert np.linalg.norm(ours[i] - expected) <= 1e-4 * max(np.linalg.norm(expected), np.abs(e.output[i]).max(), 1)
+            assert np.linalg.norm(ours[i] - expected) <= 1e-4 * max(np.linalg.norm(expected),
+                                                                    np.abs(e.output[i]).max(), 1)
     # What several layers give back to a tensor is added in another order where tensors do not share memory.
-    np.testing.assert_allclose(e.at("input"), e.relevance, atol=1e-5 * max(1, np.abs(e.relevance).max(), np.abs(e.output).max()))
+    np.testing.assert_allclose(e.at("input"), e.relevance, atol=1e-5 * max(1,
+                                                                           np.abs(e.relevance).max(),
+                                                                           np.abs(e.output).max()))
     assert {name: came.tolist() for name, came in e.flow().items()} == {
         name: e.at(name).sum((1, 2, 3), dtype=np.float64).tolist() for name in e.ledger}
 
 
 def test_derivatives_by_rules_of_layers_are_those_of_the_preset():
     batch = pictures(small(), 2)
-    preset, by_layer = (explain(explainer(small(), rules), batch) for rules in ("gradient", {"conv": "gradient", "[ps]*": "gradient"}))
+    preset, by_layer = (explain(explainer(small(), rules), batch)
+                        for rules in ("gradient", {"conv": "gradient", "[ps]*": "gradient"}))
     assert preset.relevance.any()
     assert (preset.relevance == by_layer.relevance).all()
     assert (preset.explained == by_layer.explained).all()
@@ -179,20 +189,23 @@ def two_layers(box):
     """A convolution in groups with everything off its default, at the input, and a dense layer behind it."""
     rng = np.random.default_rng(1)
     weight, bias = rng.standard_normal((6, 2, 3, 2)), rng.standard_normal(6)
-    return g.Graph((g.Conv2d("conv", (g.INPUT,), weight, bias, (2, 1), (1, 0, 2, 1), (1, 2), 2),
-                    g.ReLU("relu", ("conv",)), g.Flatten("flat", ("relu",)),
-                    g.Dense("hidden", ("flat",), rng.standard_normal((7, 6 * 4 * 4)), rng.standard_normal(7)), g.ReLU("r", ("hidden",)),
-                    g.Dense("scores", ("r",), rng.random((2, 7)))), (4, 7, 5), box)
+    return g.Graph((g.Conv2d("conv", (g.INPUT, ), weight, bias, (2, 1), (1, 0, 2, 1),
+                             (1, 2), 2), g.ReLU("relu", ("conv", )), g.Flatten("flat", ("relu", )),
+                    g.Dense("hidden", ("flat", ), rng.standard_normal(
+                        (7, 6 * 4 * 4)), rng.standard_normal(7)), g.ReLU(
+                            "r", ("hidden", )), g.Dense("scores", ("r", ), rng.random((2, 7)))), (4, 7, 5), box)
 
 
-@pytest.mark.parametrize(("direction", "layer", "rule"), [
-    (z_plus, "hidden", "z+"), (z_plus_on_reals, "conv", "z+"), (w2, "conv", "w2"), (z_b, "conv", "zB"), (w2, "hidden", "w2"),
-    (lambda a, w: 1 / w if w != 0 else 0, "hidden", "flat"), (lambda a, w: a, "hidden", "epsilon(epsilon=0, bias=ignored)"),
-])
+@pytest.mark.parametrize(("direction", "layer", "rule"),
+                         [(z_plus, "hidden", "z+"), (z_plus_on_reals, "conv", "z+"), (w2, "conv", "w2"),
+                          (z_b, "conv", "zB"), (w2, "hidden", "w2"),
+                          (lambda a, w: 1 / w if w != 0 else 0, "hidden", "flat"),
+                          (lambda a, w: a, "hidden", "epsilon(epsilon=0, bias=ignored)"), ])
 def test_named_rules_follow_from_their_search_direction(direction, layer, rule):
     graph = two_layers((-1.0, 2.0))
     batch = pictures(graph, 3)
-    named, general = (explain(explainer(graph, {layer: given}, threads=2), batch) for given in (rule, search_direction(direction)))
+    named, general = (explain(explainer(graph, {layer: given}, threads=2), batch)
+                      for given in (rule, search_direction(direction)))
     assert (named.explained > 0).all()
     np.testing.assert_allclose(general.relevance, named.relevance, atol=2e-5 * np.abs(named.relevance).max())
     np.testing.assert_allclose(general.ledger[layer], named.ledger[layer], atol=2e-5 * named.explained.max())
@@ -205,16 +218,18 @@ def test_any_search_direction_agrees_with_the_oracle(direction, layer):
     made, batch = explainer(graph, {layer: search_direction(direction)}), pictures(graph, 3)
     e = explain(made, batch)
     for i, picture in enumerate(batch):
-        relevance, _, absorbed = naive.explain(graph, picture, e.target[i], {name: rule.rule for name, rule in made.rules.items()})
+        relevance, _, absorbed = naive.explain(graph, picture, e.target[i],
+                                               {name: rule.rule for name, rule in made.rules.items()})
         np.testing.assert_allclose(e.relevance[i], relevance, atol=1e-4 * max(np.abs(relevance).max(), e.explained[i]))
         assert abs(e.ledger[layer][i] - absorbed[layer]) <= 1e-4 * e.explained[i]
 
 
-@pytest.mark.parametrize(("direction", "layer", "message"), [
-    (lambda a: a, "conv", "required: a function of"), ("v", "conv", "required: a function of"),
-    (lambda a, w: a.sign(w), "conv", "cannot be compiled"), (lambda a, w: "far", "conv", "cannot be compiled: it returns"),
-    (z_b, "hidden", "takes bounds of the layer's input"), (w2, "relu", "no layer with a rule is named 'relu'"),
-])
+@pytest.mark.parametrize(("direction", "layer", "message"),
+                         [(lambda a: a, "conv", "required: a function of"), ("v", "conv", "required: a function of"),
+                          (lambda a, w: a.sign(w), "conv", "cannot be compiled"),
+                          (lambda a, w: "far", "conv", "cannot be compiled: it returns"),
+                          (z_b, "hidden", "takes bounds of the layer's input"),
+                          (w2, "relu", "no layer with a rule is named 'relu'"), ])
 def test_search_directions_that_are_refused(direction, layer, message):
     with pytest.raises(RuleError, match=message):
         explainer(two_layers((-1.0, 2.0)), {layer: search_direction(direction)})
@@ -229,12 +244,14 @@ def test_starts():
     assert one.target.tolist() == [2, 2, 2]
     np.testing.assert_allclose(made(batch, start=[1, 0, 0.5]).explained, 1.5)
     assert not made(batch, start=[0, 0, 0]).relevance.any()
-    for bad in ([1, 2], np.ones((2, 3)), [-1, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0], "abc", [[1], [1, 2], [3]], None.__class__):
+    for bad in ([1, 2], np.ones((2, 3)), [-1, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0], "abc", [[1], [1, 2],
+                                                                                             [3]], None.__class__):
         with pytest.raises(InputError, match="start"):
             made(batch, start=bad)
     with pytest.raises(InputError, match="a target and a start"):
         made(batch, 1, [1, 0, 0])
-    dead = explainer(g.Graph((g.Dense("dense", (g.INPUT,), np.eye(2)), g.ReLU("scores", ("dense",))), (2, 1, 1), (-1, 1)))
+    dead = explainer(
+        g.Graph((g.Dense("dense", (g.INPUT, ), np.eye(2)), g.ReLU("scores", ("dense", ))), (2, 1, 1), (-1, 1)))
     with pytest.raises(InputError, match="output 1 of image 1 has the score 0"):
         dead(np.float32([[1, 0.5], [1, -1]])[:, :, None, None], start=[1, 1])
     assert nothing_is_taken(made)
@@ -269,8 +286,9 @@ def test_same_bits_whatever_the_batch_and_the_threads(graph):
 
 def small(box=(-1.0, 1.0), bias=None):
     rng = np.random.default_rng(0)
-    return g.Graph((g.Conv2d("conv", ("input",), rng.standard_normal((4, 2, 3, 3)), bias), g.ReLU("relu", ("conv",)),
-                    g.GlobalAveragePool("pool", ("relu",)), g.Dense("scores", ("pool",), [[1, 1, 1, 1], [-1, -1, -1, -1], [1, 0, 0, 0]])),
+    return g.Graph((g.Conv2d("conv", ("input", ), rng.standard_normal(
+        (4, 2, 3, 3)), bias), g.ReLU("relu", ("conv", )), g.GlobalAveragePool(
+            "pool", ("relu", )), g.Dense("scores", ("pool", ), [[1, 1, 1, 1], [-1, -1, -1, -1], [1, 0, 0, 0]])),
                    (2, 6, 5), box)
 
 
@@ -283,8 +301,9 @@ def test_targets():
     assert explain(made, batch, np.array([2, 2, 0])).target.tolist() == [2, 2, 0]
     assert explain(made, batch, "House cat").target.tolist() == [0, 0, 0]
     assert explain(made, batch, ["cat", "cat fish", "n01"]).target.tolist() == [0, 2, 0]
-    for bad in (3, -1, 1.5, "bird", True, [0, 1], [[0, 1, 2]], [[1, 2], [3]], {"a": 1}, object(), [],
-                np.array([0.0, 1.0, 2.0]), np.array(1.5), np.array(True), np.array([[0, 1], [1, 2]]), np.array([[0.7], [1.2], [1.0]])):
+    for bad in (3, -1, 1.5, "bird", True, [0, 1], [[0, 1, 2]], [[1, 2],
+                                                                [3]], {"a": 1}, object(), [], np.array([0.0, 1.0, 2.0]),
+                np.array(1.5), np.array(True), np.array([[0, 1], [1, 2]]), np.array([[0.7], [1.2], [1.0]])):
         with pytest.raises(InputError):
             explain(made, batch, bad)
 
@@ -310,13 +329,13 @@ SECOND_IS_NAN = np.zeros((3, 2, 6, 5), np.float32)
 SECOND_IS_NAN[1, 1, 3, 2] = np.nan
 
 
-@pytest.mark.parametrize(("batch", "message"), [
-    (SECOND_IS_NAN, "image 1 holds NaN"),
-    (np.zeros((1, 2, 5, 6)), "has shape"), (np.zeros((6, 5)), "has shape"), (np.zeros(()), "has shape"),
-    (np.full((2, 2, 6, 5), np.nan), "image 0 holds NaN"), (np.full((1, 2, 6, 5), 1e300), "image 0 holds NaN or infinity"),
-    (np.array(["a"]), "has type"), ([[1, 2], [3]], "no array of one shape"), (np.zeros((1, 2, 6, 5), complex), "has type"),
-    (None, "has type"),
-])
+@pytest.mark.parametrize(("batch", "message"), [(SECOND_IS_NAN, "image 1 holds NaN"),
+                                                (np.zeros((1, 2, 5, 6)), "has shape"), (np.zeros((6, 5)), "has shape"),
+                                                (np.zeros(()), "has shape"),
+                                                (np.full((2, 2, 6, 5), np.nan), "image 0 holds NaN"),
+                                                (np.full((1, 2, 6, 5), 1e300), "image 0 holds NaN or infinity"),
+                                                (np.array(["a"]), "has type"), ([[1, 2], [3]], "no array of one shape"),
+                                                (np.zeros((1, 2, 6, 5), complex), "has type"), (None, "has type"), ])
 def test_bad_batches(batch, message):
     with pytest.raises(InputError, match=message):
         explainer(small())(batch)
@@ -340,8 +359,10 @@ def test_values_beyond_the_box_are_clipped_and_it_says_so():
 
 
 def test_overflow_is_an_error():
-    graph = g.Graph((g.Conv2d("a", ("input",), np.full((1, 1, 1, 1), 1e30)), g.ReLU("r", ("a",)), g.Flatten("f", ("r",)),
-                     g.Dense("d", ("f",), np.full((1, 1), 1e30))), (1, 1, 1), (0, 1))
+    graph = g.Graph((g.Conv2d("a", ("input", ), np.full(
+        (1, 1, 1, 1), 1e30)), g.ReLU("r", ("a", )), g.Flatten("f",
+                                                              ("r", )), g.Dense("d", ("f", ), np.full((1, 1), 1e30))),
+                    (1, 1, 1), (0, 1))
     with pytest.raises(InputError, match="beyond float32"):
         explainer(graph)(np.ones((1, 1, 1, 1)))
 
@@ -443,7 +464,7 @@ def test_memory_of_batch_sizes_that_are_over_is_given_back():
     assert sum(plan.nbytes for plan in plans_of(made).idle) <= plans_of(made).max_idle
 
 
-# ---- Limited memory, many callers --------------------------------------------------------------------------------------------------------
+# ---- Limited memory, many callers ------------------------------------------------------------------------------------
 
 
 class Watched(Plan):
@@ -471,8 +492,8 @@ class Watched(Plan):
 
 @pytest.fixture
 def watched(monkeypatch):
-    for name, value in (("touched", weakref.WeakSet()), ("running", []), ("most_bytes", [0]), ("most_workers", [0]), ("sizes", set()),
-                        ("limit", None), ("lock", threading.Lock())):
+    for name, value in (("touched", weakref.WeakSet()), ("running", []), ("most_bytes", [0]), ("most_workers", [0]),
+                        ("sizes", set()), ("limit", None), ("lock", threading.Lock())):
         monkeypatch.setattr(Watched, name, value, raising=False)
     monkeypatch.setattr(executor_module, "Plan", Watched)
     return Watched
@@ -515,8 +536,8 @@ def test_what_fits_into_memory(watched):
     """(batch, workers) of the plans that explain 12 images: as many images as fit, each in one thread, else in all."""
     graph = small()
     one, together = one_image(graph), one_image(graph, 3)
-    for memory, sizes in ((None, {(4, 1)}), (100 * one, {(4, 1)}), (8 * one, {(2, 1)}), (3 * one, {(1, 1)}), (together, {(1, 3)}),
-                          (3 * one - 1, {(2, 3)})):
+    for memory, sizes in ((None, {(4, 1)}), (100 * one, {(4, 1)}), (8 * one, {(2, 1)}), (3 * one, {(1, 1)}),
+                          (together, {(1, 3)}), (3*one - 1, {(2, 3)})):
         for plans in (watched.sizes, watched.touched, watched.most_bytes):
             plans.clear()
         watched.limit = memory
@@ -530,7 +551,9 @@ def test_memory_in_which_nothing_fits():
     graph = small()
     one = one_image(graph)
     for threads in (1, 3):
-        with pytest.raises(InputError, match=r"one image takes \d+KiB .*, and memory is limited to '0.1KB'; raise the limit") as error:
+        with pytest.raises(
+                InputError,
+                match=r"one image takes \d+KiB .*, and memory is limited to '0.1KB'; raise the limit") as error:
             explainer(graph, threads=threads, memory="0.1KB")
         with pytest.raises(InputError, match=f"limited to {one - 1}; raise"):
             explainer(graph, threads=threads, memory=one - 1)
@@ -539,9 +562,9 @@ def test_memory_in_which_nothing_fits():
     explainer(graph, memory=wanted)  # what it asks for is enough
 
 
-@pytest.mark.parametrize(("memory", "number"), [
-    ("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), (" 64kib ", 64 << 10), ("3GB", 3 * 10**9), ("500MB", 5 * 10**8), ("7KB", 7000), (12345, 12345),
-])
+@pytest.mark.parametrize(("memory", "number"), [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), (" 64kib ", 64 << 10),
+                                                ("3GB", 3 * 10**9), ("500MB", 5 * 10**8), ("7KB", 7000),
+                                                (12345, 12345), ])
 def test_amounts_of_memory(memory, number):
     assert explainer_module._bytes(memory) == number
 
@@ -659,7 +682,8 @@ def test_who_works_side_by_side(threads, callers):
     expected = explain(made, batch, 0).relevance
     for _ in range(2):
         plan = bound(plans_of(made), 1, 1)
-        plan.forward = lambda submit, forward=plan.forward: (both.wait(), forward(submit))  # goes on when another plan is there too
+        plan.forward = lambda submit, forward=plan.forward: (both.wait(), forward(submit)
+                                                             )  # goes on when another plan is there too
         plans_of(made).idle.append(plan)
     with ThreadPoolExecutor(callers) as executor:
         results = list(executor.map(lambda _: made(batch, 0).relevance, range(callers)))
@@ -691,9 +715,12 @@ def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
     for seed in range(60):
         rng = np.random.default_rng(seed)
         low = -rng.random(2)
-        graph = g.Graph((g.AveragePool2d("pool", (g.INPUT,), (3, 3)),
-                         g.Conv2d("conv", ("pool",), rng.standard_normal((3, 2, 2, 2)), [1.0] * 3), g.ReLU("relu", ("conv",)),
-                         g.Flatten("flat", ("relu",)), g.Dense("scores", ("flat",), np.ones((1, 12)))), (2, 5, 5), (low, low + 0.7))
+        graph = g.Graph(
+            (g.AveragePool2d("pool", (g.INPUT, ),
+                             (3, 3)), g.Conv2d("conv", ("pool", ), rng.standard_normal(
+                                 (3, 2, 2, 2)), [1.0] * 3), g.ReLU("relu", ("conv", )), g.Flatten(
+                                     "flat", ("relu", )), g.Dense("scores", ("flat", ), np.ones(
+                                         (1, 12)))), (2, 5, 5), (low, low + 0.7))
         batch = np.broadcast_to(np.float32(low)[:, None, None], (1, 2, 5, 5))
         for rules in ("dtd", {"pool": "flat"}):
             e = explain(explainer(graph, rules), batch)
@@ -702,15 +729,16 @@ def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
             assert e.relevance.sum(dtype=np.float64) + e.absorbed[0] == pytest.approx(e.explained[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"device": "tpu"}, {"precision": "tf32"}, {"precision": 32}, {"threads": 0}, {"threads": True},
-                                     {"threads": 1.5}])
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"precision": "tf32"}, {"precision": 32}, {"threads": 0},
+                                     {"threads": True}, {"threads": 1.5}])
 def test_bad_options(options):
     with pytest.raises(InputError):
         Explainer(Model(small(), Preprocessing(None)), **options)
 
 
 @pytest.mark.parametrize("memory", [
-    "", "2", "GiB", "2G", "2 GB B", "-1GB", "1e3MB", "nanMB", "infGB", "0GiB", "\N{SUPERSCRIPT TWO}GB", 0, -1, True, 1.5, b"2GiB", [2],
+    "", "2", "GiB", "2G", "2 GB B", "-1GB", "1e3MB", "nanMB", "infGB", "0GiB", "\N{SUPERSCRIPT TWO}GB", 0, -1, True,
+    1.5, b"2GiB", [2],
 ])
 def test_what_is_no_amount_of_memory(memory):
     with pytest.raises(InputError, match=r"memory is .*; required: a number with one of the units"):

@@ -72,8 +72,9 @@ def test_bar(signed):
     assert not text[:, -1].any()
 
 
-@pytest.mark.parametrize(("shape", "width", "height"), [((1, 1, 1), 256, 256), ((3, 2000, 10), 5, 1024), ((3, 10, 2000), 1024, 80),
-                                                        ((1, 1, 3000), 1024, 80), ((2, 227, 227), 454, 454), ((1, 2, 1), 128, 256)])
+@pytest.mark.parametrize(("shape", "width", "height"), [((1, 1, 1), 256, 256), ((3, 2000, 10), 5, 1024),
+                                                        ((3, 10, 2000), 1024, 80), ((1, 1, 3000), 1024, 80),
+                                                        ((2, 227, 227), 454, 454), ((1, 2, 1), 128, 256)])
 @pytest.mark.parametrize("offset", [0, -0.5])
 def test_every_shape_has_a_bar_that_can_be_read(shape, width, height, offset):
     image = drawn(1e-20 * (np.random.default_rng(0).random(shape) + offset))

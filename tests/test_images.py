@@ -1,4 +1,6 @@
-"""Pictures of every kind people have: an upright 8-bit RGB image, or a PictureError; never a warning, never another exception."""
+"""Pictures of every kind people have: an upright 8-bit RGB image, or a PictureError; never a warning, never another
+exception.
+"""
 
 import io
 import struct
@@ -28,8 +30,12 @@ def png(width, height, depth, color_type, rows, *chunks):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)), *chunks,
-                     chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
+    return b"".join([
+        b"\x89PNG\r\n\x1a\n",
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)), *chunks,
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b"")
+    ])
 
 
 def encoded(image, kind="PNG", **options):
@@ -77,7 +83,8 @@ def test_transparent_parts_are_white(pixels):
     shown = pixels(encoded(palette, transparency=blue))
     assert shown[0, 0].tolist() == [255, 255, 255]
     assert shown[-1, -1].tolist() == list(RED)
-    shown = pixels(encoded(palette, transparency=bytes([0, 51] if blue else [51, 0])))  # an opacity for each colour of the palette
+    shown = pixels(encoded(
+        palette, transparency=bytes([0, 51] if blue else [51, 0])))  # an opacity for each colour of the palette
     assert shown[0, 0].tolist() == [204, 204, 255]
     keyed = encoded(corners(), transparency=BLUE)  # one colour of an RGB picture is transparent
     assert pixels(keyed)[0, 0].tolist() == [255, 255, 255]
@@ -90,13 +97,18 @@ def test_other_modes(pixels):
     black = Image.new("1", (9, 3), 0)
     black.putpixel((8, 2), 1)
     assert pixels(encoded(black)).sum() == 3 * 255
-    assert np.abs(pixels(encoded(corners().convert("CMYK"), "JPEG", quality=100), "p.jpg") - np.asarray(corners(), int)).mean() < 5
+    assert np.abs(
+        pixels(encoded(corners().convert("CMYK"), "JPEG", quality=100), "p.jpg")
+        - np.asarray(corners(), int)).mean() < 5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(pixels, orientation):
-    back = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5:
-            Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270
+    }
     turned = corners().transpose(back[orientation]) if orientation > 1 else corners()
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -137,7 +149,8 @@ def damaged():
     broken = bytearray(encoded(noise))
     broken[5000:5100] = bytes(100)
     yield "a PNG with zeros", bytes(broken), "cannot be read"
-    yield "EPS, which would run another program", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not in a known"
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    yield "EPS, which would run another program", eps, "not in a known"
     yield "a bomb", png(60000, 60000, 8, 2, b""), "too large; at most 100000000"
     yield "a bit too large", png(10000, 10001, 8, 0, b""), "10000 x 10001 pixels; 1 to 100000000"
     yield "no width", png(0, 5, 8, 0, b""), "."
@@ -178,9 +191,18 @@ def test_arrays(shape):
     np.testing.assert_array_equal(images.open_picture(array[::-1, ::2]), expected[::-1, ::2])
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 6), np.float32), np.zeros((4, 6, 3), bool), np.zeros((3, 4, 6), np.uint8), np.uint8(3),
-                                   np.zeros((4, 6, 3), np.int64), np.zeros((4, 6, 2), np.uint8), np.zeros((0, 6), np.uint8),
-                                   np.zeros((4, 0, 3), np.uint8), np.array(["a"]), np.zeros((1, 4, 6, 3), np.uint8)], ids=repr)
+@pytest.mark.parametrize("array", [
+    np.zeros((4, 6), np.float32),
+    np.zeros((4, 6, 3), bool),
+    np.zeros((3, 4, 6), np.uint8),
+    np.uint8(3),
+    np.zeros((4, 6, 3), np.int64),
+    np.zeros((4, 6, 2), np.uint8),
+    np.zeros((0, 6), np.uint8),
+    np.zeros((4, 0, 3), np.uint8),
+    np.array(["a"]),
+    np.zeros((1, 4, 6, 3), np.uint8)
+], ids=repr)
 def test_other_arrays(array):
     with pytest.raises(PictureError, match=r"the array|of type uint8"):
         images.open_picture(array)
@@ -196,7 +218,9 @@ def test_damaged_images_of_pillow():
     content = encoded(corners((500, 500)), "JPEG")
     closed = corners()
     closed.close()
-    for image in (Image.open(io.BytesIO(content[:len(content) // 2])), Image.new("RGB", (0, 3)), Image.new("F", (3, 3)), closed):
+    for image in (Image.open(io.BytesIO(content[:len(content) // 2])), Image.new("RGB",
+                                                                                 (0, 3)), Image.new("F",
+                                                                                                    (3, 3)), closed):
         with pytest.raises(PictureError, match="the image"):
             images.open_picture(image)
 
@@ -205,7 +229,9 @@ def test_filters_of_warnings_stay_as_they_are(tmp_path):
     """Though they belong to the whole process, and several threads read."""
     corners((300, 200)).save(tmp_path / "a.png")
     before = list(warnings.filters)
-    threads = [threading.Thread(target=lambda: [images.open_picture(tmp_path / "a.png") for _ in range(30)]) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: [images.open_picture(tmp_path / "a.png") for _ in range(30)]) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

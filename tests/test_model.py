@@ -19,21 +19,21 @@ def model(shape=SHAPE, classes=(), **preprocessing):
     return Model(graph, Preprocessing(**preprocessing), classes)
 
 
-# ---- Preprocessing -----------------------------------------------------------------------------------------------------------------------
+# ---- Preprocessing ---------------------------------------------------------------------------------------------------
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 MEAN_IMAGE = RNG.uniform(0, 255, SHAPE)
 
 
-@pytest.mark.parametrize(("preprocessing", "formula"), [
-    ({}, lambda p: p),
-    ({"mean": 100, "std": 50}, lambda p: (p - 100) / 50),
-    ({"scale": 1 / 255, "mean": MEAN, "std": STD}, lambda p: (p / 255 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]),
-    ({"color": "bgr", "mean": MEAN}, lambda p: p[::-1] - np.array(MEAN)[:, None, None]),  # the mean is in the network's order
-    ({"color": "bgr", "mean": MEAN_IMAGE, "scale": 2.0, "std": 3.0}, lambda p: (p[::-1] * 2 - MEAN_IMAGE) / 3),
-    ({"std": -1.0}, lambda p: -p),
-])
+@pytest.mark.parametrize(("preprocessing", "formula"),
+                         [({}, lambda p: p), ({"mean": 100, "std": 50}, lambda p: (p-100) / 50),
+                          ({"scale": 1 / 255, "mean": MEAN, "std": STD}, lambda p:
+                           (p/255 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]),
+                          ({"color": "bgr", "mean": MEAN
+                            }, lambda p: p[::-1] - np.array(MEAN)[:, None, None]),  # the mean is in the network's order
+                          ({"color": "bgr", "mean": MEAN_IMAGE, "scale": 2.0, "std": 3.0}, lambda p:
+                           (p[::-1] * 2 - MEAN_IMAGE) / 3), ({"std": -1.0}, lambda p: -p), ])
 def test_formula(preprocessing, formula):
     made = model(**preprocessing).preprocess(PIXELS)
     np.testing.assert_allclose(made, formula(PIXELS.transpose(2, 0, 1).astype(float)), rtol=1e-5, atol=1e-4)
@@ -53,22 +53,24 @@ def test_stretch_and_crop():
     crop = model(resize="crop")  # the same as the whole picture at that scale, and then the centre
     wide, high = RNG.integers(0, 256, (8, 24, 3), np.uint8), RNG.integers(0, 256, (24, 12, 3), np.uint8)
     for picture, scaled, centre in [(wide, (3, 4, 12), np.s_[:, :, 3:9]), (high, (3, 12, 6), np.s_[:, 4:8])]:
-        np.testing.assert_allclose(crop.preprocess(picture), model(scaled).preprocess(picture)[centre], atol=1)  # of 255: rounding
+        np.testing.assert_allclose(crop.preprocess(picture),
+                                   model(scaled).preprocess(picture)[centre], atol=1)  # of 255: rounding
 
 
-@pytest.mark.parametrize(("preprocessing", "message"), [
-    ({"color": "hsv"}, "colour order 'hsv' is unknown; required: one of rgb, bgr, gray"),
-    ({"color": "gray"}, "colour order 'gray' has 1 channels but the network's input has 3"),
-    ({"resize": "fill"}, "resize 'fill' is unknown; required: one of stretch, crop"),
-    ({"mean": np.zeros((3, 6, 4))}, r"mean of shape \(3, 6, 4\); required: finite, and one number, one for each of 3 channels"),
-    ({"mean": [1, 2]}, r"mean of shape \(2,\)"), ({"mean": "a"}, "preprocessing has mean"),
-    ({"mean": [[1], [2, 3]]}, "preprocessing has mean"),
-    ({"mean": np.nan}, "preprocessing has mean"), ({"std": [1, np.inf, 1]}, "preprocessing has std"), ({"mean": 1e39}, "has mean"),
-    ({"std": [1, 0, 1]}, "std and scale must not be zero"), ({"scale": 0}, "std and scale must not be zero"),
-    ({"std": 1e-60}, "std and scale must not be zero"),  # zero as float32
-    ({"scale": np.inf}, "preprocessing has scale inf; required: a finite float32 number"), ({"scale": "a"}, "has scale 'a'"),
-    ({"scale": 1e39}, r"has scale 1e\+39"), ({"scale": None}, "has scale None"),
-])
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [({"color": "hsv"}, "colour order 'hsv' is unknown; required: one of rgb, bgr, gray"),
+     ({"color": "gray"}, "colour order 'gray' has 1 channels but the network's input has 3"),
+     ({"resize": "fill"}, "resize 'fill' is unknown; required: one of stretch, crop"),
+     ({"mean": np.zeros(
+         (3, 6, 4))}, r"mean of shape \(3, 6, 4\); required: finite, and one number, one for each of 3 channels"),
+     ({"mean": [1, 2]}, r"mean of shape \(2,\)"), ({"mean": "a"}, "preprocessing has mean"),
+     ({"mean": [[1], [2, 3]]}, "preprocessing has mean"), ({"mean": np.nan}, "preprocessing has mean"),
+     ({"std": [1, np.inf, 1]}, "preprocessing has std"), ({"mean": 1e39}, "has mean"),
+     ({"std": [1, 0, 1]}, "std and scale must not be zero"), ({"scale": 0}, "std and scale must not be zero"),
+     ({"std": 1e-60}, "std and scale must not be zero"),  # zero as float32
+     ({"scale": np.inf}, "preprocessing has scale inf; required: a finite float32 number"),
+     ({"scale": "a"}, "has scale 'a'"), ({"scale": 1e39}, r"has scale 1e\+39"), ({"scale": None}, "has scale None"), ])
 def test_preprocessing_that_is_refused(preprocessing, message):
     with pytest.raises(ModelError, match=message):
         model(**preprocessing)
@@ -79,11 +81,11 @@ def test_an_input_that_is_no_picture():
         model((5, 2, 2), color=None).preprocess(PIXELS)
 
 
-# ---- Classes -----------------------------------------------------------------------------------------------------------------------------
+# ---- Classes ---------------------------------------------------------------------------------------------------------
 
 
-CLASSES = ("n02123045 tabby, tabby cat", "n02123159 tiger cat", "n02129604 tiger, Panthera tigris", "crane", "crane, machine", "n1x odd",
-           "Crane")
+CLASSES = ("n02123045 tabby, tabby cat", "n02123159 tiger cat", "n02129604 tiger, Panthera tigris", "crane",
+           "crane, machine", "n1x odd", "Crane")
 
 
 def test_class_names():
@@ -92,20 +94,26 @@ def test_class_names():
     assert model().class_name(2) == "2"
 
 
-@pytest.mark.parametrize(("name", "index"), [
-    ("n02123045 tabby, tabby cat", 0), ("n02123045", 0), ("tabby", 0), ("TABBY CAT", 0), ("  tiger cat ", 1), ("tiger", 2),
-    ("panthera tigris", 2), ("crane, machine", 4), ("machine", 4), ("n1x odd", 5),
-])
+@pytest.mark.parametrize(("name", "index"), [("n02123045 tabby, tabby cat", 0), ("n02123045", 0), ("tabby", 0),
+                                             ("TABBY CAT", 0), ("  tiger cat ", 1), ("tiger", 2),
+                                             ("panthera tigris", 2), ("crane, machine", 4), ("machine", 4),
+                                             ("n1x odd", 5), ])
 def test_class_index(name, index):
     assert model(classes=CLASSES).class_index(name) == index
 
 
+REQUIRED = "required: one of 7 names, or a number"
+
+
 @pytest.mark.parametrize(("name", "message"), [
-    ("crane", "class name 'crane' is ambiguous: it names outputs 3, 6; give the number"),  # whole names come before synonyms
-    ("tabby, tabby cat", "no class is named 'tabby, tabby cat'; near: n02123045 tabby, tabby cat$"),
-    ("cat", "no class is named 'cat'; near: n02123045 tabby, tabby cat; n02123159 tiger cat$"),
-    ("n1x", "no class is named 'n1x'; near: n1x odd"),  # no WordNet id
-    ("dog", "no class is named 'dog'$"), ("", "no class is named ''$"), (" ", "no class is named ' '$"),
+    ("crane", "class name 'crane' is ambiguous: it names outputs 3, 6; give the number"),  # whole names before synonyms
+    ("tabby, tabby cat", f"no class is named 'tabby, tabby cat'; {REQUIRED}. Nearest: n02123045 tabby, tabby cat$"),
+    ("cat", f"no class is named 'cat'; {REQUIRED}. Nearest: n02123045 tabby, tabby cat; n02123159 tiger cat"),
+    ("tigre cat", "Nearest: n02123159 tiger cat"),  # by its letters
+    ("craen", "Nearest: Crane"),
+    ("n1x", f"no class is named 'n1x'; {REQUIRED}. Nearest: n1x odd"),  # no WordNet id
+    ("xyzzy", f"no class is named 'xyzzy'; {REQUIRED}$"), ("", f"no class is named ''; {REQUIRED}$"),
+    (" ", f"no class is named ' '; {REQUIRED}$"),
 ])
 def test_names_that_are_no_class(name, message):
     with pytest.raises(InputError, match=message):
@@ -115,15 +123,17 @@ def test_names_that_are_no_class(name, message):
 def test_ambiguous_synonyms_and_no_names():
     with pytest.raises(InputError, match="'bat' is ambiguous: it names outputs 0, 1; give the number"):
         model(classes=("n1 bat, animal", "n2 bat, club")).class_index("bat")
-    with pytest.raises(InputError, match="target 'bat' is a class name, but this model has none; give the number of an output"):
+    with pytest.raises(InputError,
+                       match="target 'bat' is a class name, but this model has none; give the number of an output"):
         model().class_index("bat")
-    with pytest.raises(InputError, match=r"near: (a\d+; ){4}a\d+$"):  # five at most
+    with pytest.raises(InputError, match=r"Nearest: (a\d+; ){4}a\d+$"):  # five at most
         model(classes=[f"a{i}" for i in range(9)]).class_index("a")
 
 
 def test_as_many_names_as_outputs():
     graph = model().graph
-    with pytest.raises(ModelError, match="the model names 2 classes but has 3 outputs; required: one name each, or none"):
+    with pytest.raises(ModelError,
+                       match="the model names 2 classes but has 3 outputs; required: one name each, or none"):
         Model(graph, classes=("a", "b"))
 
 

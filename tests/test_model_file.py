@@ -42,26 +42,23 @@ def numbers(*shape, seed=0):
 
 
 def every_layer():
-    """A model with every layer type that is left after canonizing, every setting off its default, and names that HDF5 forbids as links."""
-    layers = (
-        Conv2d("fire2/squeeze1x1", ("input",), numbers(4, 2, 3, 2), numbers(4, seed=1), (2, 1), (1, 0, 2, 1), (1, 2), 2),
-        ReLU("r é", ("fire2/squeeze1x1",)),
-        Conv2d("c", ("r é",), numbers(4, 4, 1, 1, seed=2)),
-        Add("sum", ("r é", "c")),
-        MaxPool2d("p", ("sum",), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True),
-        AveragePool2d("q", ("sum",), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True, count_include_pad=True),
-        Clip("clip", ("q",), -0.5, 3.5),
-        LeakyReLU("leaky", ("clip",), 0.125),
-        LocalResponseNorm("norm", ("leaky",), 3, 0.01, 0.5, 2.0, True),
-        Power("power", ("norm",), 1.5),
-        Rearrange("turned", ("power",), np.arange(-1, 47).reshape(4, 4, 3)[:, ::-1]),
-        Concat("both", ("p", "turned", "p")),
-        GlobalAveragePool("g", ("both",)),
-        Flatten("f", ("g",)),
-        Dense("d", ("f",), numbers(200, 12, seed=3), numbers(200, seed=4)),
-        ReLU("r2", ("d",)),
-        Dense(".", ("r2",), numbers(3, 200, seed=5)),
-    )
+    """A model with every layer type that is left after canonizing, every setting off its default, and names that HDF5
+    forbids as links.
+    """
+    layers = (Conv2d("fire2/squeeze1x1", ("input", ), numbers(4, 2, 3, 2), numbers(4, seed=1), (2, 1), (1, 0, 2, 1),
+                     (1, 2), 2), ReLU("r é", ("fire2/squeeze1x1", )), Conv2d("c", ("r é", ),
+                                                                             numbers(4, 4, 1, 1, seed=2)),
+              Add("sum", ("r é", "c")), MaxPool2d("p", ("sum", ), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True),
+              AveragePool2d("q", ("sum", ), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True,
+                            count_include_pad=True), Clip("clip", ("q", ), -0.5, 3.5),
+              LeakyReLU("leaky", ("clip", ), 0.125), LocalResponseNorm("norm", ("leaky", ), 3, 0.01, 0.5, 2.0,
+                                                                       True), Power("power", ("norm", ), 1.5),
+              Rearrange("turned", ("power", ),
+                        np.arange(-1, 47).reshape(4, 4, 3)[:, ::-1]), Concat("both", ("p", "turned", "p")),
+              GlobalAveragePool("g", ("both", )), Flatten("f", ("g", )),
+              Dense("d", ("f", ), numbers(200, 12, seed=3),
+                    numbers(200, seed=4)), ReLU("r2", ("d", )), Dense(".", ("r2", ), numbers(3, 200, seed=5)),
+              )
     graph = Graph(layers, (4, 11, 9), (np.float32([-1, -2, -3, 0]), np.float32([1, 2, 3, 4])))
     preprocessing = Preprocessing(None, "crop", numbers(4, 11, 9, seed=6), [1, 2, 3, 4], 1 / 3)
     return Model(graph, preprocessing, ("eins", "zwei, deux", "三"), {"source": "random numbers", "licence é": ""})
@@ -168,7 +165,9 @@ def test_example_of_the_document(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)[1], {})
     model = load("example.h5")
-    assert model.graph.shapes == {"input": (3, 8, 8), "1": (4, 8, 8), "2": (4, 8, 8), "3": (4, 4, 4), "4": (64, 1, 1), "scores": (2, 1, 1)}
+    assert model.graph.shapes == {
+        "input": (3, 8, 8), "1": (4, 8, 8), "2": (4, 8, 8), "3": (4, 4, 4), "4": (64, 1, 1), "scores": (2, 1, 1)
+    }
     assert model.classes == ("cat", "dog")
 
 
@@ -203,24 +202,31 @@ def test_file_by_hand(path):
         # Links in another order than the network's
         layer("z", "softmax", "scores/1")
         dense = layer("y", "dense", ["flat"], name="scores/1")
-        dense.create_dataset("weight", data=expected["d"].astype(">f8"), chunks=(2, 7), compression="szip", shuffle=True)
+        dense.create_dataset("weight", data=expected["d"].astype(">f8"), chunks=(2, 7), compression="szip",
+                             shuffle=True)
         dense.create_dataset("bias", data=expected["db"].astype("<f2"), maxshape=(None,), chunks=(1000,))
         layer("x", "dropout", np.array([b"flat0"]))
         layer("w", "flatten", "x", name="flat")
-        layer("v", "max_pool2d", "relu", kernel=2, stride=np.array([2, 3]), padding=[0, 1], ceil_mode=True, name="flat0")
+        layer("v", "max_pool2d", "relu", kernel=2, stride=np.array([2, 3]), padding=[0, 1], ceil_mode=True,
+              name="flat0")
         layer("u", "relu", "norm", name="relu")
         norm = layer("t", "batch_norm", "s", name="norm")
         norm["scale"], norm["shift"] = expected["scale"], expected["shift"].astype("f8")
-        conv = layer("s", "conv2d", np.array(["input"], h5py.string_dtype()), stride=np.uint8(2), padding=np.int64([1]), groups=[1])
-        conv.create_dataset("weight", data=expected["c"], chunks=(3, 2, 3, 3), compression="gzip", shuffle=True, fletcher32=True)
+        conv = layer("s", "conv2d", np.array(["input"], h5py.string_dtype()), stride=np.uint8(2), padding=np.int64([1]),
+                     groups=[1])
+        conv.create_dataset("weight", data=expected["c"], chunks=(3, 2, 3, 3), compression="gzip", shuffle=True,
+                            fletcher32=True)
         conv.create_dataset("bias", data=expected["cb"], compression="lzf")
         conv["weight"].attrs["units"] = conv["weight"].ref  # attributes of datasets are free
         names = h5py.h5d.create(file.id, b"classes", null_terminated, h5py.h5s.create_simple((5,)))
-        names.write(h5py.h5s.ALL, h5py.h5s.ALL, np.array([b"a", "ä".encode(), b"c\0rubbish", b"", b"e " * 5], "S12"), mtype=null_terminated)
+        names.write(h5py.h5s.ALL, h5py.h5s.ALL, np.array([b"a", "ä".encode(), b"c\0rubbish", b"", b"e " * 5], "S12"),
+                    mtype=null_terminated)
         file.create_group("provenance").attrs["why not"] = np.bytes_("because")
     model = load(path)
     assert model.graph.shapes == {
-        "input": (3, 9, 9), "s": (8, 5, 5), "relu": (8, 5, 5), "flat0": (8, 3, 2), "flat": (48, 1, 1), "scores/1": (5, 1, 1)}
+        "input": (3, 9, 9), "s": (8, 5, 5), "relu": (8, 5, 5), "flat0": (8, 3, 2), "flat": (48, 1, 1),
+        "scores/1": (5, 1, 1)
+    }
     conv, _, pool, _, dense = model.graph
     np.testing.assert_allclose(conv.weight, expected["c"] * expected["scale"].reshape(8, 1, 1, 1), rtol=1e-6)
     np.testing.assert_allclose(conv.bias, expected["cb"] * expected["scale"] + expected["shift"], rtol=1e-5, atol=1e-6)
@@ -270,10 +276,11 @@ def test_no_model_file(tmp_path, path):
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"PK\x03\x04" + b"x" * 5000, SIGNATURE, SIGNATURE + b"\0" * 5000])
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"PK\x03\x04" + b"x"*5000, SIGNATURE, SIGNATURE + b"\0"*5000])
 def test_not_hdf5(path, content):
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.h5': (is not an HDF5 file|HDF5 cannot process it).*required: an undamaged"):
+    with pytest.raises(ModelError,
+                       match=r"model\.h5': (is not an HDF5 file|HDF5 cannot process it).*required: an undamaged"):
         load(path)
 
 
@@ -434,112 +441,158 @@ SPOILED = {
     "newer": (attribute("/", "version", 2), "has format version 2; this fastdtd reads version 1"),
     "version missing": (without_attribute("/", "version"), "has format version missing; this fastdtd reads version 1"),
     "version text": (attribute("/", "version", "1"), "has format version '1'; this fastdtd reads version 1"),
-    "root attribute": (attribute("/", "classes", "x"), "the file has the unknown attribute 'classes'; known: format, version"),
+    "root attribute": (attribute("/", "classes",
+                                 "x"), "the file has the unknown attribute 'classes'; known: format, version"),
     "root member": (dataset("labels", [1]), "the file has the unknown member 'labels'; known: input, layers"),
-    "no input": (without("input"), "has no group '/input'"),
-    "no layers group": (without("layers"), "has no group '/layers'"),
-    "no layers": (empty_layers, "the network has no layers"),
-    "layers a dataset": (dataset("layers", [1]), "/layers is a dataset; required: a group"),
+    "no input": (without("input"), "has no group '/input'"), "no layers group": (without("layers"),
+                                                                                 "has no group '/layers'"),
+    "no layers": (empty_layers,
+                  "the network has no layers"), "layers a dataset": (dataset("layers", [1]),
+                                                                     "/layers is a dataset; required: a group"),
     "layer a dataset": (dataset("layers/a", [1]), "group 'a' of /layers is a dataset; required: a group"),
     "layer a type": (named_type, "group 'c' of /layers is a datatype; required: a group"),
-
     "no shape": (without_attribute("input", "shape"), r"/input has shape missing; required: 3 integers"),
     "flat shape": (attribute("input", "shape", [3, 4]), r"/input has shape 3, 4; required: 3 integers"),
     "float shape": (attribute("input", "shape", [3.0, 4, 4]), r"/input has shape 3.0, 4.0, 4.0; required: 3 integers"),
     "zero shape": (attribute("input", "shape", [3, 0, 4]), r"the input has shape \(3, 0, 4\); required"),
     "huge shape": (attribute("input", "shape", [3, 2**40, 2**40]), r"the input has shape .* at most"),
-    "input attribute": (attribute("input", "colour", "rgb"), "/input has the unknown attribute 'colour'; known: shape, color"),
+    "input attribute": (attribute("input", "colour",
+                                  "rgb"), "/input has the unknown attribute 'colour'; known: shape, color"),
     "input member": (dataset("input/men", [1.0]), "/input has the unknown member 'men'; known: mean, std, box"),
     "color": (attribute("input", "color", "cmyk"), "colour order 'cmyk' is unknown"),
     "color number": (attribute("input", "color", 3), "/input attribute 'color' is 3; required: one string"),
     "color channels": (attribute("input", "color", "gray"), "colour order 'gray' has 1 channels but"),
-    "resize": (attribute("input", "resize", "pad"), "resize 'pad' is unknown"),
-    "scale text": (attribute("input", "scale", "1"), "/input attribute 'scale' is '1'; required: one number"),
-    "scale NaN": (attribute("input", "scale", np.nan), "scale nan; required: a finite float32 number"),
-    "mean shape": (dataset("input/mean", [1.0, 2.0]), r"mean of shape \(2,\); required"),
+    "resize": (attribute("input", "resize", "pad"),
+               "resize 'pad' is unknown"), "scale text": (attribute("input", "scale", "1"),
+                                                          "/input attribute 'scale' is '1'; required: one number"),
+    "scale NaN": (attribute("input", "scale", np.nan),
+                  "scale nan; required: a finite float32 number"), "mean shape": (dataset("input/mean", [1.0, 2.0]),
+                                                                                  r"mean of shape \(2,\); required"),
     "mean axes": (dataset("input/mean", [[1.0]]), r"/input/mean has shape \(1, 1\); required: 0 or 1 or 3 axes"),
-    "mean too large": (dataset("input/mean", shape=(2**29,), dtype="f4"), "/input/mean has 536870912 elements; at most"),
-    "std zero": (dataset("input/std", 0.0), "std and scale must not be zero"),
-    "box shape": (dataset("input/box", [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), r"/input/box has shape \(2, 3\); required: \(3, 2\)"),
+    "mean too large": (dataset("input/mean", shape=(2**29, ), dtype="f4"),
+                       "/input/mean has 536870912 elements; at most"), "std zero": (dataset("input/std", 0.0),
+                                                                                    "std and scale must not be zero"),
+    "box shape": (dataset("input/box",
+                          [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), r"/input/box has shape \(2, 3\); required: \(3, 2\)"),
     "box order": (dataset("input/box", [[1.0, 0.0]] * 3), "required: finite, and low below high"),
-
-    "no type": (without_attribute("layers/a", "type"), "group 'a' of /layers attribute 'type' is missing; required: one string"),
-    "unknown type": (attribute("layers/a", "type", "gelu"), "layer 'a' has the unknown type 'gelu'; required: one of conv2d, dense, relu"),
+    "no type": (without_attribute("layers/a",
+                                  "type"), "group 'a' of /layers attribute 'type' is missing; required: one string"),
+    "unknown type": (attribute("layers/a", "type",
+                               "gelu"), "layer 'a' has the unknown type 'gelu'; required: one of conv2d, dense, relu"),
     "no inputs": (without_attribute("layers/a", "inputs"), "'a' has 0 inputs; Conv2d takes 1"),
-    "input numbers": (attribute("layers/a", "inputs", [1, 2]), r"layer 'a' \(conv2d\) has inputs 1, 2; required: names of layers"),
+    "input numbers": (attribute("layers/a", "inputs",
+                                [1, 2]), r"layer 'a' \(conv2d\) has inputs 1, 2; required: names of layers"),
     "two inputs": (attribute("layers/a", "inputs", ["input", "input"]), "'a' has 2 inputs; Conv2d takes 1"),
-    "strides": (attribute("layers/a", "strides", 2), r"layer 'a' \(conv2d\) has the unknown attribute 'strides'; known: type, name, "),
+    "strides": (attribute("layers/a", "strides",
+                          2), r"layer 'a' \(conv2d\) has the unknown attribute 'strides'; known: type, name, "),
     "kernel of a conv": (attribute("layers/a", "kernel", 1), "has the unknown attribute 'kernel'"),
-    "layer member": (dataset("layers/a/biases", [1.0]), r"layer 'a' \(conv2d\) has the unknown member 'biases'; known: weight, bias"),
-    "stride count": (attribute("layers/a", "stride", [1, 1, 1]), "has stride 1, 1, 1; required: 1 or 2 integers"),
-    "stride float": (attribute("layers/a", "stride", 2.0), r"has stride 2\.0; required: 1 or 2 integers"),
-    "stride zero": (attribute("layers/a", "stride", 0), r"has stride \(0, 0\); required: 2 integers from 1"),
-    "stride huge": (attribute("layers/a", "stride", 2**62), "has stride .* required: 2 integers from 1"),
-    "padding count": (attribute("layers/a", "padding", [1, 1, 1]), "has padding 1, 1, 1; required: 1, 2 or 4 integers"),
-    "groups": (attribute("layers/a", "groups", [1, 1]), "has groups 1, 1; required: 1 integer"),
-    "no kernel": (attribute("layers/b", "type", "max_pool2d"), r"layer 'b' \(max_pool2d\) has no attribute 'kernel'; required: one"),
+    "layer member": (dataset("layers/a/biases",
+                             [1.0]), r"layer 'a' \(conv2d\) has the unknown member 'biases'; known: weight, bias"),
+    "stride count": (attribute("layers/a", "stride",
+                               [1, 1, 1]), "has stride 1, 1, 1; required: 1 or 2 integers"), "stride float": (attribute(
+                                   "layers/a", "stride",
+                                   2.0), r"has stride 2\.0; required: 1 or 2 integers"), "stride zero": (attribute(
+                                       "layers/a", "stride", 0), r"has stride \(0, 0\); required: 2 integers from 1"),
+    "stride huge": (attribute("layers/a", "stride", 2**62),
+                    "has stride .* required: 2 integers from 1"), "padding count": (attribute(
+                        "layers/a", "padding",
+                        [1, 1, 1]), "has padding 1, 1, 1; required: 1, 2 or 4 integers"), "groups": (attribute(
+                            "layers/a", "groups",
+                            [1, 1]), "has groups 1, 1; required: 1 integer"), "no kernel": (attribute(
+                                "layers/b", "type",
+                                "max_pool2d"), r"layer 'b' \(max_pool2d\) has no attribute 'kernel'; required: one"),
     "no weight": (without("layers/a/weight"), r"layer 'a' \(conv2d\) has no dataset 'weight'; required: one"),
-    "duplicate name": (second_layer("a", "a"), "layer name 'a' is taken or empty"),
-    "reserved name": (second_layer("input", "a"), "layer name 'input' is taken or empty"),
-    "cycle": (attribute("layers/a", "inputs", "b"), "cycle through 'a', 'b'"),
-    "dangling": (attribute("layers/a", "inputs", "gone"), "layer 'a' reads 'gone', which no layer makes"),
-
-    "weight axes": (dataset("layers/a/weight", numbers(2, 3)), r"layer 'a' \(conv2d\) weight has shape \(2, 3\); required: 4 axes"),
-    "weight shape": (dataset("layers/a/weight", numbers(2, 4, 1, 1)), "expects 4 input channels"),
-    "weight empty": (dataset("layers/a/weight", np.zeros((0, 3, 1, 1))), "required: 4 axes, none of them empty"),
-    "weight null": (dataset("layers/a/weight", h5py.Empty("f4")), "has shape None; required: 4 axes"),
-    "weight a group": (group_for_weights, "bias is a group; required: a dataset"),
-    "weight integers": (dataset("layers/a/weight", np.ones((2, 3, 1, 1), int)), "weight is of HDF5 type Integer .* required: IEEE"),
-    "weight strings": (dataset("layers/a/bias", ["1", "2"]), "bias is of HDF5 type String .* required: IEEE"),
-    "weight fixed strings": (dataset("layers/a/bias", np.array([b"1", b"2"])), "bias is of HDF5 type String .* required: IEEE"),
-    "weight compound": (dataset("layers/a/bias", np.zeros(2, "f4,f4")), "bias is of HDF5 type Compound"),
-    "weight complex": (dataset("layers/a/bias", np.zeros(2, "c8")), "bias is of HDF5 type Comp"),
-    "weight opaque": (dataset("layers/a/bias", np.zeros(2, "V4")), "bias is of HDF5 type Opaque"),
-    "weight vlen": (dataset("layers/a/bias", shape=(2,), dtype=h5py.vlen_dtype("f4")), "bias is of HDF5 type Vlen"),
-    "weight references": (dataset("layers/a/bias", shape=(2,), dtype=h5py.ref_dtype), "bias is of HDF5 type Reference"),
-    "weight regions": (dataset("layers/a/bias", shape=(2,), dtype=h5py.regionref_dtype), "bias is of HDF5 type Reference"),
-    "weight long double": (dataset("layers/a/bias", np.zeros(2, np.longdouble)), "bias is of HDF5 type Float .16 bytes"),
-    "weight strange float": (strange_float, "bias is of HDF5 type Float .* required: IEEE"),
-    "weight NaN": (dataset("layers/a/bias", [1.0, np.nan]), "layer 'a' has NaN or infinity in its bias"),
-    "weight overflow": (dataset("layers/a/bias", [1.0, 1e300]), "layer 'a' has NaN or infinity in its bias"),
-    "bias shape": (dataset("layers/a/bias", numbers(3)), r"bias of shape \(3,\); required: \(2,\)"),
-    "too many numbers": (dataset("layers/a/bias", shape=(2**30 + 1,), dtype="f4"), "bias has 1073741825 elements; at most 1073741824"),
-    "unwritten chunks": (dataset("layers/a/bias", shape=(2**30,), dtype="f4", compression="gzip"),
-                         "bias claims 4294967296 bytes but the file stores 0 for it; required: data that were written"),
-    "unwritten": (dataset("layers/a/bias", shape=(2**30,), dtype="f4"), "bias claims 4294967296 bytes but the file stores 0"),
-    "absurd chunk": (absurd_chunk, "bias claims 1073741824 bytes but the file stores 0"),
-
-    "soft link": (link("layers/a/bias", h5py.SoftLink("/layers/a/weight")), "layer 'a' .* holds 'bias' as a soft, external"),
-    "soft layer": (link("layers/c", h5py.SoftLink("/layers/a")), "/layers holds 'c' as a soft, external"),
-    "external link": (link("layers/a/bias", h5py.ExternalLink("/etc/passwd", "/x")), "layer 'a' .* holds 'bias' as a soft, external"),
-    "external root": (link("classes", h5py.ExternalLink("other.h5", "/x")), "the file holds 'classes' as a soft, external"),
-    "virtual": (virtual, "weight keeps its data in other files"),
-    "external storage": (dataset("layers/a/bias", shape=(2,), dtype="f4", external=[("/etc/passwd", 0, 8)]),
-                         "bias keeps its data in other files"),
-    "hard-link cycle": (hard_link_cycle, "layer 'a' .* has the unknown member 'loop'"),
-    "own parent": (layer_is_its_own_parent, "group 'loop' of /layers attribute 'type' is missing"),
-    "scale-offset": (scale_offset, r"weight is stored with the HDF5 filters \[6\]; required: at most one of gzip"),
-    "two compressions": (two_compressions, r"bias is stored with the HDF5 filters \[1, 32000\]; required: at most one of gzip"),
-
-    "attribute reference": (lambda f: attribute("layers/a", "name", f["layers"].ref)(f), "'name' is neither text nor numbers"),
-    "attribute compound": (attribute("layers/a", "stride", np.zeros(2, "i4,i4")), "'stride' is neither text nor numbers"),
-    "attribute array type": (lambda f: f["layers/a"].attrs.create("stride", np.ones((1, 2), "i4"), (1, 2), np.dtype("(2,)i4")),
-                             "'stride' is neither text nor numbers"),
-    "attribute null": (attribute("layers/a", "stride", h5py.Empty("i4")), "'stride' is empty; required: a value"),
-    "attribute without elements": (attribute("layers/a", "stride", np.zeros(0, "i4")), "has stride of no elements; required"),
-    "long string": (attribute("layers/a", "name", np.bytes_("x" * 5000)), "'name' has strings of 5000 bytes; at most 4096"),
-    "long heap string": (attribute("layers/a", "name", "x" * 5000), "strings of more than 4096 bytes"),
-    "not UTF-8": (attribute("layers/a", "name", np.bytes_(b"\xff\xfe")), "'name' has the string .* required: ASCII or UTF-8"),
-    "attribute name not UTF-8": (attribute_name_not_utf8, "group 'a' of /layers has the string .* required: ASCII or UTF-8"),
-    "link name not UTF-8": (lambda f: h5py.h5g.create(f["layers"].id, b"\xff"), "/layers has the string .* required: ASCII or UTF-8"),
-
-    "classes count": (dataset("classes", ["x"]), "names 1 classes but has 2 outputs"),
-    "classes numbers": (dataset("classes", [1, 2]), "/classes is of type int64; required: strings"),
-    "classes axes": (dataset("classes", [["x", "y"]]), r"/classes has shape \(1, 2\); required: 1 axes"),
-    "classes too many": (dataset("classes", shape=(10**6 + 1,), dtype="S1"), "/classes has 1000001 elements; at most 1000000"),
-    "classes long": (dataset("classes", np.array([b"x" * 5000, b"y"])), "/classes is of type .* strings of at most 4096 bytes"),
-    "provenance number": (attribute("provenance", "year", 2017), "/provenance attribute 'year' is 2017; required: one string"),
-    "provenance member": (dataset("provenance/x", [1]), "/provenance has the unknown member 'x'; known: none"),
+    "duplicate name": (second_layer("a", "a"),
+                       "layer name 'a' is taken or empty"), "reserved name": (second_layer("input", "a"),
+                                                                              "layer name 'input' is taken or empty"),
+    "cycle": (attribute("layers/a", "inputs",
+                        "b"), "cycle through 'a', 'b'"), "dangling": (attribute("layers/a", "inputs", "gone"),
+                                                                      "layer 'a' reads 'gone', which no layer makes"),
+    "weight axes": (dataset("layers/a/weight",
+                            numbers(2, 3)), r"layer 'a' \(conv2d\) weight has shape \(2, 3\); required: 4 axes"),
+    "weight shape": (dataset("layers/a/weight", numbers(2, 4, 1, 1)),
+                     "expects 4 input channels"), "weight empty": (dataset("layers/a/weight", np.zeros(
+                         (0, 3, 1, 1))), "required: 4 axes, none of them empty"),
+    "weight null": (dataset("layers/a/weight", h5py.Empty("f4")),
+                    "has shape None; required: 4 axes"), "weight a group": (group_for_weights,
+                                                                            "bias is a group; required: a dataset"),
+    "weight integers": (dataset("layers/a/weight", np.ones(
+        (2, 3, 1, 1), int)), "weight is of HDF5 type Integer .* required: IEEE"), "weight strings": (dataset(
+            "layers/a/bias",
+            ["1", "2"]), "bias is of HDF5 type String .* required: IEEE"), "weight fixed strings": (dataset(
+                "layers/a/bias",
+                np.array([b"1", b"2"])), "bias is of HDF5 type String .* required: IEEE"), "weight compound": (dataset(
+                    "layers/a/bias", np.zeros(2, "f4,f4")), "bias is of HDF5 type Compound"),
+    "weight complex": (dataset("layers/a/bias", np.zeros(2, "c8")),
+                       "bias is of HDF5 type Comp"), "weight opaque": (dataset("layers/a/bias", np.zeros(2, "V4")),
+                                                                       "bias is of HDF5 type Opaque"),
+    "weight vlen": (dataset("layers/a/bias", shape=(2, ), dtype=h5py.vlen_dtype("f4")),
+                    "bias is of HDF5 type Vlen"), "weight references": (dataset("layers/a/bias", shape=(2, ),
+                                                                                dtype=h5py.ref_dtype),
+                                                                        "bias is of HDF5 type Reference"),
+    "weight regions": (dataset("layers/a/bias", shape=(2, ), dtype=h5py.regionref_dtype),
+                       "bias is of HDF5 type Reference"), "weight long double": (dataset(
+                           "layers/a/bias", np.zeros(2, np.longdouble)), "bias is of HDF5 type Float .16 bytes"),
+    "weight strange float": (strange_float, "bias is of HDF5 type Float .* required: IEEE"), "weight NaN": (dataset(
+        "layers/a/bias", [1.0, np.nan]), "layer 'a' has NaN or infinity in its bias"), "weight overflow": (dataset(
+            "layers/a/bias", [1.0, 1e300]), "layer 'a' has NaN or infinity in its bias"), "bias shape": (dataset(
+                "layers/a/bias", numbers(3)), r"bias of shape \(3,\); required: \(2,\)"), "too many numbers": (dataset(
+                    "layers/a/bias", shape=(2**30 + 1, ),
+                    dtype="f4"), "bias has 1073741825 elements; at most 1073741824"), "unwritten chunks": (
+                        dataset("layers/a/bias", shape=(2**30, ), dtype="f4", compression="gzip"),
+                        "bias claims 4294967296 bytes but the file stores 0 for it; required: data that were written"),
+    "unwritten": (dataset("layers/a/bias", shape=(2**30, ),
+                          dtype="f4"), "bias claims 4294967296 bytes but the file stores 0"),
+    "absurd chunk": (absurd_chunk, "bias claims 1073741824 bytes but the file stores 0"), "soft link": (link(
+        "layers/a/bias",
+        h5py.SoftLink("/layers/a/weight")), "layer 'a' .* holds 'bias' as a soft, external"), "soft layer": (link(
+            "layers/c", h5py.SoftLink("/layers/a")), "/layers holds 'c' as a soft, external"), "external link": (link(
+                "layers/a/bias",
+                h5py.ExternalLink("/etc/passwd",
+                                  "/x")), "layer 'a' .* holds 'bias' as a soft, external"), "external root": (link(
+                                      "classes",
+                                      h5py.ExternalLink("other.h5",
+                                                        "/x")), "the file holds 'classes' as a soft, external"),
+    "virtual": (virtual, "weight keeps its data in other files"), "external storage": (dataset(
+        "layers/a/bias", shape=(2, ), dtype="f4", external=[
+            ("/etc/passwd", 0, 8)
+        ]), "bias keeps its data in other files"), "hard-link cycle": (hard_link_cycle,
+                                                                       "layer 'a' .* has the unknown member 'loop'"),
+    "own parent": (layer_is_its_own_parent, "group 'loop' of /layers attribute 'type' is missing"), "scale-offset": (
+        scale_offset,
+        r"weight is stored with the HDF5 filters \[6\]; required: at most one of gzip"), "two compressions": (
+            two_compressions, r"bias is stored with the HDF5 filters \[1, 32000\]; required: at most one of gzip"),
+    "attribute reference": (lambda f: attribute("layers/a", "name", f["layers"].ref)
+                            (f), "'name' is neither text nor numbers"), "attribute compound": (attribute(
+                                "layers/a", "stride", np.zeros(2, "i4,i4")), "'stride' is neither text nor numbers"),
+    "attribute array type": (lambda f: f["layers/a"].attrs.create("stride", np.ones(
+        (1, 2), "i4"), (1, 2), np.dtype("(2,)i4")), "'stride' is neither text nor numbers"), "attribute null": (
+            attribute("layers/a", "stride", h5py.Empty("i4")),
+            "'stride' is empty; required: a value"), "attribute without elements": (attribute(
+                "layers/a", "stride",
+                np.zeros(0, "i4")), "has stride of no elements; required"), "long string": (attribute(
+                    "layers/a", "name", np.bytes_("x" * 5000)), "'name' has strings of 5000 bytes; at most 4096"),
+    "long heap string": (attribute("layers/a", "name", "x" * 5000), "strings of more than 4096 bytes"), "not UTF-8": (
+        attribute("layers/a", "name",
+                  np.bytes_(b"\xff\xfe")),
+        "'name' has the string .* required: ASCII or UTF-8"), "attribute name not UTF-8": (
+            attribute_name_not_utf8,
+            "group 'a' of /layers has the string .* required: ASCII or UTF-8"), "link name not UTF-8": (
+                lambda f: h5py.h5g.create(f["layers"].id, b"\xff"),
+                "/layers has the string .* required: ASCII or UTF-8"), "classes count": (dataset("classes", [
+                    "x"
+                ]), "names 1 classes but has 2 outputs"), "classes numbers": (dataset("classes", [
+                    1, 2
+                ]), "/classes is of type int64; required: strings"), "classes axes": (dataset("classes", [[
+                    "x", "y"
+                ]]), r"/classes has shape \(1, 2\); required: 1 axes"), "classes too many": (dataset(
+                    "classes", shape=(10**6 + 1, ),
+                    dtype="S1"), "/classes has 1000001 elements; at most 1000000"), "classes long": (dataset(
+                        "classes", np.array([b"x" * 5000,
+                                             b"y"])), "/classes is of type .* strings of at most 4096 bytes"),
+    "provenance number": (attribute("provenance", "year", 2017),
+                          "/provenance attribute 'year' is 2017; required: one string"), "provenance member": (dataset(
+                              "provenance/x", [1]), "/provenance has the unknown member 'x'; known: none"),
 }
 
 
@@ -566,7 +619,8 @@ def test_truth_values(valid, value):
 
 
 def test_huge_attribute(path):
-    with h5py.File(path, "w", libver="latest") as file:  # earlier versions of HDF5's objects keep attributes below 64 KiB
+    with h5py.File(path, "w",
+                   libver="latest") as file:  # earlier versions of HDF5's objects keep attributes below 64 KiB
         file.attrs["format"], file.attrs["version"] = "fastdtd-model", 1
         file.create_group("layers")
         file.create_group("input").attrs["shape"] = np.ones(20_000, int)
@@ -641,7 +695,9 @@ def test_unknown_options(model, path):
 
 def test_float16_overflow(path):
     big = Model(Graph((Dense("d", ("input",), [[1.0, -70000.0]]),), (2, 1, 1)), Preprocessing(None))
-    with pytest.raises(ModelError, match="cannot be saved: layer 'd' has weight up to 70000, beyond float16; save with dtype='float32'"):
+    with pytest.raises(
+            ModelError,
+            match="cannot be saved: layer 'd' has weight up to 70000, beyond float16; save with dtype='float32'"):
         save(big, path, "float16")
     assert not path.exists()
     save(big, path)
@@ -661,14 +717,16 @@ def test_what_cannot_be_stored(model, path, key, value, message):
 
 def test_unwritable_places(model, tmp_path):
     (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "missing" / "m.h5", tmp_path / "file" / "m.h5", tmp_path / ("x" * 300), tmp_path / "zero\0byte"):
+    for place in (tmp_path, tmp_path / "missing" / "m.h5", tmp_path / "file" / "m.h5", tmp_path /
+                  ("x"*300), tmp_path / "zero\0byte"):
         with pytest.raises(OutputError, match=r"cannot write .*required: a place"):
             save(model, place)
     assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize(("error", "seen"), [(OSError(28, "No space left"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)])
+@pytest.mark.parametrize(("error", "seen"), [(OSError(28, "No space left"), OutputError),
+                                             (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_failing_halfway_keeps_the_old_file(model, path, monkeypatch, step, error, seen):
     path.write_text("precious")
 

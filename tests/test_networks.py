@@ -1,4 +1,6 @@
-"""Real trained networks on real pictures: what they say, what is conserved, and that every way into the package gives the same."""
+"""Real trained networks on real pictures: what they say, what is conserved, and that every way into the package gives
+the same.
+"""
 
 import gzip
 
@@ -9,15 +11,16 @@ import fastdtd
 
 CAFFE_PIXELS = {"color": "bgr", "mean": (104, 117, 123), "box": [(-104, 151), (-117, 138), (-123, 132)]}
 WINNERS = {
-    "castle.jpg": 483, "cat19.jpg": 281, "chelsea.png": 285, "coffee.png": 967, "espresso1.jpg": 967, "frog13.jpg": 30, "goldfish2.jpg": 1,
-    "ladybug1.jpg": 301, "parrot.jpg": 88, "rooster1.jpg": 7, "scooter1.jpg": 665, "shark1.jpg": 3, "shark3.jpg": 4, "shark5.jpg": 3,
-    "volcano2.jpg": 980, "wolf1.jpg": 269, "zebra.jpg": 340,
+    "castle.jpg": 483, "cat19.jpg": 281, "chelsea.png": 285, "coffee.png": 967, "espresso1.jpg": 967, "frog13.jpg": 30,
+    "goldfish2.jpg": 1, "ladybug1.jpg": 301, "parrot.jpg": 88, "rooster1.jpg": 7, "scooter1.jpg": 665, "shark1.jpg": 3,
+    "shark3.jpg": 4, "shark5.jpg": 3, "volcano2.jpg": 980, "wolf1.jpg": 269, "zebra.jpg": 340,
 }
 
 
 @pytest.fixture(scope="module")
 def squeezenet(data):
-    return fastdtd.convert(data / "models/squeezenet_v1.1/squeezenet_v1.1.onnx", labels=data / "labels/synset_words.txt", **CAFFE_PIXELS)
+    return fastdtd.convert(data / "models/squeezenet_v1.1/squeezenet_v1.1.onnx",
+                           labels=data / "labels/synset_words.txt", **CAFFE_PIXELS)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +55,10 @@ def test_the_embedded_network_is_squeezenet_in_half_precision(squeezenet, batch)
 
 def test_lenet_on_ten_thousand_digits(data):
     folder = data / "models/lenet_mnist"
-    model = fastdtd.convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256, box=(0, 255 / 256))
-    digits = np.frombuffer(gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    model = fastdtd.convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256,
+                            box=(0, 255 / 256))
+    digits = np.frombuffer(gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8,
+                           offset=16).reshape(-1, 1, 28, 28)
     labels = np.frombuffer(gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
     e = fastdtd.Explainer(model)(digits.astype(np.float32) / 256)
     assert (e.target == labels).mean() == 0.9905

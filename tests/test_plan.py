@@ -1,4 +1,6 @@
-"""Plans from inside: what shares memory, what is copied, what is read before it is written, what goes back through a tensor."""
+"""Plans from inside: what shares memory, what is copied, what is read before it is written, what goes back through a
+tensor.
+"""
 
 import naive
 import numpy as np
@@ -16,7 +18,8 @@ from fastdtd.plan import Plan
 from fastdtd.rules import assign
 from fastdtd.schedule import View, _in_order_of_time, lay_out
 
-quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+quick = settings(max_examples=50, deadline=None,
+                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def plan_of(graph, rules="dtd", batch=1, workers=1):
@@ -44,7 +47,7 @@ def scored(*layers, shape, box=(-1.0, 1.0)):
     return g.Graph((*layers, g.GlobalAveragePool("mean", (layers[-1].name,)), g.ReLU("scores", ("mean",))), shape, box)
 
 
-# ---- Memory ------------------------------------------------------------------------------------------------------------------------------
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -59,8 +62,8 @@ def test_buffers_alive_together_do_not_overlap(case):
                 first, _ = alive.get(view.buffer, (number, number))
                 alive[view.buffer] = (first, number)
     middle, end = schedule.forward_steps, len(schedule.steps)
-    for tensor, written, read in [(schedule.input, -1, 0), (schedule.output, 0, middle), (schedule.start, middle, middle),
-                                  (schedule.relevance, end, end)]:
+    for tensor, written, read in [(schedule.input, -1, 0), (schedule.output, 0, middle),
+                                  (schedule.start, middle, middle), (schedule.relevance, end, end)]:
         first, last = alive.get(tensor.view.buffer, (written, read))
         # the caller's writing and reading
         alive[tensor.view.buffer] = (first if written == 0 else min(first, written), max(last, read))
@@ -74,9 +77,12 @@ def test_buffers_alive_together_do_not_overlap(case):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 30), st.integers(0, 9)), min_size=1, max_size=60), st.booleans())
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 30), st.integers(0, 9)), min_size=1, max_size=60),
+       st.booleans())
 def test_layouts_of_any_lifetimes(given, in_order_of_time):
-    """Both ways of laying buffers out: none overlaps another that is alive with it, all within the size, at whole cache lines."""
+    """Both ways of laying buffers out: none overlaps another that is alive with it, all within the size, at whole cache
+    lines.
+    """
     lifetimes = [(elements, first, first + length) for elements, first, length in given]
     sizes = [-(-elements // 16) * 16 for elements, _, _ in lifetimes]
     offsets, size = _in_order_of_time(sizes, lifetimes) if in_order_of_time else lay_out(lifetimes)
@@ -98,9 +104,10 @@ def test_nothing_reads_what_was_not_written(case):
         plan._workspace[:] = poison
         plan.ledger[:] = np.nan
         for step in range(len(plan.schedule.steps)):
-            for scratch in plan.arguments(step):  # blocks and tiles
-                if isinstance(scratch, np.ndarray) and scratch.flags.writeable and not np.shares_memory(scratch, plan._workspace):
-                    scratch[...] = 0 if scratch.dtype == np.uint8 else poison  # dead flags are the plan's memory between runs
+            arrays = [argument for argument in plan.arguments(step) if isinstance(argument, np.ndarray)]
+            for scratch in arrays:  # blocks and tiles; dead flags are the plan's memory between runs
+                if scratch.flags.writeable and not np.shares_memory(scratch, plan._workspace):
+                    scratch[...] = 0 if scratch.dtype == np.uint8 else poison
         for ours, theirs in zip(run(plan, batch), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
@@ -115,7 +122,7 @@ def test_memory_is_used_again():
     assert plan.schedule.workspace_elements <= tapes + 3 * 4 * 8 * 8 + 10 * 16
 
 
-# ---- Concatenations ----------------------------------------------------------------------------------------------------------------------
+# ---- Concatenations --------------------------------------------------------------------------------------------------
 
 
 def copies(plan):
@@ -123,14 +130,16 @@ def copies(plan):
 
 
 def fire(both=("a/relu", "b/relu")):
-    return scored(conv("s", g.INPUT, 3, 4), g.ReLU("s/relu", ("s",)), conv("a", "s/relu", 4, 5), g.ReLU("a/relu", ("a",)),
-                  conv("b", "s/relu", 4, 6, 3), g.ReLU("b/relu", ("b",)), g.Concat("both", both), conv("c", "both", 11, 2), shape=(3, 5, 5))
+    return scored(conv("s", g.INPUT, 3, 4), g.ReLU("s/relu", ("s", )), conv("a", "s/relu", 4, 5),
+                  g.ReLU("a/relu", ("a", )), conv("b", "s/relu", 4, 6, 3), g.ReLU("b/relu", ("b", )),
+                  g.Concat("both", both), conv("c", "both", 11, 2), shape=(3, 5, 5))
 
 
 def dense_block():
     """Each convolution reads all before it: one tensor can lie in one concatenation only."""
-    return scored(conv("a", g.INPUT, 2, 3), g.Concat("ab", (g.INPUT, "a")), conv("b", "ab", 5, 3), g.Concat("abc", (g.INPUT, "b", "a")),
-                  conv("c", "abc", 8, 3), g.Concat("all", ("c", "a", "abc", "b")), conv("d", "all", 17, 2), shape=(2, 4, 4))
+    return scored(conv("a", g.INPUT, 2, 3), g.Concat("ab", (g.INPUT, "a")), conv("b", "ab", 5, 3),
+                  g.Concat("abc", (g.INPUT, "b", "a")), conv("c", "abc", 8, 3), g.Concat("all", ("c", "a", "abc", "b")),
+                  conv("d", "all", 17, 2), shape=(2, 4, 4))
 
 
 def twice():
@@ -149,10 +158,10 @@ def flattened(first):
     return scored(*layers, g.Concat("both", ("flat", "means") if first else ("means", "flat")), shape=(2, 3, 3))
 
 
-@pytest.mark.parametrize(("graph", "copied"), [
-    (fire(), False), (fire(("b/relu", "a/relu")), False), (dense_block(), True), (twice(), True), (flattened(True), True),
-    (flattened(False), True), (read_in_parts("a"), False), (read_in_parts("b"), False),
-])
+@pytest.mark.parametrize(("graph", "copied"), [(fire(), False), (fire(("b/relu", "a/relu")), False),
+                                               (dense_block(), True), (twice(), True), (flattened(True), True),
+                                               (flattened(False), True), (read_in_parts("a"), False),
+                                               (read_in_parts("b"), False), ])
 def test_concatenations_write_in_place_where_they_can(graph, copied):
     plan, batch = plan_of(graph, batch=2), pictures(graph, 2)
     assert (copies(plan) > 0) == copied
@@ -188,26 +197,28 @@ def test_buffers_are_whole_cache_lines():
         assert buffer.offset % 16 == 0
 
 
-# ---- What goes back ----------------------------------------------------------------------------------------------------------------------
+# ---- What goes back --------------------------------------------------------------------------------------------------
 
 
 BOX = (0, 1)
-CHAIN = (conv("a", g.INPUT, 2, 2), g.ReLU("relu", ("a",)), g.MaxPool2d("max", ("relu",), (2, 2)), conv("b", "max", 2, 2))
+CHAIN = (conv("a", g.INPUT, 2, 2), g.ReLU("relu", ("a", )), g.MaxPool2d("max", ("relu", ),
+                                                                        (2, 2)), conv("b", "max", 2, 2))
 
 
-@pytest.mark.parametrize(("layers", "rules", "carriers"), [
-    (CHAIN, {}, set()),
-    (CHAIN, {"max": "proportional"}, set()),
-    (CHAIN, {"b": "w2"}, {"max", "relu", "a"}),  # the winner and the ReLU only pass it on
-    (CHAIN, {"b": "flat", "max": "proportional"}, {"max"}),  # under z+ what comes back is a multiple of a again
-    (CHAIN, {"mean": "flat"}, {"b"}),
-    ((g.ReLU("relu", (g.INPUT,)), g.Concat("x", ("relu", "relu")), conv("a", "x", 4, 2)), {}, {"relu", "x"}),  # joined to the input
-    ((conv("a", g.INPUT, 2, 2), g.Concat("x", ("a", g.INPUT))), {}, {"a", "x"}),  # by the other input of a concatenation
-    ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Concat("x", ("a", "b")), conv("c", "b", 2, 2), g.Concat("y", ("x", "c"))),
-     {"c": "flat"}, {"a", "b", "c", "x", "y"}),
-    ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Add("x", ("a", "b"))), {}, set()),
-    ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Add("x", ("a", "b"))), {"x": "w2"}, {"a", "b"}),
-])
+@pytest.mark.parametrize(
+    ("layers", "rules", "carriers"),
+    [(CHAIN, {}, set()), (CHAIN, {"max": "proportional"}, set()),
+     (CHAIN, {"b": "w2"}, {"max", "relu", "a"}),  # the winner and the ReLU only pass it on
+     (CHAIN, {"b": "flat", "max": "proportional"}, {"max"}),  # under z+ what comes back is a multiple of a again
+     (CHAIN, {"mean": "flat"}, {"b"}),
+     ((g.ReLU("relu", (g.INPUT, )), g.Concat("x", ("relu", "relu")), conv(
+         "a", "x", 4, 2)), {}, {"relu", "x"}),  # joined to the input
+     ((conv("a", g.INPUT, 2, 2), g.Concat("x",
+                                          ("a", g.INPUT))), {}, {"a", "x"}),  # by the other input of a concatenation
+     ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Concat("x", ("a", "b")), conv(
+         "c", "b", 2, 2), g.Concat("y", ("x", "c"))), {"c": "flat"}, {"a", "b", "c", "x", "y"}),
+     ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Add("x", ("a", "b"))), {}, set()),
+     ((conv("a", g.INPUT, 2, 2), conv("b", "a", 2, 2), g.Add("x", ("a", "b"))), {"x": "w2"}, {"a", "b"}), ])
 def test_which_tensors_carry_relevance(layers, rules, carriers):
     graph = scored(*layers, shape=(2, 4, 4), box=BOX)
     assert assign(graph, rules).carriers == {g.INPUT} | carriers

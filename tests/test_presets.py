@@ -1,4 +1,6 @@
-"""Presets named after other packages compute what those packages compute: against numbers that they gave (tests/recorded)."""
+"""Presets named after other packages compute what those packages compute: against numbers that they gave
+(tests/recorded).
+"""
 
 from pathlib import Path
 
@@ -22,10 +24,11 @@ def network(r):
     def layer(name, source, **fields):
         return g.Conv2d(name, (source,), r[name], r[f"{name} bias"], **fields), g.ReLU(f"{name}+", (name,))
 
-    layers = (*layer("a", g.INPUT, stride=(2, 2)), *layer("b", "a+", padding=(0, 1, 1, 1)), g.Concat("ab", ("a+", "b+")),
-              g.MaxPool2d("max", ("ab",), (2, 2)), g.AveragePool2d("average", ("max",), (3, 2)), *layer("c", "average"),
-              g.Flatten("flat", ("c+",)), g.Dense("d", ("flat",), r["d"], r["d bias"]), g.ReLU("d+", ("d",)),
-              g.Dense("e", ("d+",), r["e"], r["e bias"]))
+    layers = (*layer("a", g.INPUT, stride=(2, 2)), *layer("b", "a+", padding=(0, 1, 1, 1)),
+              g.Concat("ab", ("a+", "b+")), g.MaxPool2d("max", ("ab", ), (2, 2)),
+              g.AveragePool2d("average", ("max", ), (3, 2)), *layer("c", "average"), g.Flatten("flat", ("c+", )),
+              g.Dense("d", ("flat", ), r["d"],
+                      r["d bias"]), g.ReLU("d+", ("d", )), g.Dense("e", ("d+", ), r["e"], r["e bias"]))
     return g.Graph(layers, r["pictures"].shape[1:], (r["low"], r["high"]))
 
 
@@ -40,7 +43,8 @@ def test_innvestigate(recorded, preset):
 
 
 def test_each_preset_differs_from_the_others(recorded):
-    chosen = [{name: str(rule.rule) for name, rule in assign(network(recorded), preset).rules.items()} for preset in PRESETS
+    chosen = [{name: str(rule.rule) for name, rule in assign(network(recorded), preset).rules.items()}
+              for preset in PRESETS
               if preset not in DERIVATIVES[1:]]  # these differ in what is done with the derivative
     assert all(a != b for i, a in enumerate(chosen) for b in chosen[:i])
 

@@ -12,16 +12,19 @@ from fastdtd.rules import Rule, assign
 def network(box=None):
     """input -> conv1 -> relu -> conv[2] -> {max, average} -> sum -> mean -> scores"""
     weight = np.ones((2, 2, 1, 1))
-    layers = (g.Conv2d("conv1", (g.INPUT,), weight), g.ReLU("relu", ("conv1",)), g.Conv2d("conv[2]", ("relu",), weight),
-              g.MaxPool2d("max", ("conv[2]",), (2, 2)), g.AveragePool2d("average", ("conv[2]",), (2, 2)), g.Add("sum", ("max", "average")),
-              g.GlobalAveragePool("mean", ("sum",)), g.Dense("scores", ("mean",), np.ones((3, 2))))
+    layers = (g.Conv2d("conv1", (g.INPUT, ), weight), g.ReLU("relu",
+                                                             ("conv1", )), g.Conv2d("conv[2]", ("relu", ), weight),
+              g.MaxPool2d("max", ("conv[2]", ), (2, 2)), g.AveragePool2d("average", ("conv[2]", ),
+                                                                         (2, 2)), g.Add("sum", ("max", "average")),
+              g.GlobalAveragePool("mean", ("sum", )), g.Dense("scores", ("mean", ), np.ones((3, 2))))
     return g.Graph(layers, (2, 4, 4), box)
 
 
 def pools(box):
     """Pools and an addition straight at the input, and a layer behind them."""
-    layers = (g.MaxPool2d("max", (g.INPUT,), (2, 2)), g.AveragePool2d("average", (g.INPUT,), (2, 2)), g.Add("sum", ("max", "average")),
-              g.GlobalAveragePool("mean", ("sum",)), g.Dense("scores", ("mean",), np.ones((3, 2))))
+    layers = (g.MaxPool2d("max", (g.INPUT, ), (2, 2)), g.AveragePool2d("average", (g.INPUT, ),
+                                                                       (2, 2)), g.Add("sum", ("max", "average")),
+              g.GlobalAveragePool("mean", ("sum", )), g.Dense("scores", ("mean", ), np.ones((3, 2))))
     return g.Graph(layers, (2, 4, 4), box)
 
 
@@ -42,28 +45,31 @@ def test_defaults_follow_the_domain(box, first):
 def test_features_follow_the_domain():
     assigned = assign(network((0, 1)), {"max": "proportional"}).rules
     features = {name: rule.terms[0].features for name, rule in assigned.items()}
-    signed = dict.fromkeys(("max", "average", "sum", "mean", "scores"), codes.SIGNED)  # nothing but conv1 is behind a ReLU
+    signed = dict.fromkeys(("max", "average", "sum", "mean", "scores"),
+                           codes.SIGNED)  # nothing but conv1 is behind a ReLU
     assert features == {"conv1": codes.BOX, "conv[2]": codes.NONNEGATIVE, **signed}
     assert assign(network()).rules["max"].terms == ()
-    for rules, box, expected in [({"max": "proportional"}, (0, 1), codes.BOX), ({"max": "proportional"}, None, codes.SIGNED),
-                                 ({"average": "z+"}, (0, 1), codes.NONNEGATIVE), ({"average": "z+"}, (-1, 1), codes.SIGNED),
-                                 ({"average": "w2"}, (0, 1), codes.ONES), ({"average": "flat"}, (0, 1), codes.ONES)]:
+    for rules, box, expected in [({"max": "proportional"}, (0, 1), codes.BOX),
+                                 ({"max": "proportional"}, None, codes.SIGNED),
+                                 ({"average": "z+"}, (0, 1), codes.NONNEGATIVE),
+                                 ({"average": "z+"}, (-1, 1), codes.SIGNED), ({"average": "w2"}, (0, 1), codes.ONES),
+                                 ({"average": "flat"}, (0, 1), codes.ONES)]:
         assert assign(pools(box), rules).rules[next(iter(rules))].terms[0].features == expected
 
 
-@pytest.mark.parametrize(("rules", "changed"), [
-    ({"conv1": "flat"}, {"conv1": "flat"}),
-    ({"conv*": "w2"}, {"conv1": "w2", "conv[2]": "w2"}),
-    ({"[cas]*": "flat", "conv1": "w2", "max": "proportional"},
-     dict.fromkeys(("conv[2]", "average", "sum", "scores"), "flat") | {"max": "proportional"}),
-    ({"max": "proportional", "m[ae]*": "winner", "mean": "flat"}, {"mean": "flat"}),  # the last that matches counts, exact or not
-    ({"conv1": "flat", "conv?": "w2"}, {"conv1": "w2"}),
-    ({"conv[2]": "flat"}, {"conv[2]": "flat"}),  # a name before it is a pattern, which would be conv2
-    ({"conv[[]*": "flat"}, {"conv[2]": "flat"}),
-    ({"conv[12]": "flat"}, {"conv1": "flat"}),
-    ({"type:conv2d": "flat", "type:dense": "epsilon(epsilon=0.25)"}, {"conv1": "flat", "conv[2]": "flat", "scores": "epsilon"}),
-    (["dtd", {"mean": "epsilon"}, {"sum": "flat"}], {"mean": "epsilon", "sum": "flat"}),
-])
+@pytest.mark.parametrize(
+    ("rules", "changed"),
+    [({"conv1": "flat"}, {"conv1": "flat"}), ({"conv*": "w2"}, {"conv1": "w2", "conv[2]": "w2"}),
+     ({"[cas]*": "flat", "conv1": "w2", "max": "proportional"
+       }, dict.fromkeys(("conv[2]", "average", "sum", "scores"), "flat") | {"max": "proportional"}),
+     ({"max": "proportional", "m[ae]*": "winner", "mean": "flat"}, {"mean": "flat"
+                                                                    }),  # the last that matches counts, exact or not
+     ({"conv1": "flat", "conv?": "w2"}, {"conv1": "w2"}),
+     ({"conv[2]": "flat"}, {"conv[2]": "flat"}),  # a name before it is a pattern, which would be conv2
+     ({"conv[[]*": "flat"}, {"conv[2]": "flat"}), ({"conv[12]": "flat"}, {"conv1": "flat"}),
+     ({"type:conv2d": "flat", "type:dense": "epsilon(epsilon=0.25)"
+       }, {"conv1": "flat", "conv[2]": "flat", "scores": "epsilon"}),
+     (["dtd", {"mean": "epsilon"}, {"sum": "flat"}], {"mean": "epsilon", "sum": "flat"}), ])
 def test_overrides(rules, changed):
     assert names(network(), rules) == {"conv1": "w2", **HIDDEN, **changed}
 
@@ -76,11 +82,13 @@ def test_a_name_that_is_a_pattern_of_another():
 
 
 @pytest.mark.parametrize(("rules", "message"), [
-    ("lrp", "rules 'lrp' is unknown; required: 'dtd', 'innvestigate.deep_taylor', .* or a mapping from layers to rules"),
+    ("lrp",
+     "rules 'lrp' is unknown; required: 'dtd', 'innvestigate.deep_taylor', .* or a mapping from layers to rules"),
     (None, "rules None given; required: a preset such as 'dtd', or mappings from layer names"),
     ({"conv1": ["flat"]}, "required: a preset such as 'dtd', or a mapping"),
     ({1: "flat"}, "required: a preset such as 'dtd', or a mapping"),
-    ({"conv1": "lrp"}, "for 'conv1': rule 'lrp' is unknown; required: one of z\\+, zB, w2, flat, epsilon, .*, winner, proportional"),
+    ({"conv1": "lrp"
+      }, "for 'conv1': rule 'lrp' is unknown; required: one of z\\+, zB, w2, flat, epsilon, .*, winner, proportional"),
     ({"conv1": "epsilon(0.1)"}, r"for 'conv1': rule 'epsilon\(0.1\)' has a parameter '0.1'; required: epsilon or bias"),
     ({"conv1": "flat(epsilon=1)"}, "has a parameter 'epsilon'; required: none"),
     ({"conv1": "epsilon(epsilon=-1)"}, "has epsilon '-1'; required: a number from 0 to 1e\\+06"),
@@ -93,7 +101,8 @@ def test_a_name_that_is_a_pattern_of_another():
     (["dtd", "dtd"], "required: a preset such as 'dtd', or mappings"),
     ({"conv9": "flat"}, "no layer with a rule is named 'conv9' or matches it; they are conv1, "),
     ({"relu": "flat"}, "no layer with a rule is named 'relu'"),
-    ({"conv*": "winner"}, "rule 'winner' does not apply to Conv2d 'conv1'; required: one of z\\+, zB, w2, .*, gradient$"),
+    ({"conv*": "winner"
+      }, "rule 'winner' does not apply to Conv2d 'conv1'; required: one of z\\+, zB, w2, .*, gradient$"),
     ({"scores": "proportional"}, "rule 'proportional' does not apply to Dense 'scores'"),
     ({"max": "z+"}, "rule 'z\\+' does not apply to MaxPool2d 'max'; required: one of winner, proportional$"),
     ({"*": "flat"}, "rule 'flat' does not apply to MaxPool2d 'max'"),
@@ -106,7 +115,8 @@ def test_rules_that_are_refused(rules, message):
 
 
 def test_a_hidden_layer_has_no_box():
-    with pytest.raises(RuleError, match="needs bounds of what layer 'scores' reads, which are known only for the network's input"):
+    with pytest.raises(RuleError,
+                       match="needs bounds of what layer 'scores' reads, which are known only for the network's input"):
         assign(network((0, 1)), {"scores": "zB"})
 
 
@@ -127,8 +137,10 @@ def test_weights_of_terms():
         assign(graph, {"first": "w2"}).rules["first"].terms[0].v(weight * np.float32(1e15))
 
 
-@pytest.mark.parametrize("text", ["z+", "epsilon", "epsilon(epsilon=0.25)", "gamma(gamma=2, bias=shared)",
-                                  "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)", "z+(bias=absorbed)", "taylor", "winner"])
+@pytest.mark.parametrize("text", [
+    "z+", "epsilon", "epsilon(epsilon=0.25)", "gamma(gamma=2, bias=shared)",
+    "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)", "z+(bias=absorbed)", "taylor", "winner"
+])
 def test_a_rule_is_its_text(text):
     assert str(Rule.parse(text)) == text
     assert Rule.parse(f" {text.replace(',', ' , ')} ") == Rule.parse(text)

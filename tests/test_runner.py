@@ -1,4 +1,5 @@
-"""Runs over many pictures: all results right and whole, whatever the pictures, the disk, or the moment a run is killed."""
+"""Runs over many pictures: all results right and whole, whatever the pictures, the disk, or the moment a run is killed.
+"""
 
 import errno
 import json
@@ -48,10 +49,13 @@ def kernels():
 
 def small_model(resize="stretch", box=(0.0, 1.0), seed=0):
     rng = np.random.default_rng(seed)
-    layers = (g.Conv2d("conv", ("input",), rng.standard_normal((6, 3, 3, 3)), 0.1 * rng.standard_normal(6), padding=(1, 1, 1, 1)),
-              g.ReLU("relu", ("conv",)), g.MaxPool2d("pool", ("relu",), (2, 2), (2, 2)), g.Flatten("flat", ("pool",)),
-              g.Dense("scores", ("flat",), rng.standard_normal((5, 6 * 8 * 8)) + 0.3))
-    return Model(g.Graph(layers, (3, 16, 16), box), Preprocessing("rgb", resize, scale=1 / 255), ("ant", "bee", "cat", "dog", "eel"))
+    layers = (g.Conv2d("conv", ("input", ), rng.standard_normal((6, 3, 3, 3)), 0.1 * rng.standard_normal(6),
+                       padding=(1, 1, 1, 1)), g.ReLU("relu",
+                                                     ("conv", )), g.MaxPool2d("pool", ("relu", ), (2, 2), (2, 2)),
+              g.Flatten("flat", ("pool", )), g.Dense("scores", ("flat", ),
+                                                     rng.standard_normal((5, 6 * 8 * 8)) + 0.3))
+    return Model(g.Graph(layers, (3, 16, 16), box), Preprocessing("rgb", resize, scale=1 / 255),
+                 ("ant", "bee", "cat", "dog", "eel"))
 
 
 def explainer(threads=2, **options):
@@ -65,7 +69,8 @@ def folder(tmp_path):
     (place / "below").mkdir(parents=True)
     rng = np.random.default_rng(1)
     for i in range(10):
-        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(place / ("below" if i < 2 else ".") / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(place /
+                                                                              ("below" if i < 2 else ".") / f"{i}.png")
     return place
 
 
@@ -77,7 +82,10 @@ def model(tmp_path):
 
 def read(out):
     with h5py.File(out / runner.RESULT, "r") as file:
-        return {name: values.asstr()[...] if h5py.check_string_dtype(values.dtype) else values[...] for name, values in file.items()}
+        return {
+            name: values.asstr()[...] if h5py.check_string_dtype(values.dtype) else values[...]
+            for name, values in file.items()
+        }
 
 
 def assert_same(found, wanted):
@@ -91,8 +99,8 @@ def left_over(out):
 
 
 def fastdtd(*arguments, code=COMMAND, **options):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=100,
-                          **options)
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
+                          check=False, timeout=100, **options)
 
 
 def test_results(folder, tmp_path):
@@ -106,8 +114,10 @@ def test_results(folder, tmp_path):
     found = read(out)
     assert found["file"].tolist() == [line.name for line in lines] == names
     e = made(np.stack([made.model.preprocess(folder / name) for name in names]))
-    for name, values in {"relevance": e.relevance, "scores": e.output, "target": e.target, "explained": e.explained,
-                         "absorbed": e.absorbed, "sum": e.relevance.sum((1, 2, 3), dtype=float), "classes": made.model.classes}.items():
+    for name, values in {
+            "relevance": e.relevance, "scores": e.output, "target": e.target, "explained": e.explained,
+            "absorbed": e.absorbed, "sum": e.relevance.sum((1, 2, 3), dtype=float), "classes": made.model.classes
+    }.items():
         np.testing.assert_array_equal(found[name], values)
     assert json.loads(found["rules"][()]) == {"conv": "zB", "pool": "winner", "scores": "z+"}
     assert "source" not in found
@@ -130,8 +140,8 @@ def test_pictures_at_a_time(folder, tmp_path):
         made, steps = explainer(), []
         made.precision, made._executor.batch = precision, each
         pictures = runner.find_pictures([folder]) * (2 if precision == "tf32" else 1)
-        runner.run(made, [runner.Picture(p.path, f"{i}") for i, p in enumerate(pictures)], tmp_path / f"{each}{precision}",
-                   on_progress=steps.append, outputs=["heatmap"])
+        runner.run(made, [runner.Picture(p.path, f"{i}") for i, p in enumerate(pictures)],
+                   tmp_path / f"{each}{precision}", on_progress=steps.append, outputs=["heatmap"])
         assert made.at_once == 2 * each
         assert steps == [0, *wanted]
 
@@ -157,9 +167,11 @@ def test_outputs(folder, tmp_path, outputs):
 
 def test_options_that_do_not_fit(folder, tmp_path):
     pictures = runner.find_pictures([folder])
-    for options, message in (({"outputs": ["heat"]}, "'heat' given; required: some of heatmap"), ({"outputs": []}, "none given"),
-                             ({"batch": 0}, "batch is 0"), ({"target": "cow"}, "no class is named 'cow'"),
-                             ({"target": 5}, "target 5 is not an output"), ({"target": -1}, "target -1 is not an output")):
+    for options, message in (({"outputs": ["heat"]}, "'heat' given; required: some of heatmap"),
+                             ({"outputs": []}, "none given"), ({"batch": 0}, "batch is 0"), ({"target": "cow"},
+                                                                                             "no class is named 'cow'"),
+                             ({"target": 5}, "target 5 is not an output"), ({"target": -1},
+                                                                            "target -1 is not an output")):
         with pytest.raises(InputError, match=message):
             runner.run(explainer(), pictures, tmp_path / "out", **options)
 
@@ -174,8 +186,9 @@ def test_finding_pictures(folder, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "7.png").write_bytes((folder / "7.png").read_bytes())
     found = runner.find_pictures([folder / "7.png", tmp_path / "other" / "7.png", folder, folder / "." / "8.png"])
-    assert [p.name for p in found] == ["7.png", "7.png-2", "2.png", "3.png", "4.png", "5.PNG", "6.png", "8.png", "9.png", "below/0.png",
-                                       "below/1.png"]
+    assert [p.name for p in found] == [
+        "7.png", "7.png-2", "2.png", "3.png", "4.png", "5.PNG", "6.png", "8.png", "9.png", "below/0.png", "below/1.png"
+    ]
     for sources, message in (([tmp_path / "none"], "does not exist"), (["x" * 5000], "does not exist"),
                              ([tmp_path / "empty"], "no picture was found")):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -225,10 +238,11 @@ def test_clipping_is_told(folder, tmp_path):
 def test_a_model_without_pictures(folder, tmp_path):
     graph = small_model().graph
     with pytest.raises(InputError, match="input is no picture"):
-        runner.run(Explainer(Model(graph, Preprocessing(None)), threads=1), runner.find_pictures([folder]), tmp_path / "out")
+        runner.run(Explainer(Model(graph, Preprocessing(None)), threads=1), runner.find_pictures([folder]),
+                   tmp_path / "out")
 
 
-# ---- Runs that are cut off ---------------------------------------------------------------------------------------------------------------
+# ---- Runs that are cut off -------------------------------------------------------------------------------------------
 
 
 def assert_done(out, printed):
@@ -263,7 +277,8 @@ def test_killed_again_and_again(folder, model, tmp_path):
     run = fastdtd(*calls[0])
     assert (run.returncode, run.stderr) == (0, "")
     assert f"{10 - done} explained, {done} more were done before" in run.stdout
-    assert sorted(line.split("  ")[0] for line in (printed + run.stdout).splitlines() if ".png  " in line) == sorted(read(whole)["file"])
+    assert sorted(line.split("  ")[0] for line in (printed + run.stdout).splitlines()
+                  if ".png  " in line) == sorted(read(whole)["file"])
     assert_same(read(out), read(whole))
     assert left_over(out) == []
 
@@ -289,16 +304,19 @@ def test_cut_off_from_outside(folder, model, tmp_path, sent):
     for i in range(50):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((300, 200)).save(folder / f"more{i:03}.png")
     out, whole = tmp_path / "out", tmp_path / "whole"
-    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # shells' background jobs are not
+    # Shells' background jobs are not interruptible.
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     call = [sys.executable, "-c", interruptible + COMMAND, "explain", str(model), str(folder), "--batch", "2", "-o"]
     seen = 0
     for lines in (1, 9, 4):
         with subprocess.Popen([*call, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            printed = "".join(process.stdout.readline() for _ in range(lines))  # lines come as soon as pictures are done
+            printed = "".join(process.stdout.readline()
+                              for _ in range(lines))  # lines come as soon as pictures are done
             process.send_signal(sent)
             rest, errors = process.communicate(timeout=10)
         assert process.returncode == (130 if sent == signal.SIGINT else -sent)
-        assert errors == ("fastdtd: interrupted; what was reported as done is on disk\n" if sent == signal.SIGINT else "")
+        assert errors == ("fastdtd: interrupted; what was reported as done is on disk\n"
+                          if sent == signal.SIGINT else "")
         assert not (out / runner.RESULT).exists()
         printed += rest[:rest.rfind("\n") + 1]
         assert_done(out, printed)
@@ -325,8 +343,8 @@ def test_only_the_same_call_goes_on(folder, tmp_path):
     out = tmp_path / "out"
     pictures = runner.find_pictures([folder])
     cut_off(pictures, out)
-    for model, options in [({"seed": 1}, {}), ({"box": (0.0, 2.0)}, {}), ({"resize": "crop"}, {}), ({}, {"target": "bee"}),
-                           ({}, {"outputs": ["overlay"]})]:
+    for model, options in [({"seed": 1}, {}), ({"box": (0.0, 2.0)}, {}), ({"resize": "crop"}, {}),
+                           ({}, {"target": "bee"}), ({}, {"outputs": ["overlay"]})]:
         with pytest.raises(OutputError, match="left of a run that was cut off"):
             runner.run(explainer(**model), pictures, out, **options)
     with pytest.raises(OutputError, match="left of a run that was cut off"):
@@ -344,7 +362,8 @@ def test_only_the_same_call_goes_on(folder, tmp_path):
     with pytest.raises(OutputError, match="left of a run that was cut off"):
         runner.run(explainer(), runner.find_pictures([folder]), out)
     (folder / "new.png").rename(folder / "5.png")
-    (folder / "more.png").write_bytes((folder / "5.png").read_bytes())  # more pictures are no matter, nor how many go at a time
+    (folder / "more.png").write_bytes(
+        (folder / "5.png").read_bytes())  # more pictures are no matter, nor how many go at a time
     summary = runner.run(explainer(threads=1), runner.find_pictures([folder]), out, batch=2)
     assert (summary.explained, summary.done_before) == (7, 4)
     assert len(read(out)["file"]) == 11
@@ -385,8 +404,10 @@ def test_more_parts_than_files_can_be_open(folder, tmp_path):
 
 def test_stray_files(folder, tmp_path):
     """Those of a killed run go, others of a similar name stay."""
-    stray = [f".{name}.{'0123456789abcdef' * 2}" for name in ("5.png.heatmap.png", "below/1.png.overlay.png", "explanations.h5",
-                                                              "explanations.part-000003.h5")]
+    stray = [
+        f".{name}.{'0123456789abcdef' * 2}"
+        for name in ("5.png.heatmap.png", "below/1.png.overlay.png", "explanations.h5", "explanations.part-000003.h5")
+    ]
     stray[1] = "below/." + stray[1].removeprefix(".below/")
     mine = [".bashrc", ".notes.0123456789abcdef0123456789abcdef", "explanations.part-x.h5", ".5.png.heatmap.png"]
     (tmp_path / "out" / "below").mkdir(parents=True)
@@ -398,7 +419,7 @@ def test_stray_files(folder, tmp_path):
     assert len(read(tmp_path / "out")["file"]) == 10
 
 
-# ---- Disks -------------------------------------------------------------------------------------------------------------------------------
+# ---- Disks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere"])

@@ -21,7 +21,9 @@ def write_down(out, bytes_in, matrix, cube, number, flag, fraction, first, last)
 
 @kernel
 def add_behind(sums, order, worker, first, last):
-    """sums[i] <- sums[i - 1] + 1 for the units, cut in two: right only where the other worker is done with those before."""
+    """sums[i] <- sums[i - 1] + 1 for the units, cut in two: right only where the other worker is done with those
+    before.
+    """
     for i in range(first, last):
         sums[i] = sums[i - 1 if i else len(sums) - 1] + 1
     order[worker] += 1
@@ -36,14 +38,18 @@ def test_arguments_arrive_as_they_were_given():
     cube = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     arguments = [out, np.array([1, 2, 64], np.uint8), np.array([[7], [8]], np.int32), cube, -5, True, -0.75]
     bound = cpu.bind(write_down, arguments)
-    assert cpu.run_steps(table_of((bound, 3, 9)), np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
+    assert cpu.run_steps(table_of((bound, 3, 9)), np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64),
+                         1)
     np.testing.assert_allclose(out, [3.25, 2.18, 23.02448, -4.9, 3, 9, -0.75])
 
 
 def test_only_wanted_steps_are_done_in_their_order():
     out = [np.zeros(7) for _ in range(3)]
     cube = np.zeros((2, 3, 4), np.float32)
-    bound = [cpu.bind(write_down, [o, np.zeros(1, np.uint8), np.zeros((1, 1), np.int32), cube, i, 0, np.inf]) for i, o in enumerate(out)]
+    bound = [
+        cpu.bind(write_down,
+                 [o, np.zeros(1, np.uint8), np.zeros((1, 1), np.int32), cube, i, 0, np.inf]) for i, o in enumerate(out)
+    ]
     table = table_of(*((b, 0, 1) for b in bound))
     progress = np.array([1, 0])  # as if the first of those wanted were done
     assert cpu.run_steps(table, np.array([0, 2]), progress, np.zeros(1, np.int64), 1)
@@ -53,13 +59,18 @@ def test_only_wanted_steps_are_done_in_their_order():
 
 @pytest.mark.parametrize("workers", [2, 3, 5])
 def test_workers_meet_after_each_step(workers):
-    """More of them than processors, at times: who waits for long gives the processor away and goes on with the same progress."""
+    """More of them than processors, at times: who waits for long gives the processor away and goes on with the same
+    progress.
+    """
     units, rounds, looks_again = 7 * workers, 50, []
     sums, order, counter = np.zeros(units), np.zeros(workers, np.int64), np.zeros(1, np.int64)
-    # Each step is one worker's turn, the others have no units: without the meeting, sums would be read before they are written.
+    # Each step is one worker's turn, the others have no units: without the meeting, sums would be read before they are
+    # written.
     keep = [cpu.bind(add_behind, [sums, order, worker]) for worker in range(workers)]
-    tables = [table_of(*((keep[worker], *((7 * turn, 7 * turn + 7) if turn == worker else (0, 0))) for turn in range(workers)))
-              for worker in range(workers)]
+    tables = [
+        table_of(*((keep[worker], *((7 * turn, 7*turn + 7) if turn == worker else (0, 0))) for turn in range(workers)))
+        for worker in range(workers)
+    ]
     wanted = np.tile(np.arange(workers), rounds)
 
     def work(table):

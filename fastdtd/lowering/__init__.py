@@ -1,7 +1,9 @@
-"""(graph, rules, kernels) -> the steps of an explanation. One module for each family of layers has its weights and its steps side by side.
+"""(graph, rules, kernels) -> the steps of an explanation. One module for each family of layers has its weights and its
+steps side by side.
 
-R = |a| c is the relevance of an activation a. In the backward pass most tensors carry the factor c; a tensor that some layer reads under a
-rule whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does the network's input.
+R = |a| c is the relevance of an activation a. In the backward pass most tensors carry the factor c; a tensor that some
+layer reads under a rule whose relevance is no multiple of a (zB, w2, flat) carries R itself, and so does the network's
+input.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class Lowered:
         observed: tensors whose relevance is kept.
         """
         graph = self.graph
-        b = Builder(graph, self.assignment, self.kernels, self.weights, separate_places(graph) if observed else self.places, self.fused,
-                    batch, workers)
+        b = Builder(graph, self.assignment, self.kernels, self.weights,
+                    separate_places(graph) if observed else self.places, self.fused, batch, workers)
         fused = {layer.name for layer in self.fused.values()}
         layers = [layer for layer in graph if layer.name not in fused]
         b.touch(b.activation(INPUT), 0)
@@ -103,7 +105,9 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
 
 
 def _observe(b: Builder, name: str, result: str) -> None:
-    """Write down the relevance of a tensor, which is that of `result`, once all layers that read it have given it theirs."""
+    """Write down the relevance of a tensor, which is that of `result`, once all layers that read it have given it
+    theirs.
+    """
     x, c = b.activation(result), b.factor(result)
     out = b.state(f"observed/{name}", (b.batch, *b.graph.shapes[name]), np.float32)
     b.step(b.kernels.relevance_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,

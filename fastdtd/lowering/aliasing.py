@@ -1,4 +1,6 @@
-"""Where tensors lie: which share memory, and which activations are applied by the layer before them. Once for each graph."""
+"""Where tensors lie: which share memory, and which activations are applied by the layer before them. Once for each
+graph.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class Place:
 def places(graph: Graph) -> dict[str, Place]:
     """Where each tensor lies.
 
-    A concatenation's inputs and a flatten's input lie in the result's memory, so that nothing is copied, unless they lie
-    elsewhere already or their channels would not start at a whole channel of it.
+    A concatenation's inputs and a flatten's input lie in the result's memory, so that nothing is copied, unless they
+    lie elsewhere already or their channels would not start at a whole channel of it.
     """
     found: dict[str, Place] = {}
 

@@ -1,4 +1,7 @@
-"""How kernels that copy blocks of their input (convolutions and pools on processors) cut it up. See kernels/cpu/conv2d.py."""
+"""How kernels that copy blocks of their input (convolutions and pools on processors) cut it up.
+
+See kernels/cpu/conv2d.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from fastdtd.protocols import BlockedDevice
 class Blocks:
     """How one product (a direction of a layer, a phase of its backward pass) reads its input.
 
-    planes (P, 2) are where each plane begins, `shifts` holds for each tap the plane that it reads and how many rows and columns from a
-    position on. A block has `rows` x `columns` positions, its planes halo_rows and halo_columns beyond that.
+    planes (P, 2) are where each plane begins, `shifts` holds for each tap the plane that it reads and how many rows and
+    columns from a position on. A block has `rows` x `columns` positions, its planes halo_rows and halo_columns beyond
+    that.
     """
 
     planes: npt.NDArray[np.int64]
@@ -29,7 +33,9 @@ class Blocks:
     halo_columns: int
 
     def offsets(self, copies: int) -> npt.NDArray[np.int32]:
-        """Of each row of the product, (copies, taps) one after the other, in a scratch array of that many copies of all planes."""
+        """Of each row of the product, (copies, taps) one after the other, in a scratch array of that many copies of all
+        planes.
+        """
         width = self.columns + self.halo_columns
         size = (self.rows + self.halo_rows) * width
         taps = np.array([plane * size + row * width + column for plane, row, column in self.shifts], np.int64)
@@ -49,16 +55,20 @@ class Blocks:
 
     def arguments(self) -> dict[str, Any]:
         """What kernels take of it."""
-        return {"planes": self.planes, "block_rows": self.rows, "block_columns": self.columns, "halo_rows": self.halo_rows,
-                "halo_columns": self.halo_columns}
+        return {
+            "planes": self.planes, "block_rows": self.rows, "block_columns": self.columns, "halo_rows": self.halo_rows,
+            "halo_columns": self.halo_columns
+        }
 
 
-def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int, kernels: BlockedDevice) -> Blocks:
+def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[int, int], channels: int,
+              kernels: BlockedDevice) -> Blocks:
     """For positions (rows, columns) whose taps read the input at position * stride + tap, in so many channels."""
     if not taps:
         rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)
         return Blocks(int_table([], 2), [], rows, columns, 0, 0)
-    first: dict[tuple[int, int], tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the first of them
+    first: dict[tuple[int, int],
+                tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the first of them
     for y, x in taps:
         remainder = y % stride[0], x % stride[1]
         top, left = first.get(remainder, (y, x))
@@ -72,7 +82,8 @@ def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[
     halo_rows, halo_columns = max(row for _, row, _ in shifts), max(column for _, _, column in shifts)
     rows, columns = grid
     height, width = rows + halo_rows, columns + halo_columns
-    if len(first) * height * width > len(taps) * rows * columns or (rows > 1 and 2 * width > 3 * columns):  # planes would hold too much
+    if len(first) * height * width > len(taps) * rows * columns or (rows > 1 and 2 * width
+                                                                    > 3 * columns):  # planes would hold too much
         first = dict(enumerate(taps))  # type: ignore[arg-type]  # a plane for each tap
         shifts = [(i, 0, 0) for i in range(len(taps))]
         halo_rows = halo_columns = 0

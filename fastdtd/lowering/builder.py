@@ -1,4 +1,5 @@
-"""What the families of layers write their steps down with: buffers and their lifetimes, scratch, states, kernel calls."""
+"""What the families of layers write their steps down with: buffers and their lifetimes, scratch, states, kernel calls.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ SAVED_PER_LAYER = ABSORBED + 1
 
 @dataclass(frozen=True)
 class Saved:
-    """What a layer keeps for the backward pass for one term of its rule, and the flags of images in which that absorbs something."""
+    """What a layer keeps for the backward pass for one term of its rule, and the flags of images in which that absorbs
+    something.
+    """
 
     view: View
     dead: State
@@ -73,7 +76,9 @@ class Builder:
         return self._tensor(name, self._activations)
 
     def factor(self, name: str) -> Tensor:
-        """What a tensor carries in the backward pass: the factor c, or relevance R where it is one of `assignment.carriers`."""
+        """What a tensor carries in the backward pass: the factor c, or relevance R where it is one of
+        `assignment.carriers`.
+        """
         return self._tensor(name, self._factors)
 
     def _tensor(self, name: str, buffers: dict[str, int]) -> Tensor:
@@ -102,7 +107,9 @@ class Builder:
         buffer[2] = max(buffer[2], step)
 
     def accumulates(self, name: str) -> bool:
-        """Whether what comes back to a tensor is added to what is there; a part of it that is not written yet is cleared before."""
+        """Whether what comes back to a tensor is added to what is there; a part of it that is not written yet is
+        cleared before.
+        """
         place, end = self._places[name], self._places[name].offset + math.prod(self.graph.shapes[name])
         gaps = self._written.setdefault(place.root, Intervals()).gaps(place.offset, end)
         self.mark_written(name)
@@ -115,7 +122,8 @@ class Builder:
 
     def mark_written(self, name: str) -> None:
         place = self._places[name]
-        self._written.setdefault(place.root, Intervals()).add(place.offset, place.offset + math.prod(self.graph.shapes[name]))
+        self._written.setdefault(place.root, Intervals()).add(place.offset,
+                                                              place.offset + math.prod(self.graph.shapes[name]))
 
     def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32) -> Saved:
         """What a layer keeps for the backward pass for the term `part` of its rule, or what it absorbs (ABSORBED)."""
@@ -154,7 +162,9 @@ class Builder:
         return self.assignment.derivative is not None
 
     def result(self, layer: Layer) -> tuple[str, tuple[float, float]]:
-        """The tensor that a layer makes, and the bounds of the activation that is fused with it, infinite where none is."""
+        """The tensor that a layer makes, and the bounds of the activation that is fused with it, infinite where none
+        is.
+        """
         after = self._fused.get(layer.name)
         return (layer.name, (-math.inf, math.inf)) if after is None else (after.name, clip_bounds(after))
 
@@ -175,8 +185,8 @@ class Builder:
              optional: Mapping[str, Any] | None = None, **arguments: Any) -> None:
         """Write down a call.
 
-        The kernel takes all `arguments` and nothing else but `optional` ones: what only some devices' kernels need, such as
-        a processor's scratch.
+        The kernel takes all `arguments` and nothing else but `optional` ones: what only some devices' kernels need,
+        such as a processor's scratch.
         """
         names, offered = parameters(kernel), {**arguments, **(optional or {})}
         unknown = (arguments.keys() - set(names)) | (offered.keys() - set(SIGNATURES.get(name_of(kernel), names)))
@@ -194,7 +204,9 @@ class Builder:
         return len(self._steps)
 
     def copy(self, is_forward: bool, to: tuple[str, int], source: tuple[str, int], what: str, add: bool) -> None:
-        """As many elements as tensor `what` has, between positions within the memory of two tensors; of activations or factors."""
+        """As many elements as tensor `what` has, between positions within the memory of two tensors; of activations or
+        factors.
+        """
         buffers, ends = self._activations if is_forward else self._factors, []
         for name, offset in (to, source):
             place = self._places[name]
@@ -214,7 +226,8 @@ class Builder:
         ends = {"input": self.activation(INPUT), "output": self.activation(self.graph.output),
                 "start": self.factor(self.graph.output), "relevance": self.factor(INPUT)}
         alive = [i for i, (_, first, _) in enumerate(self._buffers) if first >= 0]
-        lifetimes = [(elements * self.batch, first, last) for elements, first, last in (self._buffers[i] for i in alive)]
+        lifetimes = [(elements * self.batch, first, last)
+                     for elements, first, last in (self._buffers[i] for i in alive)]
         offsets, size = lay_out(lifetimes)
         new = {old: i for i, old in enumerate(alive)}
 
@@ -224,11 +237,11 @@ class Builder:
         steps = tuple(Step(step.kernel, tuple(map(renumbered, step.arguments)), step.units, step.layer, step.condition)
                       for step in self._steps)
         tensors = {name: Tensor(renumbered(t.view), t.channel, t.channels) for name, t in ends.items()}
-        return Schedule(
-            self.batch, self.workers, steps, forward_steps,
-            tuple(Buffer(*lifetime, offset) for lifetime, offset in zip(lifetimes, offsets, strict=True)), size, self._scratch,
-            self._states, **tensors, starts_with_relevance=self.carries_relevance(self.graph.output),
-            ledger_layers=self.assignment.absorbers, observed=observed, margin=int(self.kernels.MARGIN))
+        return Schedule(self.batch, self.workers, steps, forward_steps,
+                        tuple(Buffer(*lifetime, offset)
+                              for lifetime, offset in zip(lifetimes, offsets, strict=True)), size, self._scratch,
+                        self._states, **tensors, starts_with_relevance=self.carries_relevance(self.graph.output),
+                        ledger_layers=self.assignment.absorbers, observed=observed, margin=int(self.kernels.MARGIN))
 
 
 def clip_bounds(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
@@ -250,7 +263,8 @@ def bounds_of(graph: Graph, name: str) -> tuple[Array, Array]:
 
 
 def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another."""
+    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another.
+    """
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view

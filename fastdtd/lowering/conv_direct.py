@@ -40,12 +40,12 @@ class Forward:
         splits = b.splits(b.batch * units, self.weights.shape[0] * self.weights.shape[1])
         if in_place:
             arguments |= _in_one_row(arguments, ("x", "ratio", "a"))
-        b.step(
-            kernels.conv2d_forward, b.batch * units * splits, **arguments, packed=self.weights, constant=self.constant,
-            pattern=self.pattern, z_min=self.z_min, features=self.features, channels=layer.weight.shape[1],
-            stride_h=layer.stride[0], stride_w=layer.stride[1], offsets=self.offsets,
-            bounds=self.bounds, block=b.scratch("block", blocks.elements(self.copies)),
-            results=b.scratch("results", kernels.conv2d_results_elements(blocks.positions())), splits=splits, **blocks.arguments())
+        b.step(kernels.conv2d_forward, b.batch * units * splits, **arguments, packed=self.weights,
+               constant=self.constant, pattern=self.pattern, z_min=self.z_min, features=self.features,
+               channels=layer.weight.shape[1], stride_h=layer.stride[0], stride_w=layer.stride[1], offsets=self.offsets,
+               bounds=self.bounds, block=b.scratch("block", blocks.elements(self.copies)),
+               results=b.scratch("results", kernels.conv2d_results_elements(blocks.positions())), splits=splits,
+               **blocks.arguments())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +68,19 @@ class Backward:
         if is_pointwise(layer):
             arguments |= _in_one_row(arguments, ("c_in", "c", "ratio", "a"))
         results = kernels.conv2d_redistribute_results_elements(blocks.positions(), blocks.columns, layer.stride[1])
-        b.step(
-            kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights, phases=self.phases,
-            features=self.features, groups=layer.groups, stride_h=layer.stride[0], stride_w=layer.stride[1],
-            offsets=self.offsets, bounds=self.bounds, block=b.scratch("block", blocks.elements(self.copies)),
-            results=b.scratch("results", results), splits=splits, **blocks.arguments())
+        b.step(kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights,
+               phases=self.phases, features=self.features, groups=layer.groups, stride_h=layer.stride[0],
+               stride_w=layer.stride[1], offsets=self.offsets, bounds=self.bounds,
+               block=b.scratch("block", blocks.elements(self.copies)), results=b.scratch("results",
+                                                                                         results), splits=splits,
+               **blocks.arguments())
 
 
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward:
     in_shape, out_shape, weight = graph.shapes[layer.inputs[0]], graph.shapes[layer.name], term.w(layer.weight)
     outputs, per_group, *kernel = weight.shape
-    # For each copy of the input that the features need: its weights, and which of them add to z. Where none do, z is a constant.
+    # For each copy of the input that the features need: its weights, and which of them add to z. Where none do, z is a
+    # constant.
     copies: list[tuple[Array, int]] = {
         codes.NONNEGATIVE: [(weight, 1)],
         codes.SIGNED: [(weight, 1), (weight, -1)],
@@ -128,7 +130,8 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: Blocked
         reads_at = np.ascontiguousarray(all_offsets[:, before:before + len(own)].ravel())
         before += len(own)
         if is_split:
-            packed, packed_offsets, packed_bounds = _pack_split(matrices, reads_at, np.ones(len(reads_at), np.int64), kernels)
+            packed, packed_offsets, packed_bounds = _pack_split(matrices, reads_at, np.ones(len(reads_at), np.int64),
+                                                                kernels)
             offsets.append(packed_offsets.ravel())
             bounds.append(packed_bounds.ravel())
         else:
@@ -137,8 +140,9 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: Blocked
             offsets.append(reads_at)
         weights.append(packed.ravel())
     groups, panels = shape_of(layer.groups, per_group, 1)[:2]
-    return Backward(term.features, blocks, read_only(np.concatenate(weights)), groups * panels, read_only(np.concatenate(offsets)),
-                    read_only(np.concatenate(bounds)), int_table(table, 8), blocks.count(rows, columns), from_group)
+    return Backward(term.features, blocks, read_only(np.concatenate(weights)), groups * panels,
+                    read_only(np.concatenate(offsets)), read_only(np.concatenate(bounds)), int_table(table, 8),
+                    blocks.count(rows, columns), from_group)
 
 
 def _pack_split(matrices: Array, offsets: npt.NDArray[np.int32], signs: npt.NDArray[np.int64], kernels: BlockedDevice
@@ -154,4 +158,7 @@ def _pack_split(matrices: Array, offsets: npt.NDArray[np.int32], signs: npt.NDAr
 def _in_one_row(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, View]:
     """The same tensors, all positions of a channel in one row."""
     views = {name: value.view if isinstance(value := arguments[name], Tensor) else value for name in names}
-    return {name: View(view.buffer, (view.shape[0], 1, view.shape[1] * view.shape[2]), view.dtype) for name, view in views.items()}
+    return {
+        name: View(view.buffer, (view.shape[0], 1, view.shape[1] * view.shape[2]), view.dtype)
+        for name, view in views.items()
+    }

@@ -23,14 +23,19 @@ def is_pointwise(layer: g.Conv2d) -> bool:
 
 
 def backward_weights(layer: g.Conv2d, term: Term) -> Array:
-    """V, or what has both features' V as its positive and negative part: (groups, outputs, inputs, taps), outputs and inputs of a group."""
+    """V, or what has both features' V as its positive and negative part: (groups, outputs, inputs, taps), outputs and
+    inputs of a group.
+    """
     first, *second = term.v(layer.weight)
     groups = layer.groups
-    return (first - second[0] if second else first).reshape(groups, len(layer.weight) // groups, layer.weight.shape[1], -1)
+    return (first - second[0] if second else first).reshape(groups,
+                                                            len(layer.weight) // groups, layer.weight.shape[1], -1)
 
 
 def phases(layer: g.Conv2d, in_shape: Shape) -> tuple[list[Grid], list[Taps]]:
-    """Grids of inputs that the same taps reach, and these taps of the kernel: one phase for each remainder by the stride."""
+    """Grids of inputs that the same taps reach, and these taps of the kernel: one phase for each remainder by the
+    stride.
+    """
     grids, taps = [], []
     for remainder_y in range(layer.stride[0]):
         for remainder_x in range(layer.stride[1]):
@@ -43,7 +48,9 @@ def phases(layer: g.Conv2d, in_shape: Shape) -> tuple[list[Grid], list[Taps]]:
 
 
 def _phase(remainder: int, axis: int, layer: g.Conv2d, size: int) -> tuple[int, int, list[int]]:
-    """Inputs i of one axis with (i + padding) mod stride = remainder: the first, how many, and the taps that reach them."""
+    """Inputs i of one axis with (i + padding) mod stride = remainder: the first, how many, and the taps that reach
+    them.
+    """
     stride, padding, dilation = layer.stride[axis], layer.padding[axis], layer.dilation[axis]
     first = (remainder - padding) % stride
     count = max(0, -((first - size) // stride))
@@ -57,10 +64,11 @@ def output_offset(first: int, tap: int, axis: int, layer: g.Conv2d) -> int:
 
 def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kernels: Device
                ) -> tuple[Array, npt.NDArray[np.int64], Array]:
-    """z under ONES, z - y under BOX: (K, patterns, OW), which pattern each row has (OH,), and the smallest valid z of each output (K,).
+    """z under ONES, z - y under BOX: (K, patterns, OW), which pattern each row has (OH,), and the smallest valid z of
+    each output (K,).
 
-    They depend on the position alone, by the taps that fall inside the input. Most rows are alike. in_one_row: all positions of a channel
-    count as one row.
+    They depend on the position alone, by the taps that fall inside the input. Most rows are alike. in_one_row: all
+    positions of a channel count as one row.
     """
     in_shape, (outputs, rows, columns) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     if term.features not in (codes.BOX, codes.ONES):
@@ -70,7 +78,8 @@ def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kern
     if term.features == codes.ONES:
         each = v[0].sum(1, dtype=np.float64)
     else:
-        low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(outputs // layer.groups, 0)[..., None, None]
+        low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(outputs // layer.groups,
+                                                                                    0)[..., None, None]
                      for bound in bounds_of(graph, layer.inputs[0]))
         each = (v[1] * high - v[0] * low).sum(1)
     inside = []
@@ -83,5 +92,7 @@ def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kern
     patterns, pattern = np.unique(inside[0], axis=1, return_inverse=True)
     sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), patterns)
     # What rounding leaves of a z that is a difference may not be divided by.
-    z_min = np.maximum(1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0, kernels.MIN_DENOMINATOR) * np.ones(outputs)
-    return read_only(sums.astype(np.float32)), read_only(pattern.reshape(-1).astype(np.int64)), read_only(z_min.astype(np.float32))
+    z_min = np.maximum(1e-6 * np.abs(sums).max(
+        (1, 2)) if term.features == codes.BOX else 0, kernels.MIN_DENOMINATOR) * np.ones(outputs)
+    return read_only(sums.astype(np.float32)), read_only(pattern.reshape(-1).astype(np.int64)), read_only(
+        z_min.astype(np.float32))

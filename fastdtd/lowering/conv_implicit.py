@@ -46,10 +46,9 @@ class Backward:
     precision: int
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
-        b.step(
-            b.kernels.conv2d_redistribute, b.batch, **arguments, packed=self.weights, taps=self.taps, phases=self.phases,
-            panel_rows=self.panel_rows, features=self.features, groups=layer.groups, stride_h=layer.stride[0],
-            stride_w=layer.stride[1], precision=self.precision)
+        b.step(b.kernels.conv2d_redistribute, b.batch, **arguments, packed=self.weights, taps=self.taps,
+               phases=self.phases, panel_rows=self.panel_rows, features=self.features, groups=layer.groups,
+               stride_h=layer.stride[0], stride_w=layer.stride[1], precision=self.precision)
 
 
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ImplicitDevice, precision: int) -> Forward:
@@ -59,8 +58,8 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ImplicitDev
     panel_rows = kernels.conv2d_panel_rows(matrices.shape[1], channels * len(i), precision)
     packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], channels * len(i), panel_rows), np.float32)
     kernels.conv2d_pack(packed, matrices, precision)
-    taps = kernels.conv2d_taps(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1], channels,
-                               *graph.shapes[layer.inputs[0]][1:], panel_rows)
+    taps = kernels.conv2d_taps(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1],
+                               channels, *graph.shapes[layer.inputs[0]][1:], panel_rows)
     constant, pattern, z_min = (kernels.constant(array) for array in constant_z(layer, term, graph, False, kernels))
     return Forward(term.features, kernels.constant(packed), kernels.constant(taps), constant, pattern, z_min, precision)
 
@@ -75,10 +74,11 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ImplicitDe
         row_offsets, column_offsets = (
             np.array([output_offset(grid[axis], tap[axis], axis, layer) for tap in own], np.int64) for axis in (0, 1))
         matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].swapaxes(1, 2)
-        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], from_group * len(own), panel_rows), np.float32)
+        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], from_group * len(own), panel_rows),
+                          np.float32)
         kernels.conv2d_pack(packed, matrices, precision)
         table.append((*grid, packed.shape[2], sum(part.size for part in weights), sum(part.size for part in taps)))
         weights.append(packed.ravel())
         taps.append(kernels.conv2d_taps(row_offsets, column_offsets, from_group, rows, columns, panel_rows))
-    return Backward(term.features, kernels.constant(np.concatenate(weights)), panel_rows, kernels.constant(np.concatenate(taps)),
-                    tuple(table), precision)
+    return Backward(term.features, kernels.constant(np.concatenate(weights)), panel_rows,
+                    kernels.constant(np.concatenate(taps)), tuple(table), precision)

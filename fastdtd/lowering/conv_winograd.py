@@ -39,8 +39,10 @@ class _Winograd:
         names = ("lines", "points", "sums", "stage", "seen")
         scratch = {name: b.scratch(f"winograd {name}", size) for name, size in zip(names, sizes, strict=True)}
         offsets = read_only(np.arange(self.channels, dtype=np.int32) * np.int32(block))
-        return blocks * splits, {"offsets": offsets, "groups": self.groups, "pad_top": self.padding[0], "pad_left": self.padding[1],
-                                 "block": block, "panels_at_once": min(panels_at_once, panels), "splits": splits, **scratch}
+        return blocks * splits, {
+            "offsets": offsets, "groups": self.groups, "pad_top": self.padding[0], "pad_left": self.padding[1],
+            "block": block, "panels_at_once": min(panels_at_once, panels), "splits": splits, **scratch
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,8 @@ class Forward(_Winograd):
 
     def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
         units, own = self._arguments(b, *b.graph.shapes[layer.name][1:])
-        b.step(b.blocked_kernels.winograd2d_forward, units, **arguments, weight=self.source, packed=self.weights, channels=self.channels, **own)
+        b.step(b.blocked_kernels.winograd2d_forward, units, **arguments, weight=self.source, packed=self.weights,
+               channels=self.channels, **own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +65,8 @@ class Backward(_Winograd):
         channels, height, width = b.graph.shapes[source]
         units, own = self._arguments(b, height, width)
         del own["seen"]
-        b.step(b.blocked_kernels.winograd2d_redistribute, units, **{name: arguments[name] for name in _BACKWARD}, packed=self.weights[0],
-               inputs=channels, **own)
+        b.step(b.blocked_kernels.winograd2d_redistribute, units, **{name: arguments[name] for name in _BACKWARD},
+               packed=self.weights[0], inputs=channels, **own)
 
 
 def suits(layer: g.Conv2d, term: Term) -> bool:
@@ -84,9 +87,11 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
 def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kernels: BlockedDevice) -> Backward | None:
     """None where another algorithm is faster, or has to be taken because relevance is carried."""
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
-    if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, *graph.shapes[layer.inputs[0]][1:]):
+    if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, *
+                                                                        graph.shapes[layer.inputs[0]][1:]):
         return None
-    turned = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3, 3)[..., ::-1, ::-1].swapaxes(1, 2)
+    turned = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3,
+                                                   3)[..., ::-1, ::-1].swapaxes(1, 2)
     packed = _pack((turned,), layer.groups, kernels)
     return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]))
 

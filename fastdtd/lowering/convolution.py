@@ -28,11 +28,14 @@ class Packed:
 
 
 def pack(layer: g.Conv2d, graph: Graph, rule: LayerRule, carries: bool, kernels: AnyDevice, precision: int) -> Packed:
-    """carries: whether the layer's input carries relevance. precision: of products on tensor cores, where there are any."""
+    """carries: whether the layer's input carries relevance. precision: of products on tensor cores, where there are
+    any.
+    """
     def forward(term: Term) -> Forward:
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_forward(layer, term, graph, kernels, precision)
-        return conv_winograd.pack_forward(layer, term, graph, kernels) or conv_direct.pack_forward(layer, term, graph, kernels)
+        return conv_winograd.pack_forward(layer, term, graph, kernels) or conv_direct.pack_forward(
+            layer, term, graph, kernels)
 
     def backward(term: Term) -> Backward | None:
         if term.weights == "direction":

@@ -15,7 +15,10 @@ from fastdtd.lowering.builder import Builder, read_only
 from fastdtd.protocols import Device
 from fastdtd.rules import LayerRule, Term
 
-_WEIGHTS = {"positive": codes.POSITIVE, "negative": codes.NEGATIVE, "value": codes.AS_IS, "squared": codes.SQUARED, "flat": codes.FLAT}
+_WEIGHTS = {
+    "positive": codes.POSITIVE, "negative": codes.NEGATIVE, "value": codes.AS_IS, "squared": codes.SQUARED,
+    "flat": codes.FLAT
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +54,8 @@ def _sum_step(b: Builder, layer: g.Dense, index: int, features: int, arguments: 
     weight, constant = b.weights[layer.name].sums[index]
     low, high = b.bounds(layer.inputs[0])
     sums = b.scratch("results", b.kernels.dense_forward_elements(b.batch))
-    b.step(b.kernels.dense_forward, len(layer.weight), **arguments, weight=weight, constant=constant, low=low, high=high,
-           features=features, optional={"sums": sums})
+    b.step(b.kernels.dense_forward, len(layer.weight), **arguments, weight=weight, constant=constant, low=low,
+           high=high, features=features, optional={"sums": sums})
 
 
 def _term_step(b: Builder, layer: g.Dense, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:

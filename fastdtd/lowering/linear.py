@@ -1,7 +1,8 @@
-"""Layers that redistribute by sums (convolution, dense, addition, pools in proportion): what is the same for all of them.
+"""Layers that redistribute by sums (convolution, dense, addition, pools in proportion): what is the same for all of
+them.
 
-Forward, a layer's output and its rule's sums, and the ratios that follow; backward, what it absorbs, then each term of its rule. How a sum
-is computed and a term redistributed is the family's own.
+Forward, a layer's output and its rule's sums, and the ratios that follow; backward, what it absorbs, then each term of
+its rule. How a sum is computed and a term redistributed is the family's own.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
     channels, height, width = b.graph.shapes[layer.name]
     unused = b.state("unused", (b.batch,), np.uint8)  # the formula finds out what is absorbed
     for index, term in enumerate(rule.sums):
-        _sum(b, layer, rule, index, sum_step, x, views.get(term, first), unused, (-math.inf, math.inf), True, zeros(channels))
+        _sum(b, layer, rule, index, sum_step, x, views.get(term, first), unused, (-math.inf, math.inf), True,
+             zeros(channels))
     if rule.rule.direction:
         a, (a_low, a_high) = b.activation(layer.inputs[0]), b.bounds(layer.inputs[0])
         b.step(_direction_kernels(b, rule.rule)[0], b.batch * channels, z=first, a=a, low=a_low, high=a_high,
@@ -68,8 +70,10 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
 def _sum(b: Builder, layer: Layer, rule: LayerRule, index: int, sum_step: SumStep, x: Tensor, ratio: View, dead: State,
          clip: tuple[float, float], relevance: bool, bias: Array) -> None:
     a = b.activation(layer.inputs[0])
-    arguments: dict[str, Any] = {"x": x, "ratio": ratio, "dead": dead, "a": a, "x_channel": x.channel, "a_channel": a.channel,
-                                 "relevance": relevance}
+    arguments: dict[str, Any] = {
+        "x": x, "ratio": ratio, "dead": dead, "a": a, "x_channel": x.channel, "a_channel": a.channel,
+        "relevance": relevance
+    }
     if not isinstance(layer, (g.Pool2d, g.GlobalAveragePool)):
         arguments |= {"x_min": clip[0], "x_max": clip[1]}
     if isinstance(layer, (g.Conv2d, g.Dense)):
@@ -82,29 +86,38 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
     assert rule is not None
     c = b.factor(b.result(layer)[0])
     if layer.name in b.columns:
-        common: dict[str, Any] = {"ledger": State("ledger"), "c": c, "column": b.columns[layer.name], "c_channel": c.channel}
+        common: dict[str, Any] = {
+            "ledger": State("ledger"), "c": c, "column": b.columns[layer.name], "c_channel": c.channel
+        }
         if rule.retains:
             b.step(b.kernels.absorb_remainder_redistribute, b.batch, absorbed=b.saved(layer, ABSORBED).view, **common)
         elif rule.formula in (None, codes.SIGNS):
             for part in range(len(rule.terms)):
                 saved = b.saved(layer, part)
-                b.step(b.kernels.absorb_dead_redistribute, b.batch, condition=saved.dead, ratio=saved.view, dead=saved.dead, **common)
+                b.step(b.kernels.absorb_dead_redistribute, b.batch, condition=saved.dead, ratio=saved.view,
+                       dead=saved.dead, **common)
     for part, term in enumerate(rule.terms):
         for source in layer.inputs:
             accumulate = b.accumulates(source) or part > 0  # of several terms, all but the first add to what is there
             c_in, a, (low, high) = b.factor(source), _activation_for(b, term, source), b.bounds(source)
-            arguments: dict[str, Any] = {"c_in": c_in, "c": c, "ratio": b.saved(layer, part).view, "a": a, "low": low, "high": high,
-                         "c_in_channel": c_in.channel, "c_channel": c.channel, "a_channel": a.channel,
-                         "relevance": b.carries_relevance(source), "accumulate": accumulate}
+            arguments: dict[str, Any] = {
+                "c_in": c_in, "c": c, "ratio": b.saved(layer, part).view, "a": a, "low": low, "high": high,
+                "c_in_channel": c_in.channel, "c_channel": c.channel, "a_channel": a.channel,
+                "relevance": b.carries_relevance(source), "accumulate": accumulate
+            }
             if term.weights == "direction":
                 del arguments["relevance"]  # a direction's features are of no use without it
-                b.step(_direction_kernels(b, rule.rule)[1], b.batch * b.graph.shapes[source][0], **arguments, **_as_convolution(layer))
+                b.step(
+                    _direction_kernels(b, rule.rule)[1], b.batch * b.graph.shapes[source][0], **arguments,
+                    **_as_convolution(layer))
             else:
                 term_step(b, layer, part, term, source, arguments)
 
 
 def _activation_for(b: Builder, term: Term, name: str) -> Tensor:
-    """What the backward pass reads as the activation `name`: where the term does not look at it, c itself, so that its memory is free."""
+    """What the backward pass reads as the activation `name`: where the term does not look at it, c itself, so that its
+    memory is free.
+    """
     unread = term.features == codes.ONES or (term.features == codes.NONNEGATIVE and not b.carries_relevance(name))
     return b.factor(name) if unread else b.activation(name)
 
@@ -124,15 +137,18 @@ def _direction_kernels(b: Builder, rule: Rule) -> tuple[Kernel, Kernel]:
     try:
         return b.kernels.direction_kernels(rule.direction, rule.takes_bounds)
     except TypeError as error:
-        raise RuleError(f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that "
-                        "returns a number, in Python that Numba can compile") from None
+        raise RuleError(
+            f"the direction {rule.direction!r} cannot be compiled: {error}; required: a function of numbers that "
+            "returns a number, in Python that Numba can compile") from None
 
 
 def _as_convolution(layer: Layer) -> dict[str, Any]:
     """What the kernels of a direction read of a convolution or of a dense layer, which is one of one pixel."""
     names = ("groups", "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w")
     if isinstance(layer, g.Dense):
-        return {"weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))}
+        return {
+            "weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))
+        }
     assert isinstance(layer, g.Conv2d)
     numbers = layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation
     return {"weight": read_only(layer.weight), **dict(zip(names, numbers, strict=True))}

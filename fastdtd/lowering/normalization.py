@@ -26,14 +26,16 @@ def backward(b: Builder, layer: g.LocalResponseNorm) -> None:
     accumulate = b.accumulates(source)
     c_in, a, c = b.factor(source), b.activation(source), b.factor(layer.name)
     elements = b.kernels.normalize_taylor_elements(b.batch, b.graph.shapes[source])
-    b.step(
-        b.kernels.normalize_taylor_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c, ratio=b.saved(layer).view, a=a,
-        scratch=b.scratch("results", elements), column=b.columns.get(layer.name, 0), c_in_channel=c_in.channel, c_channel=c.channel,
-        a_channel=a.channel, formula=rule.formula, epsilon=rule.rule.epsilon, accumulate=accumulate, **_arguments(layer))
+    b.step(b.kernels.normalize_taylor_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c,
+           ratio=b.saved(layer).view, a=a, scratch=b.scratch("results", elements), column=b.columns.get(layer.name, 0),
+           c_in_channel=c_in.channel, c_channel=c.channel, a_channel=a.channel, formula=rule.formula,
+           epsilon=rule.rule.epsilon, accumulate=accumulate, **_arguments(layer))
 
 
 def _arguments(layer: g.LocalResponseNorm) -> dict[str, Any]:
     """How far its sums reach before and after an element, whether within the channel, alpha of a sum, beta, bias."""
     summed = layer.size**2 if layer.within_channel else layer.size
-    return {"before": (layer.size - 1) // 2, "after": layer.size // 2, "within_channel": layer.within_channel, "alpha": layer.alpha / summed,
-            "beta": layer.beta, "bias": layer.bias}
+    return {
+        "before": (layer.size - 1) // 2, "after": layer.size // 2, "within_channel": layer.within_channel,
+        "alpha": layer.alpha / summed, "beta": layer.beta, "bias": layer.bias
+    }

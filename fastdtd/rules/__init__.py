@@ -2,9 +2,19 @@
 
 from fastdtd.rules.assign import Assignment, Rules, assign, input_domain
 from fastdtd.rules.presets import DERIVATIVES, PRESETS, Preset
-from fastdtd.rules.rule import BIASES, LINEAR_RULES, NORM_RULES, PARAMETERS, POOL_RULES, LayerRule, Rule, Term, search_direction
+from fastdtd.rules.rule import (
+    BIASES,
+    LINEAR_RULES,
+    NORM_RULES,
+    PARAMETERS,
+    POOL_RULES,
+    LayerRule,
+    Rule,
+    Term,
+    search_direction,
+)
 
 __all__ = [
-    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "Assignment", "LayerRule",
-    "Preset", "Rule", "Rules", "Term", "assign", "input_domain", "search_direction",
+    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "Assignment",
+    "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain", "search_direction",
 ]

@@ -40,11 +40,14 @@ _NORM_FORMULAS = {"identity": codes.NORM_IDENTITY, "taylor": codes.NORM_TAYLOR, 
 class Assignment:
     """The rules of a network's layers, and what follows from them.
 
-    rules : of each layer that redistributes, by name. Layers that only pass relevance on (ReLU, concatenation) have none.
-    carriers : tensors that carry relevance R in the backward pass, not its factor c in R = |a| c: the input, what a rule
+    rules : of each layer that redistributes, by name. Layers that only pass relevance on (ReLU, concatenation) have
+        none.
+    carriers : tensors that carry relevance R in the backward pass, not its factor c in R = |a| c: the input, what a
+        rule
         with features of its own reads, and what is joined to such a tensor by layers that only pass relevance on; all
         where derivatives are computed.
-    absorbers : layers that may keep relevance from going on, in order: those that redistribute by a rule, and zeros of a
+    absorbers : layers that may keep relevance from going on, in order: those that redistribute by a rule, and zeros of
+        a
         rearrangement.
     derivative : "gradient", "gradient*input" or "sensitivity" where relevance is not redistributed, else None
     """
@@ -64,9 +67,10 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
         In canonical form.
     rules : str, mapping of str to str or Rule, or sequence of these
         A preset, one of PRESETS. "dtd" chooses by each layer's input domain: z+ in hidden layers, zB at an input with
-        bounds, w2 at one without; all presets give max-pools' relevance to the winner. A mapping changes rules of "dtd",
-        or of the preset before it in a sequence: from a layer's name, a pattern such as "conv*", or a type such as
-        "type:dense" to a `Rule` or its text, as in "epsilon(epsilon=0.25)"; where several match, the last one counts.
+        bounds, w2 at one without; all presets give max-pools' relevance to the winner. A mapping changes rules of
+        "dtd", or of the preset before it in a sequence: from a layer's name, a pattern such as "conv*", or a type such
+        as "type:dense" to a `Rule` or its text, as in "epsilon(epsilon=0.25)"; where several match, the last one
+        counts.
 
     Returns
     -------
@@ -101,17 +105,20 @@ def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
     given: list[object] = [rules] if is_one else list(rules)
     preset = given.pop(0) if given and isinstance(given[0], str) else "dtd"
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise RuleError(f"rules {preset!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to "
-                        f"rules ({', '.join([*LINEAR_RULES, *POOL_RULES])})")
+        raise RuleError(
+            f"rules {preset!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to "
+            f"rules ({', '.join([*LINEAR_RULES, *POOL_RULES])})")
     changes = []
     for part in given:
         if not isinstance(part, Mapping):
-            raise RuleError(f"rules {rules!r} given; required: a preset such as 'dtd', or mappings from layer names or patterns "
-                            "to rules")
+            raise RuleError(
+                f"rules {rules!r} given; required: a preset such as 'dtd', or mappings from layer names or patterns "
+                "to rules")
         for pattern, rule in part.items():
             if not isinstance(pattern, str) or not isinstance(rule, (str, Rule)):
-                raise RuleError(f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or "
-                                "patterns to rules, all of them text")
+                raise RuleError(
+                    f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or "
+                    "patterns to rules, all of them text")
             try:
                 changes.append((pattern, rule if isinstance(rule, Rule) else Rule.parse(rule)))
             except RuleError as error:
@@ -139,7 +146,8 @@ def _choices(layer: Layer) -> dict[str, str]:
 def _of_preset(name: str, layer: Layer, domain: Domain) -> Rule:
     preset = PRESETS[name]
     if type(layer) in preset.refused:
-        raise RuleError(f"layer {layer.name!r} is {preset.refused[type(layer)]}; required: a network without, or rules='dtd'")
+        raise RuleError(
+            f"layer {layer.name!r} is {preset.refused[type(layer)]}; required: a network without, or rules='dtd'")
     return preset.rule(type(layer), domain.hidden, domain.low is not None)
 
 
@@ -147,8 +155,9 @@ def _derivative(graph: Graph, chosen: dict[str, Rule], preset: str) -> str | Non
     derived = {name for name, rule in chosen.items() if rule.name == "gradient"}
     others = [layer.name for layer in graph if layer.name not in derived and "gradient" in _choices(layer)]
     if derived and others:
-        raise RuleError(f"layer {others[0]!r} has a rule that redistributes relevance, others the rule 'gradient', which does "
-                        "not; required: 'gradient' for all layers, as rules='gradient', or for none")
+        raise RuleError(
+            f"layer {others[0]!r} has a rule that redistributes relevance, others the rule 'gradient', which does "
+            "not; required: 'gradient' for all layers, as rules='gradient', or for none")
     if preset in DERIVATIVES and not others:
         return preset
     return "gradient" if derived else None
@@ -176,18 +185,20 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
         case "flat":
             return LayerRule(rule, (Term(codes.ONES, "flat"),))
         case "zB" if not bounded:
-            raise RuleError(f"rule 'zB' needs bounds of what layer {layer.name!r} reads, which are known only for the network's "
-                            "input and only where the model gives its value box; use 'z+' in hidden layers, or 'w2' at the "
-                            "input")
+            raise RuleError(
+                f"rule 'zB' needs bounds of what layer {layer.name!r} reads, which are known only for the network's "
+                "input and only where the model gives its value box; use 'z+' in hidden layers, or 'w2' at the "
+                "input")
         case "zB":
             return LayerRule(rule, (Term(codes.BOX, "positive"),))
         case "proportional":
             return LayerRule(rule, (Term(codes.BOX if bounded else hidden_features, "positive"),))
         case "direction":
             if rule.takes_bounds and not bounded:
-                raise RuleError(f"the direction of layer {layer.name!r} takes bounds of the layer's input, which are known only "
-                                "for the network's input and only where the model gives its value box; required: a function "
-                                "of (a, w)")
+                raise RuleError(
+                    f"the direction of layer {layer.name!r} takes bounds of the layer's input, which are known only "
+                    "for the network's input and only where the model gives its value box; required: a function "
+                    "of (a, w)")
             return LayerRule(rule, (Term(codes.VALUE, "direction"),), codes.DIRECTION)
         case "gradient":
             return LayerRule(rule, (Term(codes.ONES, "value"),), codes.GRADIENT)
@@ -200,8 +211,9 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
     if rule.name == "alpha-beta" and (rule.alpha, rule.beta, rule.epsilon, rule.bias) == (1, 0, 0, "ignored"):
         return LayerRule(rule, (positive,))
     if not has_weights:
-        raise RuleError(f"rule {rule} does not apply to {type(layer).__name__} {layer.name!r}, which has no weights; required: "
-                        "one of z+ (without parameters), zB, w2, flat, epsilon, gradient")
+        raise RuleError(
+            f"rule {rule} does not apply to {type(layer).__name__} {layer.name!r}, which has no weights; required: "
+            "one of z+ (without parameters), zB, w2, flat, epsilon, gradient")
     if rule.name == "gamma":
         return LayerRule(rule, (positive, negative, *bias), codes.GAMMA)
     return LayerRule(rule, (positive, *((negative,) if rule.beta else ()), *bias), codes.ALPHA_BETA)

@@ -51,7 +51,9 @@ _ALPHA_1_BETA_0 = Rule("alpha-beta", alpha=1, beta=0, epsilon=0, bias="ignored")
 _ZENNIT_PLUS = Rule("z+", bias="absorbed", epsilon=1e-6)
 _ZENNIT_EPSILON = Rule("epsilon", epsilon=1e-6)
 _INNVESTIGATE = _table(_ALPHA_1_BETA_0, _ALPHA_1_BETA_0, Rule("flat"))
-_NO_ADDITIONS: dict[type[Layer], str] = {Add: "an addition, to both inputs of which iNNvestigate passes all relevance, so that it doubles"}
+_NO_ADDITIONS: dict[type[Layer], str] = {
+    Add: "an addition, to both inputs of which iNNvestigate passes all relevance, so that it doubles"
+}
 _GRADIENT = _table(*[Rule("gradient")] * 4)
 
 PRESETS: dict[str, Preset] = {

@@ -1,8 +1,8 @@
 """What a rule is: how a layer redistributes the relevance of its outputs among its inputs.
 
-Sources: Montavon et al., Pattern Recognition 65 (2017), 4.1 (w2) and 4.2 (z+, zB); Lapuschkin et al., arXiv:1902.10178 (flat); Bach et al.,
-PLOS ONE 10 (2015), formulas 58 and 60 (epsilon, alpha-beta); Montavon et al., LNCS 11700 (2019), 10.2 (gamma). docs/method.md has the
-formulas.
+Sources: Montavon et al., Pattern Recognition 65 (2017), 4.1 (w2) and 4.2 (z+, zB); Lapuschkin et al., arXiv:1902.10178
+(flat); Bach et al., PLOS ONE 10 (2015), formulas 58 and 60 (epsilon, alpha-beta); Montavon et al., LNCS 11700 (2019),
+10.2 (gamma). docs/method.md has the formulas.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.direction is None and self.name not in _NAMES:
-            raise RuleError(f"rule {self.name!r} is unknown; required: one of {', '.join(_NAMES)}, with parameters as in "
-                            "'epsilon(epsilon=0.25)'")
+            raise RuleError(
+                f"rule {self.name!r} is unknown; required: one of {', '.join(_NAMES)}, with parameters as in "
+                "'epsilon(epsilon=0.25)'")
         own = PARAMETERS.get(self.name, {})
         for key, neutral in _NEUTRAL.items():
             value = getattr(self, key)
@@ -119,7 +120,8 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """A rule from a name and, in parentheses, parameters that differ from their defaults: "epsilon(epsilon=0.25)"."""
+        """A rule from a name and, in parentheses, parameters that differ from their defaults: "epsilon(epsilon=0.25)".
+        """
         match = re.fullmatch(r"\s*([\w+*-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
         if match is None:
             return cls(text)  # which says what is wrong with it
@@ -149,7 +151,8 @@ class Rule:
 
 
 def search_direction(function: Callable[..., float]) -> Rule:
-    """The method's general rule, for a convolution or dense layer: R_i = sum over j of v_ij w_ij / (sum over i of v_ij w_ij) R_j.
+    """The method's general rule, for a convolution or dense layer: R_i = sum over j of v_ij w_ij / (sum over i of v_ij
+    w_ij) R_j.
 
     Parameters
     ----------
@@ -191,7 +194,8 @@ def search_direction(function: Callable[..., float]) -> Rule:
 
 @dataclass(frozen=True)
 class Term:
-    """A product of the backward pass: c_in <- V^T (ratio * c), for the features u (fastdtd.kernels.codes) of the layer's input.
+    """A product of the backward pass: c_in <- V^T (ratio * c), for the features u (fastdtd.kernels.codes) of the
+    layer's input.
 
     weights says what V is of W: its "positive" or "negative" part, its "value", "squared", "flat" (1); "direction": V
     depends on a too.
@@ -208,8 +212,9 @@ class Term:
                 return [weight]
             case "squared":
                 if weight.size and np.abs(weight).max() > _MAX_SQUARED:
-                    raise RuleError(f"a weight of {np.abs(weight).max():g} is too large to be squared in float32; use 'flat' "
-                                    "here")
+                    raise RuleError(
+                        f"a weight of {np.abs(weight).max():g} is too large to be squared in float32; use 'flat' "
+                        "here")
                 return [weight * weight]
             case "flat":
                 return [np.ones_like(weight)]
@@ -226,7 +231,8 @@ class LayerRule:
     """The rule of one layer, and how it is computed.
 
     terms : tuple of Term
-        Products of the backward pass, each with a ratio of its own; none for what is no product (the winner of a window).
+        Products of the backward pass, each with a ratio of its own; none for what is no product (the winner of a
+        window).
     formula : int or None
         How the ratios follow from the layer's sums (fastdtd.kernels.codes). None: one ratio, |x| / z, z the sum of u V.
     """
@@ -256,7 +262,8 @@ class LayerRule:
 
     @property
     def needs_relevance(self) -> bool:
-        """Whether the layer's input has to carry relevance R, which is no multiple of a here, instead of the factor c."""
+        """Whether the layer's input has to carry relevance R, which is no multiple of a here, instead of the factor c.
+        """
         return (self.formula not in (None, codes.SIGNS, codes.NORM_IDENTITY)
                 or any(term.features in (codes.BOX, codes.ONES) for term in self.terms))
 

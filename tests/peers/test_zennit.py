@@ -27,7 +27,8 @@ def test_random_networks(case):
         warnings.simplefilter("ignore", ExplanationWarning)
         e = explainer(batch)
     assume(e.explained[0] > 0)
-    theirs, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, batch, e.target)
+    theirs, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, batch,
+                                      e.target)
     np.testing.assert_allclose(e.output, scores, atol=1e-5 * max(1, np.abs(scores).max()))
     # Where everything is absorbed the norm is 0: then 1e-4 of the score is the measure.
     assert np.linalg.norm(e.relevance - theirs) <= 1e-4 * max(np.linalg.norm(theirs), 1e-3 * e.explained[0])
@@ -37,7 +38,8 @@ def errors_on(model, photographs):
     explainer = Explainer(model)
     batch = np.stack([model.preprocess(path) for path in photographs])
     e = explainer(batch)
-    theirs, _ = zennit_relevance(model.graph, {name: rule.name for name, rule in explainer.rules.items()}, batch, e.target)
+    theirs, _ = zennit_relevance(model.graph, {name: rule.name for name, rule in explainer.rules.items()}, batch,
+                                 e.target)
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(e.relevance, theirs, strict=True)]
     print("relative L2 against zennit in float64:", " ".join(f"{error:.1e}" for error in errors))
     return errors
@@ -48,7 +50,9 @@ def test_squeezenet_with_average_pools_on_photographs(photographs):
 
 
 def test_squeezenet_on_photographs(photographs):
-    """Evenly coloured areas give windows of equal numbers, where rounding decides which of them wins: there the two may differ."""
+    """Evenly coloured areas give windows of equal numbers, where rounding decides which of them wins: there the two may
+    differ.
+    """
     errors = errors_on(load("squeezenet1_1"), photographs)
     assert np.median(errors) < 1e-5
     assert max(errors) < 1e-2

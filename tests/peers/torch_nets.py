@@ -1,7 +1,7 @@
 """A Graph as a PyTorch module, and zennit's rules for its layers: what the peers compute of the same network.
 
-Paddings are the modules' own where they are symmetric. zennit takes what is padded outside of a module for input, which makes a difference
-where zero is no zero: under zB, w2 and flat.
+Paddings are the modules' own where they are symmetric. zennit takes what is padded outside of a module for input, which
+makes a difference where zero is no zero: under zB, w2 and flat.
 """
 
 import importlib.util
@@ -18,7 +18,9 @@ from torch import nn
 
 
 def _declare_operators():
-    """Make torchvision importable beside a PyTorch without CUDA: its compiled operators do not load there, and no network needs them."""
+    """Make torchvision importable beside a PyTorch without CUDA: its compiled operators do not load there, and no
+    network needs them.
+    """
     source = Path(importlib.util.find_spec("torchvision").origin).with_name("_meta_registrations.py").read_text()
     library = torch.library.Library("torchvision", "DEF")
     for name in set(re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"', source)):
@@ -103,8 +105,8 @@ class Net(nn.Module):
                     top, left, bottom, right = layer.padding
                     value = part(nn.functional.pad(inputs[0], (left, right, top, bottom)))
                 case g.Rearrange():
-                    value = (inputs[0].flatten(1)[:, layer.index.ravel()] * torch.tensor(layer.index.ravel() >= 0)).reshape(
-                        -1, *layer.index.shape)
+                    value = (inputs[0].flatten(1)[:, layer.index.ravel()]
+                             * torch.tensor(layer.index.ravel() >= 0)).reshape(-1, *layer.index.shape)
                 case g.Add():
                     value = part(torch.stack(inputs, -1))
                 case g.Concat():
@@ -118,11 +120,14 @@ class Net(nn.Module):
 
 
 class SumPlus(BasicHook):
-    """Relevance of a sum in proportion to its positive terms: z+ on the reals, the same as zennit's Norm where none is negative."""
+    """Relevance of a sum in proportion to its positive terms: z+ on the reals, the same as zennit's Norm where none is
+    negative.
+    """
 
     def __init__(self, stabilizer):
         stabilizer = Stabilizer.ensure(stabilizer)
-        super().__init__(input_modifiers=[lambda x: x.clamp(min=0)], param_modifiers=[NoMod()], output_modifiers=[lambda y: y],
+        super().__init__(input_modifiers=[lambda x: x.clamp(min=0)], param_modifiers=[NoMod()],
+                         output_modifiers=[lambda y: y],
                          gradient_mapper=lambda gradient, outputs: [gradient / stabilizer(y) for y in outputs],
                          reducer=lambda inputs, gradients: inputs[0] * gradients[0])
 
@@ -135,10 +140,11 @@ class ZennitExplainer:
         hooks = {}
         for layer, part in zip(graph, self.net.parts, strict=True):
             zplus = lambda: ZPlus(stabilizer=1e-12, zero_params="bias")  # noqa: E731  # as its neighbours
-            hooks[part] = {"z+": zplus, "alpha-beta": zplus, "w2": lambda: WSquare(1e-12, zero_params="bias"),
-                           "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype), "winner": lambda: None,
-                           "identity": Pass,
-                           None: Pass}[rules.get(layer.name)]()
+            hooks[part] = {
+                "z+": zplus, "alpha-beta": zplus, "w2": lambda: WSquare(1e-12, zero_params="bias"),
+                "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype),
+                "winner": lambda: None, "identity": Pass, None: Pass
+            }[rules.get(layer.name)]()
             if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
                 hooks[part] = SumPlus(stabilizer=1e-12)
         self.composite = Composite(module_map=lambda ctx, name, module: hooks.get(module))
@@ -155,12 +161,14 @@ def zennit_composite(composite, graph):
     """One of zennit's composites, with the bounds of the graph's input where it asks for them."""
     if "low" not in inspect.signature(composite).parameters:
         return composite()
-    low, high = (torch.tensor(bound, dtype=torch.float64)[None, :, None, None].expand(1, *graph.input_shape) for bound in graph.box)
+    low, high = (torch.tensor(bound, dtype=torch.float64)[None, :, None, None].expand(1, *graph.input_shape)
+                 for bound in graph.box)
     return composite(low, high)
 
 
 class CaptumExplainer:
-    """Captum's relevance of layers in a row, by the rule that it calls deep Taylor, biases left out: z+, in the first layer too.
+    """Captum's relevance of layers in a row, by the rule that it calls deep Taylor, biases left out: z+, in the first
+    layer too.
 
     So pictures must not be negative. It has no rule for such layers as additions with which biases can be left out.
     """
@@ -171,14 +179,17 @@ class CaptumExplainer:
             if not isinstance(layer, (g.Conv2d, g.Dense, g.Pool2d, g.ReLU, g.Flatten)) or layer.inputs != (
                     parts[-1][0] if parts else g.INPUT,):
                 raise ValueError(f"{layer.name!r} is nothing that Captum is compared on")
-            parts.append((layer.name, nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]])))
+            parts.append(
+                (layer.name,
+                 nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]])))
         self.lrp = LRP(nn.Sequential(*(part for _, part in parts)).eval())
 
     def __call__(self, x, targets):
         """x: a tensor (N, C, H, W). Returns relevance."""
         for part in self.lrp.model:  # Captum takes them away after each call
             if not isinstance(part, nn.ReLU):
-                part.rule = Alpha1_Beta0_Rule(set_bias_to_zero=True) if isinstance(part, (nn.Conv2d, nn.Linear)) else EpsilonRule()
+                part.rule = Alpha1_Beta0_Rule(
+                    set_bias_to_zero=True) if isinstance(part, (nn.Conv2d, nn.Linear)) else EpsilonRule()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
             return self.lrp.attribute(x, target=torch.as_tensor(targets)).detach()
@@ -205,5 +216,6 @@ def box_rule(graph, layer, dtype):
     bounds = []
     for side in ("low", "high"):
         bound = torch.tensor(getattr(graph.domains[layer.inputs[0]], side), dtype=dtype)
-        bounds.append(bound[None] if isinstance(layer, g.Dense) else bound[None, :, None, None].expand(1, *graph.shapes[layer.inputs[0]]))
+        bounds.append(bound[None] if isinstance(layer, g.Dense) else bound[
+            None, :, None, None].expand(1, *graph.shapes[layer.inputs[0]]))
     return ZBox(*bounds, stabilizer=1e-12)

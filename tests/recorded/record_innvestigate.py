@@ -1,9 +1,11 @@
-"""Makes innvestigate.npz: what iNNvestigate 2.1.2 computes by `deep_taylor` and `deep_taylor.bounded` on a small network.
+"""Makes innvestigate.npz: what iNNvestigate 2.1.2 computes by `deep_taylor` and `deep_taylor.bounded` on a small
+network.
 
     make .venv-innvestigate/ready
     .venv-innvestigate/bin/python tests/recorded/record_innvestigate.py
 
-The network has each kind of layer that the presets treat in a way of their own; pictures are between -1 and 2. test_presets.py reads it.
+The network has each kind of layer that the presets treat in a way of their own; pictures are between -1 and 2.
+test_presets.py reads it.
 """
 
 from pathlib import Path
@@ -40,7 +42,9 @@ def main():
     scores = model.predict(pictures)
     target = int((scores > 0).sum(0).argmax())
     pictures, scores = pictures[scores[:, target] > 0], scores[scores[:, target] > 0]
-    recorded = {"pictures": pictures.transpose(0, 3, 1, 2), "target": target, "low": LOW, "high": HIGH, "scores": scores}
+    recorded = {
+        "pictures": pictures.transpose(0, 3, 1, 2), "target": target, "low": LOW, "high": HIGH, "scores": scores
+    }
     for layer in model.layers:
         if layer.get_weights():
             kernel, bias = layer.get_weights()

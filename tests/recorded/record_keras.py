@@ -27,13 +27,15 @@ def sequential(shape, *layers):
 
 
 def convolutions():
-    return sequential(
-        (15, 14, 3), L.Rescaling([0.5, 1.0, 2.0], offset=-0.25), L.Conv2D(6, 3, strides=2, padding="same", name="stem"),
-        L.BatchNormalization(), L.ReLU(6.0), L.ZeroPadding2D(((0, 1), (2, 1))), L.DepthwiseConv2D(3, depth_multiplier=2, strides=2),
-        L.BatchNormalization(scale=False), L.Activation("relu6"), L.SeparableConv2D(8, (3, 2), padding="same", activation="relu"),
-        L.Conv2D(4, 3, dilation_rate=2, padding="same", groups=2, use_bias=False, activation="leaky_relu"), L.Dropout(0.5),
-        L.SpatialDropout2D(0.5), L.Flatten(), L.Dense(7, activation="relu"), L.BatchNormalization(center=False),
-        L.Dense(5, activation="softmax"))
+    return sequential((15, 14, 3), L.Rescaling([0.5, 1.0, 2.0], offset=-0.25),
+                      L.Conv2D(6, 3, strides=2, padding="same", name="stem"), L.BatchNormalization(), L.ReLU(6.0),
+                      L.ZeroPadding2D(((0, 1), (2, 1))), L.DepthwiseConv2D(3, depth_multiplier=2, strides=2),
+                      L.BatchNormalization(scale=False), L.Activation("relu6"),
+                      L.SeparableConv2D(8, (3, 2), padding="same", activation="relu"),
+                      L.Conv2D(4, 3, dilation_rate=2, padding="same", groups=2,
+                               use_bias=False, activation="leaky_relu"), L.Dropout(0.5), L.SpatialDropout2D(0.5),
+                      L.Flatten(), L.Dense(7, activation="relu"), L.BatchNormalization(center=False),
+                      L.Dense(5, activation="softmax"))
 
 
 def pools():
@@ -53,7 +55,8 @@ def pools():
 
 
 def nested():
-    block = keras.Sequential([L.Input((6, 6, 4)), L.Conv2D(4, 3, padding="same"), L.LeakyReLU(0.25)], name="block")  # called twice
+    block = keras.Sequential([L.Input((6, 6, 4)), L.Conv2D(4, 3, padding="same"),
+                              L.LeakyReLU(0.25)], name="block")  # called twice
     inner_in = keras.Input((6, 6, 3))
     y = L.Conv2D(4, 1, name="inner_conv")(inner_in)
     y = block(block(y))
@@ -86,25 +89,31 @@ def order():
 
 def transposed():
     x = image = keras.Input((4, 5, 2))
-    parts = [L.Conv2DTranspose(2, kernel, strides=stride, padding=padding, output_padding=extra)(x)
-             for kernel, stride, padding, extra in [(3, 2, "valid", None), (2, 3, "same", None), (3, 2, "same", 1), (4, 3, "valid", 2),
-                                                    (5, 2, "same", 0), (3, 1, "valid", None)]]
+    parts = [
+        L.Conv2DTranspose(2, kernel, strides=stride, padding=padding, output_padding=extra)(x)
+        for kernel, stride, padding, extra in [(3, 2, "valid", None), (2, 3, "same",
+                                                                       None), (3, 2, "same",
+                                                                               1), (4, 3, "valid",
+                                                                                    2), (5, 2, "same",
+                                                                                         0), (3, 1, "valid", None)]
+    ]
     return keras.Model(image, L.Concatenate()([L.Dense(2)(L.Flatten()(part)) for part in parts]))
 
 
 def one_dimension():
-    return sequential(
-        (19, 3), L.ZeroPadding1D((2, 1)), L.Conv1D(4, 3, padding="causal", dilation_rate=2, activation="relu"), L.MaxPooling1D(2),
-        L.Conv1D(5, 3, strides=2, padding="same"), L.BatchNormalization(), L.ReLU(negative_slope=0.2), L.UpSampling1D(3), L.Cropping1D(1),
-        L.AveragePooling1D(3, 2, padding="same"), L.SeparableConv1D(4, 2), L.Conv1DTranspose(3, 3, strides=2), L.Permute((2, 1)),
-        L.Permute((2, 1)), L.GlobalAveragePooling1D(), L.Dense(2))
+    return sequential((19, 3), L.ZeroPadding1D((2, 1)),
+                      L.Conv1D(4, 3, padding="causal", dilation_rate=2, activation="relu"), L.MaxPooling1D(2),
+                      L.Conv1D(5, 3, strides=2, padding="same"), L.BatchNormalization(), L.ReLU(negative_slope=0.2),
+                      L.UpSampling1D(3), L.Cropping1D(1), L.AveragePooling1D(3, 2, padding="same"),
+                      L.SeparableConv1D(4, 2), L.Conv1DTranspose(3, 3, strides=2), L.Permute((2, 1)), L.Permute((2, 1)),
+                      L.GlobalAveragePooling1D(), L.Dense(2))
 
 
 def flat():
     normalization = L.Normalization()
     normalization.adapt(np.random.default_rng(5).normal(2, 3, (50, 12)).astype(np.float32))
-    return sequential((12,), normalization, L.Reshape((2, 3, 2)), L.Conv2D(3, 2, activation="relu"), L.Flatten(), L.GaussianNoise(0.1),
-                      L.Dense(4), L.Softmax())
+    return sequential((12, ), normalization, L.Reshape((2, 3, 2)), L.Conv2D(3, 2, activation="relu"), L.Flatten(),
+                      L.GaussianNoise(0.1), L.Dense(4), L.Softmax())
 
 
 NETWORKS = [convolutions, pools, nested, order, transposed, one_dimension, flat]
@@ -118,7 +127,8 @@ def record():
         keras.backend.clear_session()
         model = make()
         random = np.random.default_rng(seed)
-        model.set_weights([_numbers(v.name, value, random) for v, value in zip(model.weights, model.get_weights(), strict=True)])
+        model.set_weights(
+            [_numbers(v.name, value, random) for v, value in zip(model.weights, model.get_weights(), strict=True)])
         shape = model.input_shape[1:]
         picture = random.normal(size=(2, *shape)).astype(np.float32)
         for suffix in ("keras", "h5") if make in (convolutions, nested, flat) else ("keras",):
@@ -132,10 +142,12 @@ def record():
 
 
 def _numbers(name, value, random):
-    if name.split(":")[0] in ("mean", "variance", "count"):  # a Normalization takes these up when it is adapted or loaded
+    if name.split(":")[0] in ("mean", "variance",
+                              "count"):  # a Normalization takes these up when it is adapted or loaded
         return value
     numbers = random.normal(size=value.shape).astype(np.float32)
-    return np.abs(numbers) + 0.5 if "variance" in name else numbers / np.sqrt(max(value.size // value.shape[-1], 4)).astype(np.float32)
+    return np.abs(numbers) + 0.5 if "variance" in name else numbers / np.sqrt(max(value.size // value.shape[-1],
+                                                                                  4)).astype(np.float32)
 
 
 def _pack(file):
