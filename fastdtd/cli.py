@@ -158,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_rules(explain)
     explain.add_argument(
         "--ledger", action="store_true",
-        help="print at the end where the scores went: to the pixels, and what each layer "
-        "absorbed because none of its inputs spoke for it")
+        help="print at the end where the scores went: to the pixels, and what each layer absorbed because none of its "
+        "inputs spoke for it")
     explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance",
                          help="what to write (default: %(default)s)")
     explain.add_argument("--batch", metavar="N", type=int,
@@ -168,8 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
-        "%% "
-        "of what is free)")
+        "%% of what is free)")
     explain.add_argument(
         "--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
@@ -184,8 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SOURCE",
                          help=".onnx, .keras, .h5 (of Keras) or .prototxt file, or MODULE:CALLABLE for PyTorch")
     convert.add_argument("weights", metavar="WEIGHTS", nargs="?",
-                         help=".caffemodel file, with a .prototxt; state dict, with "
-                         "MODULE:CALLABLE")
+                         help=".caffemodel file, with a .prototxt; state dict, with MODULE:CALLABLE")
     convert.add_argument("model", metavar="MODEL.h5", help="file to write")
     convert.add_argument("--color", choices=("rgb", "bgr", "gray"),
                          help="order of the input's channels (default: rgb, or gray for one)")
@@ -201,14 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--scale", metavar="F", type=float, default=1.0,
                          help="multiplies pixels 0..255 first (default: 1)")
     convert.add_argument(
-        "--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one a "
-        "channel; write --box=... since it begins with a minus")
+        "--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one "
+        "a channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
     convert.add_argument(
-        "--verify", action="store_true", help="compare scores on random inputs with those of onnxruntime, Keras (which "
-        "must be installed: `pip install onnxruntime`, or `keras tensorflow`) or the PyTorch module; nothing is "
-        "written "
-        "where they differ by more than 0.1 %%")
+        "--verify", action="store_true", help="compare scores on random inputs with those of onnxruntime, Keras "
+        "(which must be installed: `pip install onnxruntime`, or `keras tensorflow`) or the PyTorch module; nothing "
+        "is written where they differ by more than 0.1 %%")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -226,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rules", metavar="PRESET", default="dtd",
-        help="rules of all layers: dtd (the method as published), or another "
-        "one that `fastdtd rules` lists (default: %(default)s)")
+        help="rules of all layers: dtd (the method as published), or another one that `fastdtd rules` lists (default: "
+        "%(default)s)")
     parser.add_argument(
         "--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
         help="another rule than the preset's for a layer, for all that a pattern matches, or for a type such as "
@@ -325,8 +322,8 @@ def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
     width = max(len(name) for name in [*books, "the pixels"])
     print(f"{'layer':<{width}}  {'came':>12}  {'went on':>12}  {'absorbed':>12}")
     for name in reversed(list(books)[1:]):
-        print(f"{name:<{width}}  {flow[name]:>12.6g}  {flow[name] - books[name]:>12.6g}  {books[name]:>12.6g}"
-              f"  {books[name] / total if total else 0:>8.3%}")
+        print(f"{name:<{width}}  {flow[name]:>12.6g}  {flow[name] - books[name]:>12.6g}  {books[name]:>12.6g}  "
+              f"{books[name] / total if total else 0:>8.3%}")
     for name, amount in (("the pixels", books[""]), ("all", total)):
         print(f"{name:<{width}}  {amount:>12.6g}  {'':>12}  {'':>12}  {amount / total if total else 0:>8.3%}")
 
@@ -358,8 +355,8 @@ def _convert(options: argparse.Namespace) -> int:
                 "written. Please report this network")
         print(f"{options.source}: scores within {difference:.1e} of {runtime}'s, relative to the largest")
     model_file.save(model, options.model, options.dtype)
-    print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; "
-          f"`fastdtd show {options.model}` lists them")
+    print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; `fastdtd show "
+          f"{options.model}` lists them")
     return 0
 
 

@@ -94,13 +94,11 @@ def _gpus(device: str, precision: str | None) -> Devices:
         for_older = 'in place of the packages for CUDA 13 install cupy-cuda12x and "numba-cuda[cu12]", '
         raise DeviceError(
             f"a GPU of {device!r} has compute capability {_dotted(oldest)}; required by {cuda}: {_dotted(oldest_chip)} "
-            f"or "
-            f"newer. Name a newer GPU, as in 'cuda:1', {for_older if oldest >= (7, 0) else ''}or use device='cpu'")
+            f"or newer. Name a newer GPU, as in 'cuda:1', {for_older if oldest >= (7, 0) else ''}or use device='cpu'")
     if oldest < _OLDEST_TENSOR_CORES and precision not in (None, "fp32"):
         raise DeviceError(
             f"precision {precision!r} needs compute capability {_dotted(_OLDEST_TENSOR_CORES)}, and a GPU of "
-            f"{device!r} has "
-            f"{_dotted(oldest)}; use precision='fp32'")
+            f"{device!r} has {_dotted(oldest)}; use precision='fp32'")
     if not _simulated():
         for i in numbers:
             _try(i)
@@ -144,8 +142,8 @@ def _chips() -> tuple[dict[int, tuple[int, int]], int]:
     if driver // 1000 < needed // 1000:
         raise DeviceError(
             f"the NVIDIA driver is made for CUDA {_version(driver)} and CuPy for {_version(needed)}; update the "
-            f"driver, or "
-            f"install what fits it: pip install cupy-cuda{driver // 1000}x \"numba-cuda[cu{driver // 1000}]\"")
+            f"driver, or install what fits it: pip install cupy-cuda{driver // 1000}x "
+            f"\"numba-cuda[cu{driver // 1000}]\"")
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:

@@ -68,8 +68,7 @@ class Executor:
                 told = f"memory is limited to {told_limit!r}; raise the limit, or"
             raise InputError(
                 f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network "
-                f"with a "
-                "smaller input")
+                "with a smaller input")
         budget = int(available) if kernels.FILLS_MEMORY else min(available, concurrent * max(one, _WORKSPACE_BYTES))
         for _, each in self.places:
             each.max_idle = budget
@@ -116,8 +115,7 @@ class Executor:
         if not self.kernels.SURVIVES_FORK and os.getpid() != self._process:
             raise DeviceError(
                 "this explainer was made before the process was forked, and no GPU can be used from both sides of a "
-                "fork; "
-                "make explainers in the processes that use them, started by multiprocessing's 'spawn'")
+                "fork; make explainers in the processes that use them, started by multiprocessing's 'spawn'")
         own = getattr(getattr(images, "device", None), "id", None)  # of CuPy's arrays
         if own is None:
             return self.places
@@ -125,8 +123,7 @@ class Executor:
         if not places:
             raise InputError(
                 f"the batch is on cuda:{own}; required: images on "
-                f"cuda:{', cuda:'.join(str(n) for n, _ in self.places)}, or "
-                "of NumPy")
+                f"cuda:{', cuda:'.join(str(n) for n, _ in self.places)}, or of NumPy")
         return places
 
     def submit(self, plan: Plan) -> Callable[..., object] | None:

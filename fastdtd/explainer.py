@@ -210,16 +210,14 @@ class Explainer:
         if not finite.all():
             raise InputError(
                 f"image {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights "
-                f"are too "
-                "large")
+                "are too large")
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not derivative:
             image, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(
                 f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
-                f"decompose and the "
-                f"relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, score "
-                f"{float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
+                f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
+                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
         return e
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
@@ -256,8 +254,7 @@ class Explainer:
             if self._assignment.derivative and (after := fused_activations(graph).get(name)):
                 raise InputError(
                     f"the derivative by what layer {name!r} makes is not kept, for the activation after it is computed "
-                    f"with it; "
-                    f"required: a layer such as {after.name!r}")
+                    f"with it; required: a layer such as {after.name!r}")
         library = self._kernels.namespace(images)
         with self._kernels.on_device_of(images):
             found = {name: library.empty((len(images), *graph.shapes[name]), np.float32) for name in layers}
@@ -284,8 +281,7 @@ def _bytes(memory: str | int) -> int:
     if size < 1:
         raise InputError(
             f"memory is {memory!r}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in '2GiB', "
-            f"or a whole "
-            "number of bytes")
+            "or a whole number of bytes")
     return size
 
 

@@ -221,8 +221,7 @@ class Explanation:
         if picture is None:
             raise InputError(
                 "this explanation was made of an array, so the picture is not known; required: overlay(i, picture) "
-                "with a "
-                "path, a PIL image or a uint8 array")
+                "with a path, a PIL image or a uint8 array")
         relevance = _host(self.relevance[image])
         seen = images.seen_by_network(images.open_picture(picture), (relevance.shape[1], relevance.shape[2]),
                                       self.context.resize, heatmap.MAX_SIDE)
@@ -264,8 +263,7 @@ class Explanation:
         except OSError as error:
             raise OutputError(
                 f"cannot write {str(path)!r}: {error.strerror or error}; required: a file in a folder that can be "
-                f"written "
-                "and has room") from None
+                "written and has room") from None
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """What a file of explanations holds, a row for each image."""

@@ -259,8 +259,7 @@ class LocalResponseNorm(Layer):
         if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 100 and _LEAST_NORM_BIAS <= self.bias < math.inf):
             self._refuse(
                 f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta "
-                f"up to 100, "
-                f"and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
+                f"up to 100, and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -294,7 +293,7 @@ class Pool2d(Layer):
             if room < 0:
                 self._refuse(
                     f"has a kernel of {self.kernel[axis]} pixels over an input of {size + before + after} (padding "
-                    f"included)"
+                    "included)"
                 )
             count = (-(-room // self.stride[axis]) if self.ceil_mode else room // self.stride[axis]) + 1
             if self.ceil_mode and (count - 1) * self.stride[axis] >= size + before:
@@ -399,7 +398,7 @@ class BatchNorm(Layer):
         if self.scale.ndim != 1 or self.scale.shape != self.shift.shape:
             self._refuse(
                 f"has scale {self.scale.shape} and shift {self.shift.shape}; required: one number each for every "
-                f"channel"
+                "channel"
             )
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
@@ -498,14 +497,13 @@ class Graph:
         outputs = [layer.name for layer in self.layers if layer.name not in read]
         if len(outputs) != 1:
             raise ModelError(
-                f"the network has {len(outputs)} outputs ({', '.join(map(repr, outputs))}); required: one. "
-                "Remove the layers that lead to the others")
+                f"the network has {len(outputs)} outputs ({', '.join(map(repr, outputs))}); required: one. Remove the "
+                "layers that lead to the others")
         keep("output", outputs[0])
         if self.shapes[self.output][1:] != (1, 1):
             raise ModelError(
                 f"the network's output {self.output!r} has shape {_text(self.shapes[self.output])}; required: one "
-                f"score for "
-                "each class, (K, 1, 1). Add a global average pool or a flatten at the end")
+                "score for each class, (K, 1, 1). Add a global average pool or a flatten at the end")
         keep("domains", self._infer_domains())
 
     def __iter__(self) -> Iterator[Layer]:
@@ -529,8 +527,7 @@ class Graph:
             if int(np.prod(shape, dtype=object)) > MAX_TENSOR_ELEMENTS:
                 raise ModelError(
                     f"layer {layer.name!r} makes a tensor of shape {_text(shape)}; at most {MAX_TENSOR_ELEMENTS} "
-                    f"numbers are "
-                    "accepted")
+                    "numbers are accepted")
             shapes[layer.name] = shape
         return shapes
 
@@ -628,7 +625,7 @@ def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         stuck = [layer.name for layer in layers if waiting[layer.name]]
         raise ModelError(
             f"the network has a cycle through {', '.join(map(repr, stuck[:5]))}; required: layers that lead forward "
-            f"only"
+            "only"
         )
     return tuple(order)
 
@@ -650,7 +647,7 @@ def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
     except (ValueError, TypeError):
         raise ModelError(
             f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one for each "
-            f"channel"
+            "channel"
         ) from None
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ModelError(

@@ -117,8 +117,7 @@ def children(group: h5py.Group, where: str, limit: int, known: Iterable[str] | N
         if group.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
             raise ModelError(
                 f"{where} holds {name!r} as a soft, external or user-defined link; required: the object itself "
-                f"(h5repack and "
-                "h5copy resolve links)")
+                "(h5repack and h5copy resolve links)")
     return {name: group[link] for name, link in sorted(zip(names, links, strict=True))}
 
 
@@ -163,8 +162,7 @@ def dataset(child: Any, where: str, ranks: tuple[int, ...], limit: int) -> h5py.
             or len(compressions.intersection(filters)) > 1):
         raise ModelError(
             f"{where} is stored with the HDF5 filters {filters}; required: at most one of gzip, lzf and szip, with or "
-            f"without "
-            "shuffle and fletcher32 (h5repack changes filters)")
+            "without shuffle and fletcher32 (h5repack changes filters)")
     claimed = max(count, math.prod(child.chunks or ())) * child.id.get_type().get_size()
     stored = min(child.id.get_storage_size(), child.file.id.get_filesize())
     if claimed > max(SMALL_BYTES, stored * (MAX_EXPANSION if filters else 1)):
@@ -188,8 +186,7 @@ def array(child: Any, where: str, ranks: tuple[int, ...], limit: int, integers: 
         found = type(kind).__name__.removeprefix("Type").removesuffix("ID")
         raise ModelError(
             f"{where} is of HDF5 type {found} ({kind.get_size()} bytes); required: IEEE floating-point numbers of 16, "
-            f"32 or "
-            "64 bits")
+            "32 or 64 bits")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which Layer and Model refuse by name
         return np.asarray(data[()], np.float32)
 
@@ -258,7 +255,7 @@ def require_known(found: Iterable[str], known: Iterable[str], where: str, what: 
     if unknown:
         raise ModelError(
             f"{where} has the unknown {what} {shown(unknown)}; known: {', '.join(known) or 'none'}. Correct or remove "
-            f"it"
+            "it"
         )
 
 

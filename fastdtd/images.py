@@ -59,8 +59,7 @@ def open_picture(picture: Any) -> Image.Image:
         if picture.dtype != np.uint8 or not pixels:
             raise PictureError(
                 f"the array has type {picture.dtype} and shape {picture.shape}; required: uint8 pixels (H, W), (H, W, "
-                f"3) or "
-                "(H, W, 4), red first")
+                "3) or (H, W, 4), red first")
     else:
         raise PictureError(
             f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")

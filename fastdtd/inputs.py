@@ -48,8 +48,7 @@ def pictures_of(given: Any, model: Model) -> list[Any] | None:
     if strange:
         raise InputError(
             f"item {strange[0]} of the list is of type {type(given[strange[0]]).__name__} and no picture, others are; "
-            f"required: "
-            "paths, PIL images or uint8 arrays (H, W, 3), or one array of network inputs")
+            "required: paths, PIL images or uint8 arrays (H, W, 3), or one array of network inputs")
     return list(given)
 
 
@@ -147,7 +146,6 @@ def factors(relevance: Array, scores: Array, first: int) -> Array:
         image, output = np.argwhere(impossible)[0]
         raise InputError(
             f"output {output} of image {first + image} has the score 0, and start gives it relevance; required: a "
-            f"score that can "
-            "be redistributed")
+            "score that can be redistributed")
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
         return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)

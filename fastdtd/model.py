@@ -87,7 +87,7 @@ class Model:
         if self.classes and len(self.classes) != outputs:
             raise ModelError(
                 f"the model names {len(self.classes)} classes but has {outputs} outputs; required: one name each, or "
-                f"none"
+                "none"
             )
 
     def _facts(self) -> dict[str, str]:
@@ -159,7 +159,7 @@ class Model:
             if matches:
                 raise InputError(
                     f"class name {name!r} is ambiguous: it names outputs {', '.join(map(str, matches))}; give the "
-                    f"number"
+                    "number"
                 )
         near = self._nearest(wanted)
         raise InputError(f"no class is named {name!r}; required: one of {len(self.classes)} names, or a number"

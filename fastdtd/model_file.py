@@ -146,8 +146,7 @@ def _read(source: Path | io.BytesIO) -> Model:
         if found.get("version") != [VERSION]:
             raise ModelError(
                 f"has format version {hdf5.shown(found.get('version'))}; this fastdtd reads version {VERSION}. Install "
-                f"the "
-                "fastdtd that wrote it, or save the model again with this one")
+                "the fastdtd that wrote it, or save the model again with this one")
         hdf5.require_known(names, ("format", "version"), "the file", "attribute")
         parts = hdf5.children(file, "the file", 4, ("input", "layers", "classes", "provenance"))
         for name in ("input", "layers"):
@@ -186,7 +185,7 @@ def _read_input(group: h5py.Group) -> tuple[Any, tuple[Array, Array] | None, Pre
         if bounds.shape != (shape[0], 2):
             raise ModelError(
                 f"/input/box has shape {bounds.shape}; required: ({shape[0]}, 2), lowest and highest value of each "
-                f"channel"
+                "channel"
             )
         box = bounds[:, 0], bounds[:, 1]
     return tuple(shape), box, Preprocessing(**fields)

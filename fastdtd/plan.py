@@ -67,8 +67,8 @@ class Plan:
                            for worker in range(schedule.workers)]  # what the tables hold addresses of
         except MemoryError:
             raise OutOfMemoryError(
-                f"the network needs {schedule.nbytes / 2**30:.1f} GiB for {schedule.batch} images at a time, more "
-                "than there is") from None
+                f"the network needs {schedule.nbytes / 2**30:.1f} GiB for {schedule.batch} images at a time, more than "
+                "there is") from None
         self._tables = [kernels.table(calls) for calls in self._calls]
         self._conditions = {i: self._state(step.condition) for i, step in enumerate(schedule.steps) if step.condition}
         self.ledger = self._states["ledger"]

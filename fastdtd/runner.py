@@ -282,8 +282,7 @@ def _writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has "
-            f"room. "
-            "Nothing that was reported as done is lost") from None
+            "room. Nothing that was reported as done is lost") from None
 
 
 def _part(columns: dict[str, Any], run_id: str) -> memoryview:
@@ -328,8 +327,7 @@ def _done_before(parts: list[Path], run_id: str, pictures: list[Picture]) -> set
         if not same:
             raise OutputError(
                 f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs, "
-                f"precision or "
-                "pictures; finish that one, remove its parts, or choose another folder")
+                "precision or pictures; finish that one, remove its parts, or choose another folder")
         done.update(names)
     return done
 

@@ -112,8 +112,8 @@ def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
     for part in given:
         if not isinstance(part, Mapping):
             raise RuleError(
-                f"rules {rules!r} given; required: a preset such as 'dtd', or mappings from layer names or patterns "
-                "to rules")
+                f"rules {rules!r} given; required: a preset such as 'dtd', or mappings from layer names or patterns to "
+                "rules")
         for pattern, rule in part.items():
             if not isinstance(pattern, str) or not isinstance(rule, (str, Rule)):
                 raise RuleError(
@@ -156,8 +156,8 @@ def _derivative(graph: Graph, chosen: dict[str, Rule], preset: str) -> str | Non
     others = [layer.name for layer in graph if layer.name not in derived and "gradient" in _choices(layer)]
     if derived and others:
         raise RuleError(
-            f"layer {others[0]!r} has a rule that redistributes relevance, others the rule 'gradient', which does "
-            "not; required: 'gradient' for all layers, as rules='gradient', or for none")
+            f"layer {others[0]!r} has a rule that redistributes relevance, others the rule 'gradient', which does not; "
+            "required: 'gradient' for all layers, as rules='gradient', or for none")
     if preset in DERIVATIVES and not others:
         return preset
     return "gradient" if derived else None
@@ -187,8 +187,7 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
         case "zB" if not bounded:
             raise RuleError(
                 f"rule 'zB' needs bounds of what layer {layer.name!r} reads, which are known only for the network's "
-                "input and only where the model gives its value box; use 'z+' in hidden layers, or 'w2' at the "
-                "input")
+                "input and only where the model gives its value box; use 'z+' in hidden layers, or 'w2' at the input")
         case "zB":
             return LayerRule(rule, (Term(codes.BOX, "positive"),))
         case "proportional":
@@ -197,8 +196,8 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
             if rule.takes_bounds and not bounded:
                 raise RuleError(
                     f"the direction of layer {layer.name!r} takes bounds of the layer's input, which are known only "
-                    "for the network's input and only where the model gives its value box; required: a function "
-                    "of (a, w)")
+                    "for the network's input and only where the model gives its value box; required: a function of "
+                    "(a, w)")
             return LayerRule(rule, (Term(codes.VALUE, "direction"),), codes.DIRECTION)
         case "gradient":
             return LayerRule(rule, (Term(codes.ONES, "value"),), codes.GRADIENT)
@@ -212,8 +211,8 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
         return LayerRule(rule, (positive,))
     if not has_weights:
         raise RuleError(
-            f"rule {rule} does not apply to {type(layer).__name__} {layer.name!r}, which has no weights; required: "
-            "one of z+ (without parameters), zB, w2, flat, epsilon, gradient")
+            f"rule {rule} does not apply to {type(layer).__name__} {layer.name!r}, which has no weights; required: one "
+            "of z+ (without parameters), zB, w2, flat, epsilon, gradient")
     if rule.name == "gamma":
         return LayerRule(rule, (positive, negative, *bias), codes.GAMMA)
     return LayerRule(rule, (positive, *((negative,) if rule.beta else ()), *bias), codes.ALPHA_BETA)

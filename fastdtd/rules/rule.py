@@ -213,8 +213,7 @@ class Term:
             case "squared":
                 if weight.size and np.abs(weight).max() > _MAX_SQUARED:
                     raise RuleError(
-                        f"a weight of {np.abs(weight).max():g} is too large to be squared in float32; use 'flat' "
-                        "here")
+                        f"a weight of {np.abs(weight).max():g} is too large to be squared in float32; use 'flat' here")
                 return [weight * weight]
             case "flat":
                 return [np.ones_like(weight)]
