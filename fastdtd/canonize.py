@@ -2,7 +2,7 @@
 others.
 
 Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the
-convolution or dense layer before it or, failing that, behind it; where neither can be, it becomes a convolution of 1 x
+convolution or dense layer before it or, failing that, after it; where neither can be, it becomes a convolution of 1 x
 1, each channel a group. The result is a fixed point: canonizing it again changes nothing.
 """
 
@@ -41,13 +41,13 @@ def canonize(graph: Graph) -> Graph:
     readers = Counter(name for layer in without for name in layer.inputs)
     reader = {name: layer for layer in without for name in layer.inputs}
     folded: dict[str, str] = {}
-    behind: dict[str, BatchNorm] = {}  # by the name of the layer that they are folded into
+    fold_into_next: dict[str, BatchNorm] = {}  # by the name of the layer that they are folded into
     kept: dict[str, Layer] = {}
     for layer in without:
         inputs = tuple(folded.get(name, name) for name in layer.inputs)
-        if layer.name in behind:
+        if layer.name in fold_into_next:
             assert isinstance(layer, (Conv2d, Dense))
-            kept[layer.name] = dataclasses.replace(_fold_into_next(behind[layer.name], layer), inputs=inputs)
+            kept[layer.name] = dataclasses.replace(_fold_into_next(fold_into_next[layer.name], layer), inputs=inputs)
         elif not isinstance(layer, BatchNorm):
             kept[layer.name] = dataclasses.replace(layer, inputs=inputs)
         else:
@@ -56,7 +56,7 @@ def canonize(graph: Graph) -> Graph:
                 kept[before.name] = _fold(before, layer)
                 folded[layer.name] = before.name
             elif readers[layer.name] == 1 and following is not None and _takes_in(following, layer):
-                behind[following.name] = layer
+                fold_into_next[following.name] = layer
                 folded[layer.name] = inputs[0]
             else:
                 weight = layer.scale.reshape(-1, 1, 1, 1)
@@ -75,8 +75,8 @@ def _fold_into_next(norm: BatchNorm, layer: Conv2d | Dense) -> Conv2d | Dense:
     groups = layer.groups if isinstance(layer, Conv2d) else 1
     outputs, per_group = len(layer.weight), layer.weight.shape[1]
     # (outputs, channels of the output's group, 1...), as the weight lies
-    scale, shift = (np.repeat(number.astype(np.float64).reshape(groups, per_group), outputs // groups, 0)
-                    .reshape(outputs, per_group, *[1] * (layer.weight.ndim - 2)) for number in (norm.scale, norm.shift))
+    scale, shift = (np.repeat(values.astype(np.float64).reshape(groups, per_group), outputs // groups, 0)
+                    .reshape(outputs, per_group, *[1] * (layer.weight.ndim - 2)) for values in (norm.scale, norm.shift))
     bias = (layer.weight * shift).reshape(outputs, -1).sum(1) + (0 if layer.bias is None else layer.bias)
     with np.errstate(over="ignore"):
         return dataclasses.replace(layer, weight=(layer.weight * scale).astype(np.float32),

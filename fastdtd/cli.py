@@ -16,7 +16,7 @@ from fastdtd.errors import FastDTDError
 _MAIN = """\
 Which pixels does a network's prediction come from?
 
-  fastdtd explain squeezenet1_1 cat.jpg            with the network that comes along
+  fastdtd explain squeezenet1_1 cat.jpg            with the bundled network
   fastdtd convert net.onnx net.h5 --labels names.txt
   fastdtd show net.h5                              its layers and the rule each will get
   fastdtd explain net.h5 pictures/ -o out          a heatmap and an overlay for each picture
@@ -35,7 +35,7 @@ status is then 1. A run that was cut off goes on where it was when it is started
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
-  fastdtd explain squeezenet1_1                              two photographs that come along
+  fastdtd explain squeezenet1_1                              two bundled photographs
   fastdtd explain squeezenet1_1 cat.jpg dog.jpg -o out
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
   fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
@@ -56,7 +56,7 @@ state dict, as torch.save(module.state_dict(), path) writes it; without one the 
 gives, random ones in torchvision.
 
 How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD,
-with pixels 0..255 and the channels in the order of COLOR. With a value box (the least and the largest value of each
+with pixels 0..255 and the channels in the order of COLOR. With a value box (the minimum and the maximum of each
 channel after that) the first layer gets the z^B rule, which explains pixels best; without one it gets w^2.
 """
 _CONVERT_EXAMPLES = """\
@@ -101,7 +101,7 @@ in a Dockerfile, for any x86 processor with AVX2 (nearly all since 2015):
 """
 
 
-_MOST_DIFFERENCE = 1e-3
+_MAX_DIFFERENCE = 1e-3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", _EXPLAIN, _EXPLAIN_EXAMPLES, "explain pictures")
     explain.set_defaults(run=_explain)
     explain.add_argument("model", metavar="MODEL",
-                         help="a model file, or the name of one that comes along: squeezenet1_1")
+                         help="a model file, or the name of a bundled one: squeezenet1_1")
     explain.add_argument("pictures", metavar="PICTURE", nargs="*", default=[],
-                         help="pictures, or folders that are searched for some (default: two that come along)")
+                         help="pictures, or folders that are searched for some (default: two bundled ones)")
     explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
                          help="folder for the results (default: %(default)s)")
     explain.add_argument("--target", metavar="CLASS",
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--ledger", action="store_true",
         help="print at the end where the scores went: to the pixels, and what each layer absorbed because none of its "
-        "inputs spoke for it")
+        "inputs contributed to it")
     explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance",
                          help="what to write (default: %(default)s)")
     explain.add_argument("--batch", metavar="N", type=int,
@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = command("show", _SHOW, _SHOW_EXAMPLES, "print a network's layers and their rules")
     show.set_defaults(run=_show)
-    show.add_argument("model", metavar="MODEL", help="a model file, or the name of one that comes along: squeezenet1_1")
+    show.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
     _add_rules(show)
 
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
@@ -290,8 +290,8 @@ def _explain(options: argparse.Namespace) -> int:
         def on_line(line: runner.Line) -> None:
             for sums, of_line in ((books, {"": line.relevance,
                                            **line.ledger}), (flow, {"": line.relevance, **line.flow})):
-                for place, amount in of_line.items():
-                    sums[place] += amount
+                for layer, amount in of_line.items():
+                    sums[layer] += amount
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
@@ -349,7 +349,7 @@ def _convert(options: argparse.Namespace) -> int:
                     labels=options.labels)
     if options.verify:
         difference, runtime = verify(model, source), runtime_of(source)
-        if not difference <= _MOST_DIFFERENCE:
+        if not difference <= _MAX_DIFFERENCE:
             raise ConversionError(
                 f"{options.source}: scores differ from {runtime}'s by {difference:.1%} of the largest; nothing was "
                 "written. Please report this network")

@@ -33,4 +33,4 @@ class PictureError(FastDTDError):
 
 
 class OutputError(FastDTDError):
-    """A place where results cannot be written."""
+    """A file or folder that results cannot be written to."""

@@ -22,7 +22,7 @@ from fastdtd.schedule import Schedule
 _WORKSPACE_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
 _SMALL_NETWORK = 1 << 25  # multiply-adds of one product of all layers; half a millisecond or less
 
-Place = tuple[int, PlanPool]  # a device's number, and the plans there
+DevicePool = tuple[int, PlanPool]  # a device's number, and the plans there
 Work = Callable[[Plan, int, int], None]  # of images first..last-1, which a plan explains
 
 
@@ -53,14 +53,14 @@ class Executor:
         self._process = os.getpid()
         kernels = found.kernels
         concurrent = kernels.MAX_PLANS or threads  # plans at a time, on each device
-        self.places = [(number, self._pool(graph, assignment, found, number, concurrent, limit))
+        self.devices = [(number, self._pool(graph, assignment, found, number, concurrent, limit))
                        for number in found.numbers]
-        self._concurrent = len(self.places) * concurrent
+        self._concurrent = len(self.devices) * concurrent
         self._forget_threads()
-        if hasattr(os, "register_at_fork"):  # threads, and who holds a lock, are not there in a forked process
+        if hasattr(os, "register_at_fork"):  # a forked process has neither the threads nor the holders of locks
             forked = weakref.WeakMethod(self._forget_threads)
             os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
-        plans, available = self.places[0][1], min(plans.limit for _, plans in self.places)
+        plans, available = self.devices[0][1], min(plans.limit for _, plans in self.devices)
         one = plans.nbytes(1, 1)
         if one > available:
             told = "a GPU has less;"
@@ -70,7 +70,7 @@ class Executor:
                 f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network "
                 "with a smaller input")
         budget = int(available) if kernels.FILLS_MEMORY else min(available, concurrent * max(one, _WORKSPACE_BYTES))
-        for _, each in self.places:
+        for _, each in self.devices:
             each.max_idle = budget
         # Is there memory for an image in each thread?
         self._own_plans = concurrent * one <= available or not kernels.THREADS_SHARE_A_PLAN
@@ -110,7 +110,7 @@ class Executor:
         return PlanPool(network, bind, concurrent, min(limit,
                                                        kernels.memory_budget(number) or limit), kernels.MAX_IMAGES)
 
-    def devices_for(self, images: object) -> list[Place]:
+    def devices_for(self, images: object) -> list[DevicePool]:
         """The devices for these images: all, or the one that they are on."""
         if not self.kernels.SURVIVES_FORK and os.getpid() != self._process:
             raise DeviceError(
@@ -118,19 +118,19 @@ class Executor:
                 "fork; make explainers in the processes that use them, started by multiprocessing's 'spawn'")
         own = getattr(getattr(images, "device", None), "id", None)  # of CuPy's arrays
         if own is None:
-            return self.places
-        places = [(number, plans) for number, plans in self.places if number == int(own)]
-        if not places:
+            return self.devices
+        devices = [(number, plans) for number, plans in self.devices if number == int(own)]
+        if not devices:
             raise InputError(
                 f"the batch is on cuda:{own}; required: images on "
-                f"cuda:{', cuda:'.join(str(n) for n, _ in self.places)}, or of NumPy")
-        return places
+                f"cuda:{', cuda:'.join(str(n) for n, _ in self.devices)}, or of NumPy")
+        return devices
 
     def submit(self, plan: Plan) -> Callable[..., object] | None:
         """What starts the calls of a plan's other workers; None where it has one."""
         return self._threads().submit if plan.schedule.workers > 1 else None
 
-    def map(self, work: Work, count: int, places: list[Place]) -> None:
+    def map(self, work: Work, count: int, devices: list[DevicePool]) -> None:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no
         memory for as many.
 
@@ -142,7 +142,7 @@ class Executor:
         parts = -(-count // max_images)
         if own_plans and count > 1 and self.kernels.MAX_PLANS is None:
             parts = -(-parts // self.threads) * self.threads  # as many for each thread
-        parts = min(count, -(-parts // len(places)) * len(places))
+        parts = min(count, -(-parts // len(devices)) * len(devices))
         edges = [count * i // parts for i in range(parts + 1)] if parts else [0]
         threads = self._threads() if own_plans and self._concurrent > 1 and parts > 1 else None
         failed = False
@@ -154,11 +154,11 @@ class Executor:
             if middle > first:
                 self.batch = min(self.batch, middle - first)
 
-        def run(loan: list[Plan], place: Place, first: int, last: int) -> None:
+        def run(loan: list[Plan], device: DevicePool, first: int, last: int) -> None:
             nonlocal failed
             plan, done, too_many = loan.pop(), False, False
             try:
-                with self.kernels.on_device(place[0]):
+                with self.kernels.on_device(device[0]):
                     work(plan, first, last)
                 done = True
             except MemoryError:  # of a GPU, where others may have taken some
@@ -167,7 +167,7 @@ class Executor:
                     raise
             finally:
                 failed |= not (done or too_many)
-                place[1].give_back(plan, done)
+                device[1].give_back(plan, done)
                 del plan  # and its memory, where it was not given back
             if too_many:
                 halve(first, last)
@@ -180,30 +180,30 @@ class Executor:
                     del running[0]
                     continue
                 first, last = todo.pop()
-                place = min(places, key=lambda place: place[1].used_workers)
+                device = min(devices, key=lambda device: device[1].used_workers)
                 try:
-                    loan = [place[1].take(last - first,
+                    loan = [device[1].take(last - first,
                                           workers)]  # `run` takes it out: a plan known here would keep its memory
                 except OutOfMemoryError:
                     busy = [future for future, _, _ in running if not future.done()]
                     wait(busy)
-                    if place[1].drop_idle() or busy or last - first > 1:
+                    if device[1].drop_idle() or busy or last - first > 1:
                         halve(first, last)
                         continue
                     raise
                 if threads is None:
-                    run(loan, place, first, last)
+                    run(loan, device, first, last)
                 else:
-                    running.append((threads.submit(run, loan, place, first, last), loan, place[1]))
+                    running.append((threads.submit(run, loan, device, first, last), loan, device[1]))
         finally:
             for future, loan, plans in running:
                 if future.cancel():
                     plans.give_back(loan.pop(), False)
 
-    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], place: Place) -> None:
+    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool) -> None:
         """Run `work` with plans that keep the relevance of tensors, as many of them at a time as there is memory for.
         """
-        number, plans = place
+        number, plans = device
         todo = [list(layers)]
         while todo:
             part = todo.pop()
@@ -231,7 +231,7 @@ class Executor:
     def _forget_threads(self) -> None:
         self._lock = threading.Lock()
         self._pool_of_threads: ThreadPoolExecutor | None = None
-        for _, plans in self.places:
+        for _, plans in self.devices:
             plans.forget_users()
 
     def _threads(self) -> ThreadPoolExecutor:

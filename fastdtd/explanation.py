@@ -263,7 +263,7 @@ class Explanation:
         except OSError as error:
             raise OutputError(
                 f"cannot write {str(path)!r}: {error.strerror or error}; required: a file in a folder that can be "
-                "written and has room") from None
+                "written and has free space") from None
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """What a file of explanations holds, a row for each image."""

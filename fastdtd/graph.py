@@ -24,9 +24,9 @@ MAX_TENSOR_ELEMENTS = 2**28  # one tensor of one image: 1 GiB of float32; larger
 MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
 MAX_LAYERS = 10_000
 MAX_PADDING = 1024  # with more, windows of nothing but padding could keep a processor busy for days
-_LEAST_NORM_BIAS = 1e-6
-_MOST_EXPONENT = 100
-MAX_CONVOLUTION_STRIDE = 256  # its square is how many parts the way back has
+_MIN_NORM_BIAS = 1e-6
+_MAX_EXPONENT = 100
+MAX_CONVOLUTION_STRIDE = 256  # its square is how many phases the backward pass has
 
 Shape = tuple[int, int, int]
 Array = npt.NDArray[np.float32]
@@ -37,7 +37,7 @@ class Layer:
     """What every layer has: a unique name and the names of the tensors it reads.
 
     A subclass says how its output shape follows from its input shapes, which of its fields are weights (``arrays``),
-    and how many inputs it takes (``arity``, least and most).
+    and how many inputs it takes (``arity``, minimum and maximum).
     """
 
     name: str
@@ -59,9 +59,9 @@ class Layer:
                 object.__setattr__(self, field.name, tuple(int(v) for v in value))
             elif field.type == "float":
                 object.__setattr__(self, field.name, float(value))
-        least, most = self.arity
-        if not least <= len(self.inputs) <= most:
-            wanted = f"{least}" if least == most else f"{least} or more"
+        minimum, maximum = self.arity
+        if not minimum <= len(self.inputs) <= maximum:
+            wanted = f"{minimum}" if minimum == maximum else f"{minimum} or more"
             self._refuse(f"has {len(self.inputs)} inputs; {type(self).__name__} takes {wanted}")
         self.validate()
 
@@ -79,10 +79,10 @@ class Layer:
     def _refuse(self, what: str) -> None:
         raise ModelError(f"layer {self.name!r} {what}")
 
-    def _require_ints(self, field: str, length: int, least: int, most: int = 2**24 - 1) -> None:
+    def _require_ints(self, field: str, length: int, minimum: int, maximum: int = 2**24 - 1) -> None:
         value = getattr(self, field)
-        if len(value) != length or any(v < least or v > most for v in value):
-            self._refuse(f"has {field} {value}; required: {length} integers from {least} to {most}")
+        if len(value) != length or any(v < minimum or v > maximum for v in value):
+            self._refuse(f"has {field} {value}; required: {length} integers from {minimum} to {maximum}")
 
     def validate(self) -> None:
         """Raise ModelError where the layer's own fields contradict each other."""
@@ -99,7 +99,7 @@ def _weights(layer: str, field: str, value: Any) -> Array:
         raise ModelError(f"layer {layer!r} has {field} of type {array.dtype}; required: real numbers")
     if array.size > MAX_WEIGHT_ELEMENTS:
         raise ModelError(
-            f"layer {layer!r} has {field} of {array.size} numbers; at most {MAX_WEIGHT_ELEMENTS} are accepted")
+            f"layer {layer!r} has {field} of {array.size} elements; at most {MAX_WEIGHT_ELEMENTS} are accepted")
     with np.errstate(over="ignore"):
         array = np.array(array, np.float32, order="C")
     if not np.isfinite(array).all():
@@ -113,8 +113,8 @@ def _indices(layer: str, field: str, value: Any) -> npt.NDArray[np.int32]:
     array = np.asarray(value)
     if array.dtype.kind not in "iu" or array.size > MAX_TENSOR_ELEMENTS:
         raise ModelError(
-            f"layer {layer!r} has {field} of {array.size} numbers of type {array.dtype}; required: at most "
-            f"{MAX_TENSOR_ELEMENTS} whole numbers")
+            f"layer {layer!r} has {field} of {array.size} elements of type {array.dtype}; required: at most "
+            f"{MAX_TENSOR_ELEMENTS} integers")
     if array.size and not -1 <= array.min() <= array.max() < MAX_TENSOR_ELEMENTS:
         raise ModelError(
             f"layer {layer!r} has {field} from {array.min()} to {array.max()}; required: -1 to "
@@ -235,15 +235,15 @@ class Power(Layer):
     exponent: float
 
     def validate(self) -> None:
-        if not 0 < self.exponent <= _MOST_EXPONENT:
-            self._refuse(f"has exponent {self.exponent:g}; required: above 0, at most {_MOST_EXPONENT}")
+        if not 0 < self.exponent <= _MAX_EXPONENT:
+            self._refuse(f"has exponent {self.exponent:g}; required: above 0, at most {_MAX_EXPONENT}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalResponseNorm(Layer):
     """x[c] = y[c] / (bias + alpha / size * sum of y^2 over `size` channels around c)^beta (Krizhevsky et al. 2012).
 
-    The channels are those from (size - 1) // 2 before c to size // 2 behind it, as far as there are any.
+    The channels are those from (size - 1) // 2 before c to size // 2 after it, as far as there are any.
     within_channel: size x size pixels around each of the same channel instead, and alpha / size^2.
     """
 
@@ -256,10 +256,10 @@ class LocalResponseNorm(Layer):
     def validate(self) -> None:
         if not 1 <= self.size <= MAX_PADDING:
             self._refuse(f"has size {self.size}; required: 1 to {MAX_PADDING}")
-        if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 100 and _LEAST_NORM_BIAS <= self.bias < math.inf):
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 100 and _MIN_NORM_BIAS <= self.bias < math.inf):
             self._refuse(
                 f"has alpha {self.alpha:g}, beta {self.beta:g} and bias {self.bias:g}; required: none negative, beta "
-                f"up to 100, and a bias of {_LEAST_NORM_BIAS} or more, so that nothing is divided by zero")
+                f"up to 100, and a bias of {_MIN_NORM_BIAS} or more, so that nothing is divided by zero")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -289,13 +289,13 @@ class Pool2d(Layer):
         sizes = []
         for axis, size in enumerate(image):
             before, after = self.padding[axis], self.padding[axis + 2]
-            room = size + before + after - self.kernel[axis]
-            if room < 0:
+            free = size + before + after - self.kernel[axis]
+            if free < 0:
                 self._refuse(
                     f"has a kernel of {self.kernel[axis]} pixels over an input of {size + before + after} (padding "
                     "included)"
                 )
-            count = (-(-room // self.stride[axis]) if self.ceil_mode else room // self.stride[axis]) + 1
+            count = (-(-free // self.stride[axis]) if self.ceil_mode else free // self.stride[axis]) + 1
             if self.ceil_mode and (count - 1) * self.stride[axis] >= size + before:
                 count -= 1
             sizes.append(count)
@@ -327,7 +327,7 @@ class GlobalAveragePool(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Concat(Layer):
-    """Inputs one behind the other along the channels."""
+    """Inputs one after the other along the channels."""
 
     arity = (1, MAX_LAYERS)
 
@@ -360,10 +360,10 @@ class Flatten(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rearrange(Layer):
-    """Numbers in another order and shape: reshape, transpose, slice, pad, channel shuffle, nearest upsampling.
+    """Elements in another order and shape: reshape, transpose, slice, pad, channel shuffle, nearest upsampling.
 
-    index: (C, H, W) integers, of the output's shape. Each is the number, in C order, of the input that comes there, or
-    -1 for a zero.
+    index: (C, H, W) integers, of the output's shape. Each is the index, in C order, of the element of the input that
+    comes there, or -1 for a zero.
     """
 
     index: npt.NDArray[np.int32]
@@ -377,7 +377,7 @@ class Rearrange(Layer):
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
         if self.index.max() >= math.prod(shapes[0]):
-            self._refuse(f"has index {self.index.max()} but {self.inputs[0]!r} has {math.prod(shapes[0])} numbers")
+            self._refuse(f"has index {self.index.max()} but {self.inputs[0]!r} has {math.prod(shapes[0])} elements")
         channels, height, width = self.index.shape
         return channels, height, width
 
@@ -386,7 +386,7 @@ class Rearrange(Layer):
 class BatchNorm(Layer):
     """y[c] = scale[c] x[c] + shift[c]: batch normalisation at inference.
 
-    canonize.py folds it into the convolution or dense layer before it or behind it, or makes a convolution of it.
+    canonize.py folds it into the convolution or dense layer before it or after it, or makes a convolution of it.
     """
 
     scale: Array
@@ -527,7 +527,7 @@ class Graph:
             if int(np.prod(shape, dtype=object)) > MAX_TENSOR_ELEMENTS:
                 raise ModelError(
                     f"layer {layer.name!r} makes a tensor of shape {_text(shape)}; at most {MAX_TENSOR_ELEMENTS} "
-                    "numbers are accepted")
+                    "elements are accepted")
             shapes[layer.name] = shape
         return shapes
 
@@ -576,7 +576,7 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
 
 
 def _rearranged_domain(layer: Rearrange, domain: Domain, shape: Shape) -> Domain:
-    """Bounds stay bounds of channels where all numbers of a channel come from channels of the same bounds."""
+    """Bounds stay bounds of channels where all elements of a channel come from channels of the same bounds."""
     if domain.low is None or domain.high is None:
         return domain
     index = layer.index.reshape(len(layer.index), -1)
@@ -635,7 +635,7 @@ def _input_shape(shape: Iterable[int]) -> Shape:
     if len(values) != 3 or min(values) < 1 or int(np.prod(values, dtype=object)) > MAX_TENSOR_ELEMENTS:
         raise ModelError(
             f"the input has shape {values}; required: (channels, height, width), each 1 or more, and at most "
-            f"{MAX_TENSOR_ELEMENTS} numbers in all")
+            f"{MAX_TENSOR_ELEMENTS} elements in all")
     return values[0], values[1], values[2]
 
 

@@ -219,9 +219,9 @@ def attribute(node: h5py.Group, name: str, where: str, longest: int = MAX_TEXT_B
     if attribute.get_space().get_simple_extent_type() == h5s.NULL:
         raise ModelError(f"{where} is empty; required: a value")
     count = math.prod(attribute.shape)
-    most = MAX_ATTRIBUTE_ELEMENTS * MAX_TEXT_BYTES // longest
-    if count > most:
-        raise ModelError(f"{where} has {count} elements; at most {most} are accepted")
+    maximum = MAX_ATTRIBUTE_ELEMENTS * MAX_TEXT_BYTES // longest
+    if count > maximum:
+        raise ModelError(f"{where} has {count} elements; at most {maximum} are accepted")
     is_text = kind.get_class() == h5t.STRING
     is_number = kind.get_class() in (h5t.INTEGER, h5t.FLOAT) or (kind.get_class() == h5t.ENUM
                                                                  and attribute.dtype == bool)

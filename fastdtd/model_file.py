@@ -115,7 +115,8 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
         replace(Path(path), lambda beside: beside.write_bytes(image.getbuffer()))
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise OutputError(
-            f"cannot write {str(path)!r}: {error}; required: a place with room where files may be written") from error
+            f"cannot write {str(path)!r}: {error}; required: a folder that can be written and has free space"
+        ) from error
 
 
 def _locate(source: str) -> Path:

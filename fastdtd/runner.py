@@ -36,7 +36,7 @@ RESULT = "explanations.h5"
 _PART = "explanations.part-{:06d}.h5"
 _PARTS = f"explanations.part-{'[0-9]' * 6}.h5"
 _SOURCE = "source"
-_MORE_ROOM = 1 << 20
+_SPARE_BYTES = 1 << 20
 _BATCH = 16  # of processors; GPUs take more
 _DRAWN = (".heatmap.png", ".overlay.png")
 _LEFT_BESIDE = re.compile(r"\..*(\.heatmap\.png|\.overlay\.png|explanations.*\.h5)\.[0-9a-f]{32}")  # see files.replace
@@ -247,14 +247,14 @@ def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Lo
 
     def draw(one: _Loaded, relevance: Array) -> None:
         with _writing(out):
-            place = out / one.picture.name
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path = out / one.picture.name
+            path.parent.mkdir(parents=True, exist_ok=True)
             for kind, shown in (("heatmap", None), ("overlay", one.shown)):
                 if kind in outputs:
                     def save(path: Path, shown: Image.Image | None = shown) -> None:
                         heatmap.write(path, relevance, shown)
 
-                    replace(place.with_name(f"{place.name}.{kind}.png"), save)
+                    replace(path.with_name(f"{path.name}.{kind}.png"), save)
 
     for future in [executor.submit(draw, one, relevance) for one, relevance in zip(loaded, e.relevance, strict=True)]:
         future.result()
@@ -282,7 +282,7 @@ def _writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has "
-            "room. Nothing that was reported as done is lost") from None
+            "free space. Nothing that was reported as done is lost") from None
 
 
 def _part(columns: dict[str, Any], run_id: str) -> memoryview:
@@ -343,9 +343,9 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
         plain.write(content.getbuffer())
         plain.flush()
         if hasattr(os, "posix_fallocate"
-                   ):  # HDF5 does not survive a full disk: all the room it will need is taken before it writes
+                   ):  # HDF5 does not survive a full disk: all the space it will need is taken before it writes
             os.posix_fallocate(plain.fileno(), 0,
-                               len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _MORE_ROOM)
+                               len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _SPARE_BYTES)
     with h5py.File(parts[-1], "r", locking=False) as last, h5py.File(path, "r+", locking=False) as file:
         counts = []
         for part in parts:

@@ -22,7 +22,7 @@ from fastdtd.rules import assign
 
 _LOG = logging.getLogger("fastdtd")  # warnings are shown on standard error unless the application says otherwise
 _unkept: list[str] = []  # why kernels could not be kept, in this process
-_ADVICE = "set NUMBA_CACHE_DIR to a folder that can be written and has room"
+_ADVICE = "set NUMBA_CACHE_DIR to a folder that can be written and has free space"
 
 
 def load_kernels(device: str) -> AnyDevice:
@@ -88,7 +88,7 @@ def _network() -> g.Graph:
              **options: Any) -> tuple[g.Conv2d, g.ReLU]:
         weight = np.full((outputs, inputs, kernel, kernel), 0.01, np.float32)
         bias = np.zeros(outputs, np.float32)
-        weight[0], bias[0] = -weight[0], 100  # active though no input speaks for it: something to absorb
+        weight[0], bias[0] = -weight[0], 100  # active though no input contributes to it: something to absorb
         padding = (kernel // 2,) * 4
         return g.Conv2d(name, (source,), weight, bias, padding=padding, **options), g.ReLU(f"{name}/relu", (name,))
 

@@ -154,7 +154,7 @@ def test_a_place_that_cannot_be_written(code, warmed, tmp_path):
     said = err.splitlines(keepends=True)
     assert said[0] == NOTICE
     assert said[1].startswith(f"fastdtd: compiled kernels cannot be kept, so each process will compile them ({place}")
-    assert said[1].endswith("; set NUMBA_CACHE_DIR to a folder that can be written and has room\n")
+    assert said[1].endswith("; set NUMBA_CACHE_DIR to a folder that can be written and has free space\n")
     assert len(said) == 2
     assert kept(tmp_path) == {}
 

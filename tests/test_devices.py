@@ -211,7 +211,7 @@ def tiny():
 
 def plans_of(made):
     """Of the first device."""
-    return made._executor.places[0][1]
+    return made._executor.devices[0][1]
 
 
 @pytest.fixture
@@ -261,21 +261,21 @@ def test_a_gpu_that_is_busy_is_passed_over(gpus):
     model = tiny()
     begun = gpus(2)
     made = Explainer(model, device="cuda")
-    plan = made._executor.places[0][1].take(1, 1)
+    plan = made._executor.devices[0][1].take(1, 1)
     begun.clear()
     made(pictures(model.graph, 1, seed=0))
     assert {number for number, _ in begun} == {1}
-    made._executor.places[0][1].give_back(plan)
+    made._executor.devices[0][1].give_back(plan)
 
 
 def test_the_gpu_with_least_memory_says_how_many_images(gpus, monkeypatch):
     model = tiny()
     gpus(2)
-    one = Explainer(model, device="cuda")._executor.places[0][1].nbytes(1, 1)
+    one = Explainer(model, device="cuda")._executor.devices[0][1].nbytes(1, 1)
     monkeypatch.setattr(kernels, "memory_budget", lambda number: (20, 7)[number] * one)
     made = Explainer(model, device="cuda")
     assert made.batch == 3
-    assert [plans.limit for _, plans in made._executor.places] == [20 * one, 7 * one]
+    assert [plans.limit for _, plans in made._executor.devices] == [20 * one, 7 * one]
     monkeypatch.setattr(kernels, "memory_budget", lambda number: (20, 0.5)[number] * one)
     for memory_limit in (None, "1GiB"):
         with pytest.raises(InputError,
@@ -286,7 +286,7 @@ def test_the_gpu_with_least_memory_says_how_many_images(gpus, monkeypatch):
 
 
 class Limited:
-    """`empty` of memory that has room for plans of so many images."""
+    """`empty` of memory with space for plans of so many images."""
 
     def __init__(self, monkeypatch, model, images):
         schedule = plans_of(Explainer(model, device="cuda", precision="fp32")).schedule(images, 1)
@@ -307,7 +307,7 @@ def test_less_memory_than_there_seemed_halves_the_batch(gpus, monkeypatch, count
     gpus(count)
     made = Explainer(model, device="cuda")
     wanted = made(batch)
-    for _, plans in made._executor.places:
+    for _, plans in made._executor.devices:
         plans.drop_idle()
     limited = Limited(monkeypatch, model, 2)
     assert_same(made(batch), wanted)
@@ -317,11 +317,11 @@ def test_less_memory_than_there_seemed_halves_the_batch(gpus, monkeypatch, count
     assert_same(made(batch), wanted)
     assert not limited.refused
     limited.most = 0
-    for _, plans in made._executor.places:
+    for _, plans in made._executor.devices:
         plans.drop_idle()
     with pytest.raises(OutOfMemoryError, match=r"the network needs .* for 1 images at a time, more than there is"):
         made(batch)
-    assert all(plans.used_bytes == plans.used_workers == 0 for _, plans in made._executor.places)
+    assert all(plans.used_bytes == plans.used_workers == 0 for _, plans in made._executor.devices)
     limited.most = 1 << 30
     assert_same(made(batch), wanted)
 

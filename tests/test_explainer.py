@@ -37,7 +37,7 @@ many = settings(max_examples=150, deadline=None,
 
 def plans_of(made):
     """Of the first device."""
-    return made._executor.places[0][1]
+    return made._executor.devices[0][1]
 
 
 def bound(plans, batch, workers):
@@ -513,7 +513,7 @@ def nothing_is_taken(made):
 
 def one_image(graph, threads=1):
     """What a plan for one image takes."""
-    return Explainer(Model(graph, Preprocessing(None)), threads=threads)._executor.places[0][1].nbytes(1, threads)
+    return Explainer(Model(graph, Preprocessing(None)), threads=threads)._executor.devices[0][1].nbytes(1, threads)
 
 
 @settings(many, max_examples=30)

@@ -224,7 +224,7 @@ def test_graphs_that_are_refused(layers, message):
 
 def test_tensors_of_absurd_size_are_refused():
     doubled = [g.Concat(str(i), (str(i - 1) if i else g.INPUT,) * 2) for i in range(29)]
-    with pytest.raises(ModelError, match="layer '28' makes a tensor of shape 536870912x1x1; at most 268435456 numbers"):
+    with pytest.raises(ModelError, match="layer '28' makes a tensor of shape 536870912x1x1; at most 268435456 elements"):
         g.Graph(tuple(doubled), (1, 1, 1))
     assert g.Graph(tuple(doubled[:28]), (1, 1, 1)).shapes["27"] == (2**28, 1, 1)
     with pytest.raises(ModelError, match="'a' makes a tensor of shape 64x2049x2049"):
@@ -294,9 +294,9 @@ def test_bad_boxes(box, message):
      (lambda: g.Rearrange("a", (g.INPUT, ), [[[2**40]]]),
       "'a' has index from 1099511627776 to 1099511627776; required: -1 to 268435455"),
      (lambda: g.Rearrange("a", (g.INPUT, ), [[[0.5]]]),
-      "'a' has index of 1 numbers of type float64; required: at most 268435456 whole"),
+      "'a' has index of 1 elements of type float64; required: at most 268435456 integers"),
      (lambda: g.Graph((g.Rearrange("a", (g.INPUT, ), [[[8]]]), ),
-                      (2, 2, 2)), "'a' has index 8 but 'input' has 8 numbers"),
+                      (2, 2, 2)), "'a' has index 8 but 'input' has 8 elements"),
      (lambda: g.MaxPool2d("a", (g.INPUT, ), (0, 2)), r"'a' has kernel \(0, 2\); required: 2 integers from 1"),
      (lambda: g.MaxPool2d("a", (g.INPUT, ), (2, 2), (2, 0)), r"'a' has stride \(2, 0\); required: 2 integers from 1"),
      (lambda: g.MaxPool2d("a", (g.INPUT, ), (2, 3), padding=(0, 0, 0, -1)),

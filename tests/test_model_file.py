@@ -715,11 +715,11 @@ def test_what_cannot_be_stored(model, path, key, value, message):
     assert not path.exists()
 
 
-def test_unwritable_places(model, tmp_path):
+def test_unwritable_folders(model, tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "missing" / "m.h5", tmp_path / "file" / "m.h5", tmp_path /
                   ("x"*300), tmp_path / "zero\0byte"):
-        with pytest.raises(OutputError, match=r"cannot write .*required: a place"):
+        with pytest.raises(OutputError, match=r"cannot write .*required: a folder"):
             save(model, place)
     assert os.listdir(tmp_path) == ["file"]
 

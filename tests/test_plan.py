@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.lowering import lower
-from fastdtd.lowering.aliasing import places
+from fastdtd.lowering.aliasing import locations
 from fastdtd.plan import Plan
 from fastdtd.rules import assign
 from fastdtd.schedule import View, _in_order_of_time, lay_out
@@ -176,17 +176,17 @@ def test_concatenations_write_in_place_where_they_can(graph, copied):
 
 @quick
 @given(graphs())
-def test_places_of_tensors(graph):
+def test_locations_of_tensors(graph):
     """Where one lies in another, it is at a whole channel, inside, and beside the others of one concatenation."""
-    found, copied = places(graph), copies(plan_of(graph))
+    found, copied = locations(graph), copies(plan_of(graph))
     elsewhere = 0
     for layer in graph:
         offset = found[layer.name].offset
         for name in layer.inputs if isinstance(layer, (g.Concat, g.Flatten)) else ():
-            place, channel = found[name], np.prod(graph.shapes[name][1:])
-            assert place.offset % channel == place.elements % channel == 0
-            assert place.offset + channel * graph.shapes[name][0] <= place.elements
-            elsewhere += (place.root, place.offset) != (found[layer.name].root, offset)
+            location, channel = found[name], np.prod(graph.shapes[name][1:])
+            assert location.offset % channel == location.elements % channel == 0
+            assert location.offset + channel * graph.shapes[name][0] <= location.elements
+            elsewhere += (location.root, location.offset) != (found[layer.name].root, offset)
             offset += int(np.prod(graph.shapes[name]))
     assert copied == 2 * elsewhere  # forward and back
 

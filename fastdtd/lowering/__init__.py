@@ -18,7 +18,7 @@ from fastdtd import graph as g
 from fastdtd.graph import INPUT, Graph, Layer
 from fastdtd.kernels import codes
 from fastdtd.lowering import convolution, dense, normalization, pointwise, pooling
-from fastdtd.lowering.aliasing import Place, fused_activations, places, separate_places
+from fastdtd.lowering.aliasing import Location, fused_activations, locations, separate_locations
 from fastdtd.lowering.builder import Builder
 from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment
@@ -53,7 +53,7 @@ class Lowered:
     kernels: AnyDevice
     weights: Mapping[str, Any]
     fused: Mapping[str, g.ReLU | g.Clip]
-    places: Mapping[str, Place]
+    locations: Mapping[str, Location]
 
     def schedule(self, batch: int, workers: int = 1, observed: Sequence[str] = ()) -> Schedule:
         """The steps of an explanation of `batch` images by `workers` threads. Nothing is allocated but tables.
@@ -62,7 +62,7 @@ class Lowered:
         """
         graph = self.graph
         b = Builder(graph, self.assignment, self.kernels, self.weights,
-                    separate_places(graph) if observed else self.places, self.fused, batch, workers)
+                    separate_locations(graph) if observed else self.locations, self.fused, batch, workers)
         fused = {layer.name for layer in self.fused.values()}
         layers = [layer for layer in graph if layer.name not in fused]
         b.touch(b.activation(INPUT), 0)
@@ -101,7 +101,7 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
                 weights[layer.name] = dense.pack(layer, rule, kernels)
             case g.Rearrange():
                 weights[layer.name] = pointwise.rearrange_pack(layer, graph, kernels)
-    return Lowered(graph, assignment, kernels, weights, fused_activations(graph), places(graph))
+    return Lowered(graph, assignment, kernels, weights, fused_activations(graph), locations(graph))
 
 
 def _observe(b: Builder, name: str, result: str) -> None:

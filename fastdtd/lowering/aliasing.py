@@ -13,7 +13,7 @@ from fastdtd.graph import Graph, Shape
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """A tensor's memory: `offset` within the memory of tensor `root`, which has `elements`; all for one image."""
 
     root: str
@@ -21,36 +21,36 @@ class Place:
     elements: int
 
 
-def places(graph: Graph) -> dict[str, Place]:
+def locations(graph: Graph) -> dict[str, Location]:
     """Where each tensor lies.
 
     A concatenation's inputs and a flatten's input lie in the result's memory, so that nothing is copied, unless they
     lie elsewhere already or their channels would not start at a whole channel of it.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, Location] = {}
 
-    def place_of(name: str) -> Place:
-        return found.setdefault(name, Place(name, 0, math.prod(graph.shapes[name])))
+    def location_of(name: str) -> Location:
+        return found.setdefault(name, Location(name, 0, math.prod(graph.shapes[name])))
 
     for layer in reversed(graph.layers):  # readers first, so that where the result lies is final
-        result = place_of(layer.name)
+        result = location_of(layer.name)
         if not isinstance(layer, (g.Concat, g.Flatten)):
             continue
         offset = result.offset
         for name in layer.inputs:
             shape = graph.shapes[name]
             if name not in found and _at_whole_channels(shape, offset, result.elements):
-                found[name] = Place(result.root, offset, result.elements)
+                found[name] = Location(result.root, offset, result.elements)
             offset += math.prod(shape)
-    return {name: place_of(name) for name in graph.shapes}
+    return {name: location_of(name) for name in graph.shapes}
 
 
-def separate_places(graph: Graph) -> dict[str, Place]:
-    """As `places`, with memory of its own for each tensor.
+def separate_locations(graph: Graph) -> dict[str, Location]:
+    """As `locations`, with memory of its own for each tensor.
 
-    Tensors that share memory share the relevance that comes back to them, so who looks at one of them needs them apart.
+    Tensors that share memory share the relevance that comes back to them, so to observe one of them they must not.
     """
-    return {name: Place(name, 0, math.prod(shape)) for name, shape in graph.shapes.items()}
+    return {name: Location(name, 0, math.prod(shape)) for name, shape in graph.shapes.items()}
 
 
 def _at_whole_channels(shape: Shape, offset: int, elements: int) -> bool:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fastdtd import graph as g
 from fastdtd.graph import INPUT, Array, Graph, Layer
 from fastdtd.kernels.signatures import SIGNATURES, name_of, parameters
-from fastdtd.lowering.aliasing import Intervals, Place
+from fastdtd.lowering.aliasing import Intervals, Location
 from fastdtd.protocols import AnyDevice, BlockedDevice, Kernel
 from fastdtd.rules import Assignment, LayerRule
 from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tensor, View, lay_out
@@ -42,7 +42,7 @@ class Builder:
         The network, its rules, and the kernels of a device.
     weights : mapping of str to object
         By layer, what its family's `pack` returned.
-    places : mapping of str to Place
+    locations : mapping of str to Location
         Where each tensor lies.
     fused : mapping of str to ReLU or Clip
         By layer, the activation that it applies itself.
@@ -50,12 +50,13 @@ class Builder:
     """
 
     def __init__(self, graph: Graph, assignment: Assignment, kernels: AnyDevice, weights: Mapping[str, Any],
-                 places: Mapping[str, Place], fused: Mapping[str, g.ReLU | g.Clip], batch: int, workers: int) -> None:
+                 locations: Mapping[str, Location], fused: Mapping[str,
+                                                                   g.ReLU | g.Clip], batch: int, workers: int) -> None:
         self.graph, self.assignment, self.kernels, self.weights = graph, assignment, kernels, weights
         self.batch, self.workers = batch, workers
         self.layer = ""  # whose steps are written down
         self.columns = {name: column for column, name in enumerate(assignment.absorbers)}
-        self._places, self._fused = places, fused
+        self._locations, self._fused = locations, fused
         self._steps: list[Step] = []
         self._buffers: list[list[int]] = []  # elements of an image, first step, last step
         self._activations: dict[str, int] = {}  # root of a tensor -> its buffer
@@ -82,16 +83,16 @@ class Builder:
         return self._tensor(name, self._factors)
 
     def _tensor(self, name: str, buffers: dict[str, int]) -> Tensor:
-        place = self._places[name]
+        location = self._locations[name]
         channels, height, width = self.graph.shapes[name]
         positions = height * width
-        view = View(self._buffer_of(place, buffers), (place.elements // positions, height, width))
-        return Tensor(view, place.offset // positions, channels)
+        view = View(self._buffer_of(location, buffers), (location.elements // positions, height, width))
+        return Tensor(view, location.offset // positions, channels)
 
-    def _buffer_of(self, place: Place, buffers: dict[str, int]) -> int:
-        if place.root not in buffers:
-            buffers[place.root] = self._new_buffer(place.elements)
-        return buffers[place.root]
+    def _buffer_of(self, location: Location, buffers: dict[str, int]) -> int:
+        if location.root not in buffers:
+            buffers[location.root] = self._new_buffer(location.elements)
+        return buffers[location.root]
 
     def _new_buffer(self, elements: int) -> int:
         self._buffers.append([elements, -1, -1])
@@ -110,20 +111,20 @@ class Builder:
         """Whether what comes back to a tensor is added to what is there; a part of it that is not written yet is
         cleared before.
         """
-        place, end = self._places[name], self._places[name].offset + math.prod(self.graph.shapes[name])
-        gaps = self._written.setdefault(place.root, Intervals()).gaps(place.offset, end)
+        location, end = self._locations[name], self._locations[name].offset + math.prod(self.graph.shapes[name])
+        gaps = self._written.setdefault(location.root, Intervals()).gaps(location.offset, end)
         self.mark_written(name)
-        if gaps == [(place.offset, end)]:
+        if gaps == [(location.offset, end)]:
             return False
-        whole = View(self._buffer_of(place, self._factors), (place.elements, 1, 1))
+        whole = View(self._buffer_of(location, self._factors), (location.elements, 1, 1))
         for begin, stop in gaps:
             self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=stop)
         return True
 
     def mark_written(self, name: str) -> None:
-        place = self._places[name]
-        self._written.setdefault(place.root, Intervals()).add(place.offset,
-                                                              place.offset + math.prod(self.graph.shapes[name]))
+        location = self._locations[name]
+        self._written.setdefault(location.root, Intervals()).add(location.offset,
+                                                              location.offset + math.prod(self.graph.shapes[name]))
 
     def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32) -> Saved:
         """What a layer keeps for the backward pass for the term `part` of its rule, or what it absorbs (ABSORBED)."""
@@ -209,15 +210,15 @@ class Builder:
         """
         buffers, ends = self._activations if is_forward else self._factors, []
         for name, offset in (to, source):
-            place = self._places[name]
-            ends.append((View(self._buffer_of(place, buffers), (place.elements, 1, 1)), place.offset + offset))
+            location = self._locations[name]
+            ends.append((View(self._buffer_of(location, buffers), (location.elements, 1, 1)), location.offset + offset))
         (x, x_begin), (a, a_begin) = ends
         self.step(self.kernels.copy_forward, self.batch, x=x, a=a, x_begin=x_begin, a_begin=a_begin,
                   count=math.prod(self.graph.shapes[what]), accumulate=add)
 
     def is_in_place(self, name: str, result: str, offset: int) -> bool:
         """Whether tensor `name` lies in the memory of `result`, at that offset."""
-        inner, outer = self._places[name], self._places[result]
+        inner, outer = self._locations[name], self._locations[result]
         return (inner.root, inner.offset) == (outer.root, outer.offset + offset)
 
     # -- All of it

@@ -150,5 +150,5 @@ def _as_convolution(layer: Layer) -> dict[str, Any]:
             "weight": read_only(layer.weight[..., None, None]), **dict(zip(names, (1, 1, 1, 0, 0, 1, 1), strict=True))
         }
     assert isinstance(layer, g.Conv2d)
-    numbers = layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation
-    return {"weight": read_only(layer.weight), **dict(zip(names, numbers, strict=True))}
+    values = layer.groups, *layer.stride, *layer.padding[:2], *layer.dilation
+    return {"weight": read_only(layer.weight), **dict(zip(names, values, strict=True))}

@@ -1,1 +1,1 @@
-"""The network and the two photographs that come along; build.py makes them, NOTICE says whose they are."""
+"""The bundled network and its two photographs; build.py makes them, NOTICE says whose they are."""
