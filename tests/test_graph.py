@@ -327,7 +327,7 @@ def test_weights_that_are_refused(weight, message):
 
 def test_too_many_weights_are_refused_before_they_are_copied():
     huge = np.broadcast_to(np.float32(0), (2**15, 2**15 + 1))  # one number in memory
-    with pytest.raises(ModelError, match=f"'a' has weight of {2**30 + 2**15} numbers; at most {2**30} are accepted"):
+    with pytest.raises(ModelError, match=f"'a' has weight of {2**30 + 2**15} elements; at most {2**30} are accepted"):
         g.Dense("a", (g.INPUT,), huge)
 
 
