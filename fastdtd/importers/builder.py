@@ -178,7 +178,8 @@ class Builder(Moves):
         self.count_weights(weight.shape[0] * weight.shape[1] * math.prod(stride) * taps)
         self._count_moved(outputs * math.prod(sizes))
         fields, index = transposed_convolution(weight, bias, shape, stride, cut, dilation, groups, extra)
-        phases = self.add(Conv2d, [self.materialize(x)], "/phases", **fields)
+        is_convolution = stride == (1, 1) and not any(cut)
+        phases = self.add(Conv2d, [self.materialize(x)], "" if is_convolution else "/phases", **fields)
         made = self.move(phases.base, index.size, lambda _: index)
         return made if axes == 2 else self.with_dims(made, (made.dims[0], made.dims[2]))
 
@@ -231,8 +232,10 @@ class Builder(Moves):
             return x
         rest = [axis for axis in range(len(x.dims)) if axis not in over]
         kept = math.prod(x.dims[axis] for axis in rest)
-        moved = self.transpose(x, [0, *(axis + 1 for axis in rest + over)])
-        moved = self.with_dims(moved, (kept, x.elements // kept), "/transposed")
+        moved = x
+        if rest != [0] or len(over) > 2:
+            moved = self.transpose(x, [0, *(axis + 1 for axis in rest + over)])
+            moved = self.with_dims(moved, (kept, x.elements // kept), "/transposed")
         base = moved if moved.is_whole and moved.shape[0] == kept else self.materialize(moved)
         window: dict[str, Any] = {"kernel": base.shape[1:]} if how == "max" else {}
         reduced = self.add(MaxPool2d if how == "max" else GlobalAveragePool, [base], **window)
