@@ -15,24 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdtd.graph import (
-    MAX_PADDING,
-    Add,
-    AveragePool2d,
-    BatchNorm,
-    Clip,
-    Conv2d,
-    Dense,
-    GlobalAveragePool,
-    Layer,
-    LeakyReLU,
-    LocalResponseNorm,
-    MaxPool2d,
-    Power,
-    ReLU,
-    Shape,
-    Softmax,
-)
+from fastdtd import graph
+from fastdtd.graph import MAX_PADDING, Layer, Shape
 from fastdtd.importers.moves import Array, Moves
 from fastdtd.importers.tensors import Tensor, layer_shape
 from fastdtd.importers.transposed import transposed_convolution
@@ -57,7 +41,7 @@ class Builder(Moves):
         x, (scales, shifts) = self._by_channel(x, (scale, 1.0), (shift, 0.0))
         if shifts.any() and x.has_zeros:
             return self.affine(self.materialize(x), scale, shift, part)
-        return self.pointwise(BatchNorm, x, part, scale=scales, shift=shifts)
+        return self.pointwise(graph.BatchNorm, x, part, scale=scales, shift=shifts)
 
     def scale_channels(self, x: Tensor, scale: Any, shift: Any) -> Tensor:
         """The same with one value, or one for each channel, which is the axis after the batch."""
@@ -115,14 +99,14 @@ class Builder(Moves):
         for i, term in enumerate(terms[1:], 1):
             part = "" if i == len(terms) - 1 else f"/{i}"
             if total.has_view_of(term):
-                total = replace(total, layer=self.add(Add, [total.base, term.base], part).layer)
+                total = replace(total, layer=self.add(graph.Add, [total.base, term.base], part).layer)
             else:
-                both = self.add(Add, [self.materialize(total), self.materialize(term)], part)
+                both = self.add(graph.Add, [self.materialize(total), self.materialize(term)], part)
                 total = Tensor.whole(both.layer, both.shape, total.dims)
         return total
 
     def local_response_norm(self, x: Tensor, **fields: Any) -> Tensor:
-        return self.add(LocalResponseNorm, [self.materialize(x)], **fields)
+        return self.add(graph.LocalResponseNorm, [self.materialize(x)], **fields)
 
     # Layers with windows or weights
 
@@ -141,24 +125,24 @@ class Builder(Moves):
                 return inner, around
         return self.materialize(x), NO_PADDING
 
-    def _check_weights(self, weight: Array, axes: int, layout: str) -> None:
+    def check_weights(self, weight: Array, axes: int, layout: str = "(K, C / group, *kernel_shape)") -> None:
         if weight.ndim != axes + 2 or 0 in weight.shape:
             self.refuse(f"has weights of shape {weight.shape}; required: {layout}, in {axes} dimensions")
 
     def conv(self, x: Tensor, weight: Array, bias: Array | None, stride: Sequence[int], padding: Sequence[int],
              dilation: Sequence[int], groups: int, part: str = "") -> Tensor:
         """weight: (K, C / groups, kernel...)."""
-        self._check_weights(weight, self.spatial(x), "(K, C / group, *kernel_shape)")
+        self.check_weights(weight, self.spatial(x))
         x, around = self._unpadded(x)
         weight = weight.reshape(*weight.shape[:2], *_two(weight.shape[2:], 1))
-        return self.add(Conv2d, [x], part, weight=weight, bias=bias, stride=_two(stride, 1),
+        return self.add(graph.Conv2d, [x], part, weight=weight, bias=bias, stride=_two(stride, 1),
                         padding=_sum(_four(padding), around), dilation=_two(dilation, 1), groups=groups)
 
     def conv_transpose(self, x: Tensor, weight: Array, bias: Array | None, stride: Sequence[int],
                        padding: Sequence[int], dilation: Sequence[int], groups: int, extra: Sequence[int]) -> Tensor:
         """weight: (C, K / groups, kernel...); extra: what is added at the end of each axis."""
         axes = self.spatial(x)
-        self._check_weights(weight, axes, "(C, K / group, *kernel_shape)")
+        self.check_weights(weight, axes, "(C, K / group, *kernel_shape)")
         outputs = weight.shape[1] * groups
         if groups < 1 or weight.shape[0] % groups or x.dims[0] != weight.shape[0] or (
                 bias is not None and bias.shape != (outputs,)):
@@ -179,7 +163,7 @@ class Builder(Moves):
         self._count_moved(outputs * math.prod(sizes))
         fields, index = transposed_convolution(weight, bias, shape, stride, cut, dilation, groups, extra)
         is_convolution = stride == (1, 1) and not any(cut)
-        phases = self.add(Conv2d, [self.materialize(x)], "" if is_convolution else "/phases", **fields)
+        phases = self.add(graph.Conv2d, [self.materialize(x)], "" if is_convolution else "/phases", **fields)
         made = self.move(phases.base, index.size, lambda _: index)
         return made if axes == 2 else self.with_dims(made, (made.dims[0], made.dims[2]))
 
@@ -200,17 +184,17 @@ class Builder(Moves):
                 inner, around, total = self.materialize(x), NO_PADDING, pads
         window: dict[str, Any] = {"kernel": sides, "stride": _two(stride, 1), "padding": total, "ceil_mode": ceil_mode}
         if not is_average:
-            return self.add(MaxPool2d, [inner], **window)
-        return self.add(AveragePool2d, [inner], count_include_pad=include_pad or around != NO_PADDING, **window)
+            return self.add(graph.MaxPool2d, [inner], **window)
+        return self.add(graph.AveragePool2d, [inner], count_include_pad=include_pad or around != NO_PADDING, **window)
 
     def norm_pool(self, x: Tensor, exponent: float, kernel: Sequence[int], stride: Sequence[int],
                   padding: Sequence[int]) -> Tensor:
         """The p-norm of each window."""
         self.count_weights(x.dims[0] * math.prod(kernel))
-        powers = self.pointwise(Power, x, "/power", exponent=exponent)
+        powers = self.pointwise(graph.Power, x, "/power", exponent=exponent)
         ones = np.ones((x.dims[0], 1, *kernel), np.float32)
         sums = self.conv(powers, ones, None, stride, padding, (1,) * len(kernel), x.dims[0], "/sum")
-        return self.pointwise(Power, sums, exponent=1 / exponent if exponent else 0.0)
+        return self.pointwise(graph.Power, sums, exponent=1 / exponent if exponent else 0.0)
 
     def adaptive_pool(self, x: Tensor, is_average: bool, size: Sequence[int | None]) -> Tensor:
         """To one pixel, or to a size that divides the input's into equal windows."""
@@ -238,7 +222,7 @@ class Builder(Moves):
             moved = self.with_dims(moved, (kept, x.elements // kept), "/transposed")
         base = moved if moved.is_whole and moved.shape[0] == kept else self.materialize(moved)
         window: dict[str, Any] = {"kernel": base.shape[1:]} if how == "max" else {}
-        reduced = self.add(MaxPool2d if how == "max" else GlobalAveragePool, [base], **window)
+        reduced = self.add(graph.MaxPool2d if how == "max" else graph.GlobalAveragePool, [base], **window)
         dims = [1 if axis in over else n for axis, n in enumerate(x.dims) if keep or axis not in over]
         result = Tensor.whole(reduced.layer, reduced.shape, dims)
         return self.affine(result, scale=float(x.elements // kept)) if how == "sum" else result
@@ -253,22 +237,22 @@ class Builder(Moves):
                         "features as its last axis is long")
         if x.rank > 2:
             first = self.channels_first(x)
-            made = self.add(Conv2d, [self.materialize(first)], weight=weight[:, :, None, None], bias=bias)
+            made = self.add(graph.Conv2d, [self.materialize(first)], weight=weight[:, :, None, None], bias=bias)
             return self.channels_last(Tensor.whole(made.layer, made.shape, (len(weight), *first.dims[1:])))
         if not x.is_whole and x.elements == math.prod(x.shape) and not x.is_padded:
             self._count_moved(x.elements)
             order = np.argsort(x.indices())
             if np.array_equal(x.indices()[order], np.arange(x.elements)):
                 weight, x = weight[:, order], Tensor.whole(x.layer, x.shape, x.dims, x.name)
-        return self.add(Dense, [self.materialize(x)], weight=weight, bias=bias)
+        return self.add(graph.Dense, [self.materialize(x)], weight=weight, bias=bias)
 
     # Activations
 
     def relu(self, x: Tensor, part: str = "") -> Tensor:
-        return self.pointwise(ReLU, x, part)
+        return self.pointwise(graph.ReLU, x, part)
 
     def leaky_relu(self, x: Tensor, slope: float, part: str = "") -> Tensor:
-        return self.pointwise(LeakyReLU, x, part, slope=slope) if slope else self.relu(x, part)
+        return self.pointwise(graph.LeakyReLU, x, part, slope=slope) if slope else self.relu(x, part)
 
     def prelu(self, x: Tensor, slope: Any) -> Tensor:
         """One slope, or one for each channel. Slopes that differ take the positive and the negative part apart."""
@@ -276,9 +260,9 @@ class Builder(Moves):
         if (slopes == slopes[0]).all():
             return self.leaky_relu(x, slopes[0])
         base, zeros = x.base, np.zeros(len(slopes))
-        mirrored = self.relu(self.add(BatchNorm, [base], "/minus", scale=zeros - 1, shift=zeros), "/negative")
-        scaled = self.add(BatchNorm, [mirrored], "/scaled", scale=-slopes, shift=zeros)
-        return replace(x, layer=self.add(Add, [self.relu(base, "/positive"), scaled]).layer)
+        mirrored = self.relu(self.add(graph.BatchNorm, [base], "/minus", scale=zeros - 1, shift=zeros), "/negative")
+        scaled = self.add(graph.BatchNorm, [mirrored], "/scaled", scale=-slopes, shift=zeros)
+        return replace(x, layer=self.add(graph.Add, [self.relu(base, "/positive"), scaled]).layer)
 
     def clip(self, x: Tensor, low: float, high: float, part: str = "") -> Tensor:
         if (low, high) == (0, math.inf):
@@ -287,7 +271,7 @@ class Builder(Moves):
             return x
         if not low <= 0 < high:
             self.refuse(f"clips to [{low:g}, {high:g}]; required: a lower bound of 0 or less, and an upper one above 0")
-        return self.pointwise(Clip, x, part, low=low, high=high)
+        return self.pointwise(graph.Clip, x, part, low=low, high=high)
 
     def clip_to(self, x: Tensor, bound: Array, is_lower: bool) -> Tensor:
         """The larger or smaller of a tensor and a constant."""
@@ -299,7 +283,7 @@ class Builder(Moves):
     def softmax(self, x: Tensor, axis: int, part: str = "") -> Tensor:
         if self.axis(axis, x.rank) != 1:
             self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")
-        return self.add(Softmax, [self.materialize(x)], part)
+        return self.add(graph.Softmax, [self.materialize(x)], part)
 
 
 def _sum(a: Padding, b: Padding) -> Padding:
@@ -319,8 +303,19 @@ def _four(padding: Sequence[int]) -> Padding:
 def same_padding(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
                  odd_before: bool = False) -> tuple[int, ...]:
     """What keeps sizes as they are, but for the stride. odd_before: where an odd one out goes."""
-    totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-              for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)]
+    return _divided([max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+                     for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)], odd_before)
+
+
+def transposed_padding(sizes: Sequence[int], wanted: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+                       dilation: Sequence[int], odd_before: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a transposed convolution has to cut off, and what to add at the ends, to make the sizes `wanted`."""
+    more = [(n - 1) * s + d * (k - 1) + 1 - m
+            for n, m, k, s, d in zip(sizes, wanted, kernel, stride, dilation, strict=True)]
+    return _divided([max(n, 0) for n in more], odd_before), tuple(max(-n, 0) for n in more)
+
+
+def _divided(totals: Sequence[int], odd_before: bool) -> tuple[int, ...]:
     before = [-(-total // 2) if odd_before else total // 2 for total in totals]
     return *before, *(total - part for total, part in zip(totals, before, strict=True))
 

@@ -19,24 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from fastdtd import graph
 from fastdtd.errors import ConversionError
-from fastdtd.graph import (
-    INPUT,
-    MAX_TENSOR_ELEMENTS,
-    MAX_WEIGHT_ELEMENTS,
-    BatchNorm,
-    Clip,
-    Concat,
-    Conv2d,
-    Dense,
-    Flatten,
-    Layer,
-    Power,
-    Rearrange,
-    ReLU,
-    Shape,
-    Softmax,
-)
+from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Layer, Shape
 from fastdtd.importers.tensors import Index, Tensor, layer_shape
 
 MAX_AXES = 32  # what NumPy 1 holds
@@ -134,14 +119,14 @@ class Moves:
         """Whether no element can be negative that `layer` makes."""
         inputs = all(name in self._nonnegative for name in layer.inputs)
         match layer:
-            case ReLU() | Power() | Softmax():
+            case graph.ReLU() | graph.Power() | graph.Softmax():
                 return True
-            case Clip():
+            case graph.Clip():
                 return layer.low >= 0 or inputs
-            case Conv2d() | Dense():
+            case graph.Conv2d() | graph.Dense():
                 bias = layer.bias is None or bool((layer.bias >= 0).all())
                 return inputs and bias and bool((layer.weight >= 0).all())
-            case BatchNorm():
+            case graph.BatchNorm():
                 return inputs and bool((layer.scale >= 0).all() and (layer.shift >= 0).all())
         return inputs
 
@@ -157,10 +142,10 @@ class Moves:
         if key not in self._materialized:
             name = self._unused(x.name or self.node.layer_name)
             if x.is_whole and shape[1:] == (1, 1):
-                self.layers[name] = Flatten(name, (x.layer,))
+                self.layers[name] = graph.Flatten(name, (x.layer,))
             else:
                 self._count_moved(math.prod(shape))
-                self.layers[name] = Rearrange(name, (x.layer,), x.indices().reshape(shape))
+                self.layers[name] = graph.Rearrange(name, (x.layer,), x.indices().reshape(shape))
             if x.layer in self._nonnegative:
                 self._nonnegative.add(name)
             self._materialized[key] = Tensor.whole(name, shape, x.dims), x  # x, so that its index keeps its id
@@ -259,8 +244,9 @@ class Moves:
             return self.move(x, count, lambda index: index[(slice(None),) * own + (positions,)],
                              x.sliced(own, positions))
         positions = np.asarray(positions)
-        if positions.dtype.kind not in "iu" or (
-                positions.size and not -length <= positions.min() <= positions.max() < length):
+        if positions.dtype.kind not in "iu":
+            self.refuse(f"takes elements by numbers of type {positions.dtype}; required: whole numbers")
+        if positions.size and not -length <= positions.min() <= positions.max() < length:
             self.refuse(f"takes elements {positions.min()} to {positions.max()} of an axis of length {length}; "
                         "required: elements that there are")
         if positions.ndim == 0:
@@ -336,7 +322,7 @@ class Moves:
         if len({x.layer for x in parts}) == 1 and not all(x.is_whole for x in moved):
             return self.move(parts[0], sum(x.elements for x in parts),
                              lambda _: np.concatenate([x.indices() for x in parts], own))
-        joined = self.add(Concat, [self.materialize(x) for x in moved])
+        joined = self.add(graph.Concat, [self.materialize(x) for x in moved])
         result = Tensor.whole(joined.layer, joined.shape, (joined.shape[0], *moved[0].dims[1:]))
         return result if not own else self.transpose(result, [int(i) for i in np.argsort(front)])
 

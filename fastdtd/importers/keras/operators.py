@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastdtd.importers.builder import Builder, same_padding
+from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.keras.files import expect, is_keras_module
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor
@@ -86,25 +86,21 @@ def _conv_transpose(b: Builder, node: Node) -> Tensor:
     if mode not in ("same", "valid"):
         node.refuse(f"has padding {mode!r}; required: 'valid' or 'same'")
     extra = node.integers("output_padding", axes, 0) if node.has("output_padding") else None
-    before, after, more = [], [], []
+    wanted = []
     for axis, (n, k, s, d) in enumerate(zip(x.dims[1:], kernel, stride, dilation, strict=True)):
         span = d * (k - 1) + 1
-        whole = (n - 1) * s + span
         if extra is not None:
-            made = whole + extra[axis] - (2 * (span // 2) if mode == "same" else 0)
+            made = (n - 1) * s + span + extra[axis] - (2 * (span // 2) if mode == "same" else 0)
         else:
             made = n * s + (max(span - s, 0) if mode == "valid" else 0)
         if made < 1 or (extra is not None and extra[axis] >= s):
             node.refuse(f"has a kernel of {k}, stride {s} and output_padding {extra} over {n} positions; required: an "
                         "output of one position at least, and an output_padding less than the stride")
-        # TensorFlow's: the backward pass through a convolution that makes the input from the output.
-        total = max(whole - made, 0) if mode == "same" else 0
-        before.append(total // 2)
-        more.append(max(made + total - whole, 0))
-        after.append(whole + more[-1] - before[-1] - made)
+        wanted.append(made)
+    # TensorFlow's: the backward pass through a convolution that makes the input from the output.
+    padding, more = transposed_padding(x.dims[1:], wanted, kernel, stride, dilation)
     weight, *bias = node.arrays(("kernel", (*kernel, outputs, x.dims[0])), *node.bias(outputs))
-    y = b.conv_transpose(x, _outputs_first(weight), bias[0] if bias else None, stride, (*before, *after), dilation, 1,
-                         more)
+    y = b.conv_transpose(x, _outputs_first(weight), bias[0] if bias else None, stride, padding, dilation, 1, more)
     return _activated(b, node, b.channels_last(y))
 
 

@@ -11,7 +11,7 @@ import onnx
 
 from fastdtd.graph import MAX_TENSOR_ELEMENTS, Power
 from fastdtd.importers import patterns
-from fastdtd.importers.builder import Builder, same_padding
+from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
 from fastdtd.importers.patterns import Sign, Squares, viewed
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 def _conv(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
+    b.check_weights(weight, axes)
     kernel = weight.shape[2:]
-    if weight.ndim != axes + 2 or (node.integers("kernel_shape") or kernel) != kernel:
-        node.refuse(f"has weights of shape {weight.shape}; required: (K, C / group, *kernel_shape), in {axes} "
-                    "dimensions")
+    if (node.integers("kernel_shape") or kernel) != kernel:
+        node.refuse(f"has weights of shape {weight.shape}; required: kernel_shape {node.integers('kernel_shape')}")
     stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
     padding = _padding(node, x, kernel, stride, dilation)
     return b.conv(x, weight, node.optional(2), stride, padding, dilation, node.integer("group", 1))
@@ -36,26 +36,21 @@ def _conv(b: Builder, node: Node) -> Tensor:
 
 def _conv_transpose(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
-    if weight.ndim != axes + 2:
-        node.refuse(f"has weights of shape {weight.shape}; required: (C, K / group, *kernel_shape), in {axes} "
-                    "dimensions")
-    stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
+    b.check_weights(weight, axes, "(C, K / group, *kernel_shape)")
+    kernel, stride, dilation = weight.shape[2:], node.window("strides", axes, 1), node.window("dilations", axes, 1)
     extra = node.integers("output_padding") or (0,) * axes
     if len(extra) != axes:
         node.refuse(f"has output_padding {extra}; required: {axes} numbers")
     mode, wanted = node.text("auto_pad", "NOTSET"), node.integers("output_shape")
     if wanted is not None or mode.startswith("SAME"):
         sizes = [n * s for n, s in zip(x.dims[1:], stride, strict=True)] if wanted is None else list(wanted[-axes:])
-        full = [(x.dims[1 + i] - 1) * stride[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1 + extra[i]
-                for i in range(axes)]
-        if len(sizes) != axes or any(size < 1 for size in sizes):
+        if len(sizes) != axes or min(sizes) < 1:
             node.refuse(f"has output_shape {wanted}; required: {axes} numbers from 1")
-        total = [n - size for n, size in zip(full, sizes, strict=True)]
-        before = [max(n // 2 if mode == "SAME_UPPER" else n - n // 2, 0) for n in total]
-        extra = tuple(o + max(-n, 0) for o, n in zip(extra, total, strict=True))
-        padding = (*before, *(max(n, 0) - m for n, m in zip(total, before, strict=True)))
+        inner = [size - n for size, n in zip(sizes, extra, strict=True)]
+        padding, more = transposed_padding(x.dims[1:], inner, kernel, stride, dilation, mode != "SAME_UPPER")
+        extra = tuple(a + b for a, b in zip(extra, more, strict=True))
     else:
-        padding = _padding(node, x, weight.shape[2:], stride, dilation)
+        padding = _padding(node, x, kernel, stride, dilation)
     return b.conv_transpose(x, weight, node.optional(2), stride, padding, dilation, node.integer("group", 1), extra)
 
 
