@@ -54,6 +54,7 @@ class Moves:
         self.batch = batch
         self.layers: dict[str, Layer] = {}
         self.node = Node()
+        self.squared: dict[Any, Tensor] = {}  # what patterns.Squares are where elements are needed
         self._materialized: dict[Any, tuple[Tensor, Tensor]] = {}
         self._nonnegative: set[str] = set()
         self._weights = self._moved = 0

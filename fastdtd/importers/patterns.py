@@ -57,10 +57,6 @@ class ValueNode(Node):
         """Of `COMPUTED`, or a constant in the source's own words."""
         raise NotImplementedError
 
-    def keep(self, key: Any, value: Tensor) -> None:
-        """Use `value` instead from now on."""
-        raise NotImplementedError
-
     def label(self, key: Any) -> str:
         """What messages call an input."""
         raise NotImplementedError
@@ -86,10 +82,7 @@ class ValueNode(Node):
         value = self.value(key)
         if not isinstance(value, COMPUTED):
             self.refuse(f"has a constant as {self.label(key)}; required: a tensor that depends on the network's input")
-        if not isinstance(value, Tensor):
-            value = as_tensor(self.builder, value)
-            self.keep(key, value)
-        return value
+        return as_tensor(self.builder, value)
 
     def constant(self, key: Hashable) -> Array:
         value = self.value(key)
@@ -115,7 +108,9 @@ def as_tensor(b: Builder, x: Tensor | Squares | Sign) -> Tensor:
         b.refuse("reads the sign of a tensor; required: one as part of a pool by the p-norm only")
     if x.size:
         b.refuse("reads a part of a local response normalisation; required: all of one, as PyTorch computes it")
-    return b.pointwise(Power, x.view, exponent=2.0)
+    if x not in b.squared:
+        b.squared[x] = b.pointwise(Power, x.view, exponent=2.0)
+    return b.squared[x]
 
 
 def viewed(x: Tensor | Squares, move: Callable[[Tensor], Tensor]) -> Tensor | Squares:

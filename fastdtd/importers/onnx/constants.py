@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 from fastdtd.importers.moves import MAX_AXES, Array
+
+if TYPE_CHECKING:
+    from fastdtd.importers.onnx.reader import Node
 
 TYPES: dict[int, Any] = {
     onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.DOUBLE: np.float64,
@@ -21,27 +24,13 @@ TYPES: dict[int, Any] = {
 }
 
 
-class Node(Protocol):
-    """What is asked of the node whose constants are computed."""
-
-    op: str
-    outputs: list[str]
-
-    def refuse(self, what: str) -> NoReturn: ...
-    def integer(self, name: str, default: int) -> int: ...
-    def number(self, name: str, default: float) -> float: ...
-    def integers(self, name: str) -> tuple[int, ...] | None: ...
-    def attribute_tensor(self, name: str) -> Array | None: ...
+Fold = Callable[["Node", list[Any]], Any]
 
 
-Spend = Callable[[int], None]  # refuses as many elements as would be too many
-Fold = Callable[[Node, list[Any], Spend], Any]
-
-
-def fold(node: Node, inputs: list[Array | None], spend: Spend) -> Array | list[Array]:
+def fold(node: Node, inputs: list[Array | None]) -> Array | list[Array]:
     """What `node`, of an operator in OPERATORS, makes of constants; None stands for an input that is left out.
 
-    Raises ConversionError, by node.refuse or spend, where the inputs do not fit each other or would make too much.
+    Raises ConversionError, by node.refuse or node.spend, where the inputs do not fit each other or would make too much.
     """
     count = MIN_INPUTS.get(node.op, 1)
     required = inputs[:count] if node.op in WITH_OPTIONAL_INPUTS else inputs
@@ -49,7 +38,7 @@ def fold(node: Node, inputs: list[Array | None], spend: Spend) -> Array | list[A
         node.refuse(f"lacks one of its inputs; required: {count}")
     try:
         with np.errstate(all="ignore"):
-            made = OPERATORS[node.op](node, inputs, spend)
+            made = OPERATORS[node.op](node, inputs)
         return [np.asarray(part) for part in made] if isinstance(made, list) else np.asarray(made)
     except (ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError) as error:
         shapes = ", ".join(str(value.shape) for value in inputs[:5] if value is not None)
@@ -126,9 +115,9 @@ def _broadcast_size(*values: Any) -> int:
 
 
 def _elementwise(function: Callable[..., Any]) -> Fold:
-    def make(node: Node, inputs: list[Any], spend: Spend) -> Any:
+    def make(node: Node, inputs: list[Any]) -> Any:
         inputs = inputs[:MIN_INPUTS.get(node.op, 1)]  # NumPy would write into one more
-        spend(_broadcast_size(*inputs))
+        node.spend(_broadcast_size(*inputs))
         return function(*inputs)
 
     return make
@@ -136,10 +125,10 @@ def _elementwise(function: Callable[..., Any]) -> Fold:
 
 def _chained(function: Callable[[Any, Any], Any]) -> Fold:
     """Of any number of inputs."""
-    def make(_: Node, inputs: list[Any], spend: Spend) -> Any:
+    def make(node: Node, inputs: list[Any]) -> Any:
         total = inputs[0]
         for value in inputs[1:]:
-            spend(_broadcast_size(total, value))
+            node.spend(_broadcast_size(total, value))
             total = function(total, value)
         return total
 
@@ -147,11 +136,11 @@ def _chained(function: Callable[[Any, Any], Any]) -> Fold:
 
 
 def _reduced(function: Callable[..., Any]) -> Fold:
-    def make(node: Node, inputs: list[Any], spend: Spend) -> Any:
+    def make(node: Node, inputs: list[Any]) -> Any:
         axes = axes_of(node, inputs)
         if not axes and node.integer("noop_with_empty_axes", 0):
             return inputs[0]
-        spend(inputs[0].size)
+        node.spend(inputs[0].size)
         keep = bool(node.integer("keepdims", 1))
         return function(inputs[0], axis=axes or None, keepdims=keep).astype(inputs[0].dtype)
 
@@ -170,38 +159,38 @@ def _check_divisor(b: Array) -> None:
         raise ZeroDivisionError("an integer is divided by zero")
 
 
-def _remainder(node: Node, inputs: list[Any], spend: Spend) -> Any:
-    spend(_broadcast_size(*inputs[:2]))
+def _remainder(node: Node, inputs: list[Any]) -> Any:
+    node.spend(_broadcast_size(*inputs[:2]))
     _check_divisor(inputs[1])
     return (np.fmod if node.integer("fmod", 0) else np.mod)(inputs[0], inputs[1])
 
 
-def _cast(node: Node, inputs: list[Any], spend: Spend) -> Any:
+def _cast(node: Node, inputs: list[Any]) -> Any:
     dtype = inputs[1].dtype if node.op == "CastLike" else TYPES.get(node.integer("to", 0))
     if dtype is None:
         node.refuse(f"casts to element type {node.integer('to', 0)}; required: float16, float32, float64, int32, int64 "
                     "or bool")
-    spend(inputs[0].size)
+    node.spend(inputs[0].size)
     return inputs[0].astype(dtype)
 
 
-def _gather(node: Node, inputs: list[Any], spend: Spend) -> Any:
+def _gather(node: Node, inputs: list[Any]) -> Any:
     data, positions = inputs
     axis = node.integer("axis", 0)
     length = data.shape[axis]
     if positions.dtype.kind not in "iu" or (
             positions.size and not -length <= positions.min() <= positions.max() < length):
         raise IndexError(f"positions {positions.min()} to {positions.max()} of an axis of length {length}")
-    spend(data.size // max(length, 1) * positions.size)
+    node.spend(data.size // max(length, 1) * positions.size)
     return np.take(data, positions, axis)
 
 
-def _concat(node: Node, inputs: list[Any], spend: Spend) -> Any:
-    spend(sum(value.size for value in inputs))
+def _concat(node: Node, inputs: list[Any]) -> Any:
+    node.spend(sum(value.size for value in inputs))
     return np.concatenate(inputs, node.integer("axis", 0))
 
 
-def _split(node: Node, inputs: list[Any], _: Spend) -> Any:
+def _split(node: Node, inputs: list[Any]) -> Any:
     axis = node.integer("axis", 0)
     sizes = split_sizes(node, inputs[0].shape[axis], inputs)
     if min(sizes, default=0) < 0 or sum(sizes) != inputs[0].shape[axis]:
@@ -209,14 +198,14 @@ def _split(node: Node, inputs: list[Any], _: Spend) -> Any:
     return np.split(inputs[0], np.cumsum(sizes)[:-1].tolist(), axis)
 
 
-def _unsqueeze(node: Node, inputs: list[Any], _: Spend) -> Any:
+def _unsqueeze(node: Node, inputs: list[Any]) -> Any:
     axes = axes_of(node, inputs)
     if axes is None or len(axes) + inputs[0].ndim > MAX_AXES:
         raise ValueError(f"axes {axes}")
     return np.expand_dims(inputs[0], axes)
 
 
-def _reshape(node: Node, inputs: list[Any], _: Spend) -> Any:
+def _reshape(node: Node, inputs: list[Any]) -> Any:
     target = small_integers(node, inputs[1])
     if not node.integer("allowzero", 0):
         target = [inputs[0].shape[i] if n == 0 else n for i, n in enumerate(target)]
@@ -230,46 +219,46 @@ def _target(node: Node, value: Any) -> tuple[int, ...]:
     return shape
 
 
-def _constant_of_shape(node: Node, inputs: list[Any], spend: Spend) -> Any:
+def _constant_of_shape(node: Node, inputs: list[Any]) -> Any:
     shape, value = _target(node, inputs[0]), node.attribute_tensor("value")
-    spend(math.prod(shape))
+    node.spend(math.prod(shape))
     return np.full(shape, np.float32(0) if value is None else value.reshape(()))
 
 
-def _expand(node: Node, inputs: list[Any], spend: Spend) -> Any:
+def _expand(node: Node, inputs: list[Any]) -> Any:
     shape = np.broadcast_shapes(inputs[0].shape, _target(node, inputs[1]))
-    spend(math.prod(shape))
+    node.spend(math.prod(shape))
     return np.broadcast_to(inputs[0], shape)
 
 
-def _tile(node: Node, inputs: list[Any], spend: Spend) -> Any:
+def _tile(node: Node, inputs: list[Any]) -> Any:
     times = _target(node, inputs[1])
     if len(times) != inputs[0].ndim:
         raise ValueError(f"{list(times)} repeats")
-    spend(inputs[0].size * math.prod(times))
+    node.spend(inputs[0].size * math.prod(times))
     return np.tile(inputs[0], times)
 
 
-def _range(_: Node, inputs: list[Any], spend: Spend) -> Any:
+def _range(node: Node, inputs: list[Any]) -> Any:
     start, limit, delta = (value.reshape(()).item() for value in inputs)
     count = max(math.ceil((limit - start) / delta), 0)
-    spend(count)
+    node.spend(count)
     return (start + np.arange(count) * delta).astype(inputs[0].dtype)
 
 
-def _clip(node: Node, inputs: list[Any], spend: Spend) -> Any:
+def _clip(node: Node, inputs: list[Any]) -> Any:
     low, high = (np.asarray(node.number(name, limit)) if bound is None else bound for bound, name, limit in
                  zip([*inputs[1:], None, None][:2], ("min", "max"), (-np.inf, np.inf), strict=True))
-    spend(_broadcast_size(inputs[0], low, high))
+    node.spend(_broadcast_size(inputs[0], low, high))
     return np.minimum(np.maximum(inputs[0], low), high).astype(inputs[0].dtype)
 
 
-def _nonzero(_: Node, inputs: list[Any], spend: Spend) -> Any:
-    spend(inputs[0].size * max(inputs[0].ndim, 1))
+def _nonzero(node: Node, inputs: list[Any]) -> Any:
+    node.spend(inputs[0].size * max(inputs[0].ndim, 1))
     return np.array(np.nonzero(np.atleast_1d(inputs[0])), np.int64)
 
 
-def _flatten(node: Node, inputs: list[Any], _: Spend) -> Any:
+def _flatten(node: Node, inputs: list[Any]) -> Any:
     return inputs[0].reshape(math.prod(inputs[0].shape[:node.integer("axis", 1)]), -1)
 
 
@@ -279,7 +268,7 @@ OPERATORS: dict[str, Fold] = {
     "ConstantOfShape": _constant_of_shape, "Div": _elementwise(_quotient), "Equal": _elementwise(np.equal),
     "Exp": _elementwise(np.exp), "Expand": _expand, "Flatten": _flatten, "Floor": _elementwise(np.floor),
     "Gather": _gather, "Greater": _elementwise(np.greater), "GreaterOrEqual": _elementwise(np.greater_equal),
-    "Identity": lambda _, inputs, __: inputs[0], "Less": _elementwise(np.less),
+    "Identity": lambda _, inputs: inputs[0], "Less": _elementwise(np.less),
     "LessOrEqual": _elementwise(np.less_equal), "Log": _elementwise(np.log), "Max": _chained(np.maximum),
     "Min": _chained(np.minimum), "Mod": _remainder, "Mul": _elementwise(np.multiply), "Neg": _elementwise(np.negative),
     "NonZero": _nonzero, "Not": _elementwise(np.logical_not), "Or": _elementwise(np.logical_or),
@@ -287,12 +276,12 @@ OPERATORS: dict[str, Fold] = {
     "Reciprocal": _elementwise(np.reciprocal), "ReduceMax": _reduced(np.max), "ReduceMean": _reduced(np.mean),
     "ReduceMin": _reduced(np.min), "ReduceProd": _reduced(np.prod), "ReduceSum": _reduced(np.sum),
     "Relu": _elementwise(lambda a: np.maximum(a, 0)), "Reshape": _reshape, "Round": _elementwise(np.round),
-    "Shape": lambda node, inputs, _: shape_slice(node, inputs[0].shape), "Sign": _elementwise(np.sign),
-    "Size": lambda _, inputs, __: np.array(inputs[0].size, np.int64),
-    "Slice": lambda node, inputs, _: inputs[0][tuple(slices(node, inputs[0].shape, inputs))], "Split": _split,
-    "Sqrt": _elementwise(np.sqrt), "Squeeze": lambda node, inputs, _: np.squeeze(inputs[0], axes_of(node, inputs)),
+    "Shape": lambda node, inputs: shape_slice(node, inputs[0].shape), "Sign": _elementwise(np.sign),
+    "Size": lambda _, inputs: np.array(inputs[0].size, np.int64),
+    "Slice": lambda node, inputs: inputs[0][tuple(slices(node, inputs[0].shape, inputs))], "Split": _split,
+    "Sqrt": _elementwise(np.sqrt), "Squeeze": lambda node, inputs: np.squeeze(inputs[0], axes_of(node, inputs)),
     "Sub": _elementwise(np.subtract), "Sum": _chained(np.add), "Tile": _tile,
-    "Transpose": lambda node, inputs, _: inputs[0].transpose(node.integers("perm")), "Unsqueeze": _unsqueeze,
+    "Transpose": lambda node, inputs: inputs[0].transpose(node.integers("perm")), "Unsqueeze": _unsqueeze,
     "Where": _elementwise(np.where), "Xor": _elementwise(np.logical_xor),
 }
 MIN_INPUTS = {

@@ -189,7 +189,7 @@ class Reader:
             node.refuse("has no output")
         inputs = [i for i, name in enumerate(node.inputs) if name]
         if node.op in constants.OPERATORS and not any(map(node.is_computed, inputs)):
-            made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))], node.spend)
+            made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])
         elif node.op in OPERATORS:
             with self.builder.at(node):
                 made = OPERATORS[node.op](self.builder, node)
@@ -252,9 +252,6 @@ class Node(ValueNode):
             self.refuse(f"reads {self.inputs[key]!r}, which no node before it makes as its first output")
         return self.reader.values[self.inputs[key]]
 
-    def keep(self, key: int, value: Tensor) -> None:
-        self.reader.values[self.inputs[key]] = value
-
     def label(self, key: int) -> str:
         return f"input {self.inputs[key]!r}"
 
@@ -298,41 +295,36 @@ class Node(ValueNode):
 
     # Attributes
 
-    def _attribute(self, name: str, kind: str) -> Any:
+    def _attribute(self, name: str, kind: str, default: Any = None) -> Any:
         attribute = self.attributes.get(name)
-        if attribute is not None and attribute.type != getattr(onnx.AttributeProto, kind):
+        if attribute is None:
+            return default
+        if attribute.type != getattr(onnx.AttributeProto, kind):
             self.refuse(f"has an attribute {name} of a type that it must not have")
-        return attribute
+        return onnx.helper.get_attribute_value(attribute)
 
     def integer(self, name: str, default: int) -> int:
-        attribute = self._attribute(name, "INT")
-        return default if attribute is None else int(attribute.i)
+        return int(self._attribute(name, "INT", default))
 
     def number(self, name: str, default: float) -> float:
-        attribute = self._attribute(name, "FLOAT")
-        return default if attribute is None else float(attribute.f)
+        return float(self._attribute(name, "FLOAT", default))
 
     def text(self, name: str, default: str) -> str:
-        attribute = self._attribute(name, "STRING")
-        return default if attribute is None else str(attribute.s, errors="replace")
+        return str(self._attribute(name, "STRING", default.encode()), errors="replace")
 
     def integers(self, name: str) -> tuple[int, ...] | None:
-        attribute = self._attribute(name, "INTS")
-        return None if attribute is None else tuple(attribute.ints)
+        value = self._attribute(name, "INTS")
+        return None if value is None else tuple(value)
 
-    def floats(self, name: str) -> tuple[float, ...] | None:
-        attribute = self._attribute(name, "FLOATS")
-        return None if attribute is None else tuple(attribute.floats)
+    def floats(self, name: str) -> list[float] | None:
+        return self._attribute(name, "FLOATS")  # type: ignore[no-any-return]
 
     def attribute_tensor(self, name: str) -> Array | None:
-        attribute = self._attribute(name, "TENSOR")
-        return None if attribute is None else self._decoded(attribute.t)
+        tensor = self._attribute(name, "TENSOR")
+        return None if tensor is None else self._decoded(tensor)
 
     def graph(self, name: str) -> Any:
-        attribute = self._attribute(name, "GRAPH")
-        if attribute is None:
-            self.refuse(f"has no {name}; required: one")
-        return attribute.g
+        return self._attribute(name, "GRAPH") or self.refuse(f"has no {name}; required: one")
 
     def window(self, name: str, axes: int, default: int | None = None) -> tuple[int, ...]:
         """Numbers from 1, one for each spatial axis."""

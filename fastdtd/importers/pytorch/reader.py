@@ -192,9 +192,6 @@ class Node(ValueNode):
         value = self.arguments.get(key)
         return self.reader.values[value] if isinstance(value, torch.fx.Node) else value
 
-    def keep(self, key: str, value: Tensor) -> None:
-        self.reader.values[self.arguments[key]] = value
-
     def label(self, key: str) -> str:
         return key
 
