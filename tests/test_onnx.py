@@ -317,7 +317,7 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
      "something else than zeros"),
     ([node("Pad", ["x", "p"], ["t"], mode="wrap"), POOL], {"p": np.array([0, 0, 1, 1] * 2)},
      "required: constant zeros, reflect or edge"),
-    ([node("Pad", ["x", "p"], ["t"]), POOL], {"p": np.array([1, 0, 1, 1] * 2)}, "required: none for the batch"),
+    ([node("Pad", ["x", "p"], ["t"]), POOL], {"p": np.array([1, 0, 1, 1] * 2)}, "and none for the batch"),
     ([node("Relu", ["y"], ["t"]), POOL], {}, "which no node before it makes"),
     ([node("Relu", ["x"], ["t"]), node("Relu", ["x"], ["t"]), POOL], {}, "two nodes make the tensor 't'"),
     ([node("Relu", ["x"], ["z"])], {}, "output 'y' is not computed"),

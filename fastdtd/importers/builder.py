@@ -273,13 +273,6 @@ class Builder(Moves):
             self.refuse(f"clips to [{low:g}, {high:g}]; required: a lower bound of 0 or less, and an upper one above 0")
         return self.pointwise(graph.Clip, x, part, low=low, high=high)
 
-    def clip_to(self, x: Tensor, bound: Array, is_lower: bool) -> Tensor:
-        """The larger or smaller of a tensor and a constant."""
-        if bound.size != 1:
-            self.refuse(f"has a constant of shape {bound.shape}; required: one value")
-        value = float(bound.item())
-        return self.clip(x, value, math.inf) if is_lower else self.clip(x, -math.inf, value)
-
     def softmax(self, x: Tensor, axis: int, part: str = "") -> Tensor:
         if self.axis(axis, x.rank) != 1:
             self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")

@@ -238,6 +238,10 @@ class Moves:
 
     def take(self, x: Tensor, axis: int, positions: Any) -> Tensor:
         """The elements at `positions` along `axis`: a slice, or integers of any shape, which replaces the axis."""
+        if isinstance(positions, slice) and not self.axis(axis, x.rank):
+            if positions.indices(self.batch) != (0, self.batch, 1):
+                self.refuse("takes a part of the batch; required: all of it")
+            return x
         own = self.own_axis(x, axis)
         length, others = x.dims[own], x.elements // x.dims[own]
         if isinstance(positions, slice):
@@ -266,12 +270,14 @@ class Moves:
         return [replace(part, name=f"{part.name}/{i}") for i, part in enumerate(parts)]
 
     def pad(self, x: Tensor, pads: Sequence[tuple[int, int]], mode: str = "constant") -> Tensor:
-        """(before, after) for each axis but the batch; negative ones cut off. mode: constant (zeros), reflect, edge."""
-        for axis, (before, after) in enumerate(pads, 1):
+        """(before, after) for each axis; negative ones cut off. mode: constant (zeros), reflect, edge."""
+        if len(pads) != x.rank or pads[0] != (0, 0):
+            self.refuse(f"has pads {tuple(pads)} for {x}; required: as many, and none for the batch")
+        for axis, (before, after) in enumerate(pads):
             if min(before, after) < 0:
                 n = x.dims[axis - 1]
                 x = self.take(x, axis, slice(max(-before, 0), max(n - max(-after, 0), 0)))
-        more = [(max(before, 0), max(after, 0)) for before, after in pads]
+        more = [(max(before, 0), max(after, 0)) for before, after in pads[1:]]
         count = math.prod(n + before + after for n, (before, after) in zip(x.dims, more, strict=True))
         zeros: dict[str, Any] = {"constant_values": -1} if mode == "constant" else {}
         return self.move(x, count, lambda index: np.pad(index, more, mode, **zeros),  # type: ignore[call-overload]
@@ -286,8 +292,11 @@ class Moves:
             self.refuse(f"repeats {x} by {tuple(times)}; required: a number from 1 for each axis, and 1 for the batch")
         return self.move(x, x.elements * math.prod(times), lambda index: np.tile(index, times[1:]))
 
-    def expand(self, x: Tensor, dims: Sequence[int]) -> Tensor:
-        dims = tuple(n if wanted in (-1, 1) else wanted for n, wanted in zip(x.dims, dims, strict=True))
+    def expand(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Axes of length 1 repeated; -1 leaves one as it is."""
+        if len(shape) != x.rank or shape[0] not in (-1, 1, self.batch):
+            self.refuse(f"makes {tuple(shape)} of {x}; required: as many axes, and the batch as it is")
+        dims = tuple(n if wanted in (-1, 1) else wanted for n, wanted in zip(x.dims, shape[1:], strict=True))
         if any(n not in (1, wanted) for n, wanted in zip(x.dims, dims, strict=True)):
             self.refuse(f"makes {dims} of {x}; required: axes of length 1 where it is longer")
         return self.move(x, math.prod(dims), lambda index: np.broadcast_to(index, dims), x.expanded(dims))

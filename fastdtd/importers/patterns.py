@@ -7,6 +7,7 @@ values are `Squares` and `Sign`; the functions here take them as well as tensors
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,6 +167,15 @@ def divided(b: Builder, x: Any, y: Any) -> Tensor:
     return b.affine(as_tensor(b, x), scale=1 / np.asarray(y, np.float64))
 
 
+def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor:
+    """The larger or smaller of a tensor and a constant."""
+    x, bound = (x, y) if isinstance(x, COMPUTED) else (y, x)
+    if isinstance(bound, COMPUTED) or np.size(bound) != 1:
+        b.refuse("compares tensors that are computed, or with several numbers; required: one, and one number")
+    value = float(np.asarray(bound).item())
+    return b.clip(as_tensor(b, x), *((value, math.inf) if is_max else (-math.inf, value)))
+
+
 def power(b: Builder, x: Tensor | Squares, exponent: float) -> Tensor | Squares:
     if isinstance(x, Squares) and x.size and x.beta is None:
         return replace(x, beta=exponent)
@@ -187,6 +197,6 @@ def mean_over_channels(b: Builder, x: Any, kernel: tuple[int, ...], stride: tupl
     if kernel[0] % 2 == 0:
         b.refuse(f"belongs to a local response normalisation over {kernel[0]} channels; required: an odd number")
     half, inner = kernel[0] // 2, b.with_dims(x.of, (1, *x.of.dims))
-    if not x.view.equals(b.pad(inner, [(0, 0), (half, half), *[(0, 0)] * (len(x.of.dims) - 1)])):
+    if not x.view.equals(b.pad(inner, [(0, 0), (0, 0), (half, half), *[(0, 0)] * (len(x.of.dims) - 1)])):
         b.refuse(f"is no part of a local response normalisation; {_REQUIRED}")
     return replace(x, view=inner, size=kernel[0])

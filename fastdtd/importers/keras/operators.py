@@ -193,10 +193,6 @@ def _batch_norm(b: Builder, node: Node) -> Tensor:
         node.number("epsilon", 1e-3)))
 
 
-def _rescaling(b: Builder, node: Node) -> Tensor:
-    return _scaled(b, node.tensor(), node.numbers("scale"), node.numbers("offset"))
-
-
 def _scaled(b: Builder, x: Tensor, scale: Array, shift: Array) -> Tensor:
     return b.channels_last(b.scale_channels(b.channels_first(x), scale, shift))
 
@@ -229,13 +225,13 @@ def _concatenate(b: Builder, node: Node) -> Tensor:
 
 def _zero_padding(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
-    return b.channels_last(b.pad(x, [(0, 0), *node.sides("padding", axes, 1)]))
+    return b.channels_last(b.pad(x, [(0, 0), (0, 0), *node.sides("padding", axes, 1)]))
 
 
 def _cropping(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
     sides = node.sides("cropping", axes, 0 if axes == 2 else 1)
-    return b.channels_last(b.pad(x, [(0, 0), *((-before, -after) for before, after in sides)]))
+    return b.channels_last(b.pad(x, [(0, 0), (0, 0), *((-before, -after) for before, after in sides)]))
 
 
 def _upsampling(b: Builder, node: Node) -> Tensor:
@@ -245,7 +241,7 @@ def _upsampling(b: Builder, node: Node) -> Tensor:
     times = node.integers("size", axes, default=2)
     channels, *sizes = x.dims
     y = b.with_dims(x, [channels, *(m for n in sizes for m in (n, 1))])
-    y = b.expand(y, [channels, *(m for pair in zip(sizes, times, strict=True) for m in pair)])
+    y = b.expand(y, [-1, channels, *(m for pair in zip(sizes, times, strict=True) for m in pair)])
     return b.channels_last(b.with_dims(y, [channels, *(n * m for n, m in zip(sizes, times, strict=True))]))
 
 
@@ -282,9 +278,10 @@ OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
     "Identity": _same, "InputLayer": _same, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool, "MaxPooling2D": _pool,
     "Normalization": _normalization, "Permute": _permute, "RandomBrightness": _same, "RandomContrast": _same,
     "RandomFlip": _same, "RandomRotation": _same, "RandomTranslation": _same, "RandomZoom": _same, "ReLU": _relu,
-    "Rescaling": _rescaling, "Reshape": _reshape, "SeparableConv1D": _depthwise, "SeparableConv2D": _depthwise,
-    "Softmax": _softmax, "SpatialDropout1D": _same, "SpatialDropout2D": _same, "UpSampling1D": _upsampling,
-    "UpSampling2D": _upsampling, "ZeroPadding1D": _zero_padding, "ZeroPadding2D": _zero_padding,
+    "Rescaling": lambda b, node: _scaled(b, node.tensor(), node.numbers("scale"), node.numbers("offset")),
+    "Reshape": _reshape, "SeparableConv1D": _depthwise, "SeparableConv2D": _depthwise, "Softmax": _softmax,
+    "SpatialDropout1D": _same, "SpatialDropout2D": _same, "UpSampling1D": _upsampling, "UpSampling2D": _upsampling,
+    "ZeroPadding1D": _zero_padding, "ZeroPadding2D": _zero_padding,
 }
 
 INSTEAD = {

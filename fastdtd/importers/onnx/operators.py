@@ -139,18 +139,6 @@ def _add(b: Builder, node: Node) -> Tensor | Squares:
     return patterns.plus(b, node.operand(0), node.operand(1), -1.0 if node.op == "Sub" else 1.0)
 
 
-def _multiply(b: Builder, node: Node) -> Tensor | Squares:
-    return patterns.times(b, node.operand(0), node.operand(1))
-
-
-def _divide(b: Builder, node: Node) -> Tensor:
-    return patterns.divided(b, node.operand(0), node.operand(1))
-
-
-def _power(b: Builder, node: Node) -> Tensor | Squares:
-    return patterns.power(b, node.moving(), node.single(1, 2.0))
-
-
 def _sum(b: Builder, node: Node) -> Tensor:
     terms = node.tensors()
     total = b.sum(terms)
@@ -187,15 +175,16 @@ def _clip(b: Builder, node: Node) -> Tensor:
 
 def _bound(value: Any) -> Any:
     """Old opsets write the largest float32 for infinity."""
+    if isinstance(value, patterns.COMPUTED):
+        return value
     return np.where(np.abs(value) >= np.finfo(np.float32).max, np.copysign(np.inf, value), value)[()]
 
 
 def _extreme(b: Builder, node: Node) -> Tensor:
     """The larger or smaller of a tensor and a number."""
-    if len(node.inputs) != 2 or node.is_computed(0) == node.is_computed(1):
-        node.refuse("compares tensors that are computed; required: one, and a constant")
-    index = 0 if node.is_computed(0) else 1
-    return b.clip_to(node.tensor(index), _bound(node.constant(1 - index)), node.op == "Max")
+    if len(node.inputs) != 2:
+        node.refuse(f"compares {len(node.inputs)} tensors; required: two")
+    return patterns.extreme(b, _bound(node.operand(0)), _bound(node.operand(1)), node.op == "Max")
 
 
 def _softmax(b: Builder, node: Node) -> Tensor:
@@ -224,9 +213,9 @@ def _pad(b: Builder, node: Node) -> Tensor | Squares:
     if mode not in ("constant", "reflect", "edge") or (mode == "constant" and not is_zero):
         node.refuse(f"has mode {mode!r} and pads with something else than zeros; required: constant zeros, reflect or "
                     "edge")
-    if pads[0] != (0, 0) or (isinstance(x, Squares) and mode != "constant"):
-        node.refuse(f"has pads {tuple(given)}; required: none for the batch")
-    return viewed(x, lambda y: b.pad(y, pads[1:], mode))
+    if mode != "constant":
+        x = node.tensor()
+    return viewed(x, lambda y: b.pad(y, pads, mode))
 
 
 def _flatten(b: Builder, node: Node) -> Tensor:
@@ -274,17 +263,10 @@ def _shape(b: Builder, node: Node) -> Array:
 def _slice(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
     inputs = [None, *(node.optional(i) for i in range(1, len(node.inputs)))]
-    batch, *parts = constants.slices(node, (b.batch, *x.dims), inputs)
-    if batch not in (slice(None), slice(0, b.batch, 1)):
-        node.refuse("takes a part of the batch; required: all of it")
-    for axis, part in enumerate(parts, 1):
+    for axis, part in enumerate(constants.slices(node, (b.batch, *x.dims), inputs)):
         if part != slice(None):
             x = b.take(x, axis, part)
     return x
-
-
-def _gather(b: Builder, node: Node) -> Tensor:
-    return b.take(node.tensor(), node.integer("axis", 0), node.constant(1))
 
 
 def _split(b: Builder, node: Node) -> list[Tensor]:
@@ -292,20 +274,9 @@ def _split(b: Builder, node: Node) -> list[Tensor]:
     return b.split(x, axis, constants.split_sizes(node, x.dims[b.own_axis(x, axis)], [None, node.optional(1)]))
 
 
-def _concat(b: Builder, node: Node) -> Tensor:
-    return b.concat(node.tensors(), node.integer("axis", 0))
-
-
 def _expand(b: Builder, node: Node) -> Tensor:
     x, target = node.tensor(), node.integers_at(1) or []
-    target = [1] * (x.rank - len(target)) + target
-    if len(target) != x.rank or target[0] not in (1, b.batch):
-        node.refuse(f"makes {tuple(target)} of {x}; required: as many axes, and the batch as it is")
-    return b.expand(x, target[1:])
-
-
-def _tile(b: Builder, node: Node) -> Tensor:
-    return b.tile(node.tensor(), node.integers_at(1) or [])
+    return b.expand(x, [1] * (x.rank - len(target)) + target)
 
 
 def _depth_and_space(b: Builder, node: Node) -> Tensor:
@@ -407,20 +378,26 @@ def _dropout(_: Builder, node: Node) -> Tensor:
 
 OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Abs": lambda b, node: b.pointwise(Power, node.tensor(), exponent=1.0), "Add": _add, "AveragePool": _pool,
-    "BatchNormalization": _batch_norm, "Cast": _cast, "CastLike": _cast, "Clip": _clip, "Concat": _concat,
-    "Constant": _constant, "Conv": _conv, "ConvTranspose": _conv_transpose, "DepthToSpace": _depth_and_space,
-    "Div": _divide, "Dropout": _dropout, "Expand": _expand, "Flatten": _flatten, "Gather": _gather, "Gemm": _gemm,
+    "BatchNormalization": _batch_norm, "Cast": _cast, "CastLike": _cast, "Clip": _clip,
+    "Concat": lambda b, node: b.concat(node.tensors(), node.integer("axis", 0)), "Constant": _constant, "Conv": _conv,
+    "ConvTranspose": _conv_transpose, "DepthToSpace": _depth_and_space,
+    "Div": lambda b, node: patterns.divided(b, node.operand(0), node.operand(1)), "Dropout": _dropout,
+    "Expand": _expand, "Flatten": _flatten,
+    "Gather": lambda b, node: b.take(node.tensor(), node.integer("axis", 0), node.constant(1)), "Gemm": _gemm,
     "GlobalAveragePool": _global_pool, "GlobalLpPool": _norm_pool, "GlobalMaxPool": _global_pool,
     "Identity": lambda _, node: node.value(0), "If": _if, "LRN": _lrn,
     "LeakyRelu": lambda b, node: b.leaky_relu(node.tensor(), node.number("alpha", 0.01)), "LogSoftmax": _softmax,
     "LpPool": _norm_pool, "MatMul": _matmul, "Max": _extreme, "MaxPool": _pool, "Mean": _sum, "Min": _extreme,
-    "Mul": _multiply, "Neg": lambda b, node: b.affine(node.tensor(), scale=-1.0),
-    "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": _pad, "Pow": _power,
-    "ReduceMax": _reduce, "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
-    "Reshape": _reshape, "Resize": _resize, "Shape": _shape, "Sign": lambda _, node: Sign(node.tensor()),
-    "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
+    "Mul": lambda b, node: patterns.times(b, node.operand(0), node.operand(1)),
+    "Neg": lambda b, node: b.affine(node.tensor(), scale=-1.0),
+    "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": _pad,
+    "Pow": lambda b, node: patterns.power(b, node.moving(), node.single(1, 2.0)), "ReduceMax": _reduce,
+    "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()), "Reshape": _reshape,
+    "Resize": _resize, "Shape": _shape, "Sign": lambda _, node: Sign(node.tensor()), "Size": _shape, "Slice": _slice,
+    "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
     "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": _squeeze, "Sub": _add, "Sum": _sum,
-    "Tile": _tile, "Transpose": _transpose, "Unsqueeze": _squeeze, "Upsample": _resize,
+    "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []), "Transpose": _transpose,
+    "Unsqueeze": _squeeze, "Upsample": _resize,
 }
 
 _ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"

@@ -175,7 +175,7 @@ class Reader:
         self.values: ChainMap[str, Any] = ChainMap({})
         times = Counter(proto.name for _, proto in nodes)
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
-        self._budget = budget
+        self.budget = budget
 
     def read(self, proto: Any, index: int, count: int) -> None:
         """Add what a node makes."""
@@ -209,11 +209,6 @@ class Reader:
         finally:
             self.values = self.values.parents
 
-    def spend(self, count: int) -> bool:
-        """Take from the budget; whether it is enough."""
-        self._budget -= count
-        return self._budget >= 0
-
 
 class Node(ValueNode):
     """A node of the file: attributes by name, inputs by position."""
@@ -236,7 +231,8 @@ class Node(ValueNode):
 
     def spend(self, count: int) -> None:
         """Refuse a constant that is too large."""
-        if not self.reader.spend(count):
+        self.reader.budget -= count
+        if self.reader.budget < 0:
             self.refuse(f"makes a constant of {count} elements; with it, constants are larger than is accepted for a "
                         "file of this size")
 

@@ -43,10 +43,6 @@ def _conv_transpose(b: Builder, node: Node) -> Tensor:
         node.window("output_padding", axes, 0))
 
 
-def _linear(b: Builder, node: Node) -> Tensor:
-    return b.dense(node.tensor("input"), node.weight(), node.optional("bias"))
-
-
 def _addmm(b: Builder, node: Node) -> Tensor:
     if node.get("alpha", 1) != 1 or node.get("beta", 1) != 1:
         node.refuse("has factors; required: none")
@@ -109,10 +105,6 @@ def _add(b: Builder, node: Node) -> Tensor | Squares:
     return patterns.plus(b, y, x, factor) if node.op == "rsub" else patterns.plus(b, x, y, factor)
 
 
-def _multiply(b: Builder, node: Node) -> Tensor | Squares:
-    return patterns.times(b, node.operand("self"), node.operand("other"))
-
-
 def _divide(b: Builder, node: Node) -> Tensor:
     if "rounding_mode" in node:
         node.refuse("rounds; required: division as it is")
@@ -145,11 +137,7 @@ def _clip(b: Builder, node: Node) -> Tensor:
 
 
 def _extreme(b: Builder, node: Node) -> Tensor:
-    """The larger or smaller of a tensor and a number."""
-    if node.is_computed("self") and node.is_computed("other"):
-        node.refuse("compares tensors that are computed; required: one, and a constant")
-    name, other = ("self", "other") if node.is_computed("self") else ("other", "self")
-    return b.clip_to(node.tensor(name), node.constant(other), node.op == "maximum")
+    return patterns.extreme(b, node.operand("self"), node.operand("other"), node.op == "maximum")
 
 
 def _prelu(b: Builder, node: Node) -> Tensor:
@@ -162,7 +150,6 @@ def _prelu(b: Builder, node: Node) -> Tensor:
 
 def _pad(b: Builder, node: Node) -> Tensor | Squares:
     x, pads = node.moving("self"), node.integers("pad" if "pad" in node else "padding")
-    rank = x.view.rank if isinstance(x, Squares) else x.rank
     mode = {"reflection": "reflect", "replication": "replicate"}.get(node.op.split("_")[0],
                                                                      node.get("mode", "constant"))
     modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
@@ -170,10 +157,7 @@ def _pad(b: Builder, node: Node) -> Tensor | Squares:
         node.refuse(f"has mode {mode!r} and value {node.get('value', 0)}; required: constant zeros, reflect or "
                     "replicate")
     pairs = list(zip(pads[::2], pads[1::2], strict=True))[::-1]  # of the last axes; PyTorch begins with the last
-    pairs = [(0, 0)] * (rank - len(pairs)) + pairs
-    if len(pairs) > rank or pairs[0] != (0, 0):
-        node.refuse(f"has pads {tuple(pads)} for {rank} axes; required: none for the batch")
-    return viewed(x, lambda y: b.pad(y, pairs[1:], modes[mode]))
+    return viewed(x, lambda y: b.pad(y, [(0, 0)] * (y.rank - len(pairs)) + pairs, modes[mode]))
 
 
 def _flatten(b: Builder, node: Node) -> Tensor | Squares:
@@ -203,10 +187,6 @@ def _squeeze(b: Builder, node: Node) -> Tensor | Squares:
     return viewed(node.moving("self"), squeezed)
 
 
-def _unsqueeze(b: Builder, node: Node) -> Tensor | Squares:
-    return viewed(node.moving("self"), lambda x: b.unsqueeze(x, [node.value("dim")]))
-
-
 def _permute(b: Builder, node: Node) -> Tensor | Squares:
     def permuted(x: Tensor) -> Tensor:
         if node.op == "permute":
@@ -222,20 +202,12 @@ def _permute(b: Builder, node: Node) -> Tensor | Squares:
 def _slice(b: Builder, node: Node) -> Tensor:
     x, axis = node.tensor("self"), node.get("dim", 0)
     part = slice(node.value("start"), node.value("end"), node.get("step", 1))
-    if b.axis(axis, x.rank) == 0:
-        if part.indices(b.batch) != (0, b.batch, 1):
-            node.refuse("takes a part of the batch; required: all of it")
-        return x
     return b.take(x, axis, part)
 
 
 def _narrow(b: Builder, node: Node) -> Tensor:
     start = node.get("start", 0)
     return b.take(node.tensor("self"), node.value("dim"), slice(start, start + node.value("length")))
-
-
-def _select(b: Builder, node: Node) -> Tensor:
-    return b.take(node.tensor("self"), node.get("dim", 0), node.constant("index"))
 
 
 def _split(b: Builder, node: Node) -> list[Tensor]:
@@ -306,17 +278,6 @@ def _upsample(b: Builder, node: Node) -> Tensor:
     return b.repeat(x, [np.arange(x.dims[0]), *positions])
 
 
-def _repeat(b: Builder, node: Node) -> Tensor:
-    return b.tile(node.tensor("self"), node.integers("repeats"))
-
-
-def _expand(b: Builder, node: Node) -> Tensor:
-    x, size = node.tensor("self"), node.integers("size")
-    if len(size) != x.rank or size[0] not in (-1, b.batch):
-        node.refuse(f"makes {tuple(size)} of {x}; required: as many axes, and the batch as it is")
-    return b.expand(x, size[1:])
-
-
 def _same(_: Builder, node: Node) -> Any:
     if node.get("train", False):
         node.refuse("drops at inference; required: a module in evaluation mode")
@@ -325,28 +286,33 @@ def _same(_: Builder, node: Node) -> Any:
 
 OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "_to_copy": _same, "_unsafe_view": _view,
-    "abs": lambda b, node: b.pointwise(Power, node.tensor("self"), exponent=1.0),
-    "adaptive_avg_pool1d": _adaptive_pool, "adaptive_avg_pool2d": _adaptive_pool, "adaptive_max_pool1d": _adaptive_pool,
-    "adaptive_max_pool2d": _adaptive_pool, "add": _add, "addmm": _addmm, "alias": _same, "amax": _reduce,
-    "avg_pool1d": _average_pool, "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels,
-    "batch_norm": _batch_norm, "cat": _concat, "channel_shuffle": _channel_shuffle, "chunk": _split, "clamp": _clip,
-    "clamp_max": _clip, "clamp_min": _clip, "clone": _same, "concat": _concat, "constant_pad_nd": _pad,
-    "contiguous": _same, "conv1d": _conv, "conv2d": _conv, "conv_transpose1d": _conv_transpose,
-    "conv_transpose2d": _conv_transpose, "detach": _same, "div": _divide, "dropout": _same, "expand": _expand,
+    "abs": lambda b, node: b.pointwise(Power, node.tensor("self"), exponent=1.0), "adaptive_avg_pool1d": _adaptive_pool,
+    "adaptive_avg_pool2d": _adaptive_pool, "adaptive_max_pool1d": _adaptive_pool, "adaptive_max_pool2d": _adaptive_pool,
+    "add": _add, "addmm": _addmm, "alias": _same, "amax": _reduce, "avg_pool1d": _average_pool,
+    "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels, "batch_norm": _batch_norm, "cat": _concat,
+    "channel_shuffle": _channel_shuffle, "chunk": _split, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
+    "clone": _same, "concat": _concat, "constant_pad_nd": _pad, "contiguous": _same, "conv1d": _conv, "conv2d": _conv,
+    "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "detach": _same, "div": _divide,
+    "dropout": _same, "expand": lambda b, node: b.expand(node.tensor("self"), node.integers("size")),
     "feature_dropout": _same, "flatten": _flatten, "flip": _flip, "getitem": _item, "hardtanh": _clip,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor("self"), node.get("negative_slope", 0.01)),
-    "linear": _linear, "log_softmax": lambda b, node: b.softmax(node.tensor("self"), node.get("dim", 1)),
-    "matmul": _matmul, "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool,
-    "maximum": _extreme, "mean": _reduce, "minimum": _extreme, "mm": _matmul, "mul": _multiply, "narrow": _narrow,
+    "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
+    "log_softmax": lambda b, node: b.softmax(node.tensor("self"), node.get("dim", 1)), "matmul": _matmul,
+    "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool, "maximum": _extreme,
+    "mean": _reduce, "minimum": _extreme, "mm": _matmul,
+    "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")), "narrow": _narrow,
     "neg": lambda b, node: b.affine(node.tensor("self"), scale=-1.0), "pad": _pad, "permute": _permute,
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_shuffle, "pow": _power, "prelu": _prelu,
     "reflection_pad1d": _pad, "reflection_pad2d": _pad, "relu": lambda b, node: b.relu(node.tensor("self")),
-    "relu6": _clip, "repeat": _repeat, "replication_pad1d": _pad, "replication_pad2d": _pad, "reshape": _view,
-    "roll": _roll, "rsub": _add, "select": _select, "sign": lambda _, node: Sign(node.tensor("self")), "slice": _slice,
+    "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor("self"), node.integers("repeats")),
+    "replication_pad1d": _pad, "replication_pad2d": _pad, "reshape": _view, "roll": _roll, "rsub": _add,
+    "select": lambda b, node: b.take(node.tensor("self"), node.get("dim", 0), node.constant("index")),
+    "sign": lambda _, node: Sign(node.tensor("self")), "slice": _slice,
     "softmax": lambda b, node: b.softmax(node.tensor("self"), node.get("dim", 1)), "split": _split,
     "split_with_sizes": _split, "sqrt": _power, "square": _power, "squeeze": _squeeze, "stack": _concat, "sub": _add,
     "sum": _reduce, "to": _same, "transpose": _permute, "unbind": _split, "unflatten": _unflatten,
-    "unsqueeze": _unsqueeze, "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": _view,
+    "unsqueeze": lambda b, node: viewed(node.moving("self"), lambda x: b.unsqueeze(x, [node.value("dim")])),
+    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": _view,
 }
 
 NEAREST = {
