@@ -15,20 +15,27 @@ from fastdtd.importers import convert
 from fastdtd.model import Model, Preprocessing
 
 
-@pytest.fixture(scope="session")
-def squeezenets(data):
-    pytest.importorskip("onnx")
-    folder = data / "models" / "squeezenet_v1.1"
+def squeezenet(data, *names):
     options = {"color": "bgr", "mean": (104, 117, 123), "box": [(-104, 151), (-117, 138), (-123, 132)],
                "labels": data / "labels" / "synset_words.txt"}
-    return (convert(folder / "squeezenet_v1.1.onnx", **options),
-            convert(folder / "deploy.prototxt", folder / "squeezenet_v1.1.caffemodel", **options))
+    return convert(*(data / "models" / "squeezenet_v1.1" / name for name in names), **options)
 
 
-def test_squeezenet_is_the_same_from_onnx_and_caffe(squeezenets):
-    from_onnx, from_caffe = (model.graph for model in squeezenets)
-    assert from_onnx.shapes == from_caffe.shapes
-    for a, b in zip(from_onnx, from_caffe, strict=True):
+@pytest.fixture(scope="session")
+def from_onnx(data):
+    pytest.importorskip("onnx")
+    return squeezenet(data, "squeezenet_v1.1.onnx")
+
+
+@pytest.fixture(scope="session")
+def from_caffe(data):
+    pytest.importorskip("google.protobuf")
+    return squeezenet(data, "deploy.prototxt", "squeezenet_v1.1.caffemodel")
+
+
+def test_squeezenet_is_the_same_from_onnx_and_caffe(from_onnx, from_caffe):
+    assert from_onnx.graph.shapes == from_caffe.graph.shapes
+    for a, b in zip(from_onnx.graph, from_caffe.graph, strict=True):
         assert type(a) is type(b)
         for field in dataclasses.fields(a):
             if field.name in a.arrays:
@@ -37,23 +44,25 @@ def test_squeezenet_is_the_same_from_onnx_and_caffe(squeezenets):
                 assert getattr(a, field.name) == getattr(b, field.name)
 
 
-def test_squeezenet_is_whole(squeezenets, data):
-    for model in squeezenets:
-        assert model.graph.input_shape == (3, 227, 227)
-        assert model.graph.shapes[model.graph.output] == (1000, 1, 1)
-        assert len(of_type(model.graph, g.Conv2d)) == 26
-        assert all(pool.ceil_mode for pool in of_type(model.graph, g.MaxPool2d))
-        np.testing.assert_array_equal(model.graph.box, [[-104, -117, -123], [151, 138, 132]])
-        assert model.class_name(340) == "n02391049 zebra"
-        assert model.preprocessing.color == "bgr"
-        assert model.preprocessing.mean.ravel().tolist() == [104, 117, 123]
+@pytest.mark.parametrize("source", ["from_onnx", "from_caffe"])
+def test_squeezenet_is_whole(source, request):
+    model = request.getfixturevalue(source)
+    assert model.graph.input_shape == (3, 227, 227)
+    assert model.graph.shapes[model.graph.output] == (1000, 1, 1)
+    assert len(of_type(model.graph, g.Conv2d)) == 26
+    assert all(pool.ceil_mode for pool in of_type(model.graph, g.MaxPool2d))
+    np.testing.assert_array_equal(model.graph.box, [[-104, -117, -123], [151, 138, 132]])
+    assert model.class_name(340) == "n02391049 zebra"
+    assert model.preprocessing.color == "bgr"
+    assert model.preprocessing.mean.ravel().tolist() == [104, 117, 123]
+
+
+def test_provenance(from_onnx, from_caffe, data):
     folder = data / "models" / "squeezenet_v1.1"
-    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest()
-               for name in ("deploy.prototxt", "squeezenet_v1.1.caffemodel")]
-    assert squeezenets[0].provenance["format"] == "onnx opset 13 from assets"
-    assert squeezenets[1].provenance == {"source": "deploy.prototxt, squeezenet_v1.1.caffemodel",
-                                         "sha256": ", ".join(digests),
-                                         "format": "caffe"}
+    names = ["deploy.prototxt", "squeezenet_v1.1.caffemodel"]
+    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+    assert from_onnx.provenance["format"] == "onnx opset 13 from assets"
+    assert from_caffe.provenance == {"source": ", ".join(names), "sha256": ", ".join(digests), "format": "caffe"}
 
 
 def test_resnet_with_its_additions(data):
@@ -66,6 +75,7 @@ def test_resnet_with_its_additions(data):
 
 
 def test_lenet_in_the_older_layout(data):
+    pytest.importorskip("google.protobuf")
     folder = data / "models" / "lenet_mnist"
     model = convert(folder / "lenet.prototxt", folder / "lenet_iter_10000.caffemodel", scale=1 / 256)
     assert [type(layer) for layer in model.graph] == [g.Conv2d, g.MaxPool2d, g.Conv2d, g.MaxPool2d, g.Flatten, g.Dense,
@@ -80,6 +90,7 @@ def test_lenet_in_the_older_layout(data):
 
 def test_cifar10_full_with_normalisation_within_channels(data):
     """Scores in float64, kept beside the network, for pictures whose mean is taken off."""
+    pytest.importorskip("google.protobuf")
     folder = data / "models" / "cifar10_full"
     graph = convert(folder / "cifar10_full.prototxt", folder / "cifar10_full_iter_70000.caffemodel").graph
     assert sum(isinstance(layer, g.LocalResponseNorm) and layer.within_channel for layer in graph) == 2

@@ -98,6 +98,8 @@ class Builder(Moves):
         total = terms[0]
         for i, term in enumerate(terms[1:], 1):
             part = "" if i == len(terms) - 1 else f"/{i}"
+            if total.index is not term.index:
+                self._count_moved(total.elements)  # for they are compared
             if total.has_view_of(term):
                 total = replace(total, layer=self.add(graph.Add, [total.base, term.base], part).layer)
             else:

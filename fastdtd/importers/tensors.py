@@ -174,8 +174,8 @@ class Tensor:
         return f"(N, {', '.join(map(str, self.dims))})" if self.dims else "(N,)"
 
 
-def _put(values: tuple, place: int, value: object) -> tuple:  # type: ignore[type-arg]
-    return *values[:place], value, *values[place + 1:]
+def _put(values: tuple, index: int, value: object) -> tuple:  # type: ignore[type-arg]
+    return *values[:index], value, *values[index + 1:]
 
 
 def _merged(digits: Iterable[tuple[int, int]]) -> Steps:

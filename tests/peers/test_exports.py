@@ -1,4 +1,4 @@
-"""What PyTorch's exporters make of modules, the older and the one that is built on torch.export: onnxruntime's scores."""
+"""ONNX as PyTorch's exporters write it, the older and the one that is built on torch.export: onnxruntime's scores."""
 
 import contextlib
 import importlib.util

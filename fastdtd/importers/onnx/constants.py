@@ -46,11 +46,11 @@ def fold(node: Node, inputs: list[Array | None]) -> Array | list[Array]:
         node.refuse(f"cannot be computed from constants of shapes {shapes}: {reason}")
 
 
-def small_integers(node: Node, value: Any, most: int = MAX_AXES) -> list[int]:
+def small_integers(node: Node, value: Any, limit: int = MAX_AXES) -> list[int]:
     """A short list of integers: axes, a shape, where to slice."""
     value = np.asarray(value)
-    if value.dtype.kind not in "iub" or value.size > most:
-        node.refuse(f"has {value.size} values of type {value.dtype} where a list belongs; required: at most {most} "
+    if value.dtype.kind not in "iub" or value.size > limit:
+        node.refuse(f"has {value.size} values of type {value.dtype} where a list belongs; required: at most {limit} "
                     "integers")
     return [int(n) for n in value.ravel()]
 

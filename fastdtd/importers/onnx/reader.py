@@ -279,10 +279,10 @@ class Node(ValueNode):
         """The first input, and how many spatial axes it has."""
         return self.tensor(), self.builder.spatial(self.tensor())
 
-    def integers_at(self, index: int, most: int = MAX_AXES) -> list[int] | None:
+    def integers_at(self, index: int, limit: int = MAX_AXES) -> list[int] | None:
         """A short list of integers in an input."""
         value = self.optional(index)
-        return None if value is None else constants.small_integers(self, value, most)
+        return None if value is None else constants.small_integers(self, value, limit)
 
     def axes(self, index: int = 1) -> list[int] | None:
         """The axes in an attribute or, since opsets 13 and 18, in an input; None where they are not given."""
