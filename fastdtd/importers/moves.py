@@ -329,7 +329,8 @@ class Moves:
             return parts[0]
         front = [0, own + 1, *(i for i in range(1, rank) if i != own + 1)]
         moved = [x if not own else self.transpose(x, front) for x in parts]
-        if len({x.layer for x in parts}) == 1 and not all(x.is_whole for x in moved):
+        in_order = any(all(x.is_whole for x in each) for each in (parts, moved))
+        if len({x.layer for x in parts}) == 1 and not in_order:
             return self.move(parts[0], sum(x.elements for x in parts),
                              lambda _: np.concatenate([x.indices() for x in parts], own))
         joined = self.add(graph.Concat, [self.materialize(x) for x in moved])
