@@ -53,6 +53,7 @@ class ValueNode(Node):
     """A node whose inputs are computed or constant, and named by keys: positions in ONNX, parameters in PyTorch."""
 
     builder: Builder
+    first: Any = 0  # key of the input that most operators read
 
     def value(self, key: Any) -> Any:
         """Of `COMPUTED`, or a constant in the source's own words."""
@@ -74,12 +75,13 @@ class ValueNode(Node):
         value = self.value(key)
         return value if isinstance(value, COMPUTED) else self.constant(key)
 
-    def moving(self, key: Any = 0) -> Tensor | Squares:
-        """A tensor that may be squares."""
-        value = self.value(key)
-        return value if isinstance(value, Squares) else self.tensor(key)
+    def moving(self) -> Tensor | Squares:
+        """The first input, which may be squares."""
+        value = self.value(self.first)
+        return value if isinstance(value, Squares) else self.tensor()
 
-    def tensor(self, key: Any = 0) -> Tensor:
+    def tensor(self, key: Any = None) -> Tensor:
+        key = self.first if key is None else key
         value = self.value(key)
         if not isinstance(value, COMPUTED):
             self.refuse(f"has a constant as {self.label(key)}; required: a tensor that depends on the network's input")
@@ -114,9 +116,13 @@ def as_tensor(b: Builder, x: Tensor | Squares | Sign) -> Tensor:
     return b.squared[x]
 
 
-def viewed(x: Tensor | Squares, move: Callable[[Tensor], Tensor]) -> Tensor | Squares:
-    """`x` moved, also where it is squares."""
-    return replace(x, view=move(x.view)) if isinstance(x, Squares) else move(x)
+def moving(function: Callable[[Builder, Any, Tensor], Tensor]) -> Callable[[Builder, Any], Tensor | Squares]:
+    """The operator that moves its first input as `function` does, also where that is squares."""
+    def operator(b: Builder, node: Any) -> Tensor | Squares:
+        x = node.moving()
+        return replace(x, view=function(b, node, x.view)) if isinstance(x, Squares) else function(b, node, x)
+
+    return operator
 
 
 def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares:

@@ -14,7 +14,7 @@ from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
-from fastdtd.importers.patterns import Sign, Squares, viewed
+from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -198,24 +198,21 @@ def _softmax(b: Builder, node: Node) -> Tensor:
 # Moving elements
 
 
-def _pad(b: Builder, node: Node) -> Tensor | Squares:
-    x, mode = node.moving(), node.text("mode", "constant")
-    rank = x.view.rank if isinstance(x, Squares) else x.rank
+def _pad(b: Builder, node: Node, x: Tensor) -> Tensor:
+    mode = node.text("mode", "constant")
     given = node.integers_at(1, 2 * MAX_AXES) if node.opset >= 11 else node.integers("pads")
     value = node.optional(2) if node.opset >= 11 else None
-    axes = [b.axis(axis, rank) for axis in node.integers_at(3) or range(rank)]
+    axes = [b.axis(axis, x.rank) for axis in node.integers_at(3) or range(x.rank)]
     if given is None or len(given) != 2 * len(axes) or len(set(axes)) < len(axes):
         node.refuse(f"has pads {given}; required: two for each of {len(axes)} axes")
-    pads = [(0, 0)] * rank
+    pads = [(0, 0)] * x.rank
     for i, axis in enumerate(axes):
         pads[axis] = given[i], given[i + len(axes)]
     is_zero = node.number("value", 0.0) == 0 and (value is None or not value.any())
     if mode not in ("constant", "reflect", "edge") or (mode == "constant" and not is_zero):
         node.refuse(f"has mode {mode!r} and pads with something else than zeros; required: constant zeros, reflect or "
                     "edge")
-    if mode != "constant":
-        x = node.tensor()
-    return viewed(x, lambda y: b.pad(y, pads, mode))
+    return b.pad(x, pads, mode)
 
 
 def _flatten(b: Builder, node: Node) -> Tensor:
@@ -227,31 +224,24 @@ def _flatten(b: Builder, node: Node) -> Tensor:
     return b.flatten(x) if x.dims else x
 
 
-def _reshape(b: Builder, node: Node) -> Tensor | Squares:
-    target = node.integers_at(1)
-    if target is None:
-        node.refuse("lacks its input 2")
-
-    def reshaped(x: Tensor) -> Tensor:
-        shape, own = target, (b.batch, *x.dims)
-        if not node.integer("allowzero", 0):
-            if any(n == 0 and i >= len(own) for i, n in enumerate(target)):
-                node.refuse(f"makes {tuple(target)} of {x}; required: no 0 for an axis that there is not")
-            shape = [own[i] if n == 0 else n for i, n in enumerate(target)]
-        return b.reshape(x, shape)
-
-    return viewed(node.moving(), reshaped)
+def _reshape(b: Builder, node: Node, x: Tensor) -> Tensor:
+    target, own = constants.small_integers(node, node.constant(1)), (b.batch, *x.dims)
+    if not node.integer("allowzero", 0):
+        if any(n == 0 and i >= len(own) for i, n in enumerate(target)):
+            node.refuse(f"makes {tuple(target)} of {x}; required: no 0 for an axis that there is not")
+        target = [own[i] if n == 0 else n for i, n in enumerate(target)]
+    return b.reshape(x, target)
 
 
-def _squeeze(b: Builder, node: Node) -> Tensor | Squares:
+def _squeeze(b: Builder, node: Node, x: Tensor) -> Tensor:
     axes = node.axes()
     if axes is None:
         node.refuse("changes axes of length 1, the batch too; required: axes")
-    return viewed(node.moving(), lambda x: (b.squeeze if node.op == "Squeeze" else b.unsqueeze)(x, axes))
+    return b.squeeze(x, axes) if node.op == "Squeeze" else b.unsqueeze(x, axes)
 
 
-def _transpose(b: Builder, node: Node) -> Tensor | Squares:
-    return viewed(node.moving(), lambda x: b.transpose(x, node.integers("perm") or tuple(reversed(range(x.rank)))))
+def _transpose(b: Builder, node: Node, x: Tensor) -> Tensor:
+    return b.transpose(x, node.integers("perm") or tuple(reversed(range(x.rank))))
 
 
 def _shape(b: Builder, node: Node) -> Array:
@@ -390,14 +380,14 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "LpPool": _norm_pool, "MatMul": _matmul, "Max": _extreme, "MaxPool": _pool, "Mean": _sum, "Min": _extreme,
     "Mul": lambda b, node: patterns.times(b, node.operand(0), node.operand(1)),
     "Neg": lambda b, node: b.affine(node.tensor(), scale=-1.0),
-    "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": _pad,
+    "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
     "Pow": lambda b, node: patterns.power(b, node.moving(), node.single(1, 2.0)), "ReduceMax": _reduce,
-    "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()), "Reshape": _reshape,
-    "Resize": _resize, "Shape": _shape, "Sign": lambda _, node: Sign(node.tensor()), "Size": _shape, "Slice": _slice,
-    "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
-    "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": _squeeze, "Sub": _add, "Sum": _sum,
-    "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []), "Transpose": _transpose,
-    "Unsqueeze": _squeeze, "Upsample": _resize,
+    "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
+    "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape, "Sign": lambda _, node: Sign(node.tensor()),
+    "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
+    "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
+    "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
+    "Transpose": moving(_transpose), "Unsqueeze": moving(_squeeze), "Upsample": _resize,
 }
 
 _ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"

@@ -11,7 +11,7 @@ import numpy as np
 from fastdtd.graph import Power
 from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding
-from fastdtd.importers.patterns import Sign, Squares, viewed
+from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _addmm(b: Builder, node: Node) -> Tensor:
 
 
 def _matmul(b: Builder, node: Node) -> Tensor:
-    return b.dense(node.tensor("self"), node.weight("mat2" if node.op == "mm" else "other").T, None)
+    return b.dense(node.tensor(), node.weight("mat2" if node.op == "mm" else "other").T, None)
 
 
 def _axes(node: Node) -> int:
@@ -91,7 +91,7 @@ def _adaptive_pool(b: Builder, node: Node) -> Any:
 
 
 def _reduce(b: Builder, node: Node) -> Tensor:
-    x = node.tensor("self")
+    x = node.tensor()
     axes = node.integers("dim") or range(x.rank)
     return b.reduce(x, {"amax": "max"}.get(node.op, node.op), axes, bool(node.get("keepdim", False)))
 
@@ -115,7 +115,7 @@ def _power(b: Builder, node: Node) -> Tensor | Squares:
     exponent = {"sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
     if not isinstance(exponent, (int, float)):
         node.refuse("has an exponent that is no number; required: one")
-    return patterns.power(b, node.moving("self"), float(exponent))
+    return patterns.power(b, node.moving(), float(exponent))
 
 
 def _batch_norm(b: Builder, node: Node) -> Tensor:
@@ -133,7 +133,7 @@ def _clip(b: Builder, node: Node) -> Tensor:
     names = ("min_val", "max_val") if node.op == "hardtanh" else ("min", "max")
     defaults = {"hardtanh": (-1.0, 1.0), "relu6": (0.0, 6.0)}.get(node.op, (-math.inf, math.inf))
     low, high = (node.single(name, default) for name, default in zip(names, defaults, strict=True))
-    return b.clip(node.tensor("self"), low, high)
+    return b.clip(node.tensor(), low, high)
 
 
 def _extreme(b: Builder, node: Node) -> Tensor:
@@ -141,77 +141,68 @@ def _extreme(b: Builder, node: Node) -> Tensor:
 
 
 def _prelu(b: Builder, node: Node) -> Tensor:
-    x, slope = node.tensor("self"), node.weight()
+    x, slope = node.tensor(), node.weight()
     return b.prelu(x, slope if slope.size == 1 else slope.reshape(1, -1, *(1,) * (x.rank - 2)))
 
 
 # Moving elements
 
 
-def _pad(b: Builder, node: Node) -> Tensor | Squares:
-    x, pads = node.moving("self"), node.integers("pad" if "pad" in node else "padding")
+def _pad(b: Builder, node: Node, x: Tensor) -> Tensor:
+    pads = node.integers("pad" if "pad" in node else "padding")
     mode = {"reflection": "reflect", "replication": "replicate"}.get(node.op.split("_")[0],
                                                                      node.get("mode", "constant"))
     modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
-    if mode not in modes or (node.get("value", 0) if mode == "constant" else isinstance(x, Squares)):
+    if mode not in modes or (mode == "constant" and node.get("value", 0)):
         node.refuse(f"has mode {mode!r} and value {node.get('value', 0)}; required: constant zeros, reflect or "
                     "replicate")
     pairs = list(zip(pads[::2], pads[1::2], strict=True))[::-1]  # of the last axes; PyTorch begins with the last
-    return viewed(x, lambda y: b.pad(y, [(0, 0)] * (y.rank - len(pairs)) + pairs, modes[mode]))
+    return b.pad(x, [(0, 0)] * (x.rank - len(pairs)) + pairs, modes[mode])
 
 
-def _flatten(b: Builder, node: Node) -> Tensor | Squares:
-    return viewed(node.moving("self"), lambda x: b.flatten(x, node.get("start_dim", 0), node.get("end_dim", -1)))
+def _flatten(b: Builder, node: Node, x: Tensor) -> Tensor:
+    return b.flatten(x, node.get("start_dim", 0), node.get("end_dim", -1))
 
 
-def _unflatten(b: Builder, node: Node) -> Tensor | Squares:
-    def unflattened(x: Tensor) -> Tensor:
-        own = b.own_axis(x, node.value("dim"))
-        return b.reshape(x, [b.batch, *x.dims[:own], *node.integers("sizes"), *x.dims[own + 1:]])
-
-    return viewed(node.moving("self"), unflattened)
+def _unflatten(b: Builder, node: Node, x: Tensor) -> Tensor:
+    own = b.own_axis(x, node.value("dim"))
+    return b.reshape(x, [b.batch, *x.dims[:own], *node.integers("sizes"), *x.dims[own + 1:]])
 
 
-def _view(b: Builder, node: Node) -> Tensor | Squares:
-    size = node.integers("size" if "size" in node else "shape")
-    return viewed(node.moving("self"), lambda x: b.reshape(x, size))
+def _view(b: Builder, node: Node, x: Tensor) -> Tensor:
+    return b.reshape(x, node.integers("size" if "size" in node else "shape"))
 
 
-def _squeeze(b: Builder, node: Node) -> Tensor | Squares:
-    def squeezed(x: Tensor) -> Tensor:
-        axes = node.integers("dim", range(1, x.rank))
-        if "dim" not in node and b.batch == 1:
-            node.refuse("removes all axes of length 1, the batch too; required: axes")
-        return b.squeeze(x, [axis for axis in axes if x.dims[b.own_axis(x, axis)] == 1])
-
-    return viewed(node.moving("self"), squeezed)
+def _squeeze(b: Builder, node: Node, x: Tensor) -> Tensor:
+    if "dim" not in node and b.batch == 1:
+        node.refuse("removes all axes of length 1, the batch too; required: axes")
+    axes = node.integers("dim", range(1, x.rank))
+    return b.squeeze(x, [axis for axis in axes if x.dims[b.own_axis(x, axis)] == 1])
 
 
-def _permute(b: Builder, node: Node) -> Tensor | Squares:
-    def permuted(x: Tensor) -> Tensor:
-        if node.op == "permute":
-            return b.transpose(x, [b.axis(axis, x.rank) for axis in node.integers("dims")])
-        order = list(range(x.rank))
+def _permute(b: Builder, node: Node, x: Tensor) -> Tensor:
+    order = list(range(x.rank))
+    if node.op == "permute":
+        order = [b.axis(axis, x.rank) for axis in node.integers("dims")]
+    else:
         one, other = (b.axis(node.value(name), x.rank) for name in ("dim0", "dim1"))
         order[one], order[other] = other, one
-        return b.transpose(x, order)
-
-    return viewed(node.moving("self"), permuted)
+    return b.transpose(x, order)
 
 
 def _slice(b: Builder, node: Node) -> Tensor:
-    x, axis = node.tensor("self"), node.get("dim", 0)
+    x, axis = node.tensor(), node.get("dim", 0)
     part = slice(node.value("start"), node.value("end"), node.get("step", 1))
     return b.take(x, axis, part)
 
 
 def _narrow(b: Builder, node: Node) -> Tensor:
     start = node.get("start", 0)
-    return b.take(node.tensor("self"), node.value("dim"), slice(start, start + node.value("length")))
+    return b.take(node.tensor(), node.value("dim"), slice(start, start + node.value("length")))
 
 
 def _split(b: Builder, node: Node) -> list[Tensor]:
-    x, axis = node.tensor("self"), node.get("dim", 0)
+    x, axis = node.tensor(), node.get("dim", 0)
     length = x.dims[b.own_axis(x, axis)]
     if node.op == "unbind":
         return [b.take(x, axis, i) for i in range(length)]
@@ -236,14 +227,14 @@ def _concat(b: Builder, node: Node) -> Tensor:
 
 
 def _flip(b: Builder, node: Node) -> Tensor:
-    x = node.tensor("self")
+    x = node.tensor()
     for axis in node.integers("dims"):
         x = b.take(x, axis, slice(None, None, -1))
     return x
 
 
 def _roll(b: Builder, node: Node) -> Tensor:
-    x, shifts, axes = node.tensor("self"), node.integers("shifts"), node.integers("dims")
+    x, shifts, axes = node.tensor(), node.integers("shifts"), node.integers("dims")
     own = [b.own_axis(x, axis) for axis in axes]
     if len(shifts) != len(own):
         node.refuse(f"has shifts {shifts} for axes {axes}; required: as many")
@@ -257,7 +248,7 @@ def _pixel_shuffle(b: Builder, node: Node) -> Tensor:
 
 
 def _channel_shuffle(b: Builder, node: Node) -> Tensor:
-    x, groups = node.tensor("self"), int(node.value("groups"))
+    x, groups = node.tensor(), int(node.value("groups"))
     channels, *rest = x.dims
     return b.shuffle(x, (groups, channels // groups, *rest), (1, 0, *range(2, len(rest) + 2)), x.dims)
 
@@ -285,34 +276,34 @@ def _same(_: Builder, node: Node) -> Any:
 
 
 OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
-    "_to_copy": _same, "_unsafe_view": _view,
-    "abs": lambda b, node: b.pointwise(Power, node.tensor("self"), exponent=1.0), "adaptive_avg_pool1d": _adaptive_pool,
+    "_to_copy": _same, "_unsafe_view": moving(_view),
+    "abs": lambda b, node: b.pointwise(Power, node.tensor(), exponent=1.0), "adaptive_avg_pool1d": _adaptive_pool,
     "adaptive_avg_pool2d": _adaptive_pool, "adaptive_max_pool1d": _adaptive_pool, "adaptive_max_pool2d": _adaptive_pool,
     "add": _add, "addmm": _addmm, "alias": _same, "amax": _reduce, "avg_pool1d": _average_pool,
     "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels, "batch_norm": _batch_norm, "cat": _concat,
     "channel_shuffle": _channel_shuffle, "chunk": _split, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
-    "clone": _same, "concat": _concat, "constant_pad_nd": _pad, "contiguous": _same, "conv1d": _conv, "conv2d": _conv,
-    "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "detach": _same, "div": _divide,
-    "dropout": _same, "expand": lambda b, node: b.expand(node.tensor("self"), node.integers("size")),
-    "feature_dropout": _same, "flatten": _flatten, "flip": _flip, "getitem": _item, "hardtanh": _clip,
-    "leaky_relu": lambda b, node: b.leaky_relu(node.tensor("self"), node.get("negative_slope", 0.01)),
+    "clone": _same, "concat": _concat, "constant_pad_nd": moving(_pad), "contiguous": _same, "conv1d": _conv,
+    "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "detach": _same,
+    "div": _divide, "dropout": _same, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
+    "feature_dropout": _same, "flatten": moving(_flatten), "flip": _flip, "getitem": _item, "hardtanh": _clip,
+    "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
-    "log_softmax": lambda b, node: b.softmax(node.tensor("self"), node.get("dim", 1)), "matmul": _matmul,
+    "log_softmax": lambda b, node: b.softmax(node.tensor(), node.get("dim", 1)), "matmul": _matmul,
     "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool, "maximum": _extreme,
     "mean": _reduce, "minimum": _extreme, "mm": _matmul,
     "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")), "narrow": _narrow,
-    "neg": lambda b, node: b.affine(node.tensor("self"), scale=-1.0), "pad": _pad, "permute": _permute,
+    "neg": lambda b, node: b.affine(node.tensor(), scale=-1.0), "pad": moving(_pad), "permute": moving(_permute),
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_shuffle, "pow": _power, "prelu": _prelu,
-    "reflection_pad1d": _pad, "reflection_pad2d": _pad, "relu": lambda b, node: b.relu(node.tensor("self")),
-    "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor("self"), node.integers("repeats")),
-    "replication_pad1d": _pad, "replication_pad2d": _pad, "reshape": _view, "roll": _roll, "rsub": _add,
-    "select": lambda b, node: b.take(node.tensor("self"), node.get("dim", 0), node.constant("index")),
-    "sign": lambda _, node: Sign(node.tensor("self")), "slice": _slice,
-    "softmax": lambda b, node: b.softmax(node.tensor("self"), node.get("dim", 1)), "split": _split,
-    "split_with_sizes": _split, "sqrt": _power, "square": _power, "squeeze": _squeeze, "stack": _concat, "sub": _add,
-    "sum": _reduce, "to": _same, "transpose": _permute, "unbind": _split, "unflatten": _unflatten,
-    "unsqueeze": lambda b, node: viewed(node.moving("self"), lambda x: b.unsqueeze(x, [node.value("dim")])),
-    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": _view,
+    "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
+    "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
+    "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
+    "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
+    "sign": lambda _, node: Sign(node.tensor()), "slice": _slice,
+    "softmax": lambda b, node: b.softmax(node.tensor(), node.get("dim", 1)), "split": _split,
+    "split_with_sizes": _split, "sqrt": _power, "square": _power, "squeeze": moving(_squeeze), "stack": _concat,
+    "sub": _add, "sum": _reduce, "to": _same, "transpose": moving(_permute), "unbind": _split,
+    "unflatten": moving(_unflatten), "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
+    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view),
 }
 
 NEAREST = {

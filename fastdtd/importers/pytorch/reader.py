@@ -171,6 +171,8 @@ class Reader:
 class Node(ValueNode):
     """A node of the exported graph: arguments by the names of their parameters."""
 
+    first = "self"
+
     def __init__(self, reader: Reader, traced: Any, op: str) -> None:
         self.reader, self.builder, self.traced, self.op = reader, reader.builder, traced, op
         schema = getattr(traced.target, "_schema", None)
