@@ -33,6 +33,7 @@ from fastdtd.model import Model
 from fastdtd.plan import Plan
 from fastdtd.rules import Rules, assign
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -188,9 +189,9 @@ class Explainer:
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
-            scores, e.target[part], e.explained[part] = self._run(plan, images[part],
-                                                                  None if targets is None else targets[part],
-                                                                  None if begins is None else begins[part], first)
+            own_targets = None if targets is None else targets[part]
+            own_start = None if begins is None else begins[part]
+            scores, e.target[part], e.explained[part] = self._run(plan, images[part], own_targets, own_start, first)
             e.output[part] = library.asarray(scores)
             kernels.read(e.relevance[part], plan.relevance)
             match derivative:
@@ -275,8 +276,7 @@ def _bytes(memory: str | int) -> int:
     size = 0
     if isinstance(memory, int) and not isinstance(memory, bool):
         size = memory
-    elif isinstance(memory, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", memory,
-                                                            re.ASCII | re.IGNORECASE)):
+    elif isinstance(memory, str) and (match := _SIZE.fullmatch(memory)):
         size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise InputError(
