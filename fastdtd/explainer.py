@@ -70,6 +70,8 @@ class Explainer:
     model : Model
     rules : mapping of str to LayerRule
         Of each layer that redistributes relevance.
+    context : Context
+        What its explanations know of the network.
     batch : int
         Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a
         time. It is halved when a GPU has no memory left for as many.
@@ -111,6 +113,8 @@ class Explainer:
         self.model = model
         self._assignment = assign(model.graph, rules)
         self.rules = self._assignment.rules
+        rules_as_text = {name: str(rule.rule) for name, rule in self.rules.items()}
+        self.context = Context(model.classes, rules_as_text, model.preprocessing.resize)
         self.threads = threads or _usable_processors()
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
@@ -123,11 +127,6 @@ class Explainer:
     @property
     def at_once(self) -> int:
         return self._executor.at_once
-
-    def context(self) -> Context:
-        """What explanations know of the network."""
-        rules = {name: str(rule.rule) for name, rule in self.rules.items()}
-        return Context(self.model.classes, rules, self.model.preprocessing.resize)
 
     def __repr__(self) -> str:
         where = f"GPUs in {self.precision}" if self.precision else f"{self.threads} threads"
@@ -181,7 +180,7 @@ class Explainer:
             targets = checked_targets(target, self.model, count, outputs)
             begins = checked_start(start, target, count, outputs)
             explained_targets, finite = np.empty(count, np.int64), np.zeros(count, np.bool_)
-            context = replace(self.context(), pictures=pictures,
+            context = replace(self.context, pictures=pictures,
                               explain_again=partial(self._observed, images, explained_targets, begins))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
                             np.empty(count, np.float32), {name: np.zeros(count) for name in self._assignment.absorbers},

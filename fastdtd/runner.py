@@ -338,7 +338,7 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
 
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        write_header(file, explainer.context())
+        write_header(file, explainer.context)
     with open(path, "wb") as plain:
         plain.write(content.getbuffer())
         plain.flush()
