@@ -26,6 +26,7 @@ class Steps:
 
     def _bind(self, schedule, images):
         self.plan, self.steps = Plan(schedule, self.kernels), schedule.steps
+        self._runs = [self.plan.prepared((step,)) for step in range(len(schedule.steps))]
         self.layers = {layer.name: layer for layer in self.graph}
         self._images, self._position = images, 0
 
@@ -69,7 +70,7 @@ class Steps:
 
     def run(self, step):
         self._position = step + 1
-        self.plan.run((step,))
+        self._runs[step]()
 
     def operations(self, step):
         """Of the definition of a convolution or dense layer: two products forward (y and z), one back; 0 for others."""

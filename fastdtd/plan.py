@@ -120,6 +120,18 @@ class Plan:
         for other in others:
             other.result()
 
+    def prepared(self, steps: Iterable[int]) -> Callable[[], None]:
+        """What runs some steps, whatever their conditions, and takes no other time: to measure them. For one worker."""
+        assert self.schedule.workers == 1
+        wanted, progress, barrier = np.array(list(steps), np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64)
+        table, run_steps = self._tables[0], self._kernels.run_steps
+
+        def run() -> None:
+            progress[:] = 0
+            run_steps(table, wanted, progress, barrier, 1)
+
+        return run
+
     def arguments(self, step: int) -> list[Any]:
         """Of a step as its first worker's kernel gets them: arrays and numbers."""
         return self._calls[0][step].arguments
