@@ -1,6 +1,4 @@
-"""What `device` names: kernels, and the GPUs that run them. Each thing that can be missing is named, with what to
-install or set.
-"""
+"""What `device` names: kernels, and the GPUs that run them. What is missing is named, with what to install."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ _LOG = logging.getLogger("fastdtd")
 
 @dataclass(frozen=True)
 class Devices:
-    """Kernels, the devices that run them, by number, and the precision of products on tensor cores ("" where there is
-    no choice).
-    """
+    """Kernels, the numbers of the devices that run them, and the precision of products ("" without tensor cores)."""
 
     kernels: AnyDevice
     numbers: tuple[int, ...]

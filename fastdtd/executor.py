@@ -200,8 +200,7 @@ class Executor:
                     plans.give_back(loan.pop(), False)
 
     def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool) -> None:
-        """Run `work` with plans that keep the relevance of tensors, as many of them at a time as there is memory for.
-        """
+        """Run `work` with plans that keep the relevance of tensors, as many at a time as there is memory for."""
         number, plans = device
         todo = [list(layers)]
         while todo:
@@ -234,9 +233,7 @@ class Executor:
             plans.forget_users()
 
     def _threads(self) -> ThreadPoolExecutor:
-        """The worker threads, all of them running: threads that wait for each other must not wait for one that cannot
-        start.
-        """
+        """The worker threads, all running: those that wait for each other must not wait for one that cannot start."""
         with self._lock:
             if self._pool_of_threads is None:
                 executor, ready = ThreadPoolExecutor(self._concurrent, "fastdtd"), threading.Event()

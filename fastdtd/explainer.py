@@ -222,9 +222,7 @@ class Explainer:
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
-        """Both passes: scores, what is explained of each image, and how much that is. first: the number of the first
-        image.
-        """
+        """Both passes: scores, what is explained of each image, and how much; first: the first image's number."""
         submit = self._executor.submit(plan)
         self._kernels.write(plan.input, images)
         plan.forward(submit)

@@ -118,9 +118,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
-    """`image` at (height, width): stretched to it, or scaled until it covers it and cut to its centre ("crop").
-    Bilinear, antialiased.
-    """
+    """`image` at (height, width): stretched, or scaled to cover it and cut to the centre ("crop"). Bilinear."""
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=visible_part(image, size, resize))
 
 

@@ -1,6 +1,4 @@
-"""What an Explainer is called with: images, targets, starting relevance. All of it is checked here, before anything is
-computed.
-"""
+"""What an Explainer is called with (images, targets, starting relevance), checked before anything is computed."""
 
 from __future__ import annotations
 

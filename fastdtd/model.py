@@ -146,9 +146,7 @@ class Model:
         return self.classes[index] if self.classes else str(index)
 
     def class_index(self, name: str) -> int:
-        """The output named `name`: the whole name, its WordNet id, or one of its comma-separated synonyms, whatever the
-        case.
-        """
+        """The output named `name`: the whole name, its WordNet id, or one of its synonyms, whatever the case."""
         if not self.classes:
             raise InputError(f"target {name!r} is a class name, but this model has none; give the number of an output")
         wanted = name.strip().lower()

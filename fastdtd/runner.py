@@ -214,9 +214,7 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
 def _loaded_batches(executor: ThreadPoolExecutor, explainer: Explainer, todo: list[Picture], batch: int, show: bool,
                     summary: Summary,
                     ) -> Iterator[tuple[list[_Loaded], int]]:
-    """Batches of readable pictures, each with how many pictures it settles; the next one is read while one is
-    explained.
-    """
+    """Batches of readable pictures, each with how many it settles; one is read while another is explained."""
     def start(first: int) -> list[tuple[Picture, Future[_Loaded]]]:
         return [(p, executor.submit(_load, explainer, p, show)) for p in todo[first:first + batch]]
 

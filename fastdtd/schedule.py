@@ -37,9 +37,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An argument: the memory of a buffer as an array (batch, *shape). Views of one buffer may differ in shape and
-    type.
-    """
+    """An argument: a buffer's memory as an array (batch, *shape). Its views may differ in shape and type."""
 
     buffer: int  # index into Schedule.buffers
     shape: tuple[int, ...]
@@ -173,9 +171,7 @@ def lay_out(lifetimes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
 
 
 def _in_order_of_time(sizes: list[int], lifetimes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """As an allocator would, step by step, each buffer in the smallest hole that takes it: n log n, some percent more
-    memory.
-    """
+    """As an allocator would, step by step, each buffer in the smallest hole: n log n, some percent more memory."""
     holes: list[tuple[int, int]] = []
     offsets, end, size = [0] * len(sizes), 0, 0
     ending = sorted(range(len(sizes)), key=lambda i: lifetimes[i][2], reverse=True)

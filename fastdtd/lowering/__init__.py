@@ -105,9 +105,7 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
 
 
 def _observe(b: Builder, name: str, result: str) -> None:
-    """Write down the relevance of a tensor, which is that of `result`, once all layers that read it have given it
-    theirs.
-    """
+    """Write down the relevance of a tensor, which is that of `result`, once all its readers gave it theirs."""
     x, c = b.activation(result), b.factor(result)
     out = b.state(f"observed/{name}", (b.batch, *b.graph.shapes[name]), np.float32)
     b.step(b.kernels.relevance_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,

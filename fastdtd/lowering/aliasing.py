@@ -1,6 +1,4 @@
-"""Where tensors lie: which share memory, and which activations are applied by the layer before them. Once for each
-graph.
-"""
+"""Which tensors share memory, and which activations the layer before them applies. Found once for each graph."""
 
 from __future__ import annotations
 

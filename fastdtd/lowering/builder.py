@@ -1,5 +1,4 @@
-"""What the families of layers write their steps down with: buffers and their lifetimes, scratch, states, kernel calls.
-"""
+"""What families of layers write their steps down with: buffers and lifetimes, scratch, states, kernel calls."""
 
 from __future__ import annotations
 
@@ -25,9 +24,7 @@ SAVED_PER_LAYER = ABSORBED + 1
 
 @dataclass(frozen=True)
 class Saved:
-    """What a layer keeps for the backward pass for one term of its rule, and the flags of images in which that absorbs
-    something.
-    """
+    """What a layer keeps for one term in the backward pass, and the flags of images in which that absorbs some."""
 
     view: View
     dead: State
@@ -77,9 +74,7 @@ class Builder:
         return self._tensor(name, self._activations)
 
     def factor(self, name: str) -> Tensor:
-        """What a tensor carries in the backward pass: the factor c, or relevance R where it is one of
-        `assignment.carriers`.
-        """
+        """What a tensor carries in the backward pass: the factor c, or relevance R if in `assignment.carriers`."""
         return self._tensor(name, self._factors)
 
     def _tensor(self, name: str, buffers: dict[str, int]) -> Tensor:
@@ -108,9 +103,7 @@ class Builder:
         buffer[2] = max(buffer[2], step)
 
     def accumulates(self, name: str) -> bool:
-        """Whether what comes back to a tensor is added to what is there; a part of it that is not written yet is
-        cleared before.
-        """
+        """Whether what comes back to a tensor is added to what is there; what is not written yet is cleared before."""
         location, end = self._locations[name], self._locations[name].offset + math.prod(self.graph.shapes[name])
         gaps = self._written.setdefault(location.root, Intervals()).gaps(location.offset, end)
         self.mark_written(name)
@@ -163,9 +156,7 @@ class Builder:
         return self.assignment.derivative is not None
 
     def result(self, layer: Layer) -> tuple[str, tuple[float, float]]:
-        """The tensor that a layer makes, and the bounds of the activation that is fused with it, infinite where none
-        is.
-        """
+        """The tensor that a layer makes, and the bounds of the activation fused with it, infinite where none is."""
         after = self._fused.get(layer.name)
         return (layer.name, (-math.inf, math.inf)) if after is None else (after.name, clip_bounds(after))
 
@@ -205,9 +196,7 @@ class Builder:
         return len(self._steps)
 
     def copy(self, is_forward: bool, to: tuple[str, int], source: tuple[str, int], what: str, add: bool) -> None:
-        """As many elements as tensor `what` has, between positions within the memory of two tensors; of activations or
-        factors.
-        """
+        """Copy as many elements as `what` has, between offsets in two tensors' memory; of activations or factors."""
         buffers, ends = self._activations if is_forward else self._factors, []
         for name, offset in (to, source):
             location = self._locations[name]
@@ -264,8 +253,7 @@ def bounds_of(graph: Graph, name: str) -> tuple[Array, Array]:
 
 
 def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A view that kernels cannot write; all constants are of this kind, for Numba compiles a kernel anew for another.
-    """
+    """A view that kernels cannot write. All constants are of this kind: another would compile kernels anew."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view

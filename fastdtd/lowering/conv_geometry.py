@@ -23,18 +23,14 @@ def is_pointwise(layer: g.Conv2d) -> bool:
 
 
 def backward_weights(layer: g.Conv2d, term: Term) -> Array:
-    """V, or what has both features' V as its positive and negative part: (groups, outputs, inputs, taps), outputs and
-    inputs of a group.
-    """
+    """V, or both features' V as positive and negative part: (groups, outputs of one, inputs of one, taps)."""
     first, *second = term.v(layer.weight)
     v = first - second[0] if second else first
     return v.reshape(layer.groups, len(layer.weight) // layer.groups, layer.weight.shape[1], -1)
 
 
 def phases(layer: g.Conv2d, in_shape: Shape) -> tuple[list[Grid], list[Taps]]:
-    """Grids of inputs that the same taps reach, and these taps of the kernel: one phase for each remainder by the
-    stride.
-    """
+    """Grids of inputs that the same taps reach, and these taps: one phase for each remainder by the stride."""
     grids, taps = [], []
     for remainder_y in range(layer.stride[0]):
         for remainder_x in range(layer.stride[1]):
@@ -47,9 +43,7 @@ def phases(layer: g.Conv2d, in_shape: Shape) -> tuple[list[Grid], list[Taps]]:
 
 
 def _phase(remainder: int, axis: int, layer: g.Conv2d, size: int) -> tuple[int, int, list[int]]:
-    """Inputs i of one axis with (i + padding) mod stride = remainder: the first, how many, and the taps that reach
-    them.
-    """
+    """Inputs i of an axis with (i + padding) mod stride = remainder: the first, how many, the taps that reach them."""
     stride, padding, dilation = layer.stride[axis], layer.padding[axis], layer.dilation[axis]
     first = (remainder - padding) % stride
     count = max(0, -((first - size) // stride))

@@ -28,9 +28,7 @@ class Packed:
 
 
 def pack(layer: g.Conv2d, graph: Graph, rule: LayerRule, carries: bool, kernels: AnyDevice, precision: int) -> Packed:
-    """carries: whether the layer's input carries relevance. precision: of products on tensor cores, where there are
-    any.
-    """
+    """carries: whether the layer's input carries relevance. precision: of products on tensor cores."""
     def forward(term: Term) -> Forward:
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_forward(layer, term, graph, kernels, precision)

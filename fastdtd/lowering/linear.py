@@ -115,9 +115,7 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
 
 
 def _activation_for(b: Builder, term: Term, name: str) -> Tensor:
-    """What the backward pass reads as the activation `name`: where the term does not look at it, c itself, so that its
-    memory is free.
-    """
+    """What the backward pass reads as activation `name`: c itself where the term needs none, to free its memory."""
     unread = term.features == codes.ONES or (term.features == codes.NONNEGATIVE and not b.carries_relevance(name))
     return b.factor(name) if unread else b.activation(name)
 

@@ -1,6 +1,4 @@
-"""What happens to each element by itself or only moves it: activations, powers, additions, concatenation,
-rearrangement.
-"""
+"""What treats each element by itself, or moves it: activations, powers, additions, joins, rearrangements."""
 
 from __future__ import annotations
 
@@ -88,9 +86,7 @@ def _add_term(b: Builder, layer: g.Add, part: int, term: Term, source: str, argu
 
 def rearrange_pack(layer: g.Rearrange, graph: Graph,
                    kernels: Device) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """(starts, readers): element i of the input is read by outputs readers[starts[i]:starts[i + 1]], none by those
-    before starts[0].
-    """
+    """(starts, readers): readers[starts[i]:starts[i + 1]] read element i; those before starts[0] read none."""
     index, elements = layer.index.ravel(), math.prod(graph.shapes[layer.inputs[0]])
     starts = np.searchsorted(np.sort(index), np.arange(elements + 1))
     return read_only(starts.astype(np.int32)), read_only(np.argsort(index, kind="stable").astype(np.int32))

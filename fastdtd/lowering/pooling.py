@@ -76,9 +76,7 @@ def _geometry(b: Builder, layer: Pool) -> dict[str, Any]:
 
 
 def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
-    """How windows read blocks of their input, where those are copied; no planes where the one window holds the whole
-    input.
-    """
+    """How windows read blocks of their input, if copied; no planes where one window holds the whole input."""
     if b.kernels.POOLING != "blocked":
         return None, {}
     kernel, stride, padding, _ = _window(b, layer)

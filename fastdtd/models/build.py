@@ -57,8 +57,7 @@ def build(folder: Path) -> None:
 
 
 def squeezenet(weights: dict[str, Any], classes: list[str]) -> Model:
-    """SqueezeNet 1.1 as its authors published it for Caffe; weights[name] is (kernel (height, width, in, out), bias).
-    """
+    """SqueezeNet 1.1 as published for Caffe; weights[name] is (kernel (height, width, in, out), bias)."""
     layers: list[Layer] = []
 
     def add(layer: Layer) -> str:

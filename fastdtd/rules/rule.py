@@ -120,8 +120,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """A rule from a name and, in parentheses, parameters that differ from their defaults: "epsilon(epsilon=0.25)".
-        """
+        """A rule from its name and, in parentheses, parameters: "epsilon(epsilon=0.25)"."""
         match = re.fullmatch(r"\s*([\w+*-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
         if match is None:
             return cls(text)  # which says what is wrong with it
@@ -261,8 +260,7 @@ class LayerRule:
 
     @property
     def needs_relevance(self) -> bool:
-        """Whether the layer's input has to carry relevance R, which is no multiple of a here, instead of the factor c.
-        """
+        """Whether the layer's input has to carry relevance R, here no multiple of a, instead of the factor c."""
         return (self.formula not in (None, codes.SIGNS, codes.NORM_IDENTITY)
                 or any(term.features in (codes.BOX, codes.ONES) for term in self.terms))
 
