@@ -47,5 +47,3 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_theme_options = {"source_repository": "https://github.com/fastdtd/fastdtd", "source_branch": "main",
-                      "source_directory": "docs/"}
