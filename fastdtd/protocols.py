@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 DeviceArray: TypeAlias = Any  # NumPy's or CuPy's
-Kernel: TypeAlias = Callable[...,
-                             None]  # takes those of kernels.signatures.SIGNATURES that mean something on its device
+Kernel: TypeAlias = Callable[..., None]  # its parameters: kernels/signatures.py
 Shape: TypeAlias = tuple[int, ...]
 
 

@@ -120,6 +120,16 @@ def positive_feature(a, features, low, high):
 
 
 @formula
+def z_term(w, a, features, low, high):
+    """What one input with the weight w adds to z: NONNEGATIVE, SIGNED or BOX."""
+    if features == NONNEGATIVE:
+        return max(w, ZERO) * a
+    if features == SIGNED:
+        return max(w, ZERO) * max(a, ZERO) + max(-w, ZERO) * max(-a, ZERO)
+    return max(w, ZERO) * max(a - low, ZERO) + max(-w, ZERO) * max(high - a, ZERO)
+
+
+@formula
 def redistributed(total, a, features, low, high, relevance):
     """What an input gets of total = V^T (ratio * c), where all weights are positive; if `relevance`, times u."""
     if (features == SIGNED and a < ZERO) or (features == NEGATED and a >= ZERO):
@@ -149,7 +159,7 @@ def redistributed_pair(total, total_neg, a, features, low, high, relevance):
 
 @formula
 def over(numerator, z, epsilon):
-    """numerator / z, z moved away from zero by epsilon; 0 where it is zero all the same."""
+    """numerator / z, z moved away from zero by epsilon; 0 where that is zero too."""
     z += epsilon if z >= ZERO else -epsilon
     return divide(numerator, z) if abs(z) > MIN_DENOMINATOR else ZERO
 
@@ -274,7 +284,7 @@ def power(a, exponent, derivative):
 def norm_scale(squares, alpha, beta, bias):
     """(bias + alpha * squares)^-beta, squares the sum of a^2 over the neighbours."""
     z = bias + alpha * squares
-    if beta == _THREE_QUARTERS:  # of all who use it; square roots are quick
+    if beta == _THREE_QUARTERS:  # everybody's; square roots are quick
         root = np.float32(math.sqrt(z))
         return ONE / (root * np.float32(math.sqrt(root)))
     return z ** -beta

@@ -10,6 +10,7 @@ with the features u and weights V of docs/method.md. It works on relevance R its
 picture at a time. Nothing here is shared with the package but the layers' fields.
 """
 
+import functools
 import inspect
 
 import numpy as np
@@ -21,8 +22,13 @@ TIE = 1e-9  # equal numbers whose sums were rounded in another order are still e
 
 def matrix(layer, shapes):
     """(weights, connected), each (outputs, inputs): the layer as one matrix, and which entries exist (a weight may be
-    zero).
+    zero). Kept for the next image: layers are values.
     """
+    return _matrix(layer, tuple(shapes))
+
+
+@functools.lru_cache(maxsize=6)
+def _matrix(layer, shapes):
     match layer:
         case g.Dense():
             return layer.weight.astype(float), np.ones(layer.weight.shape)
@@ -46,14 +52,16 @@ def convolution_matrix(layer, shape):
     _, out_height, out_width = layer.output_shape([shape])
     weights = np.zeros((outputs, out_height, out_width, channels, height, width))
     connected = np.zeros(weights.shape)
-    for k in range(outputs):
-        group = k // (outputs // layer.groups)
-        for y, x, c, i, j in np.ndindex(out_height, out_width, per_group, rows, columns):
-            down = y * layer.stride[0] + i * layer.dilation[0] - layer.padding[0]
-            right = x * layer.stride[1] + j * layer.dilation[1] - layer.padding[1]
-            if 0 <= down < height and 0 <= right < width:
-                weights[k, y, x, group * per_group + c, down, right] = layer.weight[k, c, i, j]
-                connected[k, y, x, group * per_group + c, down, right] = 1
+    k, c = np.arange(outputs)[:, None, None], np.arange(per_group)[None, :, None]
+    source = k // (outputs // layer.groups) * per_group + c  # channel of the input
+    for i, j in np.ndindex(rows, columns):
+        y, x = (axis.ravel() for axis in np.indices((out_height, out_width)))
+        down = y * layer.stride[0] + i * layer.dilation[0] - layer.padding[0]
+        right = x * layer.stride[1] + j * layer.dilation[1] - layer.padding[1]
+        inside = (down >= 0) & (down < height) & (right >= 0) & (right < width)
+        where = k, y[inside], x[inside], source, down[inside], right[inside]
+        weights[where] = layer.weight[:, :, i, j, None]
+        connected[where] = 1
     size = outputs * out_height * out_width
     return weights.reshape(size, -1), connected.reshape(size, -1)
 

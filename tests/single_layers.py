@@ -40,8 +40,8 @@ def check(layer, shape, rule, hidden, count=2, tolerance=1e-5, **options):
     e = explainer(batch, 1)
     assert (e.explained > 0).all()
     for i in range(count):
-        relevance, scores, absorbed = naive.explain(graph, batch[i], 1,
-                                                    {name: r.rule for name, r in explainer.rules.items()})
+        rules = {name: r.rule for name, r in explainer.rules.items()}
+        relevance, scores, absorbed = naive.explain(graph, batch[i], 1, rules)
         np.testing.assert_allclose(e.output[i], scores, rtol=tolerance, atol=tolerance)
         assert np.linalg.norm(e.relevance[i] - relevance) <= tolerance * np.linalg.norm(relevance) + 1e-12
         assert e.ledger[tested][i] == pytest.approx(absorbed[tested], rel=10 * tolerance, abs=tolerance * scores[1])
@@ -49,7 +49,7 @@ def check(layer, shape, rule, hidden, count=2, tolerance=1e-5, **options):
 
 
 CONVOLUTIONS = {  # (shape of the input), outputs, kernel, stride, padding, dilation, groups
-    "several blocks of places": ((2, 31, 29), 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "several blocks of positions": ((2, 31, 29), 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
     "several panels of outputs and inputs": ((19, 5, 6), 27, (3, 2), (1, 1), (1, 0, 0, 1), (1, 1), 1),
     "deep: one tile a block": ((80, 4, 13), 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
     "pointwise": ((33, 7, 9), 17, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),

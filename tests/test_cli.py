@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,9 +242,11 @@ def test_show(run):
 @pytest.mark.parametrize("command", ["show", "explain"])
 def test_standard_output_that_cannot_be_written(place, command):
     arguments = [*COMMAND, command, "net.h5", *(["pictures"] if command == "explain" else [])]
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, "fastdtd: standard output: No space left on device\n")
+    full = Path("/dev/full")
+    if full.is_char_device():  # some systems and containers have none, and opening it would make a file
+        with full.open("w") as output:
+            result = subprocess.run(arguments, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+        assert (result.returncode, result.stderr) == (1, "fastdtd: standard output: No space left on device\n")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()  # as `| head` does when it has seen enough
         assert process.stderr.read() == ""

@@ -533,17 +533,25 @@ def test_same_bits_in_any_memory(graph, data):
 
 
 def test_what_fits_into_memory(watched):
-    """(batch, workers) of the plans that explain 12 images: as many images as fit, each in one thread, else in all."""
-    graph = small()
-    one, together = one_image(graph), one_image(graph, 3)
-    for memory, sizes in ((None, {(4, 1)}), (100 * one, {(4, 1)}), (8 * one, {(2, 1)}), (3 * one, {(1, 1)}),
-                          (together, {(1, 3)}), (3*one - 1, {(2, 3)})):
+    """12 images: as many at a time as fit, each in one thread; where not one fits in each, in plans that all share.
+
+    What fits is asked of the schedules, for how large scratch is depends on the processor.
+    """
+    graph, threads, count = small(), 3, 12
+    size = plans_of(explainer(graph, threads=threads)).nbytes
+    one, shared = size(1, 1), size(1, threads)
+    assert one < shared < threads * one
+    assert one < size(2, 1) <= 2 * one
+    cases = [(None, 4, 1), (100 * one, 4, 1), (threads * 2 * one, 2, 1), (threads * one, 1, 1), (shared, 1, threads)]
+    most = 2 if size(2, threads) < threads * one else 1  # memory for three would do for one each
+    for memory, batch, workers in [*cases, (threads * one - 1, most, threads)]:
         for plans in (watched.sizes, watched.touched, watched.most_bytes):
             plans.clear()
         watched.limit = memory
-        made = explainer(graph, threads=3, memory=memory)
-        explain(made, pictures(graph, 12))
-        assert watched.sizes == sizes
+        made = explainer(graph, threads=threads, memory=memory)
+        explain(made, pictures(graph, count))
+        parts = -(-count // batch)
+        assert watched.sizes == {(count * (i + 1) // parts - count * i // parts, workers) for i in range(parts)}
         assert memory is None or max(watched.most_bytes) <= memory
 
 

@@ -224,7 +224,8 @@ def test_graphs_that_are_refused(layers, message):
 
 def test_tensors_of_absurd_size_are_refused():
     doubled = [g.Concat(str(i), (str(i - 1) if i else g.INPUT,) * 2) for i in range(29)]
-    with pytest.raises(ModelError, match="layer '28' makes a tensor of shape 536870912x1x1; at most 268435456 elements"):
+    with pytest.raises(ModelError,
+                       match="layer '28' makes a tensor of shape 536870912x1x1; at most 268435456 elements"):
         g.Graph(tuple(doubled), (1, 1, 1))
     assert g.Graph(tuple(doubled[:28]), (1, 1, 1)).shapes["27"] == (2**28, 1, 1)
     with pytest.raises(ModelError, match="'a' makes a tensor of shape 64x2049x2049"):

@@ -112,10 +112,9 @@ def _make_add_rows(images, weight_of):
             numbers = [builder.sext(builder.load(builder.gep(p_rows, [builder.add(line, all_images)])), I64)
                        for line in lines]
             rows = [builder.mul(number, w_stride) for number in numbers]
-            factors = [[splat(builder,
-                              builder.load(builder.gep(p_contributions,
-                                                       [builder.add(line, builder.add(first_image, integer(n)))])))
-                        for line in lines[:_ROWS_REDISTRIBUTE]] for n in range(images)]
+            columns = [builder.add(first_image, integer(n)) for n in range(images)]
+            factors = [[splat(builder, builder.load(builder.gep(p_contributions, [builder.add(line, column)])))
+                        for line in lines[:_ROWS_REDISTRIBUTE]] for column in columns]
 
             def one_vector(step, nothing, load, store):
                 for row in rows[_ROWS_REDISTRIBUTE:]:

@@ -45,17 +45,16 @@ class Finish:
 
     def __init__(self, builder, bias, x_min, x_max, relevance, z_min):
         self.builder, self.relevance = builder, relevance
-        self.bias, self.least, self.most, self.z_min = (splat(builder, number)
-                                                        for number in (bias, x_min, x_max, z_min))
+        self.bias, self.x_min, self.x_max, self.z_min = (splat(builder, value) for value in (bias, x_min, x_max, z_min))
 
     def __call__(self, y, z):
         builder = self.builder
         y = builder.fadd(y, self.bias)
-        y = builder.select(builder.fcmp_ordered("<", y, self.least), self.least, y)
-        y = builder.select(builder.fcmp_ordered(">", y, self.most), self.most, y)
-        kept = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), magnitude(builder, y))
-        ratio = builder.select(builder.fcmp_ordered(">", z, self.z_min), builder.fdiv(kept, z),
-                               builder.fsub(ZEROS, kept))
+        y = builder.select(builder.fcmp_ordered("<", y, self.x_min), self.x_min, y)
+        y = builder.select(builder.fcmp_ordered(">", y, self.x_max), self.x_max, y)
+        numerator = builder.select(self.relevance, ir.Constant(VECTOR, [1.0] * LANES), magnitude(builder, y))
+        ratio = builder.select(builder.fcmp_ordered(">", z, self.z_min), builder.fdiv(numerator, z),
+                               builder.fsub(ZEROS, numerator))
         return y, ratio
 
     def store(self, y, z, p_x, p_ratio, step, count, store):

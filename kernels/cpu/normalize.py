@@ -105,8 +105,8 @@ def normalize_taylor_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_
     terms, own, sums = span(scratch, 0, size), span(scratch, size, size), span(scratch, 2 * size, width)
     for n in range(first, last):
         out = span(flat_in, (n * c_in.shape[1] + c_in_channel) * height * width, size)
-        factor, value = span(flat_c, (n * c.shape[1] + c_channel) * height * width, size), span(
-            flat_a, (n * a.shape[1] + a_channel) * height * width, size)
+        factor = span(flat_c, (n * c.shape[1] + c_channel) * height * width, size)
+        value = span(flat_a, (n * a.shape[1] + a_channel) * height * width, size)
         scale = span(flat_ratio, n * size, size)
         absorbed = np.float64(0)
         for i in range(size):

@@ -168,10 +168,11 @@ def _sum_contributions(typing_context, out, contributions, down, width, across, 
         def one_vector(step, nothing, load, store):
             def one_row(i, total):
                 row = builder.sub(step, builder.mul(i, width))
-                return loop_range(builder, integer(0), across, 1, total,
-                             lambda j, total: [builder.fadd(total[0],
-                                                            load_vector(builder, p_contributions,
-                                                                        builder.sub(row, j)))])
+
+                def one_window(j, total):
+                    return [builder.fadd(total[0], load_vector(builder, p_contributions, builder.sub(row, j)))]
+
+                return loop_range(builder, integer(0), across, 1, total, one_window)
 
             total, = loop_range(builder, integer(0), down, 1, [ZEROS], one_row)
             store(builder.select(add, builder.fadd(load(p_out, step), total), total), p_out, step)

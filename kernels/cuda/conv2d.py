@@ -48,7 +48,7 @@ from fastdtd.kernels.cuda.microkernel import (
     threads_of,
     tile_rows,
 )
-from fastdtd.kernels.cuda.scalar import clip, ratio_of, redistributed_pair
+from fastdtd.kernels.cuda.scalar import clip, ratio_of, redistributed_pair, z_term
 from fastdtd.kernels.cuda.vector_code import (
     ALIGNED,
     address_of,
@@ -111,8 +111,8 @@ def conv2d_taps(downs, rights, channels, height, width, panel_rows):
     depths are the channels of one tap, else of each depth, with 0, which is far outside, to fill the last tile. downs,
     rights: of a channel's taps."""
     channel = np.arange(channels, dtype=np.int64)[:, None]
-    each = ((channel * height + downs) * width + rights << 32) + (np.asarray(downs) +
-                                                                  _FAR << 16) + (np.asarray(rights) + _FAR)
+    offset = (channel * height + downs) * width + rights
+    each = (offset << 32) + (np.asarray(downs) + _FAR << 16) + (np.asarray(rights) + _FAR)
     if _in_planes(channels, panel_rows):
         return each[::DEPTH].ravel()
     taps = np.zeros(each.size if panel_rows == 1 else -(-each.size // DEPTH) * DEPTH, np.int64)
@@ -185,8 +185,7 @@ def _sum_outputs(x, ratio, dead, a, packed, taps, bias, constant, pattern, z_min
         b = load_inside(address, high_half(tap), _is_inside(tap, from_y - _FAR, from_x - _FAR, height, width))
         w = load(packed, k * depth, d)
         y += w * b
-        z += max(w, ZERO) * b if features == NONNEGATIVE else max(w,
-                                                                  ZERO) * max(b, ZERO) + max(-w, ZERO) * max(-b, ZERO)
+        z += z_term(w, b, NONNEGATIVE if features == NONNEGATIVE else SIGNED, ZERO, ZERO)
     _finish_output(x, ratio, dead, n, k, position, n * x_elements + x_begin + k * positions + position, at, y, z, bias,
                    constant, patterns, pattern, z_min, columns, features, x_min, x_max, relevance)
 
@@ -244,8 +243,9 @@ def _parts_of_tile(rows, precision, in_planes):
     def fetch_weights(held, packed, at, t):
         for i in range(fours):
             if all_fetch or 4 * t < DEPTH * rows:
-                held[4 * i], held[4 * i + 1], held[4 * i +
-                                                   2], held[4 * i + 3] = load_four(packed, at + 4 * t, 4 * i * threads)
+                first = 4 * i
+                held[first], held[first + 1], held[first + 2], held[first + 3] = load_four(
+                    packed, at + 4 * t, first * threads)
 
     @part
     def put_weights(tile, begin, held, t):

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, ONES, SIGNED, SQUARED
 from fastdtd.kernels.cuda.jit import kernel, launch, part
-from fastdtd.kernels.cuda.scalar import clip, ratio_of, redistributed_pair
+from fastdtd.kernels.cuda.scalar import clip, ratio_of, redistributed_pair, z_term
 from fastdtd.kernels.cuda.vector_code import (
     ALIGNED,
     address_of,
@@ -45,16 +45,7 @@ _REDISTRIBUTE_FLOATS = 32 * (_IMAGES + 1)
 
 @cache
 def _forward_kernel(features):
-    signed, box, counted = features == SIGNED, features == BOX, features == ONES
-
-    @part
-    def z_of(w, value, low, high):
-        """What one input adds to z."""
-        if signed:
-            return max(w, ZERO) * max(value, ZERO) + max(-w, ZERO) * max(-value, ZERO)
-        if box:
-            return max(w, ZERO) * max(value - low, ZERO) + max(-w, ZERO) * max(high - value, ZERO)
-        return max(w, ZERO) * value
+    box, counted = features == BOX, features == ONES
 
     @part
     def add_over_warps(tile, sums, t):
@@ -108,7 +99,7 @@ def _forward_kernel(features):
                     for j in range(4):
                         one[row + j] += w[j] * value
                         if not counted:
-                            two[row + j] += z_of(w[j], value, low[at_bound], high[at_bound])
+                            two[row + j] += z_term(w[j], value, features, low[at_bound], high[at_bound])
             cuda.syncthreads()
         add_over_warps(tile, one, t)
         for i in range(_OUTPUTS // _WARPS):

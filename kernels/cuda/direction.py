@@ -15,7 +15,7 @@ from numba import cuda
 
 @cache
 def direction_kernels(direction, bounded):
-    """direction_forward and direction_redistribute for a Python function v(a, w) or, if `bounded`, v(a, w, low, high)."""
+    """direction_forward and direction_redistribute for a function v(a, w) or, if `bounded`, v(a, w, low, high)."""
     v = direction_formula(direction, bounded, part)
 
     @kernel

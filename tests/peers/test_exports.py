@@ -1,7 +1,4 @@
-"""What PyTorch's exporters make of modules, the older and the one that is built on torch.export:
-
-onnxruntime's scores.
-"""
+"""ONNX as PyTorch's exporters write it, the older and the one that is built on torch.export: onnxruntime's scores."""
 
 import contextlib
 import importlib.util
@@ -20,11 +17,11 @@ import fastdtd
 from fastdtd import graph as g
 from fastdtd.importers import verify
 
-OLDER = [("older", opset, batch)
-         for opset, batch in ((9, "open"), (11, "open"), (13, 2), (17, "open"), (18, 2), (20, "open"))]
+OLDER = [("older", opset, batch) for opset, batch in ((9, "open"), (11, "open"), (13, 2), (17, "open"), (18, 2),
+                                                      (20, "open"))]
 NEWER = [("newer", opset, batch) for opset, batch in ((18, 2), (20, "open"), (23, 2))]
-needs_onnxscript = pytest.mark.skipif(
-    importlib.util.find_spec("onnxscript") is None, reason="the newer exporter takes onnxscript")
+needs_onnxscript = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None,
+                                      reason="the newer exporter takes onnxscript")
 EXPORTS = [*OLDER, *(pytest.param(*export, marks=needs_onnxscript) for export in NEWER)]
 
 
@@ -81,31 +78,35 @@ class Function(nn.Module):
 PARTS = {
     "local response norm": (lambda: nn.LocalResponseNorm(5, 1e-2, 0.6, 2.0), {g.LocalResponseNorm: 1, g.Power: 0}),
     "flatten by size": (lambda: Function(lambda x: x.reshape(x.size(0), -1)), {g.Flatten: 1}),
-    "mean": (lambda: Function(lambda x: x.mean(
-        (-2, -1), keepdim=True)), {g.GlobalAveragePool: 1}), "mean without axes": (lambda: Function(lambda x: x.mean(
-            (2, 3))), {g.GlobalAveragePool: 1}), "largest": (lambda: Function(lambda x: x.amax(
-                (2, 3))), {g.MaxPool2d: 1}), "one pixel": (lambda: nn.AdaptiveAvgPool2d(1), {g.GlobalAveragePool: 1}),
-    "largest pixel": (lambda: nn.AdaptiveMaxPool2d(1), {g.MaxPool2d: 1}), "hard tanh": (lambda: nn.Hardtanh(-0.5, 0.5),
-                                                                                        {g.Clip: 1}),
-    "ReLU6": (nn.ReLU6, {g.Clip: 1}), "leaky ReLU": (lambda: nn.LeakyReLU(0.2), {g.LeakyReLU: 1}),
-    "PReLU": (lambda: nn.Sequential(nn.PReLU(), nn.PReLU(6)),
-              {g.LeakyReLU: 2}), "p-norm": (lambda: nn.LPPool2d(2, 3, 2), {g.Power: 2, g.ReLU: 0}),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(6, 4, (4, 3), 2, 1,
-                                                          (0, 1), groups=2), {g.Conv2d: 2, g.Rearrange: 1}),
-    "pads": (lambda: nn.Sequential(nn.ZeroPad2d(
-        (1, 0, 2, 1)), nn.Conv2d(6, 4, 3), nn.ReflectionPad2d(2), nn.MaxPool2d(2)),
-             {g.Rearrange: 1}), "same": (lambda: nn.Conv2d(6, 4, 4, padding="same"), {g.Conv2d: 2, g.Rearrange: 0}),
-    "upsampling": (lambda: nn.Upsample(scale_factor=2),
-                   {g.Rearrange: 1}), "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2)),
-                                                        {g.Rearrange: 1}),
-    "channel shuffle": (Shuffle, {g.Rearrange: 1}), "chunks and slices": (Cut, {g.Concat: 1, g.Rearrange: 2}),
+    "mean": (lambda: Function(lambda x: x.mean((-2, -1), keepdim=True)), {g.GlobalAveragePool: 1}),
+    "mean without axes": (lambda: Function(lambda x: x.mean((2, 3))), {g.GlobalAveragePool: 1}),
+    "largest": (lambda: Function(lambda x: x.amax((2, 3))), {g.MaxPool2d: 1}),
+    "one pixel": (lambda: nn.AdaptiveAvgPool2d(1), {g.GlobalAveragePool: 1}),
+    "largest pixel": (lambda: nn.AdaptiveMaxPool2d(1), {g.MaxPool2d: 1}),
+    "hard tanh": (lambda: nn.Hardtanh(-0.5, 0.5), {g.Clip: 1}),
+    "ReLU6": (nn.ReLU6, {g.Clip: 1}),
+    "leaky ReLU": (lambda: nn.LeakyReLU(0.2), {g.LeakyReLU: 1}),
+    "PReLU": (lambda: nn.Sequential(nn.PReLU(), nn.PReLU(6)), {g.LeakyReLU: 2}),
+    "p-norm": (lambda: nn.LPPool2d(2, 3, 2), {g.Power: 2, g.ReLU: 0}),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(6, 4, (4, 3), 2, 1, (0, 1), groups=2),
+                               {g.Conv2d: 2, g.Rearrange: 1}),
+    "pads": (lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(6, 4, 3), nn.ReflectionPad2d(2),
+                                   nn.MaxPool2d(2)),
+             {g.Rearrange: 1}),
+    "same": (lambda: nn.Conv2d(6, 4, 4, padding="same"), {g.Conv2d: 2, g.Rearrange: 0}),
+    "upsampling": (lambda: nn.Upsample(scale_factor=2), {g.Rearrange: 1}),
+    "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 3, 1)),
+                      {g.Rearrange: 1}),
+    "channel shuffle": (Shuffle, {g.Rearrange: 0}),  # the dense layer's weights are shuffled
+    "chunks and slices": (Cut, {g.Concat: 1, g.Rearrange: 2}),
     "channels last": (lambda: Function(lambda x: functional.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
-                      {g.Rearrange: 0}), "one dimension": (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(
-                          6, 4, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1)),
-                                                           {g.Conv2d: 2, g.MaxPool2d: 1, g.AveragePool2d: 1}),
+                      {g.Rearrange: 0}),
+    "one dimension": (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(6, 4, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2),
+                                            nn.AvgPool1d(3, 2, 1)),
+                      {g.Conv2d: 2, g.MaxPool2d: 1, g.AveragePool2d: 1}),
     "ceil mode": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True)),
-                  {g.AveragePool2d: 1}), "arithmetic": (lambda: Function(lambda x: functional.relu(
-                      (x-0.5) / 0.3) - x), {g.Add: 1}),
+                  {g.AveragePool2d: 1}),
+    "arithmetic": (lambda: Function(lambda x: functional.relu((x - 0.5) / 0.3) - x), {g.Add: 1}),
 }
 
 
@@ -126,8 +127,8 @@ def test_part(tmp_path, exporter, opset, batch, part):
 @needs_onnxscript
 def test_weights_beside_the_file(tmp_path):
     """As the newer exporter writes them unless it is told otherwise."""
-    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,
-                                                                                                            5)).eval()
+    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                           nn.Linear(64, 5)).eval()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.rand(1, 3, 12, 12),), tmp_path / "net.onnx", dynamo=True, verbose=False)
@@ -135,13 +136,10 @@ def test_weights_beside_the_file(tmp_path):
     assert verify(fastdtd.convert(tmp_path / "net.onnx"), tmp_path / "net.onnx") <= 1e-5
 
 
-NETWORKS = {
-    "alexnet with LRN": AlexNet, **{
-        name: getattr(models, name)
-        for name in ("resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3",
-                     "squeezenet1_1", "shufflenet_v2_x1_0", "regnet_x_400mf")
-    }
-}
+NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
+    "resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3", "squeezenet1_1",
+    "shufflenet_v2_x1_0",
+    "regnet_x_400mf")}}
 
 
 def network(name):
@@ -163,8 +161,8 @@ def network(name):
 def test_network(tmp_path, name, exporter, opset):
     module, example = network(name)
     batch = "open"
+    # else it loses the size of what it normalises, and then fails at the next pool
     if name == "alexnet with LRN" and exporter == "older":
-        # Else it loses the size of what it normalises, and then fails at the next pool.
         opset, batch = 9, 2
     path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
     model = fastdtd.convert(path)

@@ -1,0 +1,321 @@
+"""What operators of all sources are made of: arithmetic, windows, weights and activations.
+
+Operators of ONNX, PyTorch, Keras and Caffe are short functions that call the methods of `Builder`, here and in
+moves.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fastdtd import graph
+from fastdtd.graph import MAX_PADDING, Layer, Shape
+from fastdtd.importers.moves import Array, Moves
+from fastdtd.importers.tensors import Tensor, layer_shape
+from fastdtd.importers.transposed import transposed_convolution
+
+NO_PADDING = (0, 0, 0, 0)
+
+Padding = tuple[int, int, int, int]  # top, left, bottom, right
+Parsed = tuple[list[Layer], Shape, str]  # what a source is read as: layers, input shape, format
+
+
+class Builder(Moves):
+    """A network while it is read, and what operators make of it.
+
+    Windows have an entry for each spatial axis, of which there may be one or two; paddings have all that is before,
+    then all that is after. Images are (N, C, H, W), or (N, C, L).
+    """
+
+    # Arithmetic
+
+    def affine(self, x: Tensor, scale: Any = 1.0, shift: Any = 0.0, part: str = "") -> Tensor:
+        """scale * x + shift, constants that broadcast with x, batch included."""
+        x, (scales, shifts) = self._by_channel(x, (scale, 1.0), (shift, 0.0))
+        if shifts.any() and x.has_zeros:
+            return self.affine(self.materialize(x), scale, shift, part)
+        return self.pointwise(graph.BatchNorm, x, part, scale=scales, shift=shifts)
+
+    def scale_channels(self, x: Tensor, scale: Any, shift: Any) -> Tensor:
+        """The same with one value, or one for each channel, which is the axis after the batch."""
+        column = (1, -1) + (1,) * (x.rank - 2)
+        return self.affine(x, np.reshape(scale, column), np.reshape(shift, column))
+
+    def batch_norm(self, x: Tensor, mean: Array, variance: Array, gamma: Array | None, beta: Array | None,
+                   epsilon: float) -> Tensor:
+        """(x - mean) / sqrt(variance + epsilon) * gamma + beta, all by channel."""
+        scale = (1.0 if gamma is None else gamma.astype(np.float64)) / np.sqrt(variance.astype(np.float64) + epsilon)
+        return self.scale_channels(x, scale, (0.0 if beta is None else beta) - mean.astype(np.float64) * scale)
+
+    def _by_channel(self, x: Tensor, *constants: tuple[Any, float]) -> tuple[Tensor, list[Array]]:
+        """Constants as one value for each channel of the layer that x views; x is materialized where that helps.
+
+        constants: (constant, what channels get that x has nothing of)
+        """
+        found = [self._one_by_channel(x, np.asarray(value, np.float64), rest) for value, rest in constants]
+        if all(values is not None for values in found):
+            return x, [values for values in found if values is not None]
+        whole = self.materialize(x)
+        if whole.layer == x.layer:
+            shape = next(np.shape(value) for (value, _), values in zip(constants, found, strict=True) if values is None)
+            self.refuse(f"has a constant of shape {shape} for {x.shape[0]} channels; "
+                        "required: one value, or one for each channel")
+        return self._by_channel(whole, *constants)
+
+    def _one_by_channel(self, x: Tensor, value: Array, rest: float) -> Array | None:
+        """None where it differs within a channel, or does not broadcast."""
+        channels, pixels = x.shape[0], x.shape[1] * x.shape[2]
+        if value.size == 1:
+            return np.full(channels, value.reshape(()))
+        value = value[(None,) * (x.rank - value.ndim)] if value.ndim < x.rank else value
+        if value.ndim > x.rank or value.shape[0] != 1 or any(
+                n not in (1, own) for n, own in zip(value.shape[1:], x.dims, strict=True)):
+            return None
+        if x.index is None and x.offset == 0 and channels in value.shape and value.size == channels:
+            axis = value.shape.index(channels) - 1
+            if x.axes[axis] == ((channels, pixels),) and not any(x.pads[axis]):
+                return value.ravel()
+        self._count_moved(math.prod(x.shape) + x.elements)
+        full, index = np.broadcast_to(value[0], x.dims).ravel(), x.indices().ravel()
+        each = np.full(math.prod(x.shape), np.nan)
+        each[index[index >= 0]] = full[index >= 0]
+        by_channel = each.reshape(channels, -1)
+        low, high = np.fmin.reduce(by_channel, 1), np.fmax.reduce(by_channel, 1)
+        low, high = np.where(np.isnan(low), rest, low), np.where(np.isnan(high), rest, high)
+        is_one = np.isfinite(full).all() and (low == high).all() and (each[index[index >= 0]] == full[index >= 0]).all()
+        return low if is_one else None
+
+    def sum(self, terms: Sequence[Tensor]) -> Tensor:
+        if len({x.dims for x in terms}) > 1:
+            self.refuse(f"adds {', '.join(map(str, terms[:5]))}; required: tensors of one shape")
+        total = terms[0]
+        for i, term in enumerate(terms[1:], 1):
+            part = "" if i == len(terms) - 1 else f"/{i}"
+            if total.index is not term.index:
+                self._count_moved(total.elements)  # for they are compared
+            if total.has_view_of(term):
+                total = replace(total, layer=self.add(graph.Add, [total.base, term.base], part).layer)
+            else:
+                both = self.add(graph.Add, [self.materialize(total), self.materialize(term)], part)
+                total = Tensor.whole(both.layer, both.shape, total.dims)
+        return total
+
+    def local_response_norm(self, x: Tensor, **fields: Any) -> Tensor:
+        return self.add(graph.LocalResponseNorm, [self.materialize(x)], **fields)
+
+    # Layers with windows or weights
+
+    def spatial(self, x: Tensor) -> int:
+        """How many spatial axes."""
+        if x.rank not in (3, 4):
+            self.refuse(f"reads a tensor {x} of {x.rank} axes; required: (N, C, H, W), or (N, C, L)")
+        return x.rank - 2
+
+    def _unpadded(self, x: Tensor) -> tuple[Tensor, Padding]:
+        """A layer's output and the zeros around it that together are `x`; else `x` materialized, and none."""
+        inner = x.unpadded()
+        if x.is_padded and not any(x.pads[0]) and inner.is_whole and inner.shape == layer_shape(inner.dims):
+            around = _four([before for before, _ in x.pads[1:]] + [after for _, after in x.pads[1:]])
+            if max(around) <= MAX_PADDING:
+                return inner, around
+        return self.materialize(x), NO_PADDING
+
+    def check_weights(self, weight: Array, axes: int, layout: str = "(K, C / group, *kernel_shape)") -> None:
+        if weight.ndim != axes + 2 or 0 in weight.shape:
+            self.refuse(f"has weights of shape {weight.shape}; required: {layout}, in {axes} dimensions")
+
+    def conv(self, x: Tensor, weight: Array, bias: Array | None, stride: Sequence[int], padding: Sequence[int],
+             dilation: Sequence[int], groups: int, part: str = "") -> Tensor:
+        """weight: (K, C / groups, kernel...)."""
+        self.check_weights(weight, self.spatial(x))
+        x, around = self._unpadded(x)
+        weight = weight.reshape(*weight.shape[:2], *_two(weight.shape[2:], 1))
+        return self.add(graph.Conv2d, [x], part, weight=weight, bias=bias, stride=_two(stride, 1),
+                        padding=_sum(_four(padding), around), dilation=_two(dilation, 1), groups=groups)
+
+    def conv_transpose(self, x: Tensor, weight: Array, bias: Array | None, stride: Sequence[int],
+                       padding: Sequence[int], dilation: Sequence[int], groups: int, extra: Sequence[int]) -> Tensor:
+        """weight: (C, K / groups, kernel...); extra: what is added at the end of each axis."""
+        axes = self.spatial(x)
+        self.check_weights(weight, axes, "(C, K / group, *kernel_shape)")
+        outputs = weight.shape[1] * groups
+        if groups < 1 or weight.shape[0] % groups or x.dims[0] != weight.shape[0] or (
+                bias is not None and bias.shape != (outputs,)):
+            self.refuse(f"has weights of shape {weight.shape} in {groups} groups and bias of shape "
+                        f"{None if bias is None else bias.shape} for a tensor {x}; required: weights for as many "
+                        f"channels, groups that divide them, and bias ({outputs},)")
+        weight = weight.reshape(*weight.shape[:2], *_two(weight.shape[2:], 1))
+        stride, dilation, extra, cut = _two(stride, 1), _two(dilation, 1), _two(extra, 0), _four(padding)
+        if not all(1 <= n <= 256 for n in stride) or min(dilation) < 1 or min(*cut, *extra) < 0:
+            self.refuse(f"has strides {stride}, dilations {dilation}, pads {cut} and output padding {extra}; required: "
+                        "strides from 1 to 256, dilations from 1, and nothing negative")
+        shape, kernel = layer_shape(x.dims), weight.shape[2:]
+        sizes = [(shape[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 + extra[i] for i in (0, 1)]
+        if any(sizes[i] <= cut[i] + cut[i + 2] for i in (0, 1)):
+            self.refuse(f"leaves nothing of a tensor {x}")
+        taps = math.prod(dilation[i] * (kernel[i] - 1) // stride[i] + 1 for i in (0, 1))
+        self.count_weights(weight.shape[0] * weight.shape[1] * math.prod(stride) * taps)
+        self._count_moved(outputs * math.prod(sizes))
+        fields, index = transposed_convolution(weight, bias, shape, stride, cut, dilation, groups, extra)
+        is_convolution = stride == (1, 1) and not any(cut)
+        phases = self.add(graph.Conv2d, [self.materialize(x)], "" if is_convolution else "/phases", **fields)
+        made = self.move(phases.base, index.size, lambda _: index)
+        return made if axes == 2 else self.with_dims(made, (made.dims[0], made.dims[2]))
+
+    def pool(self, x: Tensor, is_average: bool, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+             ceil_mode: bool = False, include_pad: bool = False) -> Tensor:
+        """Zeros around an image join the pool where nothing changes by it.
+
+        In an average they are part of the image and always count, while those of the pool itself may not. A maximum
+        over elements that are not negative is the same without them, if no window holds nothing else.
+        """
+        self.spatial(x)
+        sides, pads = _two(kernel, 1), _four(padding)
+        inner, around = self._unpadded(x)
+        total = _sum(pads, around)
+        if around != NO_PADDING:
+            joins = (pads == NO_PADDING or include_pad) if is_average else self.is_nonnegative(inner)
+            if ceil_mode or not joins or any(total[i] >= sides[i % 2] for i in range(4)):
+                inner, around, total = self.materialize(x), NO_PADDING, pads
+        window: dict[str, Any] = {"kernel": sides, "stride": _two(stride, 1), "padding": total, "ceil_mode": ceil_mode}
+        if not is_average:
+            return self.add(graph.MaxPool2d, [inner], **window)
+        return self.add(graph.AveragePool2d, [inner], count_include_pad=include_pad or around != NO_PADDING, **window)
+
+    def norm_pool(self, x: Tensor, exponent: float, kernel: Sequence[int], stride: Sequence[int],
+                  padding: Sequence[int]) -> Tensor:
+        """The p-norm of each window."""
+        self.count_weights(x.dims[0] * math.prod(kernel))
+        powers = self.pointwise(graph.Power, x, "/power", exponent=exponent)
+        ones = np.ones((x.dims[0], 1, *kernel), np.float32)
+        sums = self.conv(powers, ones, None, stride, padding, (1,) * len(kernel), x.dims[0], "/sum")
+        return self.pointwise(graph.Power, sums, exponent=1 / exponent if exponent else 0.0)
+
+    def adaptive_pool(self, x: Tensor, is_average: bool, size: Sequence[int | None]) -> Tensor:
+        """To one pixel, or to a size that divides the input's into equal windows."""
+        axes = self.spatial(x)
+        wanted = [own if n is None else n for n, own in zip(size, x.dims[1:], strict=True)]
+        if wanted == [1] * axes:
+            return self.reduce(x, "mean" if is_average else "max", range(2, axes + 2), keep=True)
+        if wanted == list(x.dims[1:]):
+            return x
+        if any(n < 1 or own % n for n, own in zip(wanted, x.dims[1:], strict=True)):
+            self.refuse(f"makes {tuple(wanted)} of {x.dims[1:]}; required: a size that divides it")
+        kernel = [own // n for n, own in zip(wanted, x.dims[1:], strict=True)]
+        return self.pool(x, is_average, kernel, kernel, (0,) * 2 * axes)
+
+    def reduce(self, x: Tensor, how: str, axes: Iterable[int], keep: bool) -> Tensor:
+        """The "mean", "sum" or "max" over any axes but the batch."""
+        over = sorted({self.own_axis(x, axis) for axis in axes})
+        if not over:
+            return x
+        rest = [axis for axis in range(len(x.dims)) if axis not in over]
+        kept = math.prod(x.dims[axis] for axis in rest)
+        moved = x
+        if rest != [0] or len(over) > 2:
+            moved = self.transpose(x, [0, *(axis + 1 for axis in rest + over)])
+            moved = self.with_dims(moved, (kept, x.elements // kept), "/transposed")
+        base = moved if moved.is_whole and moved.shape[0] == kept else self.materialize(moved)
+        window: dict[str, Any] = {"kernel": base.shape[1:]} if how == "max" else {}
+        reduced = self.add(graph.MaxPool2d if how == "max" else graph.GlobalAveragePool, [base], **window)
+        dims = [1 if axis in over else n for axis, n in enumerate(x.dims) if keep or axis not in over]
+        result = Tensor.whole(reduced.layer, reduced.shape, dims)
+        return self.affine(result, scale=float(x.elements // kept)) if how == "sum" else result
+
+    def dense(self, x: Tensor, weight: Array, bias: Array | None) -> Tensor:
+        """weight (K, F) over the last axis. Elements in another order than a layer has them leave the layer as it is:
+        the weights' columns are put in its order."""
+        if not x.dims:
+            self.refuse(f"reads a tensor {x}; required: (N, F)")
+        if weight.ndim != 2 or weight.shape[1] != x.dims[-1]:
+            self.refuse(f"has weights of shape {weight.shape} (outputs, features) for a tensor {x}; required: as many "
+                        "features as its last axis is long")
+        if x.rank > 2:
+            first = self.channels_first(x)
+            made = self.add(graph.Conv2d, [self.materialize(first)], weight=weight[:, :, None, None], bias=bias)
+            return self.channels_last(Tensor.whole(made.layer, made.shape, (len(weight), *first.dims[1:])))
+        if not x.is_whole and x.elements == math.prod(x.shape) and not x.is_padded:
+            self._count_moved(x.elements)
+            order = np.argsort(x.indices())
+            if np.array_equal(x.indices()[order], np.arange(x.elements)):
+                weight, x = weight[:, order], Tensor.whole(x.layer, x.shape, x.dims, x.name)
+        return self.add(graph.Dense, [self.materialize(x)], weight=weight, bias=bias)
+
+    # Activations
+
+    def relu(self, x: Tensor, part: str = "") -> Tensor:
+        return self.pointwise(graph.ReLU, x, part)
+
+    def leaky_relu(self, x: Tensor, slope: float, part: str = "") -> Tensor:
+        return self.pointwise(graph.LeakyReLU, x, part, slope=slope) if slope else self.relu(x, part)
+
+    def prelu(self, x: Tensor, slope: Any) -> Tensor:
+        """One slope, or one for each channel. Slopes that differ take the positive and the negative part apart."""
+        x, (slopes,) = self._by_channel(x, (slope, 0.0))
+        if (slopes == slopes[0]).all():
+            return self.leaky_relu(x, slopes[0])
+        base, zeros = x.base, np.zeros(len(slopes))
+        mirrored = self.relu(self.add(graph.BatchNorm, [base], "/minus", scale=zeros - 1, shift=zeros), "/negative")
+        scaled = self.add(graph.BatchNorm, [mirrored], "/scaled", scale=-slopes, shift=zeros)
+        return replace(x, layer=self.add(graph.Add, [self.relu(base, "/positive"), scaled]).layer)
+
+    def clip(self, x: Tensor, low: float, high: float, part: str = "") -> Tensor:
+        if (low, high) == (0, math.inf):
+            return self.relu(x, part)
+        if (low, high) == (-math.inf, math.inf):
+            return x
+        if not low <= 0 < high:
+            self.refuse(f"clips to [{low:g}, {high:g}]; required: a lower bound of 0 or less, and an upper one above 0")
+        return self.pointwise(graph.Clip, x, part, low=low, high=high)
+
+    def softmax(self, x: Tensor, axis: int, part: str = "") -> Tensor:
+        if self.axis(axis, x.rank) != 1:
+            self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")
+        return self.add(graph.Softmax, [self.materialize(x)], part)
+
+
+def _sum(a: Padding, b: Padding) -> Padding:
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+def _two(values: Sequence[int], fill: int) -> tuple[int, int]:
+    """Height and width; a single axis is the width."""
+    return (int(values[0]), int(values[1])) if len(values) == 2 else (fill, int(values[0]))
+
+
+def _four(padding: Sequence[int]) -> Padding:
+    """Top, left, bottom, right; a single axis is the width."""
+    return (padding[0], padding[1], padding[2], padding[3]) if len(padding) == 4 else (0, padding[0], 0, padding[1])
+
+
+def same_padding(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+                 odd_before: bool = False) -> tuple[int, ...]:
+    """What keeps sizes as they are, but for the stride. odd_before: where an odd one out goes."""
+    return _divided([max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+                     for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)], odd_before)
+
+
+def transposed_padding(sizes: Sequence[int], wanted: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+                       dilation: Sequence[int], odd_before: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a transposed convolution has to cut off, and what to add at the ends, to make the sizes `wanted`."""
+    more = [(n - 1) * s + d * (k - 1) + 1 - m
+            for n, m, k, s, d in zip(sizes, wanted, kernel, stride, dilation, strict=True)]
+    return _divided([max(n, 0) for n in more], odd_before), tuple(max(-n, 0) for n in more)
+
+
+def _divided(totals: Sequence[int], odd_before: bool) -> tuple[int, ...]:
+    before = [-(-total // 2) if odd_before else total // 2 for total in totals]
+    return *before, *(total - part for total, part in zip(totals, before, strict=True))
+
+
+def nearest(operator: str, hints: Mapping[str, str], *tables: Iterable[str]) -> str:
+    """What is supported and nearest to an operator that is not."""
+    close = difflib.get_close_matches(operator, itertools.chain(*tables), 1, 0.5)
+    return hints.get(operator, close[0] if close else "none")

@@ -1,0 +1,331 @@
+"""ONNX file -> nodes, read one by one in the file's order, and the values that go between them.
+
+Numbers of axes are followed along the way: the graph makes no difference between (N, C, 1, 1) and (N, C), but an
+operator's `axis` does. What depends on constants and shapes alone is computed at once (constants.py). A batch that the
+file leaves open counts as 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from fastdtd.errors import ConversionError
+from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
+from fastdtd.importers.builder import Builder, Parsed, nearest
+from fastdtd.importers.moves import MAX_AXES, Array
+from fastdtd.importers.onnx import constants
+from fastdtd.importers.onnx.operators import NEAREST, OPERATORS
+from fastdtd.importers.patterns import Squares, ValueNode, as_tensor
+from fastdtd.importers.tensors import Tensor, layer_shape
+
+MIN_OPSET = 7  # before it, broadcasting was an attribute
+BUDGET = 2**24  # elements that a file's constant arithmetic may make, and eight more for each of its bytes
+CHANNELS_LAST = ", channels last"  # how a format ends whose input is (N, H, W, C)
+_PASSING = {"Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub"}  # what preprocessing is made of
+
+
+def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None) -> Parsed:
+    """The network in an ONNX file: its first output, and the layers that lead to it. The format is opset and producer.
+
+    size: replaces the input size in the file. others: by name, files that may hold weights of this one. It names where
+    in them, but no file that is not given is read. Raises ConversionError and ModelError.
+    """
+    try:
+        model = onnx.ModelProto.FromString(data)
+        _embed(model, others or {})
+        return _parse(model, size, BUDGET + 8 * (len(data) + sum(map(len, (others or {}).values()))))
+    except DecodeError:
+        raise ConversionError("damaged, or no ONNX file") from None
+    except UnicodeDecodeError:
+        raise ConversionError("damaged: it holds a name that is no text") from None
+
+
+def _embed(model: Any, others: Mapping[str, bytes]) -> None:
+    """Weights that are in other files, as far as these are given. Each byte is taken at most once: none grow by it."""
+    left = {name: len(content) for name, content in others.items()}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        name = where.get("location", "")
+        if tensor.data_location != onnx.TensorProto.EXTERNAL or name not in others:
+            continue
+        start, length = where.get("offset", "0"), where.get("length", str(len(others[name])))
+        if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in (start, length)):
+            raise ConversionError(f"damaged: the constant {tensor.name!r} begins at {start[:20]!r} of {name!r} and has "
+                                  f"length {length[:20]!r}")
+        content = others[name][int(start):int(start) + int(length)]
+        left[name] -= len(content)
+        if len(content) != int(length) or left[name] < 0:
+            raise ConversionError(f"damaged: the constant {tensor.name!r} has {length} bytes from {start} on in "
+                                  f"{name!r}, which has {len(others[name])}, or others have the same")
+        tensor.raw_data = content
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        tensor.ClearField("external_data")
+
+
+def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
+    if not model.graph.node or not model.graph.output:
+        raise ConversionError("damaged, or no ONNX file: it holds no network")
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+    if opset < MIN_OPSET:
+        raise ConversionError(f"written for ONNX opset {opset}; required: {MIN_OPSET} or later. onnx.version_converter "
+                              "raises it")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise ConversionError(f"the network has {len(inputs)} inputs ({', '.join(repr(i.name) for i in inputs[:5])}); "
+                              "required: one")
+    output = model.graph.output[0].name
+    nodes = _nodes_leading_to(output, model.graph.node)
+    channels_last = _has_channels_last(inputs[0].name, [proto for _, proto in nodes])
+    x, batch = _input(inputs[0], size, channels_last)
+    reader = Reader(Builder(batch or 1), opset, budget, nodes)
+    reader.values.update({inputs[0].name: x}, **weights)
+    for index, proto in nodes:
+        reader.read(proto, index, len(model.graph.node))
+    result = reader.values.get(output)
+    if not nodes or not isinstance(result, (Tensor, Squares)):
+        raise ConversionError(f"the output {output!r} is not computed from the input by supported operators")
+    with reader.builder.at(Node(reader, nodes[-1][1], nodes[-1][0], len(model.graph.node))):
+        layers = reader.builder.leading_to(as_tensor(reader.builder, result))
+    producer = "".join(c for c in f"{model.producer_name} {model.producer_version}" if c.isprintable()).strip()[:100]
+    file_format = f"onnx opset {opset}" + (f" from {producer}" if producer else "")
+    return layers, x.shape, file_format + (CHANNELS_LAST if channels_last else "")
+
+
+def _has_channels_last(name: str, nodes: Sequence[Any]) -> bool:
+    """Whether what first makes more of the input than products and sums with constants moves its channels forward."""
+    reached = {name}
+    for node in nodes:
+        if reached.isdisjoint(node.input):
+            continue
+        if node.op_type not in _PASSING:
+            perm = next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
+            return bool(node.op_type == "Transpose" and perm == (0, 3, 1, 2))
+        reached.update(node.output)
+    return False
+
+
+def _input(value: Any, size: tuple[int, int] | None, channels_last: bool) -> tuple[Tensor, int]:
+    """The network's input, and its batch size (0: open)."""
+    dims = [max(dim.dim_value, 0) for dim in value.type.tensor_type.shape.dim]  # 0: open
+    where = f"the input {value.name!r}"
+    if not 2 <= len(dims) <= 4:
+        raise ConversionError(f"{where} has {len(dims)} axes; required: (N, C, H, W), (N, C, L) or (N, F)")
+    if len(dims) == 2 and size is not None:
+        raise ConversionError(f"{where} has no height and width, (N, {dims[1] or '?'}); required: no size")
+    channels_last = channels_last and len(dims) == 4
+    if channels_last:
+        dims = [dims[0], dims[3], dims[1], dims[2]]
+    if size is not None:
+        dims[2:] = size if len(dims) == 4 else size[1:]
+    if not all(dims[2:]):
+        raise ConversionError(f"{where} leaves its height and width open; give size=(height, width)")
+    if not dims[1]:
+        raise ConversionError(f"{where} leaves its number of channels open; required: a network that fixes it")
+    shape = layer_shape(dims[1:])
+    if math.prod(shape) > MAX_TENSOR_ELEMENTS:
+        raise ConversionError(f"{where} has {math.prod(shape)} elements; at most {MAX_TENSOR_ELEMENTS} are accepted")
+    if channels_last:
+        whole = Tensor.whole(INPUT, shape, name="input/channels_last")
+        return whole.transposed((1, 2, 0)) or whole, dims[0]
+    return Tensor.whole(INPUT, shape, dims[1:]), dims[0]
+
+
+def _nodes_leading_to(output: str, nodes: Sequence[Any]) -> list[tuple[int, Any]]:
+    """The nodes that `output` needs, with their indices in the file."""
+    maker: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        for name in filter(None, node.output):
+            if name in maker:
+                raise ConversionError(f"damaged: two nodes make the tensor {name!r}")
+            maker[name] = index
+    needed: set[int] = set()
+    waiting = [output]
+    while waiting:
+        made_by = maker.get(waiting.pop())
+        if made_by is not None and made_by not in needed:
+            needed.add(made_by)
+            waiting.extend(_read_by(nodes[made_by]))
+    return [(index, nodes[index]) for index in sorted(needed)]
+
+
+def _read_by(node: Any) -> Iterator[str]:
+    """Names of the tensors that a node reads, also within its branches; protobuf limits how deep these go."""
+    yield from node.input
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                yield from _read_by(inner)
+            yield from (value.name for value in attribute.g.output)
+
+
+class Reader:
+    """The values that the nodes read so far have made: tensors, and constants, which are arrays or TensorProtos."""
+
+    def __init__(self, builder: Builder, opset: int, budget: int, nodes: Sequence[tuple[int, Any]]) -> None:
+        self.builder, self.opset = builder, opset
+        self.values: ChainMap[str, Any] = ChainMap({})
+        times = Counter(proto.name for _, proto in nodes)
+        self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
+        self.budget = budget
+
+    def read(self, proto: Any, index: int, count: int) -> None:
+        """Add what a node makes."""
+        node = Node(self, proto, index, count)
+        is_foreign = node.domain not in ("", "ai.onnx")
+        if is_foreign or (node.op not in OPERATORS and node.op not in constants.OPERATORS):
+            node.refuse(f"is an operator{f' of domain {node.domain!r}' if is_foreign else ''} that is not supported; "
+                        f"nearest: {nearest(node.op, NEAREST, OPERATORS, constants.OPERATORS)}; supported: "
+                        f"{', '.join(sorted(OPERATORS))}")
+        if not node.outputs:
+            node.refuse("has no output")
+        inputs = [i for i, name in enumerate(node.inputs) if name]
+        if node.op in constants.OPERATORS and not any(map(node.is_computed, inputs)):
+            made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])
+        elif node.op in OPERATORS:
+            with self.builder.at(node):
+                made = OPERATORS[node.op](self.builder, node)
+        else:
+            node.refuse("reads what is computed; required: constants. Supported of what is computed: "
+                        f"{', '.join(sorted(OPERATORS))}")
+        for name, value in zip(node.outputs, made if isinstance(made, list) else [made], strict=False):
+            self.values[name] = value
+
+    def read_branch(self, node: Node, branch: Any) -> list[Any]:
+        """What a graph within a node makes, read where the node is."""
+        self.values = self.values.new_child({tensor.name: tensor for tensor in branch.initializer})
+        try:
+            for proto in branch.node:
+                self.read(proto, node.index, node.count)
+            return [self.values.get(value.name) for value in branch.output]
+        finally:
+            self.values = self.values.parents
+
+
+class Node(ValueNode):
+    """A node of the file: attributes by name, inputs by position."""
+
+    def __init__(self, reader: Reader, proto: Any, index: int, count: int) -> None:
+        self.reader, self.builder, self.opset = reader, reader.builder, reader.opset
+        self.op, self.domain, self.name = str(proto.op_type), str(proto.domain), str(proto.name)
+        self.inputs: list[str] = list(proto.input)
+        self.outputs: list[str] = list(proto.output)
+        self.attributes = {attribute.name: attribute for attribute in proto.attribute}
+        self.index, self.count = index, count
+        output = self.outputs[0] if self.outputs else ""
+        is_taken = output in reader.names or output in reader.builder.layers or output in ("", INPUT)
+        self.layer_name = self.name if self.name in reader.names else f"{self.op}{index}" if is_taken else output
+
+    def __str__(self) -> str:
+        name = repr(self.name or (self.outputs[0] if self.outputs else ""))
+        reads = ", ".join(map(repr, self.inputs[:10])) or "nothing"
+        return f"{self.op} {name} (node {self.index + 1} of {self.count}, reads {reads})"
+
+    def spend(self, count: int) -> None:
+        """Refuse a constant that is too large."""
+        self.reader.budget -= count
+        if self.reader.budget < 0:
+            self.refuse(f"makes a constant of {count} elements; with it, constants are larger than is accepted for a "
+                        "file of this size")
+
+    # Inputs
+
+    def has_input(self, index: int) -> bool:
+        return index < len(self.inputs) and self.inputs[index] != ""
+
+    def value(self, key: int) -> Any:
+        if not self.has_input(key):
+            self.refuse(f"lacks its input {key + 1}")
+        if self.inputs[key] not in self.reader.values:
+            self.refuse(f"reads {self.inputs[key]!r}, which no node before it makes as its first output")
+        return self.reader.values[self.inputs[key]]
+
+    def label(self, key: int) -> str:
+        return f"input {self.inputs[key]!r}"
+
+    def array(self, value: Any) -> Array:
+        return value if isinstance(value, np.ndarray) else self._decoded(value)
+
+    def _decoded(self, tensor: Any) -> Array:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            self.refuse(f"has its constant {tensor.name!r} in another file; required: weights inside the .onnx file, "
+                        "in NAME.onnx.data beside it, or in a second file that is given")
+        if tensor.data_type not in constants.TYPES:
+            self.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: float16, "
+                        "float32, float64, int32, int64 or bool")
+        try:
+            if min(tensor.dims, default=0) < 0:
+                raise ValueError
+            return np.asarray(numpy_helper.to_array(tensor))  # a view: dims beyond the file's bytes allocate nothing
+        except (ValueError, TypeError):
+            self.refuse(f"has a damaged constant {tensor.name!r}: its shape {tuple(tensor.dims)} does not fit its "
+                        "content")
+
+    def optional(self, index: int) -> Array | None:
+        return self.constant(index) if self.has_input(index) else None
+
+    def tensors(self) -> list[Tensor]:
+        return [self.tensor(i) for i in range(max(len(self.inputs), 1))]
+
+    def image(self) -> tuple[Tensor, int]:
+        """The first input, and how many spatial axes it has."""
+        return self.tensor(), self.builder.spatial(self.tensor())
+
+    def integers_at(self, index: int, limit: int = MAX_AXES) -> list[int] | None:
+        """A short list of integers in an input."""
+        value = self.optional(index)
+        return None if value is None else constants.small_integers(self, value, limit)
+
+    def axes(self, index: int = 1) -> list[int] | None:
+        """The axes in an attribute or, since opsets 13 and 18, in an input; None where they are not given."""
+        given = self.integers_at(index)
+        return list(self.integers("axes") or ()) or None if given is None else given
+
+    # Attributes
+
+    def _attribute(self, name: str, kind: str, default: Any = None) -> Any:
+        attribute = self.attributes.get(name)
+        if attribute is None:
+            return default
+        if attribute.type != getattr(onnx.AttributeProto, kind):
+            self.refuse(f"has an attribute {name} of a type that it must not have")
+        return onnx.helper.get_attribute_value(attribute)
+
+    def integer(self, name: str, default: int) -> int:
+        return int(self._attribute(name, "INT", default))
+
+    def number(self, name: str, default: float) -> float:
+        return float(self._attribute(name, "FLOAT", default))
+
+    def text(self, name: str, default: str) -> str:
+        return str(self._attribute(name, "STRING", default.encode()), errors="replace")
+
+    def integers(self, name: str) -> tuple[int, ...] | None:
+        value = self._attribute(name, "INTS")
+        return None if value is None else tuple(value)
+
+    def floats(self, name: str) -> list[float] | None:
+        return self._attribute(name, "FLOATS")  # type: ignore[no-any-return]
+
+    def attribute_tensor(self, name: str) -> Array | None:
+        tensor = self._attribute(name, "TENSOR")
+        return None if tensor is None else self._decoded(tensor)
+
+    def graph(self, name: str) -> Any:
+        return self._attribute(name, "GRAPH") or self.refuse(f"has no {name}; required: one")
+
+    def window(self, name: str, axes: int, default: int | None = None) -> tuple[int, ...]:
+        """Numbers from 1, one for each spatial axis."""
+        window = self.integers(name) or (None if default is None else (default,) * axes)
+        if window is None or len(window) != axes or min(window) < 1:
+            self.refuse(f"has {name} {window}; required: {'two numbers' if axes == 2 else 'one number'} from 1, for "
+                        + ("height and width" if axes == 2 else "the length"))
+        return window

@@ -1,0 +1,315 @@
+"""ATen operators -> layers: the table OPERATORS has a function for each, which reads a node and calls the builder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdtd.graph import Power
+from fastdtd.importers import patterns
+from fastdtd.importers.builder import Builder, same_padding
+from fastdtd.importers.patterns import Sign, Squares, moving
+from fastdtd.importers.tensors import Tensor
+
+if TYPE_CHECKING:
+    from fastdtd.importers.pytorch.reader import Node
+
+# Layers with windows or weights
+
+
+def _conv(b: Builder, node: Node) -> Tensor:
+    weight = node.weight()
+    axes = weight.ndim - 2
+    x = node.image(axes, "input")
+    stride, dilation = node.window("stride", axes, 1), node.window("dilation", axes, 1)
+    padding = node.get("padding", 0)
+    if padding in ("same", "valid"):
+        is_same = padding == "same"
+        pads = same_padding(x.dims[1:], weight.shape[2:], stride, dilation) if is_same else (0,) * 2 * axes
+    else:
+        pads = node.window("padding", axes, 0) * 2
+    return b.conv(x, weight, node.optional("bias"), stride, pads, dilation, node.get("groups", 1))
+
+
+def _conv_transpose(b: Builder, node: Node) -> Tensor:
+    weight = node.weight()
+    axes = weight.ndim - 2
+    return b.conv_transpose(
+        node.tensor("input"), weight, node.optional("bias"), node.window("stride", axes, 1),
+        node.window("padding", axes, 0) * 2, node.window("dilation", axes, 1), node.get("groups", 1),
+        node.window("output_padding", axes, 0))
+
+
+def _addmm(b: Builder, node: Node) -> Tensor:
+    if node.get("alpha", 1) != 1 or node.get("beta", 1) != 1:
+        node.refuse("has factors; required: none")
+    return b.dense(node.tensor("mat1"), node.weight("mat2").T, node.optional("self"))
+
+
+def _matmul(b: Builder, node: Node) -> Tensor:
+    return b.dense(node.tensor(), node.weight("mat2" if node.op == "mm" else "other").T, None)
+
+
+def _axes(node: Node) -> int:
+    return 1 if "1d" in node.op else 2
+
+
+def _max_pool(b: Builder, node: Node) -> Any:
+    axes = _axes(node)
+    if any(n != 1 for n in node.window("dilation", axes, 1)):
+        node.refuse("has a dilation; required: none")
+    kernel = node.window("kernel_size", axes, 1)
+    made = b.pool(node.image(axes), False, kernel, node.window("stride", axes, kernel),
+                  node.window("padding", axes, 0) * 2, bool(node.get("ceil_mode", False)))
+    return [made] if node.op.endswith("with_indices") else made
+
+
+def _average_pool(b: Builder, node: Node) -> Tensor:
+    axes = _axes(node)
+    kernel = node.window("kernel_size", axes, 1)
+    if "divisor_override" in node:
+        node.refuse("has a divisor of its own; required: none")
+    return b.pool(node.image(axes), True, kernel, node.window("stride", axes, kernel),
+                  node.window("padding", axes, 0) * 2, bool(node.get("ceil_mode", False)),
+                  bool(node.get("count_include_pad", True)))
+
+
+def _mean_over_channels(b: Builder, node: Node) -> Squares:
+    kernel, stride = node.window("kernel_size", 3, 1), node.window("stride", 3, node.window("kernel_size", 3, 1))
+    is_plain = not any(node.window("padding", 3, 0)) and bool(node.get("count_include_pad", True))
+    return patterns.mean_over_channels(b, node.value("self"), kernel, stride, is_plain)
+
+
+def _adaptive_pool(b: Builder, node: Node) -> Any:
+    axes, is_average, size = _axes(node), "avg" in node.op, node.get("output_size", 1)
+    sizes = [size] if isinstance(size, int) else list(size)
+    made = b.adaptive_pool(node.image(axes), is_average, sizes * axes if len(sizes) < axes else sizes)
+    return made if is_average else [made]  # the other is where the largest are
+
+
+def _reduce(b: Builder, node: Node) -> Tensor:
+    x = node.tensor()
+    axes = node.integers("dim") or range(x.rank)
+    return b.reduce(x, {"amax": "max"}.get(node.op, node.op), axes, bool(node.get("keepdim", False)))
+
+
+# Arithmetic
+
+
+def _add(b: Builder, node: Node) -> Tensor | Squares:
+    factor = node.get("alpha", 1) * (1.0 if node.op == "add" else -1.0)
+    x, y = node.operand("self"), node.operand("other")
+    return patterns.plus(b, y, x, factor) if node.op == "rsub" else patterns.plus(b, x, y, factor)
+
+
+def _divide(b: Builder, node: Node) -> Tensor:
+    if "rounding_mode" in node:
+        node.refuse("rounds; required: division as it is")
+    return patterns.divided(b, node.operand("self"), node.operand("other"))
+
+
+def _power(b: Builder, node: Node) -> Tensor | Squares:
+    exponent = {"sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
+    if not isinstance(exponent, (int, float)):
+        node.refuse("has an exponent that is no number; required: one")
+    return patterns.power(b, node.moving(), float(exponent))
+
+
+def _batch_norm(b: Builder, node: Node) -> Tensor:
+    mean, variance = node.optional("running_mean"), node.optional("running_var")
+    if mean is None or variance is None:
+        node.refuse("normalises by the batch; required: running mean and variance")
+    return b.batch_norm(node.tensor("input"), mean, variance, node.optional("weight"), node.optional("bias"),
+                        node.get("eps", 1e-5))
+
+
+# Activations
+
+
+def _clip(b: Builder, node: Node) -> Tensor:
+    names = ("min_val", "max_val") if node.op == "hardtanh" else ("min", "max")
+    defaults = {"hardtanh": (-1.0, 1.0), "relu6": (0.0, 6.0)}.get(node.op, (-math.inf, math.inf))
+    low, high = (node.single(name, default) for name, default in zip(names, defaults, strict=True))
+    return b.clip(node.tensor(), low, high)
+
+
+def _extreme(b: Builder, node: Node) -> Tensor:
+    return patterns.extreme(b, node.operand("self"), node.operand("other"), node.op == "maximum")
+
+
+def _prelu(b: Builder, node: Node) -> Tensor:
+    x, slope = node.tensor(), node.weight()
+    return b.prelu(x, slope if slope.size == 1 else slope.reshape(1, -1, *(1,) * (x.rank - 2)))
+
+
+# Moving elements
+
+
+def _pad(b: Builder, node: Node, x: Tensor) -> Tensor:
+    pads = node.integers("pad" if "pad" in node else "padding")
+    mode = {"reflection": "reflect", "replication": "replicate"}.get(node.op.split("_")[0],
+                                                                     node.get("mode", "constant"))
+    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    if mode not in modes or (mode == "constant" and node.get("value", 0)):
+        node.refuse(f"has mode {mode!r} and value {node.get('value', 0)}; required: constant zeros, reflect or "
+                    "replicate")
+    pairs = list(zip(pads[::2], pads[1::2], strict=True))[::-1]  # of the last axes; PyTorch begins with the last
+    return b.pad(x, [(0, 0)] * (x.rank - len(pairs)) + pairs, modes[mode])
+
+
+def _flatten(b: Builder, node: Node, x: Tensor) -> Tensor:
+    return b.flatten(x, node.get("start_dim", 0), node.get("end_dim", -1))
+
+
+def _unflatten(b: Builder, node: Node, x: Tensor) -> Tensor:
+    own = b.own_axis(x, node.value("dim"))
+    return b.reshape(x, [b.batch, *x.dims[:own], *node.integers("sizes"), *x.dims[own + 1:]])
+
+
+def _view(b: Builder, node: Node, x: Tensor) -> Tensor:
+    return b.reshape(x, node.integers("size" if "size" in node else "shape"))
+
+
+def _squeeze(b: Builder, node: Node, x: Tensor) -> Tensor:
+    if "dim" not in node and b.batch == 1:
+        node.refuse("removes all axes of length 1, the batch too; required: axes")
+    axes = node.integers("dim", range(1, x.rank))
+    return b.squeeze(x, [axis for axis in axes if x.dims[b.own_axis(x, axis)] == 1])
+
+
+def _permute(b: Builder, node: Node, x: Tensor) -> Tensor:
+    order = list(range(x.rank))
+    if node.op == "permute":
+        order = [b.axis(axis, x.rank) for axis in node.integers("dims")]
+    else:
+        one, other = (b.axis(node.value(name), x.rank) for name in ("dim0", "dim1"))
+        order[one], order[other] = other, one
+    return b.transpose(x, order)
+
+
+def _slice(b: Builder, node: Node) -> Tensor:
+    x, axis = node.tensor(), node.get("dim", 0)
+    part = slice(node.value("start"), node.value("end"), node.get("step", 1))
+    return b.take(x, axis, part)
+
+
+def _narrow(b: Builder, node: Node) -> Tensor:
+    start = node.get("start", 0)
+    return b.take(node.tensor(), node.value("dim"), slice(start, start + node.value("length")))
+
+
+def _split(b: Builder, node: Node) -> list[Tensor]:
+    x, axis = node.tensor(), node.get("dim", 0)
+    length = x.dims[b.own_axis(x, axis)]
+    if node.op == "unbind":
+        return [b.take(x, axis, i) for i in range(length)]
+    sizes = node.get("split_sizes", node.value("split_size"))
+    if node.op == "chunk":
+        sizes = -(-length // int(node.get("chunks", 1)))
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - start) for start in range(0, length, max(sizes, 1))]
+    return b.split(x, axis, [int(n) for n in sizes])
+
+
+def _item(_: Builder, node: Node) -> Any:
+    values, index = node.reader.values[node.traced.args[0]], node.traced.args[1]
+    if not isinstance(values, list) or not isinstance(index, int):
+        node.refuse("takes a part of what is no list; required: the outputs of an operator that has several")
+    return values[index] if index < len(values) else None  # where the largest were: nothing, unless it is read
+
+
+def _concat(b: Builder, node: Node) -> Tensor:
+    parts, axis = node.tensors("tensors"), int(node.get("dim", 0))
+    return b.concat([b.unsqueeze(x, [axis]) for x in parts] if node.op == "stack" else parts, axis)
+
+
+def _flip(b: Builder, node: Node) -> Tensor:
+    x = node.tensor()
+    for axis in node.integers("dims"):
+        x = b.take(x, axis, slice(None, None, -1))
+    return x
+
+
+def _roll(b: Builder, node: Node) -> Tensor:
+    x, shifts, axes = node.tensor(), node.integers("shifts"), node.integers("dims")
+    own = [b.own_axis(x, axis) for axis in axes]
+    if len(shifts) != len(own):
+        node.refuse(f"has shifts {shifts} for axes {axes}; required: as many")
+    return b.move(x, x.elements, lambda index: np.roll(index, shifts, own))
+
+
+def _pixel_shuffle(b: Builder, node: Node) -> Tensor:
+    if node.op == "pixel_shuffle":
+        return b.depth_to_space(node.image(2), int(node.value("upscale_factor")), channels_first=True)
+    return b.space_to_depth(node.image(2), int(node.value("downscale_factor")), channels_first=True)
+
+
+def _channel_shuffle(b: Builder, node: Node) -> Tensor:
+    x, groups = node.tensor(), int(node.value("groups"))
+    channels, *rest = x.dims
+    return b.shuffle(x, (groups, channels // groups, *rest), (1, 0, *range(2, len(rest) + 2)), x.dims)
+
+
+def _upsample(b: Builder, node: Node) -> Tensor:
+    x = node.tensor("input" if "input" in node else "self")
+    scales = node.get("scale_factors", node.value("scales"))
+    if scales is None and "scales_h" in node:
+        scales = [node.value("scales_h"), node.value("scales_w")]
+    old, sizes = x.dims[1:], node.value("output_size")
+    new = [int(n) for n in sizes] if sizes is not None else [
+        int(n * float(s)) for n, s in zip(old, scales, strict=True)]
+    if len(new) != len(old) or min(new) < 1:
+        node.refuse(f"makes {tuple(new)} of {x}; required: sizes from 1")
+    steps = [m / n for n, m in zip(old, new, strict=True)] if scales is None else [float(s) for s in scales]
+    positions = [np.minimum(np.floor(np.arange(m) / step).astype(np.int64), n - 1)
+                 for n, m, step in zip(old, new, steps, strict=True)]
+    return b.repeat(x, [np.arange(x.dims[0]), *positions])
+
+
+def _same(_: Builder, node: Node) -> Any:
+    if node.get("train", False):
+        node.refuse("drops at inference; required: a module in evaluation mode")
+    return node.value("input" if "input" in node.arguments else "self")
+
+
+OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
+    "_to_copy": _same, "_unsafe_view": moving(_view),
+    "abs": lambda b, node: b.pointwise(Power, node.tensor(), exponent=1.0), "adaptive_avg_pool1d": _adaptive_pool,
+    "adaptive_avg_pool2d": _adaptive_pool, "adaptive_max_pool1d": _adaptive_pool, "adaptive_max_pool2d": _adaptive_pool,
+    "add": _add, "addmm": _addmm, "alias": _same, "amax": _reduce, "avg_pool1d": _average_pool,
+    "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels, "batch_norm": _batch_norm, "cat": _concat,
+    "channel_shuffle": _channel_shuffle, "chunk": _split, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
+    "clone": _same, "concat": _concat, "constant_pad_nd": moving(_pad), "contiguous": _same, "conv1d": _conv,
+    "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "detach": _same,
+    "div": _divide, "dropout": _same, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
+    "feature_dropout": _same, "flatten": moving(_flatten), "flip": _flip, "getitem": _item, "hardtanh": _clip,
+    "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
+    "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
+    "log_softmax": lambda b, node: b.softmax(node.tensor(), node.get("dim", 1)), "matmul": _matmul,
+    "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool, "maximum": _extreme,
+    "mean": _reduce, "minimum": _extreme, "mm": _matmul,
+    "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")), "narrow": _narrow,
+    "neg": lambda b, node: b.affine(node.tensor(), scale=-1.0), "pad": moving(_pad), "permute": moving(_permute),
+    "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_shuffle, "pow": _power, "prelu": _prelu,
+    "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
+    "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
+    "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
+    "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
+    "sign": lambda _, node: Sign(node.tensor()), "slice": _slice,
+    "softmax": lambda b, node: b.softmax(node.tensor(), node.get("dim", 1)), "split": _split,
+    "split_with_sizes": _split, "sqrt": _power, "square": _power, "squeeze": moving(_squeeze), "stack": _concat,
+    "sub": _add, "sum": _reduce, "to": _same, "transpose": moving(_permute), "unbind": _split,
+    "unflatten": moving(_unflatten), "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
+    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view),
+}
+
+NEAREST = {
+    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus",
+                     "tanh"), "relu, leaky_relu or clamp"),
+    **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
+    **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),
+    "upsample_bilinear2d": "upsample_nearest2d",
+}

@@ -1,0 +1,244 @@
+"""PyTorch module -> nodes of ATen operators, by torch.export, and the values that go between them.
+
+torch.export writes what a module computes for an example as a graph of some hundred operators, whatever Python code
+is behind it. Numbers of axes are followed along the way: the graph makes no difference between (N, C, 1, 1) and (N, C),
+but PyTorch does. What depends on weights alone is computed by PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdtd.errors import ConversionError
+from fastdtd.graph import INPUT
+from fastdtd.importers.builder import Builder, Parsed, nearest
+from fastdtd.importers.moves import Array
+from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
+from fastdtd.importers.pytorch.operators import NEAREST, OPERATORS
+from fastdtd.importers.tensors import Tensor, layer_shape
+
+
+def parse(module: Any, example: Any) -> Parsed:
+    """What `module` computes for `example`, a tensor (N, C, H, W), (N, C, L) or (N, F).
+
+    Raises ConversionError, also for what torch.export cannot export, and ModelError.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise ConversionError(f"a {type(module).__name__} was given; required: a torch.nn.Module")
+    if not isinstance(example, torch.Tensor) or example.ndim not in (2, 3, 4):
+        is_tensor = isinstance(example, torch.Tensor)
+        found = f"a tensor of {example.ndim} axes" if is_tensor else f"a {type(example).__name__}"
+        raise ConversionError(f"the example is {found}; required: a tensor (N, C, H, W), (N, C, L) or (N, F), as the "
+                              "module takes it")
+    modes = {part: part.training for part in module.modules()}
+    try:
+        exported = torch.export.export(module.eval(), (example,))
+    except Exception as error:  # whatever the module's code raises while it is traced
+        raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    return parse_exported(exported, example)
+
+
+def parse_exported(exported: Any, example: Any) -> Parsed:
+    """The same of a torch.export.ExportedProgram."""
+    signature = exported.graph_signature
+    if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
+        raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} "
+                              "outputs; required: one of each")
+    dims = tuple(int(n) for n in example.shape[1:])
+    shape = layer_shape(dims)
+    reader = Reader(Builder(len(example)))
+    constants = {**exported.state_dict, **exported.constants}
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
+               **signature.inputs_to_lifted_tensor_constants}
+    nodes = list(exported.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder" and node.name in targets:
+            reader.values[node] = constants[targets[node.name]].detach().cpu()
+        elif node.op == "placeholder":
+            reader.values[node] = Tensor.whole(INPUT, shape, dims)
+        elif node.op == "call_function":
+            reader.read(node)
+    output, = next(node for node in nodes if node.op == "output").args[0]
+    result = reader.values.get(output)
+    if not isinstance(result, (Tensor, Squares)):
+        raise ConversionError("the module's output does not depend on its input")
+    with reader.builder.at(Node(reader, output, "output")):
+        layers = reader.builder.leading_to(as_tensor(reader.builder, result))
+    return layers, shape, f"torch.export of PyTorch {torch.__version__}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def made_by(source: str) -> Any:
+    """What the callable that `source` names, ``module:callable``, makes when it is called without arguments."""
+    module, _, name = source.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made: Any = importlib.import_module(module)
+        for part in name.split("."):
+            made = getattr(made, part)
+        if not isinstance(made, torch.nn.Module):
+            made = made()
+    except Exception as error:  # whatever that code raises
+        raise ConversionError(f"importing {module!r} and calling {name!r} failed: {type(error).__name__}: "
+                              f"{_first_line(error)}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(made, torch.nn.Module):
+        raise ConversionError(f"{name!r} made a {type(made).__name__}; required: a torch.nn.Module")
+    return made.eval()
+
+
+def load_weights(module: Any, content: bytes) -> None:
+    """Put a state dict into `module`; nothing that is pickled in the file is run."""
+    required = "required: a state dict, as torch.save(module.state_dict(), path) writes it"
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise ConversionError(f"the file of weights is damaged, or holds more than tensors; {required}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # as training scripts keep it
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConversionError(f"the file of weights holds no state dict; {required}")
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}  # put before it by DataParallel
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ConversionError(f"the state dict does not fit the module: {' '.join(lines)[:500]}") from error
+
+
+def input_channels(module: Any) -> int:
+    """Channels of the first convolution; three where there is none."""
+    return next((int(part.in_channels) for part in module.modules() if isinstance(part, torch.nn.Conv2d)), 3)
+
+
+def scores(module: Any, batch: Array) -> Array:
+    """What `module` itself gives for a batch (N, C, H, W)."""
+    with torch.inference_mode():
+        made = module(torch.from_numpy(batch))
+    return np.asarray(made.reshape(len(batch), -1).cpu().numpy(), np.float32)
+
+
+class Reader:
+    """The values that the nodes read so far have made: tensors, lists of them, and constants."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.values: dict[Any, Any] = {}
+
+    def read(self, traced: Any) -> None:
+        """Add what a node computes."""
+        target = traced.target
+        name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target.__name__)
+        in_place = name.endswith("_") and not name.endswith("__")
+        node = Node(self, traced, name.rstrip("_") if in_place else name)
+        if not any(isinstance(self.values[made], (*COMPUTED, list)) for made in traced.all_input_nodes):
+            self.values[traced] = self._of_constants(node)
+        elif node.op not in OPERATORS:
+            node.refuse(f"is not supported; nearest: {nearest(node.op, NEAREST, OPERATORS)}; supported: "
+                        f"{', '.join(sorted(OPERATORS))}")
+        else:
+            with self.builder.at(node):
+                self.values[traced] = OPERATORS[node.op](self.builder, node)
+        if in_place:
+            self.values[traced.args[0]] = self.values[traced]
+
+    def _of_constants(self, node: Node) -> Any:
+        """What PyTorch makes of weights alone, such as their normalisation."""
+        traced = node.traced
+        args, kwargs = torch.fx.node.map_arg((traced.args, traced.kwargs), lambda made: self.values[made])
+        try:
+            with torch.no_grad():
+                return traced.target(*args, **kwargs)
+        except Exception as error:  # whatever an operator raises
+            node.refuse(f"cannot be computed from constants: {_first_line(error)}")
+
+
+class Node(ValueNode):
+    """A node of the exported graph: arguments by the names of their parameters."""
+
+    first = "self"
+
+    def __init__(self, reader: Reader, traced: Any, op: str) -> None:
+        self.reader, self.builder, self.traced, self.op = reader, reader.builder, traced, op
+        schema = getattr(traced.target, "_schema", None)
+        known = [argument.name for argument in schema.arguments] if schema is not None else []
+        self.arguments: dict[str, Any] = dict(zip(known, traced.args, strict=False)) | dict(traced.kwargs)
+        stack = list((traced.meta.get("nn_module_stack") or {}).values())
+        self.module = str(stack[-1][0]) if stack else ""
+        name = self.module or str(traced.name)  # the module that computes it, or else the node
+        is_taken = name in self.builder.layers or name == INPUT
+        self.layer_name = f"{name}/{traced.name}" if self.module and is_taken else name
+
+    def __str__(self) -> str:
+        return f"{self.op} (node {self.traced.name!r}{f', in module {self.module!r}' if self.module else ''})"
+
+    def __contains__(self, name: str) -> bool:
+        return self.arguments.get(name) is not None
+
+    def value(self, key: str) -> Any:
+        value = self.arguments.get(key)
+        return self.reader.values[value] if isinstance(value, torch.fx.Node) else value
+
+    def label(self, key: str) -> str:
+        return key
+
+    def array(self, value: Any) -> Array:
+        return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+    def get(self, key: str, default: Any) -> Any:
+        """A plain value, such as a number or a list."""
+        value = self.value(key)
+        return default if value is None else value
+
+    def optional(self, key: str) -> Array | None:
+        return self.constant(key) if key in self else None
+
+    def weight(self, key: str = "weight") -> Array:
+        """A constant that must be there."""
+        if key not in self:
+            self.refuse(f"has no {key}; required: one")
+        return self.constant(key)
+
+    def image(self, axes: int, key: str = "self") -> Tensor:
+        x = self.tensor(key)
+        if x.rank != axes + 2:
+            self.refuse(f"reads a tensor {x}; required: an example (N, C, {'H, W' if axes == 2 else 'L'}), with its "
+                        "batch")
+        return x
+
+    def tensors(self, key: str) -> list[Tensor]:
+        """A list of tensors."""
+        values = self.arguments.get(key) or []
+        is_list = isinstance(values, (list, tuple))
+        made = [self.reader.values[node] for node in values] if is_list else list(self.value(key))
+        if not made or not all(isinstance(x, (Tensor, Squares)) for x in made):
+            self.refuse("joins constants; required: tensors that depend on the network's input")
+        return [as_tensor(self.builder, x) for x in made]
+
+    def window(self, key: str, axes: int, default: int | Sequence[int]) -> tuple[int, ...]:
+        """A number for each spatial axis; one number stands for all."""
+        value = self.value(key)
+        is_default = value is None or (isinstance(value, list) and not value)
+        values = [int(n) for n in np.ravel(default if is_default else value)]
+        if len(values) not in (1, axes):
+            self.refuse(f"has {key} {value}; required: one or {axes} numbers")
+        return tuple(values * axes if len(values) < axes else values)
+
+    def integers(self, key: str, default: Sequence[int] = ()) -> list[int]:
+        value = self.get(key, default)
+        return [int(n) for n in ([value] if isinstance(value, int) else value)]

@@ -1,0 +1,418 @@
+"""ONNX: what exporters write around the layers, arithmetic on shapes and constants, and hostile files of it."""
+
+import numpy as np
+import pytest
+from importing import converter_of_nodes, ints, node, numbers, of_type, scores
+
+from fastdtd import graph as g
+from fastdtd.errors import ConversionError
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
+
+from fastdtd.importers import moves  # noqa: E402  # after importorskip
+
+POOL = node("GlobalAveragePool", ["t"], ["y"], name="pool")  # makes any image 't' an output
+
+
+@pytest.fixture
+def convert_nodes(tmp_path):
+    return converter_of_nodes(tmp_path)
+
+
+SHAPE = [node("Shape", ["x"], ["shape"])]
+BATCH = [*SHAPE, node("Gather", ["shape", "zero"], ["n"], axis=0), node("Unsqueeze", ["n", "zeros"], ["n1"])]
+SCALARS = {"zero": np.int64(0), "zeros": ints(0), "one": np.int64(1), "minus": ints(-1), "two": np.int64(2)}
+
+
+@pytest.mark.parametrize("nodes", [
+    [*BATCH, node("Concat", ["n1", "minus"], ["s"], axis=0)],
+    [*SHAPE, node("Slice", ["shape", "zeros", "first"], ["n1"]), node("Concat", ["n1", "minus"], ["s"], axis=0)],
+    [*SHAPE, node("Slice", ["shape", "first", "end"], ["rest"]), node("ReduceProd", ["rest"], ["f"], keepdims=1),
+     node("Concat", ["minus", "f"], ["s"], axis=0)],
+    [node("Shape", ["x"], ["rest"], start=1), node("Cast", ["rest"], ["r"], to=1),
+     node("ReduceProd", ["r"], ["f"], keepdims=1),
+     node("Floor", ["f"], ["g"]), node("Cast", ["g"], ["h"], to=7), node("Concat", ["minus", "h"], ["s"], axis=0)],
+    [*BATCH, node("Size", ["x"], ["all"]), node("Div", ["all", "n"], ["f"]), node("Unsqueeze", ["f", "zeros"], ["f1"]),
+     node("Concat", ["n1", "f1"], ["s"], axis=0)],
+    [*SHAPE, node("Split", ["shape"], ["n1", "c", "h", "v"], axis=0), node("Mul", ["c", "h"], ["ch"]),
+     node("Mul", ["ch", "v"], ["f"]),
+     node("Where", ["yes", "n1", "f"], ["m"]), node("Max", ["m", "first"], ["o"]),
+     node("Concat", ["o", "f"], ["s"], axis=0)],
+    [node("ConstantOfShape", ["first"], ["ones"], value=numpy_helper.from_array(ints(-1))), *BATCH,
+     node("Concat", ["n1", "ones"], ["s"], axis=0)],
+    [node("Range", ["zero", "two", "one"], ["r"]), node("Sub", ["r", "one"], ["q"]), node("Neg", ["q"], ["p"]),
+     node("Equal", ["p", "zero"], ["e"]), node("Not", ["e"], ["e1"]), node("Where", ["e1", "p", "features"], ["s"])],
+])
+@pytest.mark.parametrize("batch", ["N", 4])
+def test_flattening_by_arithmetic_on_shapes(convert_nodes, nodes, batch):
+    if batch == 4 and nodes[0].op_type == "Range":
+        batch = 1  # it writes the batch as a number
+    constants = {**SCALARS, "first": ints(1), "end": ints(4), "yes": np.array(True), "features": ints(216),
+                 "w": numbers(216, 2)}
+    graph = convert_nodes([*nodes, node("Reshape", ["x", "s"], ["flat"]), node("Gemm", ["flat", "w"], ["y"])],
+                          constants, (batch, 3, 9, 8),
+                          15).graph
+    assert [type(layer) for layer in graph] == [g.Flatten, g.Dense]
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_the_branch_that_a_constant_chooses(convert_nodes, condition):
+    branches = [helper.make_graph([node("Constant", [], ["axes"], value=numpy_helper.from_array(ints(2, 3))),
+                                   node("Squeeze", ["p", "axes"], ["squeezed"])], "a",
+                                  [], [helper.make_tensor_value_info("squeezed", TensorProto.FLOAT, None)]),
+                helper.make_graph([node("Identity", ["p"], ["same"])], "b", [],
+                                  [helper.make_tensor_value_info("same", TensorProto.FLOAT, None)])]
+    nodes = [node("GlobalAveragePool", ["x"], ["p"], name="pool"), node("Shape", ["p"], ["s"]),
+             node("Gather", ["s", "at"], ["n"]),
+             node("Equal", ["n", "one"], ["is_one"]), node("If", ["is_one"], ["i"], then_branch=branches[0],
+                                                           else_branch=branches[1]),
+             node("Flatten", ["i"], ["f"]), node("Gemm", ["f", "w"], ["y"])]
+    graph = convert_nodes(nodes, {**SCALARS, "at": np.int64(2 if condition else 1), "w": numbers(3, 2)}).graph
+    assert [type(layer) for layer in graph] == [g.GlobalAveragePool, g.Dense]
+
+
+def normalised(size=5, *, pad="p5", pool=None, by="x"):
+    """Local response normalisation as PyTorch's exporters write it."""
+    return [node("Mul", [by, by], ["squares"]), node("Reshape", ["squares", "s5"], ["r"]),
+            node("Pad", ["r", pad], ["p"]),
+            node("AveragePool", ["p"], ["a"], kernel_shape=pool or [size, 1, 1], count_include_pad=1),
+            node("Squeeze", ["a", "axis"], ["q"]), node("Reshape", ["q", "s4"], ["m"]),
+            node("Mul", ["m", "alpha"], ["n"]),
+            node("Add", ["n", "k"], ["o"]), node("Pow", ["o", "beta"], ["d"]), node("Div", ["x", "d"], ["t"]), POOL]
+
+
+NORM = {"s5": ints(0, 1, 3, 9, -1), "s4": ints(0, 3, 9, -1), "p5": ints(0, 0, 2, 0, 0, 0, 0, 2, 0, 0), "axis": ints(1),
+        "alpha": np.float32(1e-2), "k": np.float32(2), "beta": np.float32(0.6),
+        "off": ints(0, 0, 1, 0, 0, 0, 0, 3, 0, 0),
+        "even": ints(0, 0, 2, 0, 0, 0, 0, 1, 0, 0)}
+
+
+def test_local_response_norm_as_pytorch_writes_it(convert_nodes):
+    norm, _ = convert_nodes(normalised(), NORM).graph
+    assert (norm.size, norm.alpha, norm.beta, norm.bias) == (5, pytest.approx(1e-2), pytest.approx(0.6), 2)
+
+
+@pytest.mark.parametrize(("nodes", "message"), [
+    (normalised(pad="off"), r"AveragePool 'a' .* is no part of a local response normalisation"),
+    (normalised(3), "is no part of a local response normalisation"),
+    (normalised(4, pad="even"), "over 4 channels; required: an odd number"),
+    (normalised(pool=[5, 2, 1]), "is no part of a local response normalisation"),
+    ([node("Relu", ["x"], ["x2"]), *normalised(by="x2")],
+     "divides by squares; required: a local response normalisation"),
+    ([*normalised()[:6], node("Relu", ["m"], ["t"]), POOL],
+     "reads a part of a local response normalisation; required: all of one"),
+])
+def test_what_is_no_local_response_norm(convert_nodes, nodes, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes(nodes, NORM)
+
+
+def test_squares_alone(convert_nodes):
+    power, _ = convert_nodes([node("Mul", ["x", "x"], ["s"]), node("Relu", ["s"], ["t"]), POOL]).graph.layers[:2]
+    assert power.exponent == 2
+
+
+def test_transposes_that_cancel_leave_no_layer(convert_nodes):
+    """A convolution as tf2onnx writes it, between what is channels last; the input too."""
+    to, back = {"perm": [0, 3, 1, 2]}, {"perm": [0, 2, 3, 1]}
+    nodes = [node("Sub", ["x", "mean"], ["m"]), node("Transpose", ["m"], ["a"], **to),
+             node("Conv", ["a", "w"], ["b"], name="conv"),
+             node("Transpose", ["b"], ["c"], **back), node("Add", ["c", "bias"], ["d"]),
+             node("Relu", ["d"], ["e"], name="relu"),
+             node("Transpose", ["e"], ["f"], **to), node("MaxPool", ["f"], ["h"], kernel_shape=[2, 2], name="pool"),
+             node("Transpose", ["h"], ["i"], **back), node("ReduceMean", ["i"], ["y"], axes=[1, 2], keepdims=0,
+                                                           name="mean")]
+    constants = {"mean": numbers(3), "w": numbers(4, 3, 3, 3), "bias": numbers(4)}
+    model = convert_nodes(nodes, constants, ("N", 9, 8, 3))
+    assert [layer.name for layer in model.graph] == ["conv", "relu", "pool", "mean"]
+    assert model.graph.input_shape == (3, 9, 8)
+    assert model.preprocessing.color == "rgb"
+    np.testing.assert_allclose(model.graph.layers[0].bias, constants["bias"]
+                               - np.einsum("kcij,c->k", constants["w"], constants["mean"]),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_a_transpose_before_a_dense_layer_moves_its_weights(convert_nodes):
+    weight = numbers(216, 2)
+    graph = convert_nodes([node("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]), node("Reshape", ["t", "s"], ["f"]),
+                           node("MatMul", ["f", "w"], ["y"])], {"s": ints(-1, 216), "w": weight}).graph
+    assert [type(layer) for layer in graph] == [g.Flatten, g.Dense]
+    batch = numbers(2, 3, 9, 8)
+    np.testing.assert_allclose(scores(graph, batch), batch.transpose(0, 2, 3, 1).reshape(2, -1) @ weight, rtol=1e-4,
+                               atol=1e-5)
+
+
+X = numbers(2, 4, 6, 5)
+
+
+@pytest.mark.parametrize(("nodes", "constants", "expected", "layers"), [
+    ([node("Reshape", ["x", "s"], ["a"]), node("Transpose", ["a"], ["b"], perm=[0, 2, 1, 3, 4]),
+      node("Reshape", ["b", "r"], ["t"])],
+     {"s": ints(0, 2, 2, 6, 5), "r": ints(0, 4, 6, 5)}, X[:, [0, 2, 1, 3]], 0),
+    ([node("Slice", ["x", "a", "b", "c", "d"], ["t"])], {"a": ints(1, -2), "b": ints(4, -100), "c": ints(1, -1),
+                                                         "d": ints(1, -2)},
+     X[:, 1:4, :, -2::-2], 1),
+    ([node("Split", ["x", "s"], ["a", "b"], axis=1), node("Concat", ["b", "a"], ["t"], axis=1)], {"s": ints(1, 3)},
+     X[:, [1, 2, 3, 0]], 0),
+    ([node("Split", ["x"], ["a", "b"], axis=2), node("Relu", ["a"], ["c"]), node("Concat", ["b", "c"], ["t"], axis=2)],
+     {},
+     np.concatenate([X[:, :, 3:], np.maximum(X[:, :, :3], 0)], 2), None),
+    ([node("Gather", ["x", "i"], ["t"], axis=-1)], {"i": ints(3, -1, 0)}, X[..., [3, 4, 0]], 1),
+    ([node("Gather", ["x", "i"], ["a"], axis=2), node("Unsqueeze", ["a", "u"], ["t"])],
+     {"i": np.int64(-2), "u": ints(3)},
+     X[:, :, 4, :, None], 1),
+    ([node("DepthToSpace", ["x"], ["t"], blocksize=2)], {},
+     X.reshape(2, 2, 2, 1, 6, 5).transpose(0, 3, 4, 1, 5, 2).reshape(2, 1, 12, 10), 0),
+    ([node("DepthToSpace", ["x"], ["t"], blocksize=2, mode="CRD")], {},
+     X.reshape(2, 1, 2, 2, 6, 5).transpose(0, 1, 4, 2, 5, 3).reshape(2, 1, 12, 10), 0),
+    ([node("DepthToSpace", ["x"], ["a"], blocksize=2), node("SpaceToDepth", ["a"], ["t"], blocksize=2)], {}, X, 0),
+    ([node("Resize", ["x", "", "f"], ["t"], coordinate_transformation_mode="asymmetric", nearest_mode="floor")],
+     {"f": np.float32([1, 1, 2, 3])}, X.repeat(2, 2).repeat(3, 3), 1),
+    ([node("Resize", ["x", "", "", "s"], ["t"])], {"s": ints(1, 4, 12, 10)}, X.repeat(2, 2).repeat(2, 3), 1),
+    ([node("Pad", ["x", "p"], ["q"]), node("Relu", ["q"], ["r"]), node("MaxPool", ["r"], ["t"], kernel_shape=[1, 1])],
+     {"p": ints(0, 1, 0, 2, 0, 0, -1, 1)}, np.pad(np.maximum(X, 0)[:, :, :-1], ((0, 0), (1, 0), (0, 0), (2, 1))), None),
+    ([node("Pad", ["x", "p"], ["t"], mode="reflect")], {"p": ints(0, 0, 1, 2, 0, 0, 0, 1)},
+     np.pad(X, ((0, 0), (0, 0), (1, 0), (2, 1)), "reflect"), 1),
+    ([node("Tile", ["x", "n"], ["t"])], {"n": ints(1, 1, 2, 1)}, np.tile(X, (1, 1, 2, 1)), 1),
+    ([node("LeakyRelu", ["x"], ["t"], alpha=0.25)], {}, np.where(X > 0, X, X / 4), 1),
+    ([node("PRelu", ["x", "s"], ["t"])], {"s": np.full((4, 1, 1), 0.5, np.float32)}, np.where(X > 0, X, X / 2), 1),
+    ([node("PRelu", ["x", "s"], ["t"])], {"s": np.float32([[[0.5]], [[0]], [[-1]], [[2]]])},
+     np.where(X > 0, X, X * np.float32([0.5, 0, -1, 2])[:, None, None]), None),
+    ([node("LpPool", ["x"], ["t"], kernel_shape=[2, 1], p=2)], {}, np.sqrt(X[:, :, 1:]**2 + X[:, :, :-1]**2), 3),
+    ([node("GlobalLpPool", ["x"], ["t"], p=4)], {}, (X**4).sum((2, 3), keepdims=True)**0.25, 3),
+    ([node("Max", ["x", "z"], ["a"]), node("Min", ["c", "a"], ["t"])], {"z": np.float32(0), "c": np.float32(0.5)},
+     X.clip(0, 0.5), 2),
+    ([node("Cast", ["low"], ["l"], to=1), node("Clip", ["x", "l", "h"], ["t"])],
+     {"low": ints(-1), "h": np.float32(0.5)},
+     X.clip(-1, 0.5), 1),
+    ([node("Relu", ["x"], ["a"]), node("Sub", ["a", "x"], ["b"]), node("Sub", ["c", "b"], ["t"])], {"c": np.float32(2)},
+     2 - (np.maximum(X, 0) - X), None),
+    ([node("ReduceMax", ["x"], ["t"], axes=[-2, -1])], {}, X.max((2, 3), keepdims=True), 1),
+    ([node("ReduceSum", ["x", "a"], ["t"])], {"a": ints(1)}, X.sum(1, keepdims=True), None),
+    ([node("Relu", ["x"], ["r"]), node("Mean", ["x", "r"], ["t"])], {}, (X + np.maximum(X, 0)) / 2, None),
+])
+def test_what_moves_numbers_and_more(convert_nodes, nodes, constants, expected, layers):
+    """layers: how many are made before the dense layer, whose weights are moved where all elements are in it once."""
+    weight = numbers(expected[0].size, 3, seed=7)
+    graph = convert_nodes([*nodes, node("Flatten", ["t"], ["flat"]), node("MatMul", ["flat", "w"], ["y"])],
+                          {**constants, "w": weight},
+                          ("N", *X.shape[1:])).graph
+    np.testing.assert_allclose(scores(graph, X), expected.reshape(2, -1).astype(np.float64) @ weight, rtol=1e-4,
+                               atol=1e-4)
+    if layers is not None:
+        assert sum(not isinstance(layer, (g.Flatten, g.Dense)) for layer in graph) == layers
+    alone = convert_nodes([*nodes, node("Flatten", ["t"], ["y"])], constants, ("N", *X.shape[1:])).graph
+    np.testing.assert_allclose(scores(alone, X), expected.reshape(2, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("attributes", "size"), [
+    ({}, (13, 16)), ({"pads": [1, 0, 2, 1]}, (10, 15)), ({"auto_pad": "SAME_UPPER"}, (12, 15)),
+    ({"auto_pad": "VALID"}, (13, 16)),
+    ({"output_padding": [1, 2]}, (14, 18)), ({"output_shape": [12, 14]}, (12, 14)),
+])
+def test_transposed_convolution(convert_nodes, attributes, size):
+    nodes = [node("ConvTranspose", ["x", "w", "b"], ["c"], strides=[2, 3], **attributes),
+             node("Relu", ["c"], ["t"])]
+    constants = {"w": numbers(4, 2, 3, 4), "b": numbers(2)}
+    graph = convert_nodes([*nodes, POOL], constants, ("N", 4, 6, 5)).graph
+    assert of_type(graph, g.Rearrange)[0].index.shape == (2, *size)
+    dense = [node("Flatten", ["t"], ["f"]), node("Gemm", ["f", "d"], ["y"])]
+    graph = convert_nodes([*nodes, *dense], constants | {"d": numbers(2 * size[0] * size[1], 1)}, ("N", 4, 6, 5)).graph
+    assert isinstance(graph.layers[-1], g.Dense)
+
+
+def test_one_spatial_axis(convert_nodes):
+    weight, x = numbers(3, 2, 4), numbers(2, 2, 9)
+    model = convert_nodes([node("Conv", ["x", "w"], ["c"], pads=[1, 2], strides=[2]),
+                           node("MaxPool", ["c"], ["m"], kernel_shape=[2]),
+                           node("AveragePool", ["m"], ["t"], kernel_shape=[2], pads=[1, 0], count_include_pad=1),
+                           node("Flatten", ["t"], ["y"])], {"w": weight}, ("N", 2, 9))
+    assert model.graph.input_shape == (2, 1, 9)
+    assert [layer.kernel for layer in of_type(model.graph, g.Pool2d)] == [(1, 2), (1, 2)]
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 2)))
+    made = np.stack([np.einsum("ncl,kcl->nk", padded[:, :, i:i + 4], weight) for i in range(0, 9, 2)], 2)
+    pooled = np.pad(np.maximum(made[:, :, 1:], made[:, :, :-1]), ((0, 0), (0, 0), (1, 0)))
+    np.testing.assert_allclose(scores(model.graph, x[:, :, None]), ((pooled[:, :, 1:]
+                                                                     + pooled[:, :, :-1]) / 2).reshape(2, -1),
+                                                                     rtol=1e-4,
+                               atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11, 13, 18, 21])
+def test_inputs_that_were_attributes(convert_nodes, opset):
+    """The same network in the words of each opset."""
+    def words(op, inputs, output, values, first, **attributes):
+        """Integers as attributes before opset `first`, as inputs from then on."""
+        if opset < first:
+            return node(op, inputs, [output], **{name: list(map(int, np.ravel(value))) for name,
+                                                 value in values.items()}, **attributes)
+        constants.update({f"{output}_{name}": value for name, value in values.items()})
+        return node(op, [*inputs, *(f"{output}_{name}" for name in values)], [output], **attributes)
+
+    constants = {"f": np.float32([1, 1, 2, 2])}
+    nodes = [words("Pad", ["x"], "p", {"pads": ints(0, 0, 1, 0, 0, 0, 0, 1)}, 11),
+             words("Slice", ["p"], "s", {"starts": ints(1), "ends": ints(3), "axes": ints(1)}, 10),
+             words("Unsqueeze", ["s"], "u", {"axes": ints(1)}, 13), words("Squeeze", ["u"], "q", {"axes": ints(1)}, 13),
+             node("Upsample", ["q", "f"], ["t"]) if opset == 9 else node("Resize",
+                                                                         ["q", "f"] if opset < 11 else ["q", "", "f"],
+                                                                         ["t"]),
+             words("Split", ["t"], "v", {"split": ints(2)}, 13, axis=1),
+             words("ReduceMean", ["v"], "y", {"axes": ints(2, 3)}, 18, keepdims=0)]
+    graph = convert_nodes(nodes, constants, ("N", 4, 6, 5), opset).graph
+    np.testing.assert_allclose(scores(graph, X), np.pad(X[:, 1:3], ((0, 0), (0, 0), (1, 0), (0, 1))).mean((2, 3)),
+                               rtol=1e-4, atol=1e-6)
+
+
+HUGE = ints(2**20, 2**20)
+
+
+def branch(*nodes):
+    return helper.make_graph(list(nodes), "branch", [], [helper.make_tensor_value_info("o", TensorProto.FLOAT, None)])
+
+
+def nested(depth):
+    """A branch within a branch, `depth` deep, that ends in what is its own."""
+    inner = branch(node("Relu", ["o"], ["o"]))
+    for _ in range(depth):
+        inner = branch(node("If", ["yes"], ["o"], then_branch=inner, else_branch=branch()))
+    return inner
+
+
+YES = {"yes": np.array(True)}
+
+
+@pytest.mark.parametrize(("nodes", "constants", "message"), [
+    ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": HUGE},
+     "makes a constant of 1099511627776 elements"),
+    ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": ints(-1)}, r"a shape \[-1\]"),
+    ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": ints(*[1] * 40)},
+     "at most 32 integers"),
+    ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
+     {"a": np.int64(0), "b": np.int64(2**62), "c": np.int64(1)},
+     "makes a constant of 4611686018427387904 elements"),
+    ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
+     {"a": np.int64(0), "b": np.int64(5), "c": np.int64(0)},
+     "Range 'r' .* cannot be computed from constants of shapes"),
+    ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
+     {"a": np.float32(0), "b": np.float32(np.inf), "c": np.float32(1)}, "cannot be computed"),
+    ([node("Expand", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"a": np.float32(1), "s": HUGE},
+     "makes a constant of"),
+    ([node("Expand", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL],
+     {"a": np.float32(1), "s": ints(2**62, 2**62, 2**62)},
+     "broadcast dimensions too large"),
+    ([node("Tile", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"a": numbers(2, 2), "s": HUGE},
+     "makes a constant of"),
+    ([node("Expand", ["x", "s"], ["t"]), POOL], {"s": ints(1, 3, 2**31, 8)}, "required: axes of length 1"),
+    ([node("Tile", ["x", "s"], ["t"]), POOL], {"s": ints(1, 2**20, 2**20, 1)},
+     "makes a tensor of 237494511599616 elements"),
+    ([node("Pad", ["x", "s"], ["t"]), POOL], {"s": ints(0, 0, 2**40, 0, 0, 0, 0, 0)},
+     "makes a tensor of .* elements; at most"),
+    ([node("Resize", ["x", "", "f"], ["t"]), POOL], {"f": np.float32([1, 1, 1e6, 1e6])}, "makes .* of .N, 3, 9, 8."),
+    ([node("Resize", ["x", "", "f"], ["t"]), POOL], {"f": np.float32([1, 1, np.nan, 1])}, "required: numbers above 0"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="linear"), POOL], {"f": np.float32([1, 1, 2, 2])},
+     "required: nearest"),
+    ([node("Gather", ["s", "i"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL],
+     {"s": ints(1, 216), "i": ints(0, 2)},
+     "Gather 'c' .* cannot be computed .* positions 0 to 2 of an axis of length 2"),
+    ([node("Gather", ["s", "i"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1, 216), "i": ints(-3)},
+     "positions -3 to -3"),
+    ([node("Gather", ["s", "i"], ["c"], axis=7), node("Reshape", ["x", "c"], ["t"]), POOL],
+     {"s": ints(1, 216), "i": ints(0)}, "cannot be"),
+    ([node("Gather", ["x", "i"], ["t"], axis=1), POOL], {"i": ints(3)}, "takes elements 3 to 3 of an axis of length 3"),
+    ([node("Gather", ["x", "i"], ["t"], axis=1), POOL], {"i": np.zeros((2**12, 2**12), np.int64)},
+     "makes a tensor of .* elements; at most"),
+    ([node("Gather", ["x", "i"], ["t"], axis=0), POOL], {"i": ints(0)}, "works along axis 0"),
+    ([node("Gather", ["x", "i"], ["t"], axis=1), POOL], {"i": np.zeros(0, np.int64)}, "leaves nothing"),
+    ([node("Reshape", ["x", "s"], ["t"]), POOL], {"s": ints(1, 2**32, 2**32, 216)},
+     "required: a shape of as many elements"),
+    ([node("Reshape", ["x", "s"], ["t"]), POOL], {"s": ints(-1, -1)}, "required: a shape of as many elements"),
+    ([node("Reshape", ["x", "s"], ["t"]), POOL], {"s": ints(1, 3, 9, 8, 0)}, "no 0 for an axis that there is not"),
+    ([node("Reshape", ["x", "s"], ["t"]), POOL], {"s": np.ones(100, np.int64)}, "at most 32 integers"),
+    ([node("Reshape", ["x", "s"], ["t"]), POOL], {"s": np.float32([1, 216])}, "at most 32 integers"),
+    ([node("Unsqueeze", ["x", "s"], ["t"]), POOL], {"s": ints(0)}, "none before the batch"),
+    ([node("Unsqueeze", ["x", "s"], ["t"]), POOL], {"s": ints(9)}, "has axis 9 for a tensor of 5 axes"),
+    ([node("Squeeze", ["x"], ["t"]), POOL], {}, "the batch too; required: axes"),
+    ([node("Transpose", ["x"], ["t"]), POOL], {}, r"moves the batch, \(3, 2, 1, 0\)"),
+    ([node("Transpose", ["x"], ["t"], perm=[0, 1, 1, 3]), POOL], {}, "has the order"),
+    ([node("Slice", ["x", "a", "a", "a"], ["t"]), POOL], {"a": ints(1)}, "leaves nothing"),
+    ([node("Slice", ["x", "a", "b", "c"], ["t"]), POOL], {"a": ints(0), "b": ints(0), "c": ints(0)},
+     "takes a part of the batch"),
+    ([node("Slice", ["x", "a", "b", "c"], ["t"]), POOL], {"a": ints(0), "b": ints(1, 2), "c": ints(1)},
+     "of different lengths"),
+    ([node("Slice", ["x", "a", "b", "c", "d"], ["t"]), POOL], {"a": ints(0), "b": ints(1), "c": ints(1), "d": ints(0)},
+     "a step other than 0"),
+    ([node("Split", ["x", "s"], ["t", "u"], axis=1), POOL], {"s": ints(1, 1)}, "required: sizes from 1 that add up"),
+    ([node("Split", ["x"], ["t"], axis=1, num_outputs=2**40), POOL], {}, "splits into 1099511627776 parts"),
+    ([node("DepthToSpace", ["x"], ["t"], blocksize=2), POOL], {}, "required: one that divides it"),
+    ([node("DepthToSpace", ["x"], ["t"], blocksize=0), POOL], {}, "has blocksize 0"),
+    ([node("Mod", ["s", "z"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1), "z": ints(0)},
+     "divided by zero"),
+    ([node("Div", ["s", "z"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1), "z": ints(0)},
+     "divided by zero"),
+    ([node("Concat", ["s", ""], ["c"], axis=0), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1)},
+     "lacks one of its inputs"),
+    ([node("Where", ["s"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1)},
+     "lacks one of its inputs; required: 3"),
+    ([node("Cast", ["s"], ["c"], to=8), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1)},
+     "casts to element type 8"),
+    ([node("Cast", ["x"], ["t"], to=7), POOL], {}, "casts what is computed to element type 7"),
+    ([node("Floor", ["x"], ["t"]), POOL], {}, "Floor 't' .* reads what is computed; required: constants"),
+    ([node("If", ["yes"], ["t"], then_branch=branch(node("Relu", ["o"], ["o"])), else_branch=branch()), POOL],
+     YES, "reads 'o', which no node"),
+    ([node("If", ["yes"], ["t"], then_branch=branch(node("Identity", ["t"], ["o"])), else_branch=branch()), POOL],
+     YES, "reads 't', which no"),
+    ([node("If", ["yes"], ["t"], then_branch=nested(15), else_branch=branch()), POOL], YES, "reads 'o', which no node"),
+    ([node("If", ["yes"], ["t"], then_branch=branch(), else_branch=branch()), POOL], YES,
+     "a branch that does not make all outputs"),
+    ([node("If", ["yes"], ["t"], then_branch=branch()), POOL], {"yes": np.array(False)}, "has no else_branch"),
+    ([node("If", ["x"], ["t"], then_branch=branch(), else_branch=branch()), POOL], {},
+     "computes its input 'x'; required: a constant"),
+    ([node("Loop", ["yes"], ["t"], body=branch()), POOL], YES, "not supported; nearest: If with a constant condition"),
+    ([node("Pow", ["x", "e"], ["t"]), POOL], {"e": np.float32(3)},
+     "raises to 3 what can be negative; required: an even power"),
+    ([node("ConvTranspose", ["x", "w"], ["t"], strides=[2**20, 1]), POOL], {"w": numbers(3, 2, 2, 2)},
+     "required: strides from 1 to 256"),
+    ([node("ConvTranspose", ["x", "w"], ["t"], dilations=[2**30, 2**30]), POOL], {"w": numbers(3, 2, 2, 2)},
+     "brings the network beyond"),
+    ([node("ConvTranspose", ["x", "w", "b"], ["t"]), POOL], {"w": numbers(3, 2, 2, 2), "b": numbers(3)},
+     r"and bias \(2,\)"),
+    ([node("ConvTranspose", ["x", "w"], ["t"], pads=[100] * 4), POOL], {"w": numbers(3, 2, 2, 2)}, "leaves nothing"),
+    ([node("ConvTranspose", ["x", "w"], ["t"], output_padding=[2**40, 0]), POOL], {"w": numbers(3, 2, 2, 2)},
+     "makes a tensor of .* elements; at most"),
+    ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "brings the network beyond"),
+    ([node("Max", ["x", "x"], ["t"]), POOL], {}, "compares tensors that are computed"),
+    ([node("PRelu", ["x", "s"], ["t"]), POOL], {"s": np.float32(3)}, "slope 3; required: 0 to 1"),
+    ([node("Mul", ["x", "w"], ["t"]), POOL], {"w": numbers(1, 1, 9, 8)},
+     r"has a constant of shape \(1, 1, 9, 8\) for 3 channels"),
+])
+def test_hostile_and_unsupported_arithmetic(convert_nodes, nodes, constants, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes(nodes, constants)
+
+
+def test_constants_that_double_and_double(convert_nodes):
+    nodes = [node("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0) for i in range(60)]
+    with pytest.raises(ConversionError, match="larger than is accepted for a file of this size"):
+        convert_nodes([*nodes, node("Add", ["x", "c60"], ["t"]), POOL], {"c0": numbers(1024)})
+
+
+def test_tensors_moved_again_and_again(convert_nodes, monkeypatch):
+    monkeypatch.setattr(moves, "MAX_MOVED", 10_000)
+    nodes = [node("Gather", [f"c{i}", "turned"], [f"c{i + 1}"], axis=3) for i in range(60)]
+    with pytest.raises(ConversionError, match="at most 10000 are accepted in all of a network"):
+        convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c60"], ["t"]), POOL],
+                      {"turned": ints(*range(8))[::-1]})
+
+
+def test_transposes_and_reshapes_cost_nothing(convert_nodes, monkeypatch):
+    """However large the tensor, for no index is made."""
+    monkeypatch.setattr(moves, "MAX_MOVED", 0)
+    nodes = []
+    for i in range(60):
+        nodes += [node("Transpose", [f"c{3 * i}"], [f"c{3 * i + 1}"], perm=[0, 2, 3, 1]),
+                  node("Reshape", [f"c{3 * i + 1}", "shape"], [f"c{3 * i + 2}"]),
+                  node("Transpose", [f"c{3 * i + 2}"], [f"c{3 * i + 3}"], perm=[0, 3, 1, 2])]
+    graph = convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c180"], ["t"]), POOL],
+                          {"shape": ints(0, 4096, 4096, 16)}, ("N", 16, 4096, 4096)).graph
+    assert [type(layer) for layer in graph] == [g.ReLU, g.ReLU, g.GlobalAveragePool]
