@@ -2,13 +2,14 @@
 
 import contextlib
 import doctest
-import importlib
+import importlib.util
 import io
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+from importing import node, numbers, onnx_file
 from PIL import Image
 
 import fastdtd
@@ -18,7 +19,7 @@ from fastdtd.model_file import MODELS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 BUILT = {"tutorial.ipynb"}  # pages that the site has and the repository has not
-OPTIONAL = {"caffe2", "cupy", "google", "keras", "numba_cuda", "onnx", "onnxruntime", "torch"}
+OPTIONAL = {"cupy", "google", "keras", "numba_cuda", "onnx", "onnxruntime", "torch"}
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(fastdtd.__path__, "fastdtd.", onerror=lambda name: None)
     if module.name not in ("fastdtd.__main__", "fastdtd.models.build") and not module.name.startswith("fastdtd.kernels"))
@@ -30,6 +31,10 @@ def folder(tmp_path, monkeypatch):
     for name, picture in (("cat", "chelsea"), ("coffee", "coffee")):
         with Image.open(MODELS / f"{picture}.png") as image:
             image.convert("RGB").save(tmp_path / f"{name}.jpg", quality=95)
+    if importlib.util.find_spec("onnx"):
+        nodes = [node("Conv", ["x", "w"], ["h"]), node("GlobalAveragePool", ["h"], ["p"]), node("Flatten", ["p"], ["y"])]
+        (tmp_path / "net.onnx").write_bytes(onnx_file(nodes, {"w": numbers(2, 3, 3, 3)}, (1, 3, 9, 9)))
+    (tmp_path / "names.txt").write_text("cat\ncoffee\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -77,15 +82,15 @@ def test_links_within_pages(page):
 
 def test_commands_that_are_told_of_exist(capsys):
     text = "\n".join(page.read_text() for page in PAGES)
-    commands = set(re.findall(r"(?:^|`|bin/)(?:fastdtd|python -m fastdtd) ([a-z]+)", text, re.MULTILINE))
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    commands = set(re.findall(r"^fastdtd ([a-z]+)", lines, re.MULTILINE)) | set(re.findall(r"`fastdtd ([a-z]+)", text))
     assert {"explain", "convert", "show", "rules", "warmup"} <= commands
     for command in commands:
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0
     options = set(capsys.readouterr().out.split())
-    told = {option for line in re.findall(r"^fastdtd .*(?:\\\n.*)*", text, re.MULTILINE)
-            for option in re.findall(r"(--[a-z]+)", line)}
+    told = set(re.findall(r" (--[a-z]+)", "\n".join(re.findall(r"^fastdtd .*", lines, re.MULTILINE))))
     assert told - {"--help"} <= {option.strip("[],").partition("=")[0] for option in options}
 
 
