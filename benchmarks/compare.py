@@ -450,8 +450,8 @@ def write_tables(result):
     for path, shown, note in ((ROOT / "docs" / "speed.md", rows, text + others(result)),
                               (ROOT / "README.md", headline, text)):
         before, rest = path.read_text().split(BEGIN)
-        note = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
-        path.write_text(f"{before}{BEGIN}\n{table(shown)}\n\n{note}\n{END}{rest.split(END)[1]}")
+        wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
+        path.write_text(f"{before}{BEGIN}\n{table(shown)}\n\n{wrapped}\n{END}{rest.split(END)[1]}")
 
 
 def others(result):

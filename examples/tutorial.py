@@ -16,7 +16,7 @@
 # cell in an editor that knows `# %%`.
 
 # %% tags=["remove-cell"]
-# ruff: noqa: B018  # a cell shows what its last line is
+# ruff: noqa: B018, E402  # cells show what their last line is, and import what they need
 import logging
 
 logging.getLogger("fastdtd").setLevel("ERROR")  # not to announce that kernels are compiled
@@ -100,9 +100,10 @@ for rules in ("dtd", "zennit.epsilon_plus", ["dtd", changed]):
 # %% [markdown]
 # ## The ledger
 #
-# Above, relevance is not always the score: part of it was *absorbed*. The sums of zennit's rules include the bias, which
-# is no input and can pass nothing on; an epsilon keeps a part, too. By the default rules a layer absorbs only where a
-# neuron is active though none of its inputs contributes. Nothing is lost in silence; the *ledger* has it, by layer.
+# Above, relevance is not always the score: part of it was *absorbed*. The sums of zennit's rules include the bias,
+# which is no input and can pass nothing on; an epsilon keeps a part, too. By the default rules a layer absorbs only
+# where a neuron is active though none of its inputs contributes. Nothing is lost in silence; the *ledger* has it, by
+# layer.
 
 # %%
 plus = fastdtd.Explainer(model, "zennit.epsilon_plus")(MODELS / "coffee.png")

@@ -18,7 +18,7 @@ AS_IS = 2  # W
 SQUARED = 3  # W^2
 FLAT = 4  # 1
 
-# How ratios follow from a layer's sums (kernels/cpu/formulas.py), where it is not one ratio |x| / z:
+# How ratios follow from a layer's sums (kernels/scalar.py), where it is not one ratio |x| / z:
 
 SIGNS = 0  # z+ for a layer whose negative outputs have relevance: these are redistributed to the negative contributions
 EPSILON = 1
