@@ -107,8 +107,8 @@ class Executor:
             except MemoryError as error:
                 raise OutOfMemoryError(f"there is no memory for {schedule.batch} images at a time ({error})") from None
 
-        return PlanPool(network, bind, concurrent, min(limit,
-                                                       kernels.memory_budget(number) or limit), kernels.MAX_IMAGES)
+        budget = min(limit, kernels.memory_budget(number) or limit)
+        return PlanPool(network, bind, concurrent, budget, kernels.MAX_IMAGES)
 
     def devices_for(self, images: object) -> list[DevicePool]:
         """The devices for these images: all, or the one that they are on."""
@@ -182,8 +182,7 @@ class Executor:
                 first, last = todo.pop()
                 device = min(devices, key=lambda device: device[1].used_workers)
                 try:
-                    loan = [device[1].take(last - first,
-                                          workers)]  # `run` takes it out: a plan known here would keep its memory
+                    loan = [device[1].take(last - first, workers)]  # `run` takes it out: known here, it would stay
                 except OutOfMemoryError:
                     busy = [future for future, _, _ in running if not future.done()]
                     wait(busy)

@@ -33,6 +33,7 @@ from fastdtd.model import Model
 from fastdtd.plan import Plan
 from fastdtd.rules import Rules, assign
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -69,6 +70,8 @@ class Explainer:
     model : Model
     rules : mapping of str to LayerRule
         Of each layer that redistributes relevance.
+    context : Context
+        What its explanations know of the network.
     batch : int
         Images that a thread (on GPUs: a stream), or all threads where they must share one image's memory, take at a
         time. It is halved when a GPU has no memory left for as many.
@@ -110,6 +113,8 @@ class Explainer:
         self.model = model
         self._assignment = assign(model.graph, rules)
         self.rules = self._assignment.rules
+        rules_as_text = {name: str(rule.rule) for name, rule in self.rules.items()}
+        self.context = Context(model.classes, rules_as_text, model.preprocessing.resize)
         self.threads = threads or _usable_processors()
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
@@ -122,11 +127,6 @@ class Explainer:
     @property
     def at_once(self) -> int:
         return self._executor.at_once
-
-    def context(self) -> Context:
-        """What explanations know of the network."""
-        rules = {name: str(rule.rule) for name, rule in self.rules.items()}
-        return Context(self.model.classes, rules, self.model.preprocessing.resize)
 
     def __repr__(self) -> str:
         where = f"GPUs in {self.precision}" if self.precision else f"{self.threads} threads"
@@ -180,7 +180,7 @@ class Explainer:
             targets = checked_targets(target, self.model, count, outputs)
             begins = checked_start(start, target, count, outputs)
             explained_targets, finite = np.empty(count, np.int64), np.zeros(count, np.bool_)
-            context = replace(self.context(), pictures=pictures,
+            context = replace(self.context, pictures=pictures,
                               explain_again=partial(self._observed, images, explained_targets, begins))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
                             np.empty(count, np.float32), {name: np.zeros(count) for name in self._assignment.absorbers},
@@ -188,9 +188,9 @@ class Explainer:
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
-            scores, e.target[part], e.explained[part] = self._run(plan, images[part],
-                                                                  None if targets is None else targets[part],
-                                                                  None if begins is None else begins[part], first)
+            own_targets = None if targets is None else targets[part]
+            own_start = None if begins is None else begins[part]
+            scores, e.target[part], e.explained[part] = self._run(plan, images[part], own_targets, own_start, first)
             e.output[part] = library.asarray(scores)
             kernels.read(e.relevance[part], plan.relevance)
             match derivative:
@@ -275,8 +275,7 @@ def _bytes(memory: str | int) -> int:
     size = 0
     if isinstance(memory, int) and not isinstance(memory, bool):
         size = memory
-    elif isinstance(memory, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", memory,
-                                                            re.ASCII | re.IGNORECASE)):
+    elif isinstance(memory, str) and (match := _SIZE.fullmatch(memory)):
         size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise InputError(

@@ -223,8 +223,8 @@ def attribute(node: h5py.Group, name: str, where: str, longest: int = MAX_TEXT_B
     if count > maximum:
         raise ModelError(f"{where} has {count} elements; at most {maximum} are accepted")
     is_text = kind.get_class() == h5t.STRING
-    is_number = kind.get_class() in (h5t.INTEGER, h5t.FLOAT) or (kind.get_class() == h5t.ENUM
-                                                                 and attribute.dtype == bool)
+    is_bool = kind.get_class() == h5t.ENUM and attribute.dtype == bool
+    is_number = is_bool or kind.get_class() in (h5t.INTEGER, h5t.FLOAT)
     if not (is_text or is_number):
         raise ModelError(f"{where} is neither text nor numbers; required: strings, integers or floating-point numbers")
     if is_text and not kind.is_variable_str() and kind.get_size() > longest:

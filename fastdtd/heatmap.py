@@ -16,8 +16,8 @@ _BAR, _MIN_BAR, _MARGIN, _TEXT = 14, 80, 10, 13
 _BLACK = 90  # of a picture under its overlay, paler than it is so that the colours stand out
 
 _WHITE, _RED, _BLUE = (np.array(color, np.float64) for color in ((255, 255, 255), (200, 0, 0), (0, 60, 200)))
-_ORANGE, _SKY = np.array((255, 150, 90), np.float64), np.array((120, 170, 255),
-                                                               np.float64)  # half-way: even steps to the eye
+# Half-way: even steps to the eye.
+_ORANGE, _SKY = np.array((255, 150, 90), np.float64), np.array((120, 170, 255), np.float64)
 
 Pixels = npt.NDArray[np.float64]
 
@@ -38,7 +38,8 @@ def colors(pixels: Pixels, scale: float) -> Pixels:
     strength = np.clip(pixels / scale if scale > 0 else np.zeros_like(pixels), -1, 1)[..., None]
     size = np.abs(strength)
     half, full = np.where(strength >= 0, _ORANGE, _SKY), np.where(strength >= 0, _RED, _BLUE)
-    return np.asarray(np.where(size < 0.5, _WHITE + (half-_WHITE) * (2*size), half + (full-half) * (2*size - 1)))
+    pale, strong = _WHITE + (half - _WHITE) * (2 * size), half + (full - half) * (2 * size - 1)
+    return np.asarray(np.where(size < 0.5, pale, strong))
 
 
 def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:
@@ -59,8 +60,8 @@ def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:
     else:
         gray = np.asarray(picture.convert("L").resize(size, Image.Resampling.BILINEAR), np.float64)[..., None]
         opacity = np.clip(np.abs(drawn) / scale if scale > 0 else np.zeros_like(drawn), 0, 1)
-        shades = colors(np.copysign((1+opacity) / 2, drawn),
-                        1.0)  # from half-way on: the paler ones would veil the picture
+        # From half-way on: the paler colours would veil the picture.
+        shades = colors(np.copysign((1 + opacity) / 2, drawn), 1.0)
         image = (_BLACK + (255 - _BLACK) / 255 * gray) * (1 - opacity[..., None]) + shades * opacity[..., None]
     return _with_bar(Image.fromarray(np.round(image).astype(np.uint8)), scale, signed=bool((pixels < 0).any()))
 

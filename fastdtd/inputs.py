@@ -70,14 +70,13 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
             f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
             "model.preprocess returns, or pictures: paths, PIL images or uint8 arrays (H, W, 3)")
     with np.errstate(over="ignore"):
-        images: Array = library.array(given, np.float32,
-                                      order="C")  # `at` reads it later, when the caller's may be another
+        # A copy: `at` reads it later, when the caller's may be another.
+        images: Array = library.array(given, np.float32, order="C")
     if not images.size:
         return images
     planes = images.reshape(-1, shape[1] * shape[2])  # rows of which each is read by one part of a GPU
-    lowest, highest = planes.min(1).reshape(-1,
-                                            shape[0]).min(0), planes.max(1).reshape(-1,
-                                                                                    shape[0]).max(0)  # NaN where one is
+    lowest = planes.min(1).reshape(-1, shape[0]).min(0)  # NaN where one is
+    highest = planes.max(1).reshape(-1, shape[0]).max(0)
     if not (library.isfinite(lowest).all() and library.isfinite(highest).all()):
         worst = int(library.argmin(library.isfinite(images).all((1, 2, 3))))
         raise InputError(f"image {worst} holds NaN or infinity (as float32); required: finite numbers")

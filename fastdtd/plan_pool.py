@@ -69,9 +69,13 @@ class PlanPool:
     def take(self, batch: int, workers: int, observed: Sequence[str] = ()) -> Plan:
         """A plan for the caller alone, once there are threads and memory for it; who asks first gets it first."""
         schedule = self.schedule(batch, workers, observed)
+
+        def fits() -> bool:
+            return not self.used_workers or (self.used_workers + workers <= self._max_workers
+                                             and self.used_bytes + schedule.nbytes <= self.limit)
+
         with self._turn, self._change:
-            self._change.wait_for(lambda: not self.used_workers or (self.used_workers + workers <= self._max_workers and
-                                                                    self.used_bytes + schedule.nbytes <= self.limit))
+            self._change.wait_for(fits)
             self.used_bytes += schedule.nbytes
             self.used_workers += workers
             i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)

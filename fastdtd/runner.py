@@ -338,14 +338,14 @@ def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
 
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        write_header(file, explainer.context())
+        write_header(file, explainer.context)
     with open(path, "wb") as plain:
         plain.write(content.getbuffer())
         plain.flush()
-        if hasattr(os, "posix_fallocate"
-                   ):  # HDF5 does not survive a full disk: all the space it will need is taken before it writes
-            os.posix_fallocate(plain.fileno(), 0,
-                               len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _SPARE_BYTES)
+        # HDF5 does not survive a full disk: all the space it will need is taken before it writes.
+        needed = len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _SPARE_BYTES
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(plain.fileno(), 0, needed)
     with h5py.File(parts[-1], "r", locking=False) as last, h5py.File(path, "r+", locking=False) as file:
         counts = []
         for part in parts:
@@ -370,7 +370,7 @@ def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> st
     digest = hashlib.sha256(repr((target, outputs, graph.input_shape, p.color, p.resize, p.scale)).encode())
     rules = [(name, str(rule.rule)) for name, rule in explainer.rules.items()]
     digest.update(explainer.precision.encode())
-    for value in (rules, p.mean, p.std, *(graph.box or ()), *(v for layer in graph
-                                                              for v in (type(layer), *vars(layer).values()))):
+    layers = [value for layer in graph for value in (type(layer), *vars(layer).values())]
+    for value in (rules, p.mean, p.std, *(graph.box or ()), *layers):
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()

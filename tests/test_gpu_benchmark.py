@@ -162,8 +162,8 @@ def test_the_loop_of_tensor_cores_compiles():
     pytest.importorskip("cuda.bindings")
     code = (
         "import gpu; from numba import cuda; from numba.cuda.types import float32, int64; "
-        "print(cuda.compile_ptx(gpu.tensor_core_kernel(), (float32[::1], float32, float32, int64), cc=(8, "
-        "0))[0].count('mma.sync'))"
+        "ptx, _ = cuda.compile_ptx(gpu.tensor_core_kernel(), (float32[::1], float32, float32, int64), cc=(8, 0)); "
+        "print(ptx.count('mma.sync'))"
     )
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": os.path.dirname(gpu.__file__)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -67,8 +67,8 @@ def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[
     if not taps:
         rows, columns = kernels.conv2d_block_shape(*grid, 0, 0, 1)
         return Blocks(int_table([], 2), [], rows, columns, 0, 0)
-    first: dict[tuple[int, int],
-                tuple[int, int]] = {}  # taps of one remainder share a plane, which begins at the first of them
+    # Taps of one remainder share a plane, which begins at the first of them.
+    first: dict[tuple[int, int], tuple[int, int]] = {}
     for y, x in taps:
         remainder = y % stride[0], x % stride[1]
         top, left = first.get(remainder, (y, x))
@@ -82,8 +82,8 @@ def blocks_of(taps: list[tuple[int, int]], stride: tuple[int, int], grid: tuple[
     halo_rows, halo_columns = max(row for _, row, _ in shifts), max(column for _, _, column in shifts)
     rows, columns = grid
     height, width = rows + halo_rows, columns + halo_columns
-    if len(first) * height * width > len(taps) * rows * columns or (rows > 1 and 2 * width
-                                                                    > 3 * columns):  # planes would hold too much
+    hold_too_much = len(first) * height * width > len(taps) * rows * columns
+    if hold_too_much or (rows > 1 and 2 * width > 3 * columns):
         first = dict(enumerate(taps))  # type: ignore[arg-type]  # a plane for each tap
         shifts = [(i, 0, 0) for i in range(len(taps))]
         halo_rows = halo_columns = 0

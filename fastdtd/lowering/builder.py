@@ -50,8 +50,8 @@ class Builder:
     """
 
     def __init__(self, graph: Graph, assignment: Assignment, kernels: AnyDevice, weights: Mapping[str, Any],
-                 locations: Mapping[str, Location], fused: Mapping[str,
-                                                                   g.ReLU | g.Clip], batch: int, workers: int) -> None:
+                 locations: Mapping[str, Location], fused: Mapping[str, g.ReLU | g.Clip], batch: int, workers: int
+                 ) -> None:
         self.graph, self.assignment, self.kernels, self.weights = graph, assignment, kernels, weights
         self.batch, self.workers = batch, workers
         self.layer = ""  # whose steps are written down
@@ -123,8 +123,8 @@ class Builder:
 
     def mark_written(self, name: str) -> None:
         location = self._locations[name]
-        self._written.setdefault(location.root, Intervals()).add(location.offset,
-                                                              location.offset + math.prod(self.graph.shapes[name]))
+        end = location.offset + math.prod(self.graph.shapes[name])
+        self._written.setdefault(location.root, Intervals()).add(location.offset, end)
 
     def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32) -> Saved:
         """What a layer keeps for the backward pass for the term `part` of its rule, or what it absorbs (ABSORBED)."""

@@ -70,9 +70,8 @@ class Backward:
         results = kernels.conv2d_redistribute_results_elements(blocks.positions(), blocks.columns, layer.stride[1])
         b.step(kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights,
                phases=self.phases, features=self.features, groups=layer.groups, stride_h=layer.stride[0],
-               stride_w=layer.stride[1], offsets=self.offsets, bounds=self.bounds,
-               block=b.scratch("block", blocks.elements(self.copies)), results=b.scratch("results",
-                                                                                         results), splits=splits,
+               stride_w=layer.stride[1], offsets=self.offsets, bounds=self.bounds, splits=splits,
+               block=b.scratch("block", blocks.elements(self.copies)), results=b.scratch("results", results),
                **blocks.arguments())
 
 
@@ -130,8 +129,8 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: Blocked
         reads_at = np.ascontiguousarray(all_offsets[:, before:before + len(own)].ravel())
         before += len(own)
         if is_split:
-            packed, packed_offsets, packed_bounds = _pack_split(matrices, reads_at, np.ones(len(reads_at), np.int64),
-                                                                kernels)
+            signs = np.ones(len(reads_at), np.int64)
+            packed, packed_offsets, packed_bounds = _pack_split(matrices, reads_at, signs, kernels)
             offsets.append(packed_offsets.ravel())
             bounds.append(packed_bounds.ravel())
         else:

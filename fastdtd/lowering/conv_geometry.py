@@ -27,9 +27,8 @@ def backward_weights(layer: g.Conv2d, term: Term) -> Array:
     inputs of a group.
     """
     first, *second = term.v(layer.weight)
-    groups = layer.groups
-    return (first - second[0] if second else first).reshape(groups,
-                                                            len(layer.weight) // groups, layer.weight.shape[1], -1)
+    v = first - second[0] if second else first
+    return v.reshape(layer.groups, len(layer.weight) // layer.groups, layer.weight.shape[1], -1)
 
 
 def phases(layer: g.Conv2d, in_shape: Shape) -> tuple[list[Grid], list[Taps]]:
@@ -78,9 +77,8 @@ def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kern
     if term.features == codes.ONES:
         each = v[0].sum(1, dtype=np.float64)
     else:
-        low, high = (np.asarray(bound, np.float64).reshape(layer.groups, -1).repeat(outputs // layer.groups,
-                                                                                    0)[..., None, None]
-                     for bound in bounds_of(graph, layer.inputs[0]))
+        bounds = [bound.astype(np.float64).reshape(layer.groups, -1) for bound in bounds_of(graph, layer.inputs[0])]
+        low, high = (bound.repeat(outputs // layer.groups, 0)[..., None, None] for bound in bounds)
         each = (v[1] * high - v[0] * low).sum(1)
     inside = []
     for axis in (0, 1):
@@ -92,7 +90,7 @@ def constant_z(layer: g.Conv2d, term: Term, graph: Graph, in_one_row: bool, kern
     patterns, pattern = np.unique(inside[0], axis=1, return_inverse=True)
     sums = np.einsum("kix,iy->kyx", np.einsum("kij,jx->kix", each, inside[1]), patterns)
     # What rounding leaves of a z that is a difference may not be divided by.
-    z_min = np.maximum(1e-6 * np.abs(sums).max(
-        (1, 2)) if term.features == codes.BOX else 0, kernels.MIN_DENOMINATOR) * np.ones(outputs)
-    return read_only(sums.astype(np.float32)), read_only(pattern.reshape(-1).astype(np.int64)), read_only(
-        z_min.astype(np.float32))
+    rounded_off = 1e-6 * np.abs(sums).max((1, 2)) if term.features == codes.BOX else 0
+    z_min = np.maximum(rounded_off, kernels.MIN_DENOMINATOR) * np.ones(outputs)
+    pattern = pattern.reshape(-1).astype(np.int64)
+    return read_only(sums.astype(np.float32)), read_only(pattern), read_only(z_min.astype(np.float32))

@@ -87,12 +87,11 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
 def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kernels: BlockedDevice) -> Backward | None:
     """None where another algorithm is faster, or has to be taken because relevance is carried."""
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
-    if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, *
-                                                                        graph.shapes[layer.inputs[0]][1:]):
+    _, height, width = graph.shapes[layer.inputs[0]]
+    if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, height, width):
         return None
-    turned = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3,
-                                                   3)[..., ::-1, ::-1].swapaxes(1, 2)
-    packed = _pack((turned,), layer.groups, kernels)
+    v = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3, 3)
+    packed = _pack((v[..., ::-1, ::-1].swapaxes(1, 2),), layer.groups, kernels)
     return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]))
 
 
