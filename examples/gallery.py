@@ -1,7 +1,7 @@
 """Photographs by rule and by network: the pictures of docs/gallery.md.
 
 `python examples/gallery.py OUT_FOLDER PICTURE... [--model NAME=FILE]...` draws a sheet for each network: a row for each
-photograph, a column for each preset. SqueezeNet 1.1 comes along; other networks are model files.
+photograph, a column for each preset. SqueezeNet 1.1 is bundled; other networks are model files.
 """
 
 import argparse

@@ -1,9 +1,13 @@
 """fastdtd: which pixels a network's prediction comes from, by deep Taylor decomposition with compiled kernels.
 
->>> model = fastdtd.load("squeezenet1_1")
->>> explainer = fastdtd.Explainer(model)
->>> e = explainer(model.preprocess("cat.jpg"))
->>> e.relevance, e.output, e.target, e.explained, e.ledger
+>>> import fastdtd
+>>> explainer = fastdtd.Explainer(fastdtd.load("squeezenet1_1"))
+>>> e = explainer("cat.jpg")
+>>> print(e)
+Explanation of 1 image, 3x227x227
+  0  285 Egyptian cat  score ..., relevance ..., absorbed 0
+>>> e.relevance.shape
+(1, 3, 227, 227)
 """
 
 from fastdtd.errors import (

@@ -50,11 +50,11 @@ class Explainer:
         See `fastdtd.rules.assign`: "dtd" is the method as published, each layer's rule following from its input domain.
     device : str
         "cpu"; "cuda": all GPUs that CUDA shows, which share out the images of a call; "cuda:1": one of them; "auto":
-        "cuda" where that works, else "cpu". GPUs need `pip install "fastdtd[cuda]"`.
+        "cuda" where that works, else "cpu". GPUs need ``pip install "fastdtd[cuda]"``.
     threads : int or None
         None: as many as this process may use. However many callers there are, no more threads than these compute at a
         time; but with one, each call is computed by the thread that makes it. On GPUs those that read and write
-        pictures for `fastdtd.runner`.
+        pictures for ``fastdtd explain``.
     memory : str, int or None
         The most memory that activations, ratios and scratch may take (on each GPU), of all calls together and of what
         is kept for the next: a text such as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer

@@ -73,7 +73,7 @@ class Explanation:
     >>> e = fastdtd.Explainer(fastdtd.load("squeezenet1_1"))("cat.jpg")
     >>> print(e)
     Explanation of 1 image, 3x227x227
-      0  285 Egyptian cat  score 20.1, relevance 20.1, absorbed 0
+      0  285 Egyptian cat  score ..., relevance ..., absorbed 0
     >>> e.overlay().save("cat.overlay.png")
     """
 

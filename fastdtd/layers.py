@@ -124,7 +124,7 @@ def _indices(layer: str, field: str, value: Any) -> npt.NDArray[np.int32]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Conv2d(Layer):
-    """y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k].
+    """``y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k]``.
 
     weight: (K, C / groups, kernel height, kernel width); bias: (K,) or None; padding: (top, left, bottom, right), with
     zeros.
@@ -216,7 +216,7 @@ class Clip(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LeakyReLU(Layer):
-    """x = y where y > 0, else slope * y, with 0 <= slope <= 1."""
+    """``x = y`` where ``y > 0``, else ``slope * y``, with 0 <= slope <= 1."""
 
     slope: float
 
@@ -227,7 +227,7 @@ class LeakyReLU(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Power(Layer):
-    """x = |y|^exponent. A pool by the p-norm is Power(p), a convolution of ones, Power(1 / p)."""
+    """``x = |y|^exponent``. A pool by the p-norm is Power(p), a convolution of ones, Power(1 / p)."""
 
     exponent: float
 
@@ -238,7 +238,7 @@ class Power(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalResponseNorm(Layer):
-    """x[c] = y[c] / (bias + alpha / size * sum of y^2 over `size` channels around c)^beta (Krizhevsky et al. 2012).
+    """``x[c] = y[c] / (bias + alpha / size * sum of y^2 over size channels around c)^beta`` (Krizhevsky et al. 2012).
 
     The channels are those from (size - 1) // 2 before c to size // 2 after it, as far as there are any.
     within_channel: size x size pixels around each of the same channel instead, and alpha / size^2.

@@ -68,10 +68,11 @@ class Model:
     --------
     >>> import fastdtd
     >>> print(fastdtd.load("squeezenet1_1"))
-    Model: 65 layers, 1,235,496 parameters
+    Model: 64 layers, 1,235,496 parameters
       input    3x227x227, bgr, stretch; box -123 to 151
-      outputs  1000: n01440764 tench, Tinca tinca; n01443537 goldfish, Carassius auratus; ...
-      source   https://github.com/forresti/SqueezeNet
+      outputs  1000: tench; goldfish; ...
+      license  BSD-2-Clause (weights), BSD-3-Clause (class names, from torchvision); see NOTICE
+      source   SqueezeNet 1.1, Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer, arXiv:1602.0736...
     """
 
     graph: Graph

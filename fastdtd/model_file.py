@@ -61,7 +61,7 @@ def load(source: str | os.PathLike[str]) -> Model:
     Parameters
     ----------
     source : path or str
-        A file as docs/model-format.md specifies it, or the name of an embedded model, such as ``"squeezenet1_1"``.
+        A file as docs/model-format.md specifies it, or the name of a bundled model, such as ``"squeezenet1_1"``.
 
     Returns
     -------
@@ -71,6 +71,12 @@ def load(source: str | os.PathLike[str]) -> Model:
     ------
     ModelError
         What is no readable, valid model file. Damaged and hostile files included.
+
+    Examples
+    --------
+    >>> import fastdtd
+    >>> fastdtd.load("squeezenet1_1").class_name(285)
+    'Egyptian cat'
     """
     path = _locate(os.fsdecode(source))
     try:
@@ -100,6 +106,11 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
         A model that does not fit the format: weights beyond float16, names or texts that are too long.
     OutputError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> import fastdtd
+    >>> fastdtd.save(fastdtd.load("squeezenet1_1"), "net.h5", dtype="float16")
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; required: one of {', '.join(DTYPES)}")

@@ -37,7 +37,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An argument: a buffer's memory as an array (batch, *shape). Its views may differ in shape and type."""
+    """An argument: a buffer's memory as an array ``(batch, *shape)``. Its views may differ in shape and type."""
 
     buffer: int  # index into Schedule.buffers
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One kernel call: kernel(*arguments, first unit, last unit), its units divided among the workers.
+    """One kernel call: ``kernel(*arguments, first unit, last unit)``, its units divided among the workers.
 
     arguments : View, Scratch, State, a constant array, int, float or bool
     layer : which layer it belongs to
@@ -108,7 +108,7 @@ class Schedule:
         What the caller writes before the forward pass, reads after it, writes before the backward pass and reads after
         it.
     starts_with_relevance : bool
-        Whether `start` takes relevance R, or the factor c of R = |score| c.
+        Whether `start` takes relevance R, or the factor c of ``R = |score| c``.
     ledger_layers : tuple of str
         The layer of each column of the ledger.
     """

@@ -73,10 +73,11 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
 
     Examples
     --------
-    >>> model = convert("deploy.prototxt", "net.caffemodel", color="bgr", mean=(104, 117, 123),
-    ...                 box=[(-104, 151), (-117, 138), (-123, 132)], labels="names.txt")
+    >>> import fastdtd
+    >>> model = fastdtd.convert("net.onnx", scale=1 / 255, box=(0, 1), labels="names.txt")
     >>> fastdtd.save(model, "net.h5")
-    >>> model = convert("net.keras", box=(0, 255))
+    >>> fastdtd.convert("deploy.prototxt", "net.caffemodel", color="bgr", mean=(104, 117, 123),
+    ...                 box=[(-104, 151), (-117, 138), (-123, 132)])  # doctest: +SKIP
     """
     source = opened(source, weights) if not isinstance(source, TorchSource) else source
     size = _checked_size(size)
@@ -121,9 +122,9 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
 
     Examples
     --------
-    >>> module = torchvision.models.resnet18(weights="DEFAULT")
-    >>> model = from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255,
-    ...                    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    >>> module = torchvision.models.resnet18(weights="DEFAULT")  # doctest: +SKIP
+    >>> model = fastdtd.from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255,
+    ...                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # doctest: +SKIP
     """
     pytorch, name = pytorch_reader(), type(module).__name__
     return _model(name, lambda: (pytorch.parse(module, example), {"source": name}), box, color, labels, resize=resize,

@@ -33,7 +33,7 @@ class Blocks:
     halo_columns: int
 
     def offsets(self, copies: int) -> npt.NDArray[np.int32]:
-        """Of each row of the product, (copies, taps) one after the other, in scratch of that many copies of all planes."""
+        """Of each row of the product, (copies, taps) one after the other, in scratch of so many copies of planes."""
         width = self.columns + self.halo_columns
         size = (self.rows + self.halo_rows) * width
         taps = np.array([plane * size + row * width + column for plane, row, column in self.shifts], np.int64)

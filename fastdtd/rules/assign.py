@@ -40,16 +40,19 @@ _NORM_FORMULAS = {"identity": codes.NORM_IDENTITY, "taylor": codes.NORM_TAYLOR, 
 class Assignment:
     """The rules of a network's layers, and what follows from them.
 
-    rules : of each layer that redistributes, by name. Layers that only pass relevance on (ReLU, concatenation) have
-        none.
-    carriers : tensors that carry relevance R in the backward pass, not its factor c in R = |a| c: the input, what a
-        rule
+    Attributes
+    ----------
+    rules : mapping of str to LayerRule
+        Of each layer that redistributes, by name. Layers that only pass relevance on (ReLU, concatenation) have none.
+    carriers : frozenset of str
+        Tensors that carry relevance R in the backward pass, not its factor c in ``R = |a| c``: the input, what a rule
         with features of its own reads, and what is joined to such a tensor by layers that only pass relevance on; all
         where derivatives are computed.
-    absorbers : layers that may keep relevance from going on, in order: those that redistribute by a rule, and zeros of
-        a
+    absorbers : tuple of str
+        Layers that may keep relevance from going on, in order: those that redistribute by a rule, and zeros of a
         rearrangement.
-    derivative : "gradient", "gradient*input" or "sensitivity" where relevance is not redistributed, else None
+    derivative : str or None
+        "gradient", "gradient*input" or "sensitivity" where relevance is not redistributed.
     """
 
     rules: Mapping[str, LayerRule]

@@ -232,7 +232,8 @@ class LayerRule:
         Products of the backward pass, each with a ratio of its own; none for what is no product (the winner of a
         window).
     formula : int or None
-        How the ratios follow from the layer's sums (fastdtd.kernels.codes). None: one ratio, |x| / z, z the sum of u V.
+        How the ratios follow from the layer's sums (fastdtd.kernels.codes). None: one ratio, ``|x| / z``, z the sum of
+        u V.
     """
 
     rule: Rule

@@ -8,7 +8,8 @@ import pytest
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+TABLES_FILE, README = ROOT / "docs" / "networks.md", ROOT / "README.md"
 TABLES = {
     "networks": """\
 | network | from | scores | conserved | zennit | absorbed |
@@ -19,22 +20,34 @@ TABLES = {
 | --- | --- | ---: |
 """,
 }
+HEADLINE = [
+    "VGG-16", "ResNet-50", "DenseNet-121", "MobileNet v2", "Inception v3", "EfficientNet-Lite0, trained",
+    "SqueezeNet 1.1, trained", "ResNet-20 (CIFAR-10), trained", "LeNet (MNIST), trained", "cifar10_full, LRN, trained"
+]  # the networks that README.md has
 _rows = pytest.StashKey()
 
 
 def marks(table):
-    """What is before and behind a table in README.md."""
+    """What is before and after a table."""
     return f"<!-- table of {table}, by tests/peers -->\n", f"<!-- end of {table} -->"
 
 
-def table_in_readme(table):
+def table_in(path, table):
+    """The lines of a table in docs/networks.md or README.md."""
     begin, end = marks(table)
-    return README.read_text().partition(begin)[2].partition(end)[0]
+    return path.read_text().partition(begin)[2].partition(end)[0]
+
+
+def write_table(path, table, rows):
+    begin, end = marks(table)
+    before, _, rest = path.read_text().partition(begin)
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    path.write_text(before + begin + TABLES[table] + lines + end + rest.partition(end)[2])
 
 
 def pytest_addoption(parser):
     parser.addoption("--readme", action="store_true",
-                     help="write README.md's tables of networks and presets from what the tests found")
+                     help="write docs/networks.md's tables, and README.md's, from what the tests found")
 
 
 def pytest_configure(config):
@@ -43,14 +56,16 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def rows(request):
-    """Of the tables of README.md; a test adds its own."""
+    """Of the tables of docs/networks.md; a test adds its own."""
     return request.config.stash[_rows]
 
 
 def pytest_sessionfinish(session, exitstatus):
-    for table, rows in session.config.stash[_rows].items():
-        if session.config.getoption("--readme") and rows and exitstatus == 0:
-            begin, end = marks(table)
-            before, _, rest = README.read_text().partition(begin)
-            lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-            README.write_text(before + begin + TABLES[table] + lines + end + rest.partition(end)[2])
+    found = session.config.stash[_rows]
+    if not session.config.getoption("--readme") or exitstatus != 0:
+        return
+    for table, rows in found.items():
+        if rows:
+            write_table(TABLES_FILE, table, rows)
+    if found["networks"]:
+        write_table(README, "networks", [row for row in found["networks"] if row[0] in HEADLINE])

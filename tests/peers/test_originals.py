@@ -8,7 +8,7 @@ import test_presets
 import torch
 from captum.attr import LRP
 from captum.attr._utils.lrp_rules import EpsilonRule
-from conftest import TABLES, table_in_readme
+from conftest import TABLES, TABLES_FILE, table_in
 from graphs import graphs, pictures
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
@@ -153,8 +153,8 @@ def test_derivatives(graph):
     assert not e.absorbed.any()
 
 
-def test_the_table_in_the_readme_is_of_these_presets():
-    table = table_in_readme("presets")
+def test_the_table_is_of_these_presets():
+    table = table_in(TABLES_FILE, "presets")
     assert table.startswith(TABLES["presets"])
     names = [line.split("|")[1].strip(" `") for line in table.splitlines()[2:]]
     assert names == [

