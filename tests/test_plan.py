@@ -244,3 +244,31 @@ def test_more_memory_than_there_is(monkeypatch):
     monkeypatch.setattr(np, "empty", refuse)
     with pytest.raises(InputError, match=r"the network needs 0\.0 GiB for 5 images at a time, more than there is"):
         Plan(schedule, cpu)
+
+
+# ---- Signed relevance through Winograd's tiles -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["z+", "epsilon(epsilon=0.1)", "gamma(epsilon=0.1)", "alpha-beta(epsilon=0.1)"])
+def test_negative_relevance_passes_through_winograd(rule):
+    """What comes back to a 3x3 layer may be negative: it is kept, where nothing else is that could hide a clamp."""
+    random = np.random.default_rng(3)
+    first = g.Conv2d("first", (g.INPUT,), random.standard_normal((8, 2, 3, 3)), padding=(1,) * 4)
+    middle = g.Conv2d("middle", ("first/relu",), random.standard_normal((16, 8, 3, 3)) / 6, padding=(1,) * 4)
+    head = g.Dense("scores", ("flat",), random.standard_normal((3, 16 * 13 * 12)) / 9, [20.0, 0, 0])
+    graph = g.Graph((first, g.ReLU("first/relu", ("first",)), middle, g.ReLU("middle/relu", ("middle",)),
+                     g.Flatten("flat", ("middle/relu",)), head), (2, 13, 12), (-1.0, 1.0))
+    assigned = assign(graph, {"scores": rule})
+    assert assigned.signed == (frozenset() if rule == "z+" else frozenset(graph.shapes) - {"scores"})
+    plan, batch = plan_of(graph, {"scores": rule}, batch=2), pictures(graph, 2, seed=1)
+    assert "winograd2d_redistribute" in [step.name for step in plan.schedule.steps if step.layer == "middle"]
+    scores, relevance, ledger = run(plan, batch)
+    assert (scores[:, 0] > 0).all()
+    assert (relevance.min() < 0) == (rule != "z+")
+    rules = {name: layer_rule.rule for name, layer_rule in assigned.rules.items()}
+    for i in range(2):
+        expected, _, absorbed = naive.explain(graph, batch[i], 0, rules)
+        np.testing.assert_allclose(relevance[i], expected, atol=2e-5 * np.abs(expected).max())
+        total, size = relevance[i].sum(dtype=np.float64) + ledger[i].sum(), float(np.abs(relevance[i]).sum())
+        assert total == pytest.approx(max(float(scores[i, 0]), 0), rel=1e-4, abs=1e-5 * size)
+        np.testing.assert_allclose(ledger[i], list(absorbed.values())[::-1], atol=2e-5 * np.abs(expected).sum())

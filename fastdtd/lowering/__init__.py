@@ -95,8 +95,7 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
         rule = assignment.rules.get(layer.name)
         match layer:
             case g.Conv2d() if rule:
-                carries = layer.inputs[0] in assignment.carriers
-                weights[layer.name] = convolution.pack(layer, graph, rule, carries, kernels, precision)
+                weights[layer.name] = convolution.pack(layer, graph, assignment, kernels, precision)
             case g.Dense() if rule:
                 weights[layer.name] = dense.pack(layer, rule, kernels)
             case g.Rearrange():

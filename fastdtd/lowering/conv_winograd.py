@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +62,14 @@ class Forward(_Winograd):
 class Backward(_Winograd):
     """For one term of a layer's rule."""
 
+    c_min: float  # of what comes back
+
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         channels, height, width = b.graph.shapes[source]
         units, own = self._arguments(b, height, width)
         del own["seen"]
         b.step(b.blocked_kernels.winograd2d_redistribute, units, **{name: arguments[name] for name in _BACKWARD},
-               packed=self.weights[0], inputs=channels, **own)
+               packed=self.weights[0], inputs=channels, c_min=self.c_min, **own)
 
 
 def suits(layer: g.Conv2d, term: Term) -> bool:
@@ -84,15 +87,20 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     return Forward(packed, channels, layer.groups, 2, layer.padding[:2], read_only(weight))
 
 
-def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kernels: BlockedDevice) -> Backward | None:
-    """None where another algorithm is faster, or has to be taken because relevance is carried."""
+def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, signed: bool,
+                  kernels: BlockedDevice) -> Backward | None:
+    """None where another algorithm is faster, or has to be taken because relevance is carried.
+
+    signed: whether the outputs' relevance can be negative.
+    """
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     _, height, width = graph.shapes[layer.inputs[0]]
     if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, height, width):
         return None
     v = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3, 3)
     packed = _pack((v[..., ::-1, ::-1].swapaxes(1, 2),), layer.groups, kernels)
-    return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]))
+    return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]),
+                    -math.inf if signed else 0.0)
 
 
 def _pack(weights: tuple[Array, ...], groups: int, kernels: BlockedDevice) -> Array:

@@ -13,7 +13,7 @@ from fastdtd.graph import Graph
 from fastdtd.lowering import conv_direct, conv_implicit, conv_winograd, linear
 from fastdtd.lowering.builder import Builder
 from fastdtd.protocols import AnyDevice
-from fastdtd.rules import LayerRule, Term
+from fastdtd.rules import Assignment, Term
 
 Forward = conv_direct.Forward | conv_implicit.Forward | conv_winograd.Forward
 Backward = conv_direct.Backward | conv_implicit.Backward | conv_winograd.Backward
@@ -27,8 +27,10 @@ class Packed:
     backward: list[Backward | None]  # None: a search direction, whose kernels read the weights themselves
 
 
-def pack(layer: g.Conv2d, graph: Graph, rule: LayerRule, carries: bool, kernels: AnyDevice, precision: int) -> Packed:
-    """carries: whether the layer's input carries relevance. precision: of products on tensor cores."""
+def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int) -> Packed:
+    """precision: of products on tensor cores, where there are any."""
+    rule, carries = assignment.rules[layer.name], layer.inputs[0] in assignment.carriers
+
     def forward(term: Term) -> Forward:
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_forward(layer, term, graph, kernels, precision)
@@ -40,7 +42,8 @@ def pack(layer: g.Conv2d, graph: Graph, rule: LayerRule, carries: bool, kernels:
             return None
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_backward(layer, term, graph, kernels, precision)
-        return (conv_winograd.pack_backward(layer, term, graph, carries, kernels)
+        signed = layer.name in assignment.signed
+        return (conv_winograd.pack_backward(layer, term, graph, carries, signed, kernels)
                 or conv_direct.pack_backward(layer, term, graph.shapes[layer.inputs[0]], kernels))
 
     return Packed([forward(term) for term in rule.sums], [backward(term) for term in rule.terms])

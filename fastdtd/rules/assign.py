@@ -48,6 +48,8 @@ class Assignment:
         Tensors that carry relevance R in the backward pass, not its factor c in ``R = |a| c``: the input, what a rule
         with features of its own reads, and what is joined to such a tensor by layers that only pass relevance on; all
         where derivatives are computed.
+    signed : frozenset of str
+        Tensors whose relevance can be negative, because of the rule of a layer that they lead to.
     absorbers : tuple of str
         Layers that may keep relevance from going on, in order: those that redistribute by a rule, and zeros of a
         rearrangement.
@@ -57,6 +59,7 @@ class Assignment:
 
     rules: Mapping[str, LayerRule]
     carriers: frozenset[str]
+    signed: frozenset[str]
     absorbers: tuple[str, ...]
     derivative: str | None
 
@@ -99,7 +102,7 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
                 for layer in graph if layer.name in chosen}
     carriers = set(graph.shapes) if derivative else _carriers(graph, assigned)
     absorbers = tuple(layer.name for layer in graph if _absorbs(layer, assigned.get(layer.name), derivative))
-    return Assignment(assigned, frozenset(carriers), absorbers, derivative)
+    return Assignment(assigned, frozenset(carriers), _signed(graph, assigned), absorbers, derivative)
 
 
 def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
@@ -246,6 +249,15 @@ def _signed_carriers(graph: Graph, rules: dict[str, Rule]) -> set[str]:
         if passes_on:
             signed.update(layer.inputs)
     return {name for name in signed if not graph.domains[name].nonnegative}
+
+
+def _signed(graph: Graph, rules: dict[str, LayerRule]) -> frozenset[str]:
+    signed: set[str] = set()
+    for layer in reversed(graph.layers):
+        rule = rules.get(layer.name)
+        if layer.name in signed or (rule is not None and rule.makes_negative):
+            signed.update(layer.inputs)
+    return frozenset(signed)
 
 
 def _absorbs(layer: Layer, rule: LayerRule | None, derivative: str | None) -> bool:

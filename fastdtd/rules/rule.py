@@ -266,6 +266,14 @@ class LayerRule:
                 or any(term.features in (codes.BOX, codes.ONES) for term in self.terms))
 
     @property
+    def makes_negative(self) -> bool:
+        """Whether the layer's input may get negative relevance of positive."""
+        if self.formula == codes.ALPHA_BETA:
+            return self.rule.beta > 0
+        return self.formula in (codes.EPSILON, codes.GAMMA, codes.DIRECTION, codes.GRADIENT, codes.NORM_TAYLOR,
+                                codes.NORM_GRADIENT)
+
+    @property
     def retains(self) -> bool:
         """Whether a stabiliser or a bias may keep relevance."""
         return self.formula in (codes.EPSILON, codes.GAMMA, codes.ALPHA_BETA, codes.DIRECTION, codes.NORM_TAYLOR)

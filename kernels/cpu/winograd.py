@@ -38,6 +38,7 @@ from fastdtd.kernels.cpu.vector_code import (
     load_vector,
     pick,
     pointers,
+    splat,
     store_vector,
 )
 from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
@@ -197,18 +198,19 @@ def _interleave(builder, four):
 
 
 @intrinsic
-def _output_tiles(typing_context, stage, sums, stride):
-    """stage (4, 4 LANES) <- the outputs of LANES tiles from sums (36, LANES, `stride` floats apart), no less than 0."""
+def _output_tiles(typing_context, stage, sums, stride, c_min):
+    """stage (4, 4 LANES) <- outputs of LANES tiles, at least c_min, from sums (36, LANES, `stride` floats apart)."""
     def codegen(context, builder, signature, arguments):
         p_stage, p_sums = pointers(builder, arguments[:2], F32, F32)
+        lowest = splat(builder, arguments[3])
         for i, line in enumerate(_outputs(builder, p_sums, arguments[2])):
             outputs = _transform_output(builder, line)
-            outputs = [builder.select(builder.fcmp_ordered("<", value, ZEROS), ZEROS, value) for value in outputs]
+            outputs = [builder.select(builder.fcmp_ordered("<", value, lowest), lowest, value) for value in outputs]
             for j, vector in enumerate(_interleave(builder, outputs)):
                 store_vector(builder, vector, p_stage, integer((4 * i + j) * LANES))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 3), codegen
+    return types.void(*[types.intp] * 3, types.float32), codegen
 
 
 @intrinsic
@@ -466,11 +468,12 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
 @kernel
 def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums, stage,
                             c_in_channel, c_channel, inputs, groups, pad_top, pad_left, block, panels_at_once, splits,
-                            accumulate, first, last):
+                            c_min, accumulate, first, last):
     """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
 
     packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_pack from V^T, taps turned round, for K outputs of a
-    group; offsets (K,) are k * block; pad_top and pad_left are those of that convolution: 2 less the layer's own.
+    group; offsets (K,) are k * block; pad_top and pad_left are those of that convolution: 2 less the layer's own. What
+    comes back is at least c_min: 0 where no relevance is negative, so that rounding makes none, else -infinity.
     """
     outputs, height, across = ratio.shape[1] // groups, c_in.shape[2], c_in.shape[3]
     per_group = inputs // groups
@@ -494,7 +497,7 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
                              points_stride, offsets.ctypes.data, outputs, block, count)
             for i in range(min(panel_count * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 for t in range(0, count, LANES):
-                    _output_tiles(p_stage, p_sums + 4 * (i * block + t), sums_stride)
+                    _output_tiles(p_stage, p_sums + 4 * (i * block + t), sums_stride, c_min)
                     _store_tiles(c_in.ctypes.data, p_stage, c_in.shape[1],
                                  c_in_channel + g * per_group + panel * TILE_ROWS + i, height, across, tile + t,
                                  min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
