@@ -49,7 +49,7 @@ MAX_CLASSES = 1_000_000
 MAX_CLASSES_BYTES = 2**26  # all class names together
 
 MODELS = Path(__file__).parent / "models"
-_EMBEDDED_SUFFIX = ".h5"
+_BUNDLED_SUFFIX = ".h5"
 _LAYER_NAMES = {cls: name for name, cls in LAYER_TYPES.items()}
 _RANKS = {(Conv2d, "weight"): 4, (Dense, "weight"): 2, (Rearrange, "index"): 3}  # every other array is a vector
 _REQUIRED = "an undamaged fastdtd model file (fastdtd.convert makes one from other formats)"
@@ -133,17 +133,17 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
 def _locate(source: str) -> Path:
     if os.path.isfile(source):
         return Path(source)
-    embedded = MODELS / (source + _EMBEDDED_SUFFIX)
+    bundled = MODELS / (source + _BUNDLED_SUFFIX)
     is_bare = Path(source).name == source and not Path(source).suffix
-    if is_bare and os.path.isfile(embedded):
-        return embedded
+    if is_bare and os.path.isfile(bundled):
+        return bundled
     if os.path.exists(source):
         what = "a directory" if os.path.isdir(source) else "no regular file"
         raise ModelError(f"model file {source!r} is {what}; required: a model file")
-    names = ", ".join(sorted(p.stem for p in MODELS.glob("*" + _EMBEDDED_SUFFIX))) or "none"
+    names = ", ".join(sorted(p.stem for p in MODELS.glob("*" + _BUNDLED_SUFFIX))) or "none"
     raise ModelError(
-        f"model file {source!r} does not exist; required: the path of a model file or the name of an embedded model "
-        f"(embedded: {names})")
+        f"model file {source!r} does not exist; required: the path of a model file or the name of a bundled model "
+        f"(bundled: {names})")
 
 
 def _read(source: Path | io.BytesIO) -> Model:

@@ -149,12 +149,12 @@ def test_same_model_same_bytes(model, path, tmp_path):
     assert path.read_bytes() == (tmp_path / "later.h5").read_bytes()
 
 
-def test_embedded_model(model, path, tmp_path, monkeypatch):
+def test_bundled_model(model, path, tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "MODELS", tmp_path)
     save(model, tmp_path / "tiny.h5")
     assert_same_layers(load("tiny").graph, model.graph)
     for name in ("tinny", "sub/tiny", "tiny.onnx"):
-        with pytest.raises(ModelError, match=rf"'{name}' does not exist; required: the path .* \(embedded: tiny\)"):
+        with pytest.raises(ModelError, match=rf"'{name}' does not exist; required: the path .* \(bundled: tiny\)"):
             load(name)
 
 

@@ -46,11 +46,11 @@ def test_squeezenet_from_caffe_explains_the_same(data, squeezenet, batch):
     assert (one.relevance == other.relevance).all()
 
 
-def test_the_embedded_network_is_squeezenet_in_half_precision(squeezenet, batch):
-    embedded = fastdtd.Explainer(fastdtd.load("squeezenet1_1"))(batch)
+def test_the_bundled_network_is_squeezenet_in_half_precision(squeezenet, batch):
+    bundled = fastdtd.Explainer(fastdtd.load("squeezenet1_1"))(batch)
     exact = fastdtd.Explainer(squeezenet)(batch)
-    assert (embedded.target == exact.target).all()
-    assert np.abs(embedded.output - exact.output).max() <= 2e-3 * np.abs(exact.output).max()
+    assert (bundled.target == exact.target).all()
+    assert np.abs(bundled.output - exact.output).max() <= 2e-3 * np.abs(exact.output).max()
 
 
 def test_lenet_on_ten_thousand_digits(data):
