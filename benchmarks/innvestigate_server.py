@@ -4,7 +4,7 @@ iNNvestigate's own environment, which needs an older NumPy and TensorFlow.
     .venv-innvestigate/bin/python benchmarks/innvestigate_server.py net.h5 pictures.npy class threads relevance.npy
 
 Writes the relevance of the pictures (N, C, H, W), prints "ready", and then for each line on standard input explains
-them once more and prints a line. It knows layers one behind the other: convolutions without groups, ReLU, max-pools,
+them once more and prints a line. It knows layers one after the other: convolutions without groups, ReLU, max-pools,
 flatten, dense.
 """
 
@@ -58,7 +58,7 @@ def keras_layer(layer, x):
     elif kind == "max_pool2d" and not any(setting("padding", 4, 0)) and setting("ceil_mode", 1, 0) == [0]:
         return k.MaxPooling2D(setting("kernel", 2), setting("stride", 2, 1))(x), None
     elif kind == "flatten":
-        return k.Flatten()(k.Permute((3, 1, 2))(x)), None  # channels first, as the weights behind it are
+        return k.Flatten()(k.Permute((3, 1, 2))(x)), None  # channels first, as the weights after it are
     else:
         raise ValueError(f"{kind} is nothing that is compared here")
     return made(x), made

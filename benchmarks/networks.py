@@ -10,7 +10,7 @@ from fastdtd import graph as g
 
 
 class _Builder:
-    """Adds layers one behind the other; each method returns the name of the tensor that it makes."""
+    """Adds layers one after the other; each method returns the name of the tensor that it makes."""
 
     def __init__(self, channels, size, seed):
         self.layers, self.input_shape = [], (channels, size, size)
@@ -109,7 +109,7 @@ def mobilenet():
 
 
 def alexnet(norm=False):
-    """Krizhevsky et al. 2012, in two groups, as Caffe has it (normalised behind the pools)."""
+    """Krizhevsky et al. 2012, in two groups, as Caffe has it (normalised after the pools)."""
     b = _Builder(3, 227, 4)
     x = b.norm(b.pool(b.conv(g.INPUT, 96, 11, stride=4), 3, 2), norm)
     x = b.norm(b.pool(b.conv(x, 256, 5, padding=2, groups=2), 3, 2), norm)
@@ -147,10 +147,10 @@ def googlenet(norm=False):
         if block is None:
             x = b.pool(x, 3, 2, ceil_mode=True)
             continue
-        one, reduce3, three, reduce5, five, behind_pool = block
+        one, reduce3, three, reduce5, five, after_pool = block
         x = b.concat(b.conv(x, one, 1), b.conv(b.conv(x, reduce3, 1), three, 3, padding=1),
                      b.conv(b.conv(x, reduce5, 1), five, 5, padding=2),
-                     b.conv(b.pool(x, 3, 1, padding=1), behind_pool, 1))
+                     b.conv(b.pool(x, 3, 1, padding=1), after_pool, 1))
     b.dense(b.flatten(b.average(x)), 1024, 1000, relu=False)
     return b.graph()
 

@@ -66,17 +66,17 @@ def print_kernels(steps, times, top, rate):
         print(f"  {name:26} {count:4} steps {seconds * 1e3:9.3f} ms, floor {floor * 1e3:8.3f} ms{rate_text}")
 
 
-def print_shares(shares):
+def print_fractions(fractions):
     """What the convolutions of 64 channels or more, in and out, reach of the ceiling."""
     print(
-        "\nshare of the ceiling, convolutions from 64 channels or more to as many: least, lower quarter, median, most, "
+        "\nshare of the ceiling, convolutions from 64 channels or more to as many: min, lower quarter, median, max, "
         "how many reach 0.8")
-    for name, own in sorted(shares.items()):
+    for name, own in sorted(fractions.items()):
         own.sort()
         print(
             f"  {name:26} {len(own):4} layers {own[0]:.2f} {own[len(own) // 4]:.2f} {statistics.median(own):.2f} "
             f"{own[-1]:.2f} "
-            f"{sum(share >= 0.8 for share in own):4}")
+            f"{sum(fraction >= 0.8 for fraction in own):4}")
 
 
 def main():
@@ -89,7 +89,7 @@ def main():
     options = parser.parse_args()
     top, rate = ceiling(), copy_rate()
     print(f"ceiling of the tile product {top / 1e9:.0f} GFLOP/s, copying {rate / 1e9:.1f} GB/s (read and written)")
-    shares = defaultdict(list)
+    fractions = defaultdict(list)
     for name in options.nets or NETWORKS:
         steps = Steps(name, options.batch)
         times = measure(steps, options.rounds)
@@ -101,9 +101,9 @@ def main():
             layer, operations = steps.layer(step), steps.operations(step)
             if isinstance(layer, Conv2d) and operations and min(layer.weight.shape[1],
                                                                 len(layer.weight) // layer.groups) >= 64:
-                shares[steps.kernel(step)].append(operations / seconds / top)
-    if shares:
-        print_shares(shares)
+                fractions[steps.kernel(step)].append(operations / seconds / top)
+    if fractions:
+        print_fractions(fractions)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def with_norms(layers, picture):
                 tensors[layer.name] = source[0] + source[1]
                 continue
             alone = type(layer)(**{**vars(layer), "inputs": (g.INPUT,)})
-            behind = (g.Flatten("made flat", (layer.name,)),)
-            one = naive.forward(g.Graph((alone, *behind), shapes[layer.inputs[0]]),
+            after = (g.Flatten("made flat", (layer.name,)),)
+            one = naive.forward(g.Graph((alone, *after), shapes[layer.inputs[0]]),
                                 source[0].reshape(shapes[layer.inputs[0]]))
             tensors[layer.name] = one[layer.name]
     return tensors
@@ -116,7 +116,7 @@ GROUPED = g.Conv2d("conv2", ("norm",), RNG.standard_normal((3, 1, 1, 1)), RNG.st
     ([conv(), g.ReLU("relu", ("conv", )),
       norm("norm", "relu"), PADDED,
       g.ReLU("end", ("conv2", ))], ["Conv2d", "ReLU", "Conv2d", "Conv2d", "ReLU"
-                                    ]),  # what is padded behind it is zero, not the shift
+                                    ]),  # what is padded after it is zero, not the shift
     ([conv(), g.ReLU("relu", ("conv", )),
       norm("norm", "relu"), GROUPED,
       g.ReLU("end", ("conv2", ))], ["Conv2d", "ReLU", "Conv2d", "ReLU"]),

@@ -21,7 +21,7 @@ def network(box=None):
 
 
 def pools(box):
-    """Pools and an addition straight at the input, and a layer behind them."""
+    """Pools and an addition straight at the input, and a layer after them."""
     layers = (g.MaxPool2d("max", (g.INPUT, ), (2, 2)), g.AveragePool2d("average", (g.INPUT, ),
                                                                        (2, 2)), g.Add("sum", ("max", "average")),
               g.GlobalAveragePool("mean", ("sum", )), g.Dense("scores", ("mean", ), np.ones((3, 2))))
@@ -46,7 +46,7 @@ def test_features_follow_the_domain():
     assigned = assign(network((0, 1)), {"max": "proportional"}).rules
     features = {name: rule.terms[0].features for name, rule in assigned.items()}
     signed = dict.fromkeys(("max", "average", "sum", "mean", "scores"),
-                           codes.SIGNED)  # nothing but conv1 is behind a ReLU
+                           codes.SIGNED)  # nothing but conv1 is after a ReLU
     assert features == {"conv1": codes.BOX, "conv[2]": codes.NONNEGATIVE, **signed}
     assert assign(network()).rules["max"].terms == ()
     for rules, box, expected in [({"max": "proportional"}, (0, 1), codes.BOX),
@@ -124,13 +124,13 @@ def test_weights_of_terms():
     weight = np.array([[2, -3]], np.float32)
     graph = g.Graph((g.Dense("first", (g.INPUT,), weight),), (2, 1, 1), (0, 1))
 
-    def shares(rule):
-        return [v.tolist() for v in assign(graph, {"first": rule}).rules["first"].terms[0].v(weight)]
+    def v(rule):
+        return [weights.tolist() for weights in assign(graph, {"first": rule}).rules["first"].terms[0].v(weight)]
 
-    assert shares("z+") == [[[2, 0]]]
-    assert shares("zB") == [[[2, 0]], [[0, 3]]]
-    assert shares("w2") == [[[4, 9]]]
-    assert shares("flat") == [[[1, 1]]]
+    assert v("z+") == [[[2, 0]]]
+    assert v("zB") == [[[2, 0]], [[0, 3]]]
+    assert v("w2") == [[[4, 9]]]
+    assert v("flat") == [[[1, 1]]]
     signed = assign(network()).rules["scores"]
     assert [v.tolist() for v in signed.terms[0].v(weight)] == [[[2, 0]], [[0, 3]]]
     with pytest.raises(RuleError, match="a weight of 3e\\+15 is too large to be squared in float32; use 'flat' here"):
