@@ -152,3 +152,25 @@ def test_negative_outputs_have_ratios_of_their_own_where_they_can_have_relevance
     signed = {name for name, formula in formulas.items() if formula == codes.SIGNS}
     assert signed == {"conv[2]", "average", "sum", "mean"}
     assert formulas["scores"] is None
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"name": "lrp"}, "rule 'lrp' is unknown; required: one of z"),
+    ({"name": "direction"}, "rule 'direction' is unknown"),
+    ({"name": "z+", "direction": lambda a, w: w}, "rule 'z.' has a direction; required: search_direction"),
+    ({"name": "flat", "epsilon": 0.5}, "rule 'flat' has a parameter 'epsilon'; required: none"),
+    ({"name": "epsilon", "alpha": 2}, "rule 'epsilon' has a parameter 'alpha'; required: epsilon or bias"),
+    ({"name": "epsilon", "epsilon": -1}, "has epsilon -1; required: a number from 0 to"),
+    ({"name": "epsilon", "epsilon": None, "bias": "kept"}, "has bias 'kept'; required: one of ignored"),
+    ({"name": "epsilon", "epsilon": [1]}, "has epsilon .1.; required: a number"),
+])
+def test_rules_that_cannot_be_made(arguments, message):
+    with pytest.raises(RuleError, match=message):
+        Rule(**arguments)
+
+
+def test_a_rule_has_its_defaults():
+    assert Rule("epsilon") == Rule.parse("epsilon") == Rule("epsilon", epsilon=1e-6, bias="absorbed")
+    assert Rule("gamma", gamma=2) == Rule.parse("gamma(gamma=2)")
+    assert repr(Rule("epsilon", epsilon=0.25)) == "Rule('epsilon(epsilon=0.25)')"
+    assert names(network(), {"scores": Rule("epsilon", epsilon=0.25)})["scores"] == "epsilon"

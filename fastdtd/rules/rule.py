@@ -92,6 +92,8 @@ class Rule:
     direction: Callable[..., float] | None = None
 
     def __post_init__(self) -> None:
+        if self.direction is not None and self.name != "direction":
+            raise RuleError(f"rule {self.name!r} has a direction; required: search_direction(function), a rule")
         if self.direction is None and self.name not in _NAMES:
             raise RuleError(
                 f"rule {self.name!r} is unknown; required: one of {', '.join(_NAMES)}, with parameters as in "
