@@ -1,13 +1,14 @@
 """The oracle: deep Taylor decomposition in plain NumPy, float64, written from the formulas and for reading, not for
 speed.
 
-Every layer that sums is one dense matrix W from all its inputs to all its outputs, so each rule is written once, as in
-the papers:
+Every layer that sums is one matrix W from all its inputs to all its outputs, so each rule is written once, as in the
+papers:
 
     R_i = sum over j of  u_i V_ij / (sum over i' of u_i' V_i'j)  R_j
 
-with the features u and weights V of docs/method.md. It works on relevance R itself, never on factors c = R / x, on one
-picture at a time. Nothing here is shared with the package but the layers' fields.
+with the features u and weights V of docs/method.md. Of a row of W only the entries that exist are kept (an output of a
+convolution reads few of its inputs). It works on relevance R itself, never on factors c = R / x, on one image at a
+time. Nothing here is shared with the package but the layers' fields.
 """
 
 import functools
@@ -17,76 +18,88 @@ import numpy as np
 
 from fastdtd import graph as g
 
-TIE = 1e-9  # equal numbers whose sums were rounded in another order are still equal: the first of them wins
+TIE = 1e-9  # equal values whose sums were rounded in another order are still equal: the first of them wins
+
+
+# ---- Layers as matrices ----------------------------------------------------------------------------------------------
 
 
 def matrix(layer, shapes):
-    """(weights, connected), each (outputs, inputs): the layer as one matrix, and which entries exist (a weight may be
-    zero). Kept for the next image: layers are values.
+    """(weights, sources), each (outputs, terms): what every output sums over, in the order of the inputs.
+
+    sources: indices of the flat inputs, one after the other, or -1 where an output has less terms than others, with a
+    weight of 0. A weight may be zero anywhere. Kept for the next image: layers are values.
     """
     return _matrix(layer, tuple(shapes))
 
 
 @functools.lru_cache(maxsize=6)
 def _matrix(layer, shapes):
+    elements = int(np.prod(shapes[0]))
     match layer:
         case g.Dense():
-            return layer.weight.astype(float), np.ones(layer.weight.shape)
+            return layer.weight.astype(float), np.broadcast_to(np.arange(elements), layer.weight.shape)
         case g.Conv2d():
             return convolution_matrix(layer, shapes[0])
         case g.Add():
-            eye = np.eye(int(np.prod(shapes[0])))
-            return np.hstack([eye, eye]), np.hstack([eye, eye])
+            return np.ones((elements, 2)), np.arange(2 * elements).reshape(2, elements).T
         case g.GlobalAveragePool():
-            channels, height, width = shapes[0]
-            connected = np.kron(np.eye(channels), np.ones((1, height * width)))
-            return connected / (height * width), connected
+            size = int(np.prod(shapes[0][1:]))
+            return np.full((shapes[0][0], size), 1 / size), np.arange(elements).reshape(-1, size)
         case g.Pool2d():
             return window_matrix(layer, shapes[0])
     raise TypeError(type(layer).__name__)
 
 
 def convolution_matrix(layer, shape):
-    channels, height, width = shape
-    outputs, per_group, rows, columns = layer.weight.shape
+    _, height, width = shape
+    outputs, per_group, kernel_h, kernel_w = layer.weight.shape
     _, out_height, out_width = layer.output_shape([shape])
-    weights = np.zeros((outputs, out_height, out_width, channels, height, width))
-    connected = np.zeros(weights.shape)
-    k, c = np.arange(outputs)[:, None, None], np.arange(per_group)[None, :, None]
-    source = k // (outputs // layer.groups) * per_group + c  # channel of the input
-    for i, j in np.ndindex(rows, columns):
-        y, x = (axis.ravel() for axis in np.indices((out_height, out_width)))
-        down = y * layer.stride[0] + i * layer.dilation[0] - layer.padding[0]
-        right = x * layer.stride[1] + j * layer.dilation[1] - layer.padding[1]
-        inside = (down >= 0) & (down < height) & (right >= 0) & (right < width)
-        where = k, y[inside], x[inside], source, down[inside], right[inside]
-        weights[where] = layer.weight[:, :, i, j, None]
-        connected[where] = 1
+    k, y, x, c, i, j = np.ogrid[:outputs, :out_height, :out_width, :per_group, :kernel_h, :kernel_w]
+    channel = k // (outputs // layer.groups) * per_group + c
+    row = y * layer.stride[0] + i * layer.dilation[0] - layer.padding[0]
+    column = x * layer.stride[1] + j * layer.dilation[1] - layer.padding[1]
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    sources = np.where(inside, (channel * height + row) * width + column, -1)
+    weights = np.where(inside, layer.weight.astype(float)[:, None, None], 0)
     size = outputs * out_height * out_width
-    return weights.reshape(size, -1), connected.reshape(size, -1)
+    return weights.reshape(size, -1), sources.reshape(size, -1)
 
 
 def window_matrix(layer, shape):
-    """Of an average; of a max-pool `connected` alone is of use."""
+    """Of an average; of a max-pool `sources` alone are of use."""
     channels, height, width = shape
     top, left, bottom, right = layer.padding
     _, out_height, out_width = layer.output_shape([shape])
-    weights = np.zeros((channels, out_height, out_width, channels, height, width))
-    connected = np.zeros(weights.shape)
-    for c, y, x in np.ndindex(channels, out_height, out_width):
+    size = channels * out_height * out_width
+    weights, sources = np.zeros((size, np.prod(layer.kernel))), np.full((size, np.prod(layer.kernel)), -1)
+    for output, (c, y, x) in enumerate(np.ndindex(channels, out_height, out_width)):
         rows = [y * layer.stride[0] - top + i for i in range(layer.kernel[0])]
         columns = [x * layer.stride[1] - left + j for j in range(layer.kernel[1])]
         inside = [(i, j) for i in rows for j in columns if 0 <= i < height and 0 <= j < width]
         padded = [(i, j) for i in rows for j in columns if i < height + bottom and j < width + right]
-        for i, j in inside:
-            weights[c, y, x, c, i, j] = 1 / len(padded if getattr(layer, "count_include_pad", False) else inside)
-            connected[c, y, x, c, i, j] = 1
-    size = channels * out_height * out_width
-    return weights.reshape(size, -1), connected.reshape(size, -1)
+        for term, (i, j) in enumerate(inside):
+            weights[output, term] = 1 / len(padded if getattr(layer, "count_include_pad", False) else inside)
+            sources[output, term] = (c * height + i) * width + j
+    return weights, sources
 
 
-def shares(rule, a, weights, connected, low, high, direction=None):
-    """(outputs, inputs): u V of each connection, or v w."""
+def read(values, sources, missing=0.0):
+    """values (inputs,) of the terms of each output."""
+    return np.where(sources >= 0, values[sources], missing)
+
+
+def sum_by_source(terms, sources, count):
+    """(inputs,): the sum of the terms that have each input as their source."""
+    exists = sources >= 0
+    return np.bincount(sources[exists], terms[exists], count)
+
+
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
+
+def contributions(rule, a, weights, connected, low, high, direction=None):
+    """(outputs, terms): u V of each connection, or v w."""
     positive, negative = np.maximum(weights, 0), np.maximum(-weights, 0)
     match rule:
         case "z+":
@@ -96,7 +109,7 @@ def shares(rule, a, weights, connected, low, high, direction=None):
         case "w2":
             return weights**2
         case "flat":
-            return connected
+            return connected.astype(float)
         case "direction":
             every = np.broadcast_arrays(a, weights, *([] if low is None else [low, high]))
             return np.vectorize(
@@ -104,52 +117,51 @@ def shares(rule, a, weights, connected, low, high, direction=None):
     raise ValueError(rule)
 
 
-def redistribute(share, relevance):
-    """Relevance of the inputs, and what was absorbed because no connection has a share."""
-    total = share.sum(1)
+def redistribute(terms, relevance):
+    """Relevance of the terms, and what was absorbed because no term of an output contributes."""
+    total = terms.sum(1)
     ratio = np.divide(relevance, total, out=np.zeros_like(relevance), where=total > 0)
-    return share.T @ ratio, relevance[total <= 0].sum()
+    return terms * ratio[:, None], relevance[total <= 0].sum()
 
 
 def stable(z, epsilon):
-    """z, further from zero by epsilon; where it is zero then, nothing can be shared."""
+    """z, further from zero by epsilon; where it is zero then, nothing can be redistributed."""
     z = z + np.where(z >= 0, epsilon, -epsilon)
     return np.where(np.abs(z) > 1e-30, z, np.inf)
 
 
-def redistribute_signed(rule, contributions, connected, bias, relevance):
-    """The rules with parameters: relevance of the inputs, from contributions (outputs, inputs) a W and bias (outputs,).
-    """
+def redistribute_signed(rule, terms, connected, bias, relevance):
+    """The rules with parameters: relevance of the terms a W, with bias (outputs,)."""
     bias = np.zeros_like(bias) if rule.bias == "ignored" else bias
-    speaks_for, against = np.maximum(contributions, 0), np.minimum(contributions, 0)
-    bias_for, bias_against = np.maximum(bias, 0), np.minimum(bias, 0)
+    terms_pos, terms_neg = np.maximum(terms, 0), np.minimum(terms, 0)
+    bias_pos, bias_neg = np.maximum(bias, 0), np.minimum(bias, 0)
 
-    def part(numbers, of_bias):
-        """Shares of numbers (outputs, inputs) and a bias in their sum."""
+    def with_bias(terms, bias):
+        """Numerators, and the sum of terms and a bias."""
         if rule.bias == "shared":
-            numbers = numbers + connected * (of_bias / np.maximum(connected.sum(1), 1))[:, None]
-            return numbers, numbers.sum(1)
-        return numbers, numbers.sum(1) + of_bias
+            terms = terms + connected * (bias / np.maximum(connected.sum(1), 1))[:, None]
+            return terms, terms.sum(1)
+        return terms, terms.sum(1) + bias
+
+    def of(terms, z, relevance=relevance):
+        return terms * (relevance / stable(z, rule.epsilon))[:, None]
 
     match rule.name:
         case "epsilon":
-            numbers, z = part(contributions, bias)
-            return numbers.T @ (relevance / stable(z, rule.epsilon))
+            return of(*with_bias(terms, bias))
         case "alpha-beta" | "z+":
-            (numbers, z), (other, other_z) = part(speaks_for, bias_for), part(against, bias_against)
-            return (rule.alpha * (numbers.T @ (relevance / stable(z, rule.epsilon)))
-                    - rule.beta * (other.T @ (relevance / stable(other_z, rule.epsilon))))
+            return rule.alpha * of(*with_bias(terms_pos, bias_pos)) - rule.beta * of(*with_bias(terms_neg, bias_neg))
         case "gamma":
-            sign = np.sign(contributions.sum(1) + bias)
-            more = np.where(sign > 0, speaks_for.T, np.where(sign < 0, against.T, 0)).T
-            more_bias = np.where(sign > 0, bias_for, np.where(sign < 0, bias_against, 0))
-            numbers, z = part(contributions + rule.gamma * more, bias + rule.gamma * more_bias)
-            return numbers.T @ (np.where(sign == 0, 0, relevance) / stable(z, rule.epsilon))
+            sign = np.sign(terms.sum(1) + bias)
+            more = np.where(sign > 0, terms_pos.T, np.where(sign < 0, terms_neg.T, 0)).T
+            more_bias = np.where(sign > 0, bias_pos, np.where(sign < 0, bias_neg, 0))
+            return of(*with_bias(terms + rule.gamma * more, bias + rule.gamma * more_bias),
+                      np.where(sign == 0, 0, relevance))
     raise ValueError(rule.name)
 
 
-def negatives_speak(graph, rules, name):
-    """Whether negative numbers of a tensor can have relevance: what reads it gives some to them."""
+def negatives_contribute(graph, rules, name):
+    """Whether negative values of a tensor can have relevance: what reads it redistributes some to them."""
     for layer in graph:
         rule = rules.get(layer.name)
         if name not in layer.inputs:
@@ -163,17 +175,20 @@ def negatives_speak(graph, rules, name):
                 continue
             case g.Add() | g.AveragePool2d() | g.GlobalAveragePool() if rule.name not in ("z+", "alpha-beta"):
                 return True
-        if negatives_speak(graph, rules, layer.name):
+        if negatives_contribute(graph, rules, layer.name):
             return True
     return False
 
 
-def normalisation(layer, a):
-    """What local response normalisation divides each number of a (C, H, W) by, flat."""
-    before, behind = (layer.size - 1) // 2, layer.size // 2
+# ---- Normalisation ---------------------------------------------------------------------------------------------------
 
-    def around(place):
-        return slice(max(place - before, 0), place + behind + 1)
+
+def normalisation(layer, a):
+    """What local response normalisation divides each value of a (C, H, W) by, flat."""
+    before, after = (layer.size - 1) // 2, layer.size // 2
+
+    def around(position):
+        return slice(max(position - before, 0), position + after + 1)
 
     if layer.within_channel:
         sums = np.array([(a[c, around(y), around(x)]**2).sum() / layer.size**2 for c, y, x in np.ndindex(a.shape)])
@@ -182,16 +197,37 @@ def normalisation(layer, a):
     return (layer.bias + layer.alpha * sums)**layer.beta
 
 
-def rearrangement(layer, inputs):
-    """(outputs, inputs): one where a number comes from."""
-    return (layer.index.reshape(-1, 1) == np.arange(inputs)).astype(float)
+def taylor_of_normalisation(layer, a, relevance, epsilon):
+    """Binder et al., arXiv:1604.00825: each output expanded around the input that has its own value alone."""
+    flat, size = a.ravel(), layer.size**2 if layer.within_channel else layer.size
+    if layer.beta and layer.alpha:
+        sums = (normalisation(layer, a)**(1 / layer.beta) - layer.bias) / layer.alpha
+    else:
+        sums = np.zeros(flat.size)
+    alpha, backward = layer.alpha / size, np.zeros_like(flat)
+    positions = np.array(list(np.ndindex(a.shape)))
+    before, after = (layer.size - 1) // 2, layer.size // 2
+    for k, position in enumerate(positions):
+        steps = positions - position
+        along, across = (steps[:, 1:], steps[:, :1]) if layer.within_channel else (steps[:, :1], steps[:, 1:])
+        near = ((-before <= along) & (along <= after)).all(1) & (across == 0).all(1)
+        derivatives = -2 * alpha * layer.beta * flat[k] * flat**2 / (layer.bias
+                                                                     + layer.alpha * sums[k])**(layer.beta + 1)
+        terms = np.where(near, derivatives, 0.0)
+        terms[k] = flat[k] / (layer.bias + alpha * flat[k]**2)**layer.beta
+        backward += terms * relevance[k] / stable(terms.sum(), epsilon)
+    return backward
 
 
-def forward(graph, picture):
+# ---- Networks --------------------------------------------------------------------------------------------------------
+
+
+def forward(graph, image):
     """Every tensor, flat, by name."""
-    tensors = {g.INPUT: np.asarray(picture, float).ravel()}
+    tensors = {g.INPUT: np.asarray(image, float).ravel()}
     for layer in graph:
         inputs = [tensors[name] for name in layer.inputs]
+        shapes = [graph.shapes[name] for name in layer.inputs]
         match layer:
             case g.ReLU():
                 value = np.maximum(inputs[0], 0)
@@ -202,58 +238,37 @@ def forward(graph, picture):
             case g.Power():
                 value = np.abs(inputs[0])**layer.exponent
             case g.Rearrange():
-                value = rearrangement(layer, len(inputs[0])) @ inputs[0]
+                value = read(inputs[0], layer.index.ravel())
             case g.LocalResponseNorm():
-                value = inputs[0] / normalisation(layer, inputs[0].reshape(graph.shapes[layer.inputs[0]]))
+                value = inputs[0] / normalisation(layer, inputs[0].reshape(shapes[0]))
             case g.Concat():
                 value = np.concatenate(inputs)
             case g.Flatten():
                 value = inputs[0]
             case g.MaxPool2d():
-                _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
-                value = np.where(connected > 0, inputs[0], -np.inf).max(1)
+                _, sources = matrix(layer, shapes)
+                value = read(inputs[0], sources, -np.inf).max(1)
             case _:
-                weights, _ = matrix(layer, [graph.shapes[name] for name in layer.inputs])
-                value = weights @ np.concatenate(inputs)
+                weights, sources = matrix(layer, shapes)
+                value = (weights * read(np.concatenate(inputs), sources)).sum(1)
                 if getattr(layer, "bias", None) is not None:
                     value = value + np.repeat(layer.bias.astype(float), len(value) // len(layer.bias))
         tensors[layer.name] = value
     return tensors
 
 
-def taylor_of_normalisation(layer, a, relevance, epsilon):
-    """Binder et al., arXiv:1604.00825: each output expanded around the input that has its own number alone."""
-    flat, size = a.ravel(), layer.size**2 if layer.within_channel else layer.size
-    sums = (normalisation(layer, a)**(1 / layer.beta)
-            - layer.bias) / layer.alpha if layer.beta and layer.alpha else np.zeros(flat.size)
-    alpha, back = layer.alpha / size, np.zeros_like(flat)
-    places = list(np.ndindex(a.shape))
-    before, behind = (layer.size - 1) // 2, layer.size // 2
-    for k, place in enumerate(places):
-        terms = np.zeros_like(flat)
-        for i, other in enumerate(places):
-            steps = [q - p for p, q in zip(place, other, strict=True)]
-            near = all(-before <= step <= behind for step in (steps[1:] if layer.within_channel else steps[:1]))
-            if near and not any(steps[:1] if layer.within_channel else steps[1:]) and i != k:
-                terms[i] = -2 * alpha * layer.beta * flat[k] * flat[i]**2 / (layer.bias
-                                                                             + layer.alpha * sums[k])**(layer.beta + 1)
-        terms[k] = flat[k] / (layer.bias + alpha * flat[k]**2)**layer.beta
-        back += terms * relevance[k] / stable(terms.sum(), epsilon)
-    return back
-
-
-def explain(graph, picture, target, rules, start=None):
-    """(relevance (C, H, W), scores (K,), absorbed by layer) of one picture, as `relevances`."""
-    relevance, scores, absorbed = relevances(graph, picture, target, rules, start)
+def explain(graph, image, target, rules, start=None):
+    """(relevance (C, H, W), scores (K,), absorbed by layer) of one image, as `relevances`."""
+    relevance, scores, absorbed = relevances(graph, image, target, rules, start)
     return relevance[g.INPUT].reshape(graph.input_shape), scores, absorbed
 
 
-def relevances(graph, picture, target, rules, start=None):
-    """(relevance by tensor, flat, scores (K,), absorbed by layer) of one picture; rules: by layer, fastdtd.rules.Rule.
+def relevances(graph, image, target, rules, start=None):
+    """(relevance by tensor, flat, scores (K,), absorbed by layer) of one image; rules: by layer, fastdtd.rules.Rule.
 
     start (K,): relevance of the outputs, instead of the target's score.
     """
-    tensors = forward(graph, picture)
+    tensors = forward(graph, image)
     relevance = {name: np.zeros_like(value) for name, value in tensors.items()}
     if start is None:
         relevance[graph.output][target] = max(tensors[graph.output][target], 0)
@@ -262,54 +277,63 @@ def relevances(graph, picture, target, rules, start=None):
     absorbed = {}
     for layer in reversed(graph.layers):
         r, a = relevance[layer.name], np.concatenate([tensors[name] for name in layer.inputs])
-        rule = rules.get(layer.name)
+        rule, shapes = rules.get(layer.name), [graph.shapes[name] for name in layer.inputs]
         if isinstance(layer, g.Rearrange):
-            back = rearrangement(layer, len(a)).T @ r
-            if layer.index.min() < 0:
-                absorbed[layer.name] = r[layer.index.ravel() < 0].sum()
+            index = layer.index.ravel()
+            backward = sum_by_source(r, index, len(a))
+            if index.min() < 0:
+                absorbed[layer.name] = r[index < 0].sum()
         elif isinstance(layer, g.LocalResponseNorm) and rule.name == "taylor":
-            back = taylor_of_normalisation(layer, a.reshape(graph.shapes[layer.inputs[0]]), r, rule.epsilon)
-            absorbed[layer.name] = r.sum() - back.sum()
+            backward = taylor_of_normalisation(layer, a.reshape(shapes[0]), r, rule.epsilon)
+            absorbed[layer.name] = r.sum() - backward.sum()
         elif rule is None or rule.name == "identity":  # activations, normalisation, concatenation, flatten
-            back = r
+            backward = r
         elif rule.name == "winner":
-            _, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
-            candidates = np.where(connected > 0, a, -np.inf)
+            _, sources = matrix(layer, shapes)
+            candidates = read(a, sources, -np.inf)
             winners = (candidates >= candidates.max(1, keepdims=True) - TIE).argmax(1)
-            back = np.zeros_like(a)
-            np.add.at(back, winners, r)
+            backward = sum_by_source(r, sources[np.arange(len(r)), winners], len(a))
         else:
-            weights, connected = matrix(layer, [graph.shapes[name] for name in layer.inputs])
-            domains = [graph.domains[name] for name in layer.inputs]
-            bounded, kind = all(d.low is not None for d in domains), rule.name
-            if kind == "proportional":
-                kind, weights = "zB" if bounded else "z+", connected
-            low = high = None
-            if bounded:
-                low, high = (np.concatenate([
-                    np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
-                    for name in layer.inputs
-                ]) for side in ("low", "high"))
-            if kind == "direction":
-                share = shares(kind, a, weights, connected, low, high, rule.direction)
-                back = share.T @ (r / stable(share.sum(1), 0))
-                absorbed[layer.name] = r.sum() - back.sum()
-            elif kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
-                bias = np.zeros(len(r))
-                if getattr(layer, "bias", None) is not None:
-                    bias = np.repeat(layer.bias.astype(float), len(r) // len(layer.bias))
-                back = redistribute_signed(rule, weights * a, connected, bias, r)
-                absorbed[layer.name] = r.sum() - back.sum()
-            else:
-                share = shares(kind, a, weights, connected, low, high)
-                if rule.name == "z+" and negatives_speak(graph, rules, layer.name):
-                    # A negative output is a neuron of weights -W that reads the same.
-                    share = np.where(tensors[layer.name][:, None] < 0, shares(kind, a, -weights, connected, low, high),
-                                     share)
-                back, absorbed[layer.name] = redistribute(share, r)
-        at = 0
+            backward, lost = by_rule(graph, rules, layer, tensors, r, a)
+            absorbed[layer.name] = lost
+        first = 0
         for name in layer.inputs:
             size = len(tensors[name])
-            relevance[name] += back[at:at + size]
-            at += size
+            relevance[name] += backward[first:first + size]
+            first += size
     return relevance, tensors[graph.output], absorbed
+
+
+def by_rule(graph, rules, layer, tensors, r, a):
+    """(relevance of the inputs a, what was absorbed) of a layer that sums, with relevance r."""
+    rule, kind = rules[layer.name], rules[layer.name].name
+    weights, sources = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+    connected, terms = sources >= 0, read(a, sources)
+    bounded = all(graph.domains[name].low is not None for name in layer.inputs)
+    if kind == "proportional":
+        kind, weights = "zB" if bounded else "z+", connected.astype(float)
+    low = high = None
+    if bounded:
+        low, high = (read(np.concatenate([
+            np.repeat(getattr(graph.domains[name], side).astype(float), np.prod(graph.shapes[name][1:]))
+            for name in layer.inputs
+        ]), sources) for side in ("low", "high"))
+    if kind == "direction":
+        each = contributions(kind, terms, weights, connected, low, high, rule.direction)
+        backward = each * (r / stable(each.sum(1), 0))[:, None]
+        lost = None
+    elif kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
+        bias = np.zeros(len(r))
+        if getattr(layer, "bias", None) is not None:
+            bias = np.repeat(layer.bias.astype(float), len(r) // len(layer.bias))
+        backward = redistribute_signed(rule, weights * terms, connected, bias, r)
+        lost = None
+    else:
+        each = contributions(kind, terms, weights, connected, low, high)
+        if rule.name == "z+" and negatives_contribute(graph, rules, layer.name):
+            # A negative output is a neuron of weights -W that reads the same.
+            turned = contributions(kind, terms, -weights, connected, low, high)
+            each = np.where(tensors[layer.name][:, None] < 0, turned, each)
+        backward, lost = redistribute(each, r)
+    backward = sum_by_source(backward, sources, len(a))
+    return backward, r.sum() - backward.sum() if lost is None else lost

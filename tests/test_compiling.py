@@ -91,7 +91,7 @@ def test_after_warming_up_nothing_is_compiled(warmed):
     out, err = run(COUNT + """
 import warnings
 from fastdtd import Explainer, Model, Preprocessing, load, model_file
-from graphs import graphs_and_rules, pictures
+from graphs import graphs_and_rules, images
 from hypothesis import HealthCheck, Phase, given, settings
 warnings.simplefilter("ignore")
 model = load("squeezenet1_1")
@@ -103,7 +103,7 @@ for threads in (1, 3):
 @given(graphs_and_rules())
 def explain(case):
     graph, rules = case
-    Explainer(Model(graph, Preprocessing(None)), rules, threads=2)(pictures(graph, 3))
+    Explainer(Model(graph, Preprocessing(None)), rules, threads=2)(images(graph, 3))
 
 explain()
 print(compiled())

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fastdtd.kernels import cuda as kernels
 from fastdtd.kernels.cuda import memory, steps
-from graphs import pictures
+from graphs import images
 
 from fastdtd import devices
 from fastdtd import executor as executor_module
@@ -241,7 +241,7 @@ def assert_same(found, wanted):
 
 def test_gpus_share_out_images(gpus, monkeypatch):
     model = tiny()
-    batch = pictures(model.graph, 7, seed=0)
+    batch = images(model.graph, 7, seed=0)
     wanted = Explainer(model, device="cuda", precision="fp32")(batch, 1)
     begun = gpus(2)
     made = Explainer(model, device="cuda")
@@ -263,7 +263,7 @@ def test_a_gpu_that_is_busy_is_passed_over(gpus):
     made = Explainer(model, device="cuda")
     plan = made._executor.devices[0][1].take(1, 1)
     begun.clear()
-    made(pictures(model.graph, 1, seed=0))
+    made(images(model.graph, 1, seed=0))
     assert {number for number, _ in begun} == {1}
     made._executor.devices[0][1].give_back(plan)
 
@@ -303,7 +303,7 @@ class Limited:
 @pytest.mark.parametrize("count", [1, 2])
 def test_less_memory_than_there_seemed_halves_the_batch(gpus, monkeypatch, count):
     model = tiny()
-    batch = pictures(model.graph, 11, seed=1)
+    batch = images(model.graph, 11, seed=1)
     gpus(count)
     made = Explainer(model, device="cuda")
     wanted = made(batch)
@@ -330,7 +330,7 @@ def test_one_image_may_take_the_memory_of_idle_plans(gpus, monkeypatch):
     model = tiny()
     gpus(1)
     made = Explainer(model, device="cuda")
-    batch = pictures(model.graph, 9, seed=1)
+    batch = images(model.graph, 9, seed=1)
     wanted = made(batch)
     assert plans_of(made).idle
     empty = kernels.empty
@@ -347,10 +347,10 @@ def test_one_image_may_take_the_memory_of_idle_plans(gpus, monkeypatch):
 def test_less_memory_than_there_seemed_when_it_is_made(gpus, monkeypatch):
     model = tiny()
     gpus(1)
-    wanted = Explainer(model)(pictures(model.graph, 70, seed=1), 1).relevance
+    wanted = Explainer(model)(images(model.graph, 70, seed=1), 1).relevance
     Limited(monkeypatch, model, 5)
     made = Explainer(model, device="cuda")
-    found = made(pictures(model.graph, 70, seed=1), 1).relevance  # halved until it fits
+    found = made(images(model.graph, 70, seed=1), 1).relevance  # halved until it fits
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
     assert made.batch <= 5
     monkeypatch.setattr(kernels, "constant", raises(MemoryError("none")))
@@ -362,7 +362,7 @@ def test_less_memory_than_there_seemed_when_it_is_made(gpus, monkeypatch):
 def test_memory_that_is_short_in_the_middle_of_the_work(gpus, monkeypatch, count):
     """As when a copy needs some, or CUDA for itself."""
     model = tiny()
-    batch = pictures(model.graph, 10, seed=1)
+    batch = images(model.graph, 10, seed=1)
     gpus(count)
     made = Explainer(model, device="cuda")
     wanted = made(batch)
@@ -387,9 +387,9 @@ def test_an_explainer_of_a_forked_process_says_so(gpus, monkeypatch):
     model = tiny()
     gpus(1)
     made = Explainer(model, device="cuda")
-    e = made(pictures(model.graph, 1, seed=0))
+    e = made(images(model.graph, 1, seed=0))
     monkeypatch.setattr(executor_module.os, "getpid", lambda: -1)
-    for use in (lambda: made(pictures(model.graph, 1, seed=0)), lambda: e.at("conv")):
+    for use in (lambda: made(images(model.graph, 1, seed=0)), lambda: e.at("conv")):
         with pytest.raises(DeviceError, match=r"made before the process was forked.*'spawn'"):
             use()
 

@@ -17,7 +17,7 @@ import naive
 import numpy as np
 import pytest
 from fastdtd.kernels import cpu
-from graphs import graphs, graphs_and_rules, pictures
+from graphs import graphs, graphs_and_rules, images
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
@@ -65,7 +65,7 @@ def describe(graph):
 def test_agrees_with_the_oracle(case, count):
     graph, rules = case
     describe(graph)
-    made, batch = explainer(graph, rules), pictures(graph, count)
+    made, batch = explainer(graph, rules), images(graph, count)
     e = explain(made, batch)
     names = {name: rule.rule for name, rule in made.rules.items()}
     for i, picture in enumerate(batch):
@@ -85,7 +85,7 @@ def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
     graph, rules = case
     describe(graph)
     note(rules)
-    made, batch = explainer(graph, rules, threads), pictures(graph, count)
+    made, batch = explainer(graph, rules, threads), images(graph, count)
     e = explain(made, batch)
     for i, picture in enumerate(batch):
         relevance, scores, absorbed = naive.explain(graph, picture, e.target[i],
@@ -104,7 +104,7 @@ def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
 def test_any_start_agrees_with_the_oracle(case, seed):
     graph, rules = case
     describe(graph)
-    made, batch = explainer(graph, rules, threads=2), pictures(graph, 3)
+    made, batch = explainer(graph, rules, threads=2), images(graph, 3)
     scores = explain(made, batch).output
     start = np.random.default_rng(seed).random(scores.shape, np.float32) * (np.abs(scores) > 1e-3)
     e = made(batch, start=start)
@@ -123,7 +123,7 @@ def test_any_start_agrees_with_the_oracle(case, seed):
 def test_relevance_at_every_layer(case):
     graph, rules = case
     describe(graph)
-    made, batch = explainer(graph, rules, threads=2), pictures(graph, 2)
+    made, batch = explainer(graph, rules, threads=2), images(graph, 2)
     e = explain(made, batch)
     rules = {name: rule.rule for name, rule in made.rules.items()}
     oracle = [naive.relevances(graph, picture, e.target[i], rules)[0] for i, picture in enumerate(batch)]
@@ -143,7 +143,7 @@ def test_relevance_at_every_layer(case):
 
 
 def test_derivatives_by_rules_of_layers_are_those_of_the_preset():
-    batch = pictures(small(), 2)
+    batch = images(small(), 2)
     preset, by_layer = (explain(explainer(small(), rules), batch)
                         for rules in ("gradient", {"conv": "gradient", "[ps]*": "gradient"}))
     assert preset.relevance.any()
@@ -152,10 +152,10 @@ def test_derivatives_by_rules_of_layers_are_those_of_the_preset():
 
 
 def test_no_such_layer_and_no_network():
-    e = explain(explainer(small()), pictures(small(), 1))
+    e = explain(explainer(small()), images(small(), 1))
     with pytest.raises(InputError, match="has no layer 'conv9'; it has input, conv, relu, pool, scores"):
         e.at("conv9")
-    derived = explain(explainer(small(), "gradient"), pictures(small(), 1))
+    derived = explain(explainer(small(), "gradient"), images(small(), 1))
     assert derived.at("relu").shape == (1, 4, 4, 3)
     with pytest.raises(InputError, match=r"by what layer 'conv' makes is not kept, .* such as 'relu'"):
         derived.at("conv")
@@ -203,7 +203,7 @@ def two_layers(box):
                           (lambda a, w: a, "hidden", "epsilon(epsilon=0, bias=ignored)"), ])
 def test_named_rules_follow_from_their_search_direction(direction, layer, rule):
     graph = two_layers((-1.0, 2.0))
-    batch = pictures(graph, 3)
+    batch = images(graph, 3)
     named, general = (explain(explainer(graph, {layer: given}, threads=2), batch)
                       for given in (rule, search_direction(direction)))
     assert (named.explained > 0).all()
@@ -215,7 +215,7 @@ def test_named_rules_follow_from_their_search_direction(direction, layer, rule):
                                                  (lambda a, w: w if a > 0.3 else 0, "conv")])
 def test_any_search_direction_agrees_with_the_oracle(direction, layer):
     graph = two_layers((-1.0, 2.0))
-    made, batch = explainer(graph, {layer: search_direction(direction)}), pictures(graph, 3)
+    made, batch = explainer(graph, {layer: search_direction(direction)}), images(graph, 3)
     e = explain(made, batch)
     for i, picture in enumerate(batch):
         relevance, _, absorbed = naive.explain(graph, picture, e.target[i],
@@ -237,7 +237,7 @@ def test_search_directions_that_are_refused(direction, layer, message):
 
 def test_starts():
     made = explainer(small())
-    batch = pictures(made.model.graph, 3)
+    batch = images(made.model.graph, 3)
     of_target = explain(made, batch, 2)
     one = made(batch, start=of_target.explained[:, None] * [0, 0, 1])
     np.testing.assert_allclose(one.relevance, of_target.relevance, rtol=1e-6)
@@ -262,7 +262,7 @@ def test_starts():
 def test_conserves_and_is_never_negative(case, count):
     graph, rules = case
     describe(graph)
-    e = explain(explainer(graph, rules), pictures(graph, count))
+    e = explain(explainer(graph, rules), images(graph, count))
     assert (e.relevance >= 0).all()
     sums = e.relevance.sum((1, 2, 3), dtype=np.float64)
     np.testing.assert_allclose(sums + e.absorbed, e.explained, rtol=1e-5)
@@ -272,7 +272,7 @@ def test_conserves_and_is_never_negative(case, count):
 @given(graphs())
 def test_same_bits_whatever_the_batch_and_the_threads(graph):
     describe(graph)
-    batch = pictures(graph, 5)
+    batch = images(graph, 5)
     alone, threaded = explainer(graph), explainer(graph, threads=2)
     together = explain(alone, batch)
     for i in range(5):
@@ -294,7 +294,7 @@ def small(box=(-1.0, 1.0), bias=None):
 
 def test_targets():
     made = Explainer(Model(small(), Preprocessing(None), ("n01 cat, house cat", "dog", "cat fish")))
-    batch = pictures(made.model.graph, 3)
+    batch = images(made.model.graph, 3)
     assert explain(made, batch).target.tolist() == [0, 0, 0]
     assert explain(made, batch, 2).target.tolist() == [2, 2, 2]
     assert explain(made, batch, [0, 2, 0]).target.tolist() == [0, 2, 0]
@@ -311,7 +311,7 @@ def test_targets():
 def test_a_score_that_is_not_positive_has_nothing_to_decompose():
     made = explainer(small())
     with pytest.warns(ExplanationWarning, match=r"3 of 3 targets have a score that is not positive"):
-        e = made(pictures(made.model.graph, 3), 1)
+        e = made(images(made.model.graph, 3), 1)
     assert (e.output[:, 1] <= 0).all()
     assert (e.explained == 0).all()
     assert (e.relevance == 0).all()
@@ -349,7 +349,7 @@ def test_an_empty_batch_gives_an_empty_explanation():
 
 def test_values_beyond_the_box_are_clipped_and_it_says_so():
     made = explainer(small())
-    batch = pictures(made.model.graph, 2)
+    batch = images(made.model.graph, 2)
     with pytest.warns(ExplanationWarning, match="2 of 2 images have values beyond"):
         e = made(batch * 5)
     assert (e.relevance == explain(made, np.clip(batch * 5, -1, 1)).relevance).all()
@@ -380,7 +380,7 @@ def test_a_bias_without_support_is_in_the_ledger():
 
 def test_many_callers_at_once():
     made = explainer(small(), threads=2)
-    batch = pictures(made.model.graph, 7)
+    batch = images(made.model.graph, 7)
     expected = {n: explain(made, batch[:n]).relevance for n in (1, 3, 7)}
     wrong = []
 
@@ -402,7 +402,7 @@ def test_many_callers_at_once():
 @pytest.mark.parametrize("count", [1, 4])
 def test_use_in_a_forked_process(count):
     made = explainer(small(), threads=2)
-    batch = pictures(made.model.graph, count)
+    batch = images(made.model.graph, count)
     expected = explain(made, batch).relevance
     plan = plans_of(made).take(1, 2)  # as if another thread were at work
     child = os.fork()
@@ -423,7 +423,7 @@ def test_use_in_a_forked_process(count):
 
 def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
     made = explainer(small(), threads=3)
-    batch = pictures(made.model.graph, 2)
+    batch = images(made.model.graph, 2)
     expected = explain(made, batch).relevance
     plan = plans_of(made).take(2, 3)
 
@@ -452,15 +452,15 @@ def test_threads_that_cannot_start_are_an_error_and_no_hang(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(InputError, match="3 threads cannot be started"):
-            explain(made, pictures(made.model.graph, 1))
-    assert explain(made, pictures(made.model.graph, 1)).relevance.shape == (1, 2, 6, 5)
+            explain(made, images(made.model.graph, 1))
+    assert explain(made, images(made.model.graph, 1)).relevance.shape == (1, 2, 6, 5)
 
 
 def test_memory_of_batch_sizes_that_are_over_is_given_back():
     made = explainer(small())
     plans_of(made).max_idle = 3 * plans_of(made).nbytes(1, 1)
     for count in range(1, 20):
-        explain(made, pictures(made.model.graph, count))
+        explain(made, images(made.model.graph, count))
     assert sum(plan.nbytes for plan in plans_of(made).idle) <= plans_of(made).max_idle
 
 
@@ -521,7 +521,7 @@ def one_image(graph, threads=1):
 def test_same_bits_in_any_memory(graph, data):
     describe(graph)
     least = max(one_image(graph, n) for n in (1, 2, 3))
-    batch = pictures(graph, 7)
+    batch = images(graph, 7)
     expected = explain(explainer(graph), batch)
     for threads in (1, 2, 3):
         made = explainer(graph, threads=threads, memory=data.draw(st.integers(least, 8 * least)))
@@ -549,7 +549,7 @@ def test_what_fits_into_memory(watched):
             plans.clear()
         watched.limit = memory
         made = explainer(graph, threads=threads, memory=memory)
-        explain(made, pictures(graph, count))
+        explain(made, images(graph, count))
         parts = -(-count // batch)
         assert watched.sizes == {(count * (i + 1) // parts - count * i // parts, workers) for i in range(parts)}
         assert memory is None or max(watched.most_bytes) <= memory
@@ -565,7 +565,7 @@ def test_memory_in_which_nothing_fits():
             explainer(graph, threads=threads, memory="0.1KB")
         with pytest.raises(InputError, match=f"limited to {one - 1}; raise"):
             explainer(graph, threads=threads, memory=one - 1)
-        assert explain(explainer(graph, threads=threads, memory=one), pictures(graph, 4)).relevance.any()
+        assert explain(explainer(graph, threads=threads, memory=one), images(graph, 4)).relevance.any()
     wanted = re.search(r"takes (\S+)", str(error.value))[1]
     explainer(graph, memory=wanted)  # what it asks for is enough
 
@@ -584,7 +584,7 @@ def test_many_callers_of_all_sizes(watched, threads, images):
     graph = small()
     memory = images and int(images * one_image(graph, threads))
     made = explainer(graph, threads=threads, memory=memory)
-    batch = pictures(graph, 9)
+    batch = images(graph, 9)
     expected = explain(explainer(graph), batch).relevance
     for plans in (watched.touched, watched.most_bytes, watched.most_workers):
         plans.clear()
@@ -615,7 +615,7 @@ def test_many_callers_of_all_sizes(watched, threads, images):
 def test_a_call_that_fails_gives_back_its_threads_and_memory(watched, monkeypatch, threads, count):
     graph = small()
     made = explainer(graph, threads=threads, memory=2 * one_image(graph, 2))
-    batch = pictures(graph, 6)
+    batch = images(graph, 6)
     expected = explain(made, batch)
     with monkeypatch.context() as patch:
         def fail(*_):
@@ -633,7 +633,7 @@ def test_a_call_that_fails_gives_back_its_threads_and_memory(watched, monkeypatc
 def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
     graph = small()
     made = explainer(graph, threads=2, memory=2 * one_image(graph))
-    batch = np.repeat(pictures(graph, 1), 100, 0)
+    batch = np.repeat(images(graph, 1), 100, 0)
     monkeypatch.setattr(watched, "backward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         explain(made, batch)
@@ -659,7 +659,7 @@ def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
 
     monkeypatch.setattr(made._executor, "_threads", Late)
     with pytest.raises(TypeError):
-        explain(made, pictures(made.model.graph, 2))
+        explain(made, images(made.model.graph, 2))
     assert futures[1][0].cancelled()
     assert nothing_is_taken(made)
 
@@ -667,7 +667,7 @@ def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
 def test_a_plan_that_cannot_be_made_takes_no_memory(monkeypatch):
     graph = small()
     made = explainer(graph, memory=2 * one_image(graph))
-    batch = pictures(graph, 2)
+    batch = images(graph, 2)
     expected = explain(made, batch)
     plans_of(made).idle.clear()
     with monkeypatch.context() as patch:
@@ -686,7 +686,7 @@ def test_a_plan_that_cannot_be_made_takes_no_memory(monkeypatch):
 def test_who_works_side_by_side(threads, callers):
     """Our threads; with one, callers bring their own and need not wait for each other."""
     made, both = explainer(small(), threads=threads), threading.Barrier(2, timeout=30)
-    batch = pictures(made.model.graph, threads)
+    batch = images(made.model.graph, threads)
     expected = explain(made, batch, 0).relevance
     for _ in range(2):
         plan = bound(plans_of(made), 1, 1)
@@ -756,7 +756,7 @@ def test_what_is_no_amount_of_memory(memory):
 def test_a_small_network_is_left_to_one_thread(monkeypatch):
     """And gives the same bits."""
     graph = small()
-    batch = pictures(graph, 1, seed=0)
+    batch = images(graph, 1, seed=0)
     shared = explainer(graph, threads=2)
     monkeypatch.setattr("fastdtd.executor._SMALL_NETWORK", 1 << 25)
     alone = explainer(graph, threads=2)

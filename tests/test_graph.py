@@ -7,7 +7,7 @@ import random
 import naive
 import numpy as np
 import pytest
-from graphs import graphs, pictures
+from graphs import graphs, images
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -106,7 +106,7 @@ CHANNELS = ([-1, 0], [2, 4])
 @quick
 @given(graphs())
 def test_domains_hold_the_values(graph):
-    for picture in pictures(graph, 3):
+    for picture in images(graph, 3):
         for name, values in naive.forward(graph, picture).items():
             found = graph.domains[name]
             if found.nonnegative:

@@ -1,7 +1,6 @@
 """Single layers against the oracle: awkward shapes, and sizes that take several blocks, tiles and units; and the
 micro-kernel itself."""
 
-import itertools
 import os
 import platform
 import shutil
@@ -27,8 +26,9 @@ from fastdtd.kernels.cpu.microkernel import (
     multiply_split_three,
 )
 from fastdtd.kernels.cpu.vector_code import LANES
+from layers import KEPT, every_example, weights
 from numba import njit
-from single_layers import CONVOLUTIONS, POOLS, RULES, check, check_winner, convolution, weights
+from single_layers import check, check_signed, rules_of_both_signs
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
@@ -41,23 +41,18 @@ from fastdtd.rules import assign
 COFFEE = MODELS / "coffee.png"
 
 
-@pytest.mark.parametrize(("rule", "hidden"), RULES)
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolution(case, rule, hidden):
-    check(convolution(case), CONVOLUTIONS[case][0], rule, hidden)
+CASES = [(kind, example, rule, domain, threads, count) for kind, example in every_example()
+         for rule, domain in KEPT[kind].rules for threads, count in KEPT[kind].runs]
 
 
-DENSE = [(features, outputs, *rule) for features, outputs in [(1, 1), (3, 5), (17, 40)] for rule in RULES]
-DENSE += [(cpu.DENSE_FEATURES + 3, 4, rule, "") for rule in ("zB", "w2", "flat", "z+")]  # several units
-DENSE += [(21, 71, *rule) for rule in RULES]  # several blocks of outputs
+@pytest.mark.parametrize(("kind", "example", "rule", "domain", "threads", "count"), CASES)
+def test_like_the_oracle(kind, example, rule, domain, threads, count):
+    check(KEPT[kind].examples[example], rule, domain, count, threads=threads)
 
 
-@pytest.mark.parametrize(("features", "outputs", "rule", "hidden"), DENSE)
-def test_dense(features, outputs, rule, hidden):
-    w, bias = weights(0, outputs, features), 1 + 0.1 * weights(1, outputs, 1)[:, 0]
-    w[0] = -np.abs(w[0])
-    bias[0] = 3.0
-    check(lambda source: g.Dense("tested", (source,), w, bias), (features, 1, 1), rule, hidden, count=7, threads=2)
+@pytest.mark.parametrize(("kind", "example", "rule", "domain"), rules_of_both_signs())
+def test_rules_of_both_signs_are_like_the_oracle(kind, example, rule, domain):
+    check_signed(KEPT[kind].examples[example], rule, domain)
 
 
 def test_dense_gives_the_same_bits_in_any_batch():
@@ -77,20 +72,6 @@ def test_dense_gives_the_same_bits_in_any_batch():
             np.testing.assert_array_equal(part.relevance, together.relevance[first:first + count])
 
 
-@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real"), ("flat", "relu")])
-@pytest.mark.parametrize("count_include_pad", [False, True])
-@pytest.mark.parametrize("case", POOLS)
-def test_average_pool(case, rule, hidden, count_include_pad):
-    shape, *fields = POOLS[case]
-    check(lambda source: g.AveragePool2d("tested", (source,), *fields, count_include_pad), shape, rule, hidden)
-
-
-@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real"), ("flat", "relu")])
-@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 13, 13), (1, 1, 1)])
-def test_global_average_pool(shape, rule, hidden):
-    check(lambda source: g.GlobalAveragePool("tested", (source,)), shape, rule, hidden)
-
-
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_averages_hide_no_overflow(bad, padding):
@@ -103,23 +84,6 @@ def test_averages_hide_no_overflow(bad, padding):
     with np.errstate(invalid="ignore"):
         plan.forward()
     np.testing.assert_array_equal(plan.output.ravel(), np.full(plan.output.size, bad, np.float32))
-
-
-@pytest.mark.parametrize(("rule", "hidden"), list(itertools.product(["winner", "proportional"], ["", "relu", "real"])))
-@pytest.mark.parametrize("case", POOLS)
-def test_max_pool(case, rule, hidden):
-    shape, *fields = POOLS[case]
-    if rule == "winner":
-        check_winner(lambda source: g.MaxPool2d("tested", (source,), *fields), shape, hidden)
-    else:
-        check(lambda source: g.MaxPool2d("tested", (source,), *fields), shape, rule, hidden)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("rule", "hidden"), [("zB", ""), ("w2", ""), ("z+", "relu"), ("z+", "real")])
-def test_add(rule, hidden, threads):
-    """With two threads one image's channels are cut in the middle."""
-    check(lambda source: g.Add("tested", (source, source)), (3, 5, 4), rule, hidden, count=3 - threads, threads=threads)
 
 
 def _called(product, last, columns=None):

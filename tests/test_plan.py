@@ -6,7 +6,7 @@ import naive
 import numpy as np
 import pytest
 from fastdtd.kernels import cpu
-from graphs import graphs, graphs_and_rules, pictures
+from graphs import graphs, graphs_and_rules, images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +98,7 @@ def test_layouts_of_any_lifetimes(given, in_order_of_time):
 @given(graphs_and_rules())
 def test_nothing_reads_what_was_not_written(case):
     graph, rules = case
-    plan, batch = plan_of(graph, rules, batch=3), pictures(graph, 3)
+    plan, batch = plan_of(graph, rules, batch=3), images(graph, 3)
     expected = run(plan, batch)
     for poison in (np.nan, 1e30):
         plan._workspace[:] = poison
@@ -163,7 +163,7 @@ def flattened(first):
                                                (flattened(False), True), (read_in_parts("a"), False),
                                                (read_in_parts("b"), False), ])
 def test_concatenations_write_in_place_where_they_can(graph, copied):
-    plan, batch = plan_of(graph, batch=2), pictures(graph, 2)
+    plan, batch = plan_of(graph, batch=2), images(graph, 2)
     assert (copies(plan) > 0) == copied
     plan._workspace[:] = np.nan  # what is added to without having been cleared would show
     scores, relevance, _ = run(plan, batch)
@@ -260,7 +260,7 @@ def test_negative_relevance_passes_through_winograd(rule):
                      g.Flatten("flat", ("middle/relu",)), head), (2, 13, 12), (-1.0, 1.0))
     assigned = assign(graph, {"scores": rule})
     assert assigned.signed == (frozenset() if rule == "z+" else frozenset(graph.shapes) - {"scores"})
-    plan, batch = plan_of(graph, {"scores": rule}, batch=2), pictures(graph, 2, seed=1)
+    plan, batch = plan_of(graph, {"scores": rule}, batch=2), images(graph, 2, seed=1)
     assert "winograd2d_redistribute" in [step.name for step in plan.schedule.steps if step.layer == "middle"]
     scores, relevance, ledger = run(plan, batch)
     assert (scores[:, 0] > 0).all()

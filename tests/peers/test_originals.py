@@ -9,7 +9,7 @@ import torch
 from captum.attr import LRP
 from captum.attr._utils.lrp_rules import EpsilonRule
 from conftest import TABLES, TABLES_FILE, table_in
-from graphs import graphs, pictures
+from graphs import graphs, images
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
 from torch_nets import Net, module_of, zennit_composite
@@ -57,7 +57,7 @@ RECORDED = Path(test_presets.__file__).parent / "recorded"
 
 
 def explanation(graph, preset, count=4):
-    batch = pictures(graph, count, seed=3)
+    batch = images(graph, count, seed=3)
     return batch, Explainer(Model(graph, Preprocessing(None)), preset, threads=1)(batch)
 
 
@@ -135,7 +135,7 @@ def test_gradient(rows):
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(graphs(like_peers=True))
 def test_derivatives(graph):
-    batch = pictures(graph, 2, seed=1)[:1]
+    batch = images(graph, 2, seed=1)[:1]
     model = Model(graph, Preprocessing(None))
     e = Explainer(model, "gradient", threads=1)(batch)
     x = torch.tensor(batch, dtype=torch.float64, requires_grad=True)

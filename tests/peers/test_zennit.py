@@ -3,8 +3,9 @@
 import warnings
 
 import numpy as np
-from graphs import PLAIN, graphs_and_rules, pictures
+from graphs import graphs_and_rules, images
 from hypothesis import HealthCheck, assume, given, note, settings
+from layers import PLAIN
 from torch_nets import without_max_pools, zennit_relevance
 
 from fastdtd import Explainer, ExplanationWarning, Model, Preprocessing, load
@@ -22,7 +23,7 @@ def test_random_networks(case):
     chosen = {name: PLAIN if rule.name == "z+" else str(rule.rule) for name, rule in assign(graph, rules).rules.items()
               if isinstance(next(layer for layer in graph if layer.name == name), (g.Conv2d, g.Dense))}
     explainer = Explainer(Model(graph, Preprocessing(None)), {**rules, **chosen}, threads=1)
-    batch = pictures(graph, 1, seed=1)
+    batch = images(graph, 1, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExplanationWarning)
         e = explainer(batch)
