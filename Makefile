@@ -5,12 +5,23 @@ VENV := .venv
 PEERS := .venv-peers
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
+# As many processes as there are processors. Their kernels are compiled before: else each would compile all.
+WORKERS ?= auto
+PYTEST = $(VENV)/bin/fastdtd warmup && $(VENV)/bin/pytest --numprocesses $(WORKERS) --dist loadgroup
+# The tests of what depends on the processor: the kernels' against the oracle, plans', whole networks'.
+PORTABLE := tests/test_kernels.py tests/test_plan.py tests/test_steps.py tests/test_explainer.py tests/test_networks.py
+AVX2 := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
+NO_AVX := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 
-.PHONY: help demo test test-peers compare bench profile gpu gpu-table check docs dist gallery models clean
+.PHONY: help demo test quick test-cuda test-portable test-peers compare bench profile gpu gpu-table check docs dist gallery
+.PHONY: models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
-	@echo "make test        the tests, without any deep-learning framework"
+	@echo "make test        the tests, without any deep-learning framework; about 5 minutes on two cores"
+	@echo "make quick       those that take least time: less than a minute"
+	@echo "make test-cuda   long simulations of GPUs, of which make test has short ones; needs no GPU"
+	@echo "make test-portable  what depends on the processor, as one with AVX2 and as one without"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
@@ -29,7 +40,17 @@ demo: $(VENV)/ready
 	@echo "The pictures are in $(CURDIR)/out/demo: open chelsea.png.overlay.png and coffee.png.overlay.png."
 
 test: $(VENV)/ready-dev
-	$(VENV)/bin/pytest
+	$(PYTEST) -m "not cuda"
+
+quick: $(VENV)/ready-dev
+	$(PYTEST) -m "not slow and not cuda"
+
+test-cuda: $(VENV)/ready-dev
+	$(PYTEST) -m cuda
+
+test-portable: $(VENV)/ready-dev
+	if $(VENV)/bin/python tests/processor.py; then export $(AVX2); $(PYTEST) -m "not cuda" $(PORTABLE); fi
+	export $(NO_AVX); $(PYTEST) -m "not cuda" $(PORTABLE)
 
 test-peers: $(PEERS)/ready
 	$(PEERS)/bin/pytest tests/peers

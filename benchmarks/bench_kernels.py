@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layers import Steps, ceiling, copy_rate
 from networks import NETWORKS
+from steps import Steps, ceiling, copy_rate
 
 BATCH = 4
 

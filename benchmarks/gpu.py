@@ -60,9 +60,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import numpy as np  # noqa: E402  # after the paths
 from compare import averaged  # noqa: E402  # as above
-from layers import Steps  # noqa: E402  # as above
 from networks import NETWORKS, pictures  # noqa: E402  # as above
 from numba import config  # noqa: E402  # as above
+from steps import Steps  # noqa: E402  # as above
 
 import fastdtd  # noqa: E402  # as above
 from fastdtd import devices  # noqa: E402  # as above

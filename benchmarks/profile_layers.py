@@ -18,8 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layers import Steps, ceiling, copy_rate
 from networks import NETWORKS
+from steps import Steps, ceiling, copy_rate
 
 from fastdtd.graph import Conv2d
 

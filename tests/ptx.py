@@ -6,6 +6,7 @@ holds single layers to the oracle, in a process of its own, for the simulator ca
 (tests/test_cuda_compiled.py):
 
     python tests/ptx.py             # prints a line for each layer
+    python tests/ptx.py --short     # a few of them
 
 Threads are run by the least program counter first, so those that diverge join again later. Asynchronous copies land
 when they are waited for. What an instruction does is from the PTX ISA; one that is unknown here is an error.
@@ -307,39 +308,40 @@ def install():
     devices._gpus = lambda _, precision: devices.Devices(device, (0,), precision)
 
 
-def main():
+def main(short):
     """Layers whose kernels have the compiled code that the simulator knows nothing of."""
     from pathlib import Path
     sys.path[:0] = [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent)]
     import gpu_resources
-    import single_layers
-    from single_layers import check, check_winner, convolution, weights
+    from layer_table import BOX, KEPT, NON_NEGATIVE, REAL, conv, dense
+    from single_layers import check
 
-    from fastdtd import graph as g
     from fastdtd.explainer import Explainer
     from fastdtd.model import Model, Preprocessing
     install()
-    single_layers.CONVOLUTIONS |= {
-        "128 rows, in planes": ((16, 2, 3), 70, (2, 1), (1, 1), (1, 0, 0, 0), (1, 1), 1),
-        "64 rows back, in planes": ((40, 2, 2), 16, (1, 2), (1, 1), (0, 0, 0, 1), (1, 1), 1),
+    convolutions = KEPT["conv2d"].examples | {
+        "128 rows, in planes": conv((16, 2, 3), 70, (2, 1), padding=(1, 0, 0, 0)),
+        "64 rows backward, in planes": conv((40, 2, 2), 16, (1, 2), padding=(0, 0, 0, 1)),
     }
-    for case, rule, hidden, precision in (
-            ("channels by the sixteen, groups", "z+", "relu", "tf32"), ("128 rows, in planes", "z+", "relu", "tf32"),
-            ("64 rows back, in planes", "z+", "real", "tf32"), ("groups of many", "z+", "relu", "3xtf32"),
-            ("several panels of outputs and inputs", "zB", "", "tf32"),
-            ("channels by the sixteen", "z+", "real", "fp32"), ("depthwise with a multiplier", "z+", "relu", "fp32"),
-            ("stride and dilation", "w2", "", "fp32")):
-        check(convolution(case), single_layers.CONVOLUTIONS[case][0], rule, hidden, device="cuda", precision=precision,
+    for name, rule, domain, precision in (
+            ("3 to 5", "z+", NON_NEGATIVE, "tf32"), ("small", "zB", BOX, "fp32")) if short else (
+            ("channels by the sixteen, groups", "z+", NON_NEGATIVE, "tf32"),
+            ("128 rows, in planes", "z+", NON_NEGATIVE, "tf32"),
+            ("64 rows backward, in planes", "z+", REAL, "tf32"), ("groups of many", "z+", NON_NEGATIVE, "3xtf32"),
+            ("several panels of outputs and inputs", "zB", BOX, "tf32"),
+            ("channels by the sixteen", "z+", REAL, "fp32"),
+            ("depthwise with a multiplier", "z+", NON_NEGATIVE, "fp32"), ("stride and dilation", "w2", BOX, "fp32")):
+        check(convolutions[name], rule, domain, device="cuda", precision=precision,
               tolerance=5e-4 if precision == "tf32" else 1e-5)
-        print(case, rule, hidden, precision, flush=True)
-    for rule, hidden in (("zB", ""), ("z+", "relu"), ("z+", "real"), ("w2", "")):
-        check(lambda source: g.Dense("tested", (source,), weights(0, 21, 70), 1 + weights(1, 21, 1)[:, 0]), (70, 1, 1),
-              rule, hidden, device="cuda", precision="fp32")
-        print("dense", rule, hidden, flush=True)
-    check_winner(lambda source: g.MaxPool2d("tested", (source,), (3, 2), (2, 1), (1, 0, 1, 1)), (2, 5, 4), "relu",
-                 device="cuda")
-    check(lambda source: g.AveragePool2d("tested", (source,), (2, 2), (1, 2)), (2, 5, 4), "z+", "relu", device="cuda")
-    print("pools", flush=True)
+        print(name, rule, domain, precision, flush=True)
+    for rule, domain in (("zB", BOX), ("z+", NON_NEGATIVE), ("z+", REAL), ("w2", BOX))[:1 if short else None]:
+        check(dense(3, 5) if short else dense(70, 21), rule, domain, device="cuda", precision="fp32")
+        print("dense", rule, domain, flush=True)
+    for kind, rule in (("max_pool2d", "winner"), ("average_pool2d", "z+")):
+        check(KEPT[kind].examples["padded"], rule, NON_NEGATIVE, device="cuda", precision="fp32")
+        print(kind, flush=True)
+    if short:
+        return
     graph = gpu_resources.every_layer(6, 8, 4, 6, 2)
     batch = np.random.default_rng(1).uniform(-1, 2, (2, *graph.input_shape)).astype(np.float32)
     for rules in gpu_resources.rules_of_every_kind():
@@ -355,4 +357,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main("--short" in sys.argv)

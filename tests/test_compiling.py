@@ -15,6 +15,7 @@ from numba.core import config
 import fastdtd
 
 TESTS = Path(__file__).parent
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compiling")]  # all use the same warmed folder
 NOTICE = "fastdtd: compiling kernels for this processor, once; this can take half a minute\n"
 # Explain with the kernels of a ReLU, quick to compile, or with those of dense layers too, and print a digest of the
 # results.
@@ -46,6 +47,14 @@ def compiled():
     assert len(found) > 20
     return sum(sum(misses.values()) for misses in found.values())
 """
+WARM_UP_WITH_RELU = """
+import sys
+from fastdtd import cli, warmup
+from fastdtd.graph import Graph, ReLU
+warmup._network = lambda: Graph((ReLU("relu", ("input",)),), (1, 1, 1))
+warmup.assign = lambda graph, rules, assign=warmup.assign: assign(graph)
+sys.exit(cli.main(["warmup"]))
+"""
 NO_ROOM = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # no file can grow
 
 
@@ -71,18 +80,46 @@ def kept(cache):
     return {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
 
 
+# Warms up where kernels are usually kept, which is quick where that was done before, and copies what it used: other
+# tests may have kept more.
+WARM_UP = """
+import shutil, sys
+from pathlib import Path
+from fastdtd.kernels.cpu import jit
+from fastdtd.warmup import warm_up
+names, name_and_key = set(), jit._KernelCache._name_and_key
+def noted(*arguments):
+    name, key = name_and_key(*arguments)
+    names.add(name)
+    return name, key
+jit._KernelCache._name_and_key = noted
+usual = Path(warm_up())
+jit.config.CACHE_DIR = sys.argv[1]
+[folder] = jit._folders()
+folder.mkdir(parents=True)
+for name in names:
+    shutil.copy(usual / name, folder)
+"""
+
+
 @pytest.fixture(scope="module")
 def warmed(tmp_path_factory):
-    """A folder in which `fastdtd warmup` put all kernels. It takes as long as all kernels take to compile."""
+    """A folder with all kernels that `fastdtd warmup` keeps, and no others."""
     cache = tmp_path_factory.mktemp("warmed")
-    out, err = run("import sys; from fastdtd.cli import main; sys.exit(main(['warmup']))", cache)
-    [folder] = cache.iterdir()
-    assert out == f"all kernels are compiled and kept in {folder}\n"
-    assert err == NOTICE
+    subprocess.run([sys.executable, "-c", WARM_UP, cache], check=True, cwd=TESTS)
     return cache
 
 
 # ---- Ahead -----------------------------------------------------------------------------------------------------------
+
+
+def test_warming_up_says_where_kernels_are_kept(tmp_path):
+    """With the kernels of one layer."""
+    out, err = run(WARM_UP_WITH_RELU, tmp_path)
+    [folder] = tmp_path.iterdir()
+    assert out == f"all kernels are compiled and kept in {folder}\n"
+    assert err == NOTICE
+    assert run(WARM_UP_WITH_RELU, tmp_path) == (out, "")
 
 
 def test_after_warming_up_nothing_is_compiled(warmed):
@@ -137,18 +174,19 @@ def test_importing_fastdtd_imports_nothing_that_is_slow(tmp_path):
 
 
 def test_compiling_is_announced_once_and_can_be_silenced(tmp_path):
-    result, said = run(WITH_DENSE, tmp_path)
+    result, said = run(WITH_RELU, tmp_path)
     assert said == NOTICE
-    assert run(WITH_DENSE, tmp_path) == (result, "")
+    assert run(WITH_RELU, tmp_path) == (result, "")
     silence = "import logging; logging.getLogger('fastdtd').setLevel(logging.ERROR)\n"
-    assert run(silence + WITH_DENSE, tmp_path / "new") == (result, "")
+    assert run(silence + WITH_RELU, tmp_path / "new") == (result, "")
 
 
 @pytest.mark.parametrize("code", ["", NO_ROOM], ids=["no folder", "full disk"])
 def test_a_place_that_cannot_be_written(code, warmed, tmp_path):
     """It works, and says why it will be slow the next time too."""
     pytest.importorskip("resource")
-    place = tmp_path if code else "/dev/null/folder"
+    (tmp_path / "file").touch()
+    place = tmp_path / "folder" if code else tmp_path / "file" / "folder"
     out, err = run(code + WITH_RELU, place)
     assert out == run(WITH_RELU, warmed)[0]
     said = err.splitlines(keepends=True)
@@ -156,7 +194,7 @@ def test_a_place_that_cannot_be_written(code, warmed, tmp_path):
     assert said[1].startswith(f"fastdtd: compiled kernels cannot be kept, so each process will compile them ({place}")
     assert said[1].endswith("; set NUMBA_CACHE_DIR to a folder that can be written and has free space\n")
     assert len(said) == 2
-    assert kept(tmp_path) == {}
+    assert kept(tmp_path) == {tmp_path / "file": b""}
 
 
 @pytest.mark.parametrize("home_can_be_written", [True, False])
@@ -166,28 +204,23 @@ def test_an_installation_that_cannot_be_written(home_can_be_written, warmed, tmp
     shutil.copytree(Path(cpu.__file__).parents[1], installed / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (installed / "kernels" / "cpu"
      / "__pycache__").write_text("where a folder should be, so that not even root can make it")
+    (tmp_path / "file").touch()
     home = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"),
-                         str(tmp_path) if home_can_be_written else "/dev/null")
+                         str(tmp_path if home_can_be_written else tmp_path / "file"))
     results = [run(WITH_RELU, None, PYTHONPATH=str(installed.parent), **home) for _ in range(2)]
     assert {out for out, _ in results} == {run(WITH_RELU, warmed)[0]}
     if home_can_be_written:
         assert [err for _, err in results] == [NOTICE, ""]
     else:
-        assert all(f"({installed}/kernels/cpu/__pycache__: File exists; /dev/null/" in err for _, err in results)
+        assert all(f"({installed}/kernels/cpu/__pycache__: File exists; {tmp_path}/file/" in err for _, err in results)
 
 
-def test_warming_up_where_nothing_can_be_kept_fails():
-    process = start("""
-import sys
-from fastdtd import cli, warmup
-from fastdtd.graph import Graph, ReLU
-warmup._network = lambda: Graph((ReLU("relu", ("input",)),), (1, 1, 1))
-warmup.assign = lambda graph, rules, assign=warmup.assign: assign(graph)
-sys.exit(cli.main(["warmup"]))
-""", "/dev/null/folder")
+def test_warming_up_where_nothing_can_be_kept_fails(tmp_path):
+    (tmp_path / "file").touch()
+    process = start(WARM_UP_WITH_RELU, tmp_path / "file" / "folder")
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (1, "")
-    assert err.startswith(NOTICE + "fastdtd: compiled kernels cannot be kept (/dev/null/folder")
+    assert err.startswith(NOTICE + f"fastdtd: compiled kernels cannot be kept ({tmp_path / 'file' / 'folder'}")
     assert len(err.splitlines()) == 2
 
 
@@ -203,13 +236,13 @@ def test_kernels_can_be_used_where_they_cannot_be_written(warmed):
 
 
 def test_many_processes_at_once(warmed, tmp_path):
-    result, _ = run(WITH_DENSE, warmed)
-    processes = [start(COUNT + WITH_DENSE + "print(compiled())", tmp_path) for _ in range(4)]
+    result, _ = run(WITH_RELU, warmed)
+    processes = [start(COUNT + WITH_RELU + "print(compiled())", tmp_path) for _ in range(4)]
     results = [finish(process)[0].split() for process in processes]
     assert {out for out, _ in results} == {result.strip()}
     assert sum(int(count) for _, count in results) > len(kept(tmp_path))  # they were at it together
     assert {path.suffix for path in kept(tmp_path)} == {".nbc"}  # no halves are left
-    assert run(COUNT + WITH_DENSE + "print(compiled())", tmp_path) == (result + "0\n", "")
+    assert run(COUNT + WITH_RELU + "print(compiled())", tmp_path) == (result + "0\n", "")
 
 
 def test_processors_have_kernels_of_their_own(warmed, tmp_path):

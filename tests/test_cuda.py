@@ -6,14 +6,14 @@ from pathlib import Path
 import naive
 import numpy as np
 import pytest
+from explaining import describe, explain, small, to_the_middle, two_layers
 from fastdtd.kernels import cuda as device_kernels
 from fastdtd.kernels.cuda import vector_code
 from graphs import graphs, graphs_and_rules, images
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from layers import BOX, KEPT, NON_NEGATIVE, every_example, weights
+from layer_table import BOX, KEPT, NON_NEGATIVE, every_example, weights
 from single_layers import check, check_signed, rules_of_both_signs
-from test_explainer import describe, explain, small, to_the_middle, two_layers
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
