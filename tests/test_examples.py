@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
