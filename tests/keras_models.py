@@ -74,8 +74,9 @@ FUNCTIONAL = {"class_name": "Functional", "config": {
 
 
 def zipped(*members, method=zipfile.ZIP_STORED):
+    """The bytes of a zip file, the same at any time."""
     image = io.BytesIO()
     with zipfile.ZipFile(image, "w", method) as archive:
         for name, content in members:
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, method)
     return image.getvalue()

@@ -133,6 +133,7 @@ def test_memory(run):
                                                                            "--memory=2GB") == plenty
 
 
+@pytest.mark.slow
 def test_device(run, simulator):
     cpu = run("explain", "net.h5", "pictures", "-o", "a")
     for options in (["--device", "cuda"], ["--device", "cuda:0", "--precision", "3xtf32"], ["--device", "auto"]):
@@ -169,7 +170,8 @@ def test_outputs(run, place):
      (["net.h5", "none.png"], "'none.png' does not exist"), (["net.h5", "out"], "'out' does not exist"),
      (["net.h5", "."], ""), (["net.h5", "pictures", "-o", "net.h5"], "cannot write to 'net.h5'"),
      (["net.h5", "pictures", "-o", "net.h5/out"], "cannot write to 'net.h5/out'"),
-     (["net.h5", "pictures", "-o", "/proc/out"], "cannot write to '/proc/out'"), ])
+     pytest.param(["net.h5", "pictures", "-o", "/proc/out"], "cannot write to '/proc/out'", marks=pytest.mark.skipif(
+         sys.platform != "linux", reason="there is no /proc"))])
 def test_explain_refuses(run, place, arguments, message):
     if arguments[1] == ".":
         (place / "empty").mkdir()
@@ -207,6 +209,7 @@ def test_help(run):
     assert run("--version") == (0, [f"fastdtd {fastdtd.__version__}"], [])
 
 
+@pytest.mark.slow
 def test_progress_bar(place):
     """On a terminal, for several pictures only."""
     for module in ("pty", "fcntl", "termios"):
@@ -239,6 +242,7 @@ def test_show(run):
     assert "weights   18 parameters" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["show", "explain"])
 def test_standard_output_that_cannot_be_written(place, command):
     arguments = [*COMMAND, command, "net.h5", *(["pictures"] if command == "explain" else [])]

@@ -20,7 +20,7 @@ from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
 from fastdtd.rules import DERIVATIVES, search_direction
 
-pytestmark = pytest.mark.usefixtures("simulator")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("simulator")]
 few = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 KERNELS = Path(device_kernels.__file__).parent
 SHORT_TILE = "3 to 5"  # of tensor cores

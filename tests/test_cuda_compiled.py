@@ -10,17 +10,35 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("numba_cuda", "cupy"))),
-                                reason="needs the extra cuda")
+pytestmark = [
+    pytest.mark.skipif(not all(map(importlib.util.find_spec, ("numba_cuda", "cupy"))), reason="needs the extra cuda"),
+    pytest.mark.slow, pytest.mark.xdist_group("compiled"),  # all look at what is compiled once
+]
 ROOT = Path(__file__).parents[1]
 WITHOUT_SIMULATOR = os.environ | {"NUMBA_ENABLE_CUDASIM": "0"}
 TILES = ("conv2d_forward", "conv2d_redistribute")
 
 
-@pytest.fixture(scope="module")
-def rows():
-    run = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_resources.py", "--json"], capture_output=True,
-                         text=True, check=False, env=WITHOUT_SIMULATOR)
+# The kernels of one convolution and one dense layer, for one chip, in place of all for two.
+FEW = """
+import json
+import numpy as np
+import gpu_resources as r
+from fastdtd import graph as g
+layers = (g.ReLU("positive", ("input",)), g.Conv2d("conv", ("positive",), np.ones((16, 16, 2, 2))),
+          g.ReLU("relu", ("conv",)), g.Flatten("flat", ("relu",)), g.Dense("scores", ("flat",), np.ones((2, 64))))
+r._cases = lambda: [(g.Graph(layers, (16, 3, 3)), "dtd")]
+r.kernels_of_modules = set
+print(json.dumps(r.table({(9, 0): r.CHIPS[9, 0]})))
+"""
+ALL = pytest.param("all", marks=pytest.mark.cuda)
+
+
+@pytest.fixture(scope="module", params=["few", ALL])
+def rows(request):
+    command = ["-c", FEW] if request.param == "few" else [ROOT / "benchmarks" / "gpu_resources.py", "--json"]
+    environment = WITHOUT_SIMULATOR | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -34,6 +52,7 @@ def test_nothing_is_spilled_and_sums_are_in_registers(rows):
     assert [named(row) for row in rows if row["stack"] or row["spills"]] == []
 
 
+@pytest.mark.parametrize("rows", [ALL], indirect=True)
 def test_both_chips_and_all_kinds_of_tiles_are_there(rows):
     assert {row["capability"] for row in rows} == {"8.0", "9.0"}
     variants = {(row["kernel"], row["variant"]) for row in rows}
@@ -47,6 +66,7 @@ def test_both_chips_and_all_kinds_of_tiles_are_there(rows):
 
 def test_tensor_cores_are_used_where_they_should_be(rows):
     """As many products as a warp has in a tile of 16 depths or, where that is a loop, in 8 of them."""
+    assert any(row["mma"] for row in rows)
     for row in rows:
         if row["kernel"] not in TILES:
             assert row["mma"] == 0

@@ -181,6 +181,7 @@ def test_the_simulator_is_never_chosen_by_itself_and_says_that_it_is_one(simulat
     assert ["NUMBA_ENABLE_CUDASIM is set" in record.message for record in caplog.records] == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="a GPU is here")
 def test_without_a_gpu():
     """In a process of its own, where nothing is simulated or faked."""
@@ -239,6 +240,7 @@ def assert_same(found, wanted):
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), name)
 
 
+@pytest.mark.slow
 def test_gpus_share_out_images(gpus, monkeypatch):
     model = tiny()
     batch = images(model.graph, 7, seed=0)
@@ -300,6 +302,7 @@ class Limited:
         return self.empty(elements)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_less_memory_than_there_seemed_halves_the_batch(gpus, monkeypatch, count):
     model = tiny()
@@ -326,6 +329,7 @@ def test_less_memory_than_there_seemed_halves_the_batch(gpus, monkeypatch, count
     assert_same(made(batch), wanted)
 
 
+@pytest.mark.slow
 def test_one_image_may_take_the_memory_of_idle_plans(gpus, monkeypatch):
     model = tiny()
     gpus(1)
@@ -344,6 +348,7 @@ def test_one_image_may_take_the_memory_of_idle_plans(gpus, monkeypatch):
     np.testing.assert_array_equal(made(batch[:1]).at("input"), wanted.at("input")[:1])
 
 
+@pytest.mark.slow
 def test_less_memory_than_there_seemed_when_it_is_made(gpus, monkeypatch):
     model = tiny()
     gpus(1)
@@ -358,6 +363,7 @@ def test_less_memory_than_there_seemed_when_it_is_made(gpus, monkeypatch):
         Explainer(model, device="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_memory_that_is_short_in_the_middle_of_the_work(gpus, monkeypatch, count):
     """As when a copy needs some, or CUDA for itself."""

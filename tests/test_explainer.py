@@ -79,6 +79,7 @@ def test_any_start_agrees_with_the_oracle(case, seed):
             assert abs(e.ledger[name][i] - lost) <= 1e-4
 
 
+@pytest.mark.slow
 @settings(many, max_examples=60)
 @given(graphs_and_rules(signed=True))
 def test_relevance_at_every_layer(case):
@@ -141,6 +142,7 @@ def z_b(a, w, low, high):
     return a - low if w > 0 else a - high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "layer", "rule"),
                          [
     (z_plus, "hidden", "z+"), (z_plus_on_reals, "conv", "z+"), (w2, "conv", "w2"), (z_b, "conv", "zB"),
@@ -157,6 +159,7 @@ def test_named_rules_follow_from_their_search_direction(direction, layer, rule):
     np.testing.assert_allclose(general.ledger[layer], named.ledger[layer], atol=2e-5 * named.explained.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "layer"), [
     (to_the_middle, "conv"), (lambda a, w: np.exp(-a) * w, "hidden"), (lambda a, w: w if a > 0.3 else 0, "conv"),
 ])

@@ -16,6 +16,7 @@ from fastdtd import graph as g
 pytest.importorskip("numba_cuda")
 import gpu
 
+pytestmark = pytest.mark.slow
 STARTS = {
     "as it is installed": "",
     "from a checkout": "sys.meta_path[:] = [finder for finder in sys.meta_path if 'Editable' not in str(finder)]",

@@ -281,6 +281,7 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nested.keras3", "convolutions.keras2", "order.keras3", "one_dimension.keras2"])
 def test_wrong_types_anywhere(name):
     """Whatever stands in any place of the configuration, the file is read or refused."""

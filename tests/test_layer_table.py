@@ -59,6 +59,7 @@ def test_the_oracle_knows_every_layer(kind, name, domain):
     assert relevance.any() or any(absorbed.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("like_peers", [False, True])
 def test_every_layer_and_rule_is_drawn(like_peers):
     kinds, rules_drawn = set(), set()

@@ -174,6 +174,7 @@ def one_image(graph, threads=1):
     return Explainer(Model(graph, Preprocessing(None)), threads=threads)._executor.devices[0][1].nbytes(1, threads)
 
 
+@pytest.mark.slow
 @settings(many, max_examples=30)
 @given(graphs(), st.data())
 def test_same_bits_in_any_memory(graph, data):

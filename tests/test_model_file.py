@@ -282,6 +282,7 @@ def test_not_hdf5(path, content):
         load(path)
 
 
+@pytest.mark.slow
 def test_truncated(model, valid, tmp_path):
     save(model, tmp_path / "written.h5")
     for source in (valid, tmp_path / "written.h5"):
@@ -315,6 +316,7 @@ for seed in range(300):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["by hand", "saved"])
 def test_flipped_bits_neither_crash_nor_hang(model, valid, tmp_path, which):
     source = valid

@@ -9,6 +9,8 @@ import pytest
 
 import fastdtd
 
+# all explain the same photographs with the same network
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("networks")]
 CAFFE_PIXELS = {"color": "bgr", "mean": (104, 117, 123), "box": [(-104, 151), (-117, 138), (-123, 132)]}
 WINNERS = {
     "castle.jpg": 483, "cat19.jpg": 281, "chelsea.png": 285, "coffee.png": 967, "espresso1.jpg": 967, "frog13.jpg": 30,

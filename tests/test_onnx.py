@@ -448,6 +448,7 @@ def test_garbage(tmp_path, content):
         convert(tmp_path / "net.onnx")
 
 
+@pytest.mark.slow
 def test_damaged_onnx_files_are_read_or_refused():
     content = onnx_file([
         node("Pad", ["x", "p"], ["q"]), node("Conv", ["q", "w", "b"], ["c"], strides=[2, 2], auto_pad="SAME_UPPER"),
