@@ -7,7 +7,7 @@ INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 # As many processes as there are processors. Their kernels are compiled before: else each would compile all.
 WORKERS ?= auto
-PYTEST = $(VENV)/bin/fastdtd warmup && $(VENV)/bin/pytest --numprocesses $(WORKERS) --dist loadgroup
+PYTEST = $(VENV)/bin/fastdtd warmup && $(VENV)/bin/pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
 # The tests of what depends on the processor: the kernels' against the oracle, plans', whole networks'.
 PORTABLE := tests/test_kernels.py tests/test_plan.py tests/test_steps.py tests/test_explainer.py tests/test_networks.py
 AVX2 := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma

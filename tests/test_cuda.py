@@ -142,8 +142,8 @@ def test_the_first_of_equals_wins():
     graph = g.Graph((g.MaxPool2d("pool", (g.INPUT,), (2, 2), (2, 2)), g.Flatten("flat", ("pool",)),
                      g.Dense("scores", ("flat",), np.ones((1, 2)))), (1, 2, 4), (0.0, 1.0))
     almost = np.nextafter(np.float32(0.7), np.float32(1))
-    picture = np.float32([[[0.1, 0.7, 0.2, 0.3], [0.7, almost, 0.3, 0.3]]])
-    e = on_gpu(graph)(picture)
+    image = np.float32([[[0.1, 0.7, 0.2, 0.3], [0.7, almost, 0.3, 0.3]]])
+    e = on_gpu(graph)(image)
     np.testing.assert_array_equal(e.relevance[0, 0] > 0, [[False, True, False, True], [False, False, False, False]])
 
 

@@ -1,6 +1,7 @@
 """Compiled code of the kernels for GPUs, of which none is needed: what it takes (benchmarks/gpu_resources.py), and what
 it computes (tests/ptx.py)."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -34,13 +35,18 @@ print(json.dumps(r.table({(9, 0): r.CHIPS[9, 0]})))
 ALL = pytest.param("all", marks=pytest.mark.cuda)
 
 
-@pytest.fixture(scope="module", params=["few", ALL])
-def rows(request):
-    command = ["-c", FEW] if request.param == "few" else [ROOT / "benchmarks" / "gpu_resources.py", "--json"]
+@functools.cache
+def table_of(which):
+    command = ["-c", FEW] if which == "few" else [ROOT / "benchmarks" / "gpu_resources.py", "--json"]
     environment = WITHOUT_SIMULATOR | {"PYTHONPATH": str(ROOT / "benchmarks")}
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+@pytest.fixture(params=["few", ALL])
+def rows(request):
+    return table_of(request.param)
 
 
 def named(row):

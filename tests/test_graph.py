@@ -106,8 +106,8 @@ CHANNELS = ([-1, 0], [2, 4])
 @quick
 @given(graphs())
 def test_domains_hold_the_values(graph):
-    for picture in images(graph, 3):
-        for name, values in naive.forward(graph, picture).items():
+    for image in images(graph, 3):
+        for name, values in naive.forward(graph, image).items():
             found = graph.domains[name]
             if found.nonnegative:
                 assert values.min() >= 0

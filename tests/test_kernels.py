@@ -126,7 +126,8 @@ def test_multiply_split(depth, rows, vectors):
     rng = np.random.default_rng(depth)
     w, b = rng.standard_normal((1, rows, depth), np.float32), rng.standard_normal(2000, np.float32)
     w[rng.random(w.shape) < 0.2] = 0
-    offsets = rng.integers(0, len(b) - cpu.CONV2D_COLUMNS, depth).astype(np.int32)
+    width = cpu.CONV2D_COLUMNS + LANES  # of tiles; a strip of one row can end one vector after the last column
+    offsets = rng.integers(0, len(b) - width, depth).astype(np.int32)
     sides = rng.choice([1, -1, 2, 0], depth)
     shape = cpu.conv2d_split_shape(1, rows, depth)
     panels, panel_rows = shape[1], shape[3]
@@ -142,7 +143,7 @@ def test_multiply_split(depth, rows, vectors):
     seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
     positive = np.where((sides == 2) | (sides * w[0] > 0), w[0], 0)
     for panel in range(panels):
-        tiles = np.full((2, panel_rows, cpu.CONV2D_COLUMNS), np.nan, np.float32)
+        tiles = np.full((2, panel_rows, width), np.nan, np.float32)
         multiply(tiles, packed[0, panel], packed_offsets[0, panel], b, bounds[0, panel])
         here = slice(panel * panel_rows, (panel + 1) * panel_rows)
         for tile, weight in zip(tiles, (positive, w[0] - positive), strict=True):

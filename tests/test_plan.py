@@ -27,7 +27,7 @@ def plan_of(graph, rules="dtd", batch=1, workers=1):
 
 
 def run(plan, batch):
-    """(scores, relevance, ledger) of each picture's first class."""
+    """(scores, relevance, ledger) of each image's first class."""
     plan.input[:] = batch
     plan.forward()
     scores = plan.output.copy()
@@ -168,8 +168,8 @@ def test_concatenations_write_in_place_where_they_can(graph, copied):
     plan._workspace[:] = np.nan  # what is added to without having been cleared would show
     scores, relevance, _ = run(plan, batch)
     rules = {name: rule.rule for name, rule in assign(graph).rules.items()}
-    for i, picture in enumerate(batch):
-        expected, expected_scores, _ = naive.explain(graph, picture, 0, rules)
+    for i, image in enumerate(batch):
+        expected, expected_scores, _ = naive.explain(graph, image, 0, rules)
         np.testing.assert_allclose(scores[i], expected_scores, atol=1e-5)
         np.testing.assert_allclose(relevance[i], expected, atol=1e-5 * max(1, expected.max()))
 
