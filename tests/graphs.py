@@ -2,7 +2,7 @@
 
 import numpy as np
 from hypothesis import strategies as st
-from layer_table import KEPT, random_weights
+from layers import KEPT, random_weights
 
 from fastdtd import graph as g
 

@@ -313,7 +313,7 @@ def main(short):
     from pathlib import Path
     sys.path[:0] = [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent)]
     import gpu_resources
-    from layer_table import BOX, KEPT, NON_NEGATIVE, REAL, conv, dense
+    from layers import BOX, KEPT, NON_NEGATIVE, REAL, conv, dense
     from single_layers import check
 
     from fastdtd.explainer import Explainer

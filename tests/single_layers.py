@@ -3,7 +3,7 @@
 import naive
 import numpy as np
 import pytest
-from layer_table import BOX, KEPT, NON_NEGATIVE, REAL, weights
+from layers import BOX, KEPT, NON_NEGATIVE, REAL, weights
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer

@@ -12,7 +12,7 @@ from fastdtd.kernels.cuda import vector_code
 from graphs import graphs, graphs_and_rules, images
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from layer_table import BOX, KEPT, NON_NEGATIVE, every_example, weights
+from layers import BOX, KEPT, NON_NEGATIVE, every_example, weights
 from single_layers import check, check_signed, rules_of_both_signs
 
 from fastdtd import graph as g

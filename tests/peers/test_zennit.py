@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from graphs import graphs_and_rules, images
 from hypothesis import HealthCheck, assume, given, note, settings
-from layer_table import PLAIN
+from layers import PLAIN
 from torch_nets import without_max_pools, zennit_relevance
 
 from fastdtd import Explainer, ExplanationWarning, Model, Preprocessing, load

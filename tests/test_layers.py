@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from graphs import graphs, graphs_and_rules
 from hypothesis import HealthCheck, Phase, given, settings
-from layer_table import DOMAINS, KEPT, TABLE, every_example
+from layers import DOMAINS, KEPT, TABLE, every_example
 from single_layers import TESTED, batch_of, network
 
 from fastdtd import graph as g

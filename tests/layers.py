@@ -1,7 +1,7 @@
 """The table of layers: of every kind awkward examples, rules, and how a random one is drawn.
 
 The oracle, random graphs, model files and the kernels of every device are tested with it, so that a new layer is one
-entry here and a case in naive.py (test_layer_table.py sees to it that none is forgotten).
+entry here and a case in naive.py (test_layers.py sees to it that none is forgotten).
 """
 
 import math
