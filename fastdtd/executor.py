@@ -54,7 +54,7 @@ class Executor:
         kernels = found.kernels
         concurrent = kernels.MAX_PLANS or threads  # plans at a time, on each device
         self.devices = [(number, self._pool(graph, assignment, found, number, concurrent, limit))
-                       for number in found.numbers]
+                        for number in found.numbers]
         self._concurrent = len(self.devices) * concurrent
         self._forget_threads()
         if hasattr(os, "register_at_fork"):  # a forked process has neither the threads nor the holders of locks
@@ -205,19 +205,20 @@ class Executor:
         todo = [list(layers)]
         while todo:
             part = todo.pop()
-            needed = plans.nbytes(1, 1, part)
-            if needed > plans.limit:
+            schedule = plans.schedule(1, 1, part)
+            if schedule.nbytes > plans.limit:
                 if len(part) == 1:
-                    raise InputError(f"relevance at layer {part[0]!r} takes {_rounded_up(needed)}, and the limit is "
-                                     f"{_rounded_up(int(plans.limit))}; make the explainer with a higher memory=")
+                    raise InputError(
+                        f"relevance at layer {part[0]!r} takes {_rounded_up(schedule.nbytes)}, and the limit is "
+                        f"{_rounded_up(int(plans.limit))}; make the explainer with a higher memory=")
                 todo += [part[len(part) // 2:], part[:len(part) // 2]]
                 continue
             try:
-                plan = plans.take(1, 1, part)
+                plan = plans.take_for(schedule)
             except OutOfMemoryError:
                 if not plans.drop_idle():
                     raise
-                plan = plans.take(1, 1, part)
+                plan = plans.take_for(schedule)
             done = False
             try:
                 with self.kernels.on_device(number):

@@ -51,8 +51,9 @@ class PlanPool:
         key = batch, workers, tuple(observed)
         if key not in self._schedules:
             schedule = self._network.schedule(*key)
-            return schedule if observed else self._schedules.setdefault(
-                key, schedule)  # those that observe are rarely asked for twice
+            if observed:  # rarely asked for twice
+                return schedule
+            self._schedules.setdefault(key, schedule)  # another thread may have been first
         return self._schedules[key]
 
     def nbytes(self, batch: int, workers: int, observed: Sequence[str] = ()) -> int:
@@ -66,18 +67,20 @@ class PlanPool:
             images -= 1
         return images
 
-    def take(self, batch: int, workers: int, observed: Sequence[str] = ()) -> Plan:
+    def take(self, batch: int, workers: int) -> Plan:
         """A plan for the caller alone, once there are threads and memory for it; who asks first gets it first."""
-        schedule = self.schedule(batch, workers, observed)
+        return self.take_for(self.schedule(batch, workers))
 
+    def take_for(self, schedule: Schedule) -> Plan:
+        """The same, of a schedule that `schedule` gave."""
         def fits() -> bool:
-            return not self.used_workers or (self.used_workers + workers <= self._max_workers
+            return not self.used_workers or (self.used_workers + schedule.workers <= self._max_workers
                                              and self.used_bytes + schedule.nbytes <= self.limit)
 
         with self._turn, self._change:
             self._change.wait_for(fits)
             self.used_bytes += schedule.nbytes
-            self.used_workers += workers
+            self.used_workers += schedule.workers
             i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)
             plan = None if i is None else self.idle.pop(i)
             self._keep()

@@ -43,7 +43,8 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
     relevance = b.carries_relevance(result)
     if rule.formula is None:
         saved = b.saved(layer)
-        _sum(b, layer, rule, 0, sum_step, x, saved.view, saved.dead, (low, high), relevance, _bias(b, layer))
+        _sum(b, layer, rule, 0, sum_step, x, saved.view, saved.dead, (low, high), relevance, _bias(b, layer),
+             window_counts)
         return
     views = {term: b.saved(layer, part).view for part, term in enumerate(rule.terms)}
     first, dead = b.saved(layer).view, b.saved(layer).dead
@@ -51,7 +52,7 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
     unused = b.state("unused", (b.batch,), np.uint8)  # the formula finds out what is absorbed
     for index, term in enumerate(rule.sums):
         _sum(b, layer, rule, index, sum_step, x, views.get(term, first), unused, (-math.inf, math.inf), True,
-             zeros(channels))
+             zeros(channels), window_counts)
     if rule.rule.direction:
         a, (a_low, a_high) = b.activation(layer.inputs[0]), b.bounds(layer.inputs[0])
         b.step(_direction_kernels(b, rule.rule)[0], b.batch * channels, z=first, a=a, low=a_low, high=a_high,
@@ -68,14 +69,16 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
 
 
 def _sum(b: Builder, layer: Layer, rule: LayerRule, index: int, sum_step: SumStep, x: Tensor, ratio: View, dead: State,
-         clip: tuple[float, float], relevance: bool, bias: Array) -> None:
+         clip: tuple[float, float], relevance: bool, bias: Array, window_counts: tuple[Array, Array] | None) -> None:
     a = b.activation(layer.inputs[0])
     arguments: dict[str, Any] = {
         "x": x, "ratio": ratio, "dead": dead, "a": a, "x_channel": x.channel, "a_channel": a.channel,
         "relevance": relevance
     }
-    if not isinstance(layer, (g.Pool2d, g.GlobalAveragePool)):
+    if window_counts is None:
         arguments |= {"x_min": clip[0], "x_max": clip[1]}
+    else:  # a pool, with which no activation is fused
+        arguments |= {"count_h": window_counts[0], "count_w": window_counts[1]}
     if isinstance(layer, (g.Conv2d, g.Dense)):
         arguments["bias"] = bias
     sum_step(b, layer, index, rule.sums[index].features, arguments)
@@ -106,7 +109,7 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
                 "relevance": b.carries_relevance(source), "accumulate": accumulate
             }
             if term.weights == "direction":
-                del arguments["relevance"]  # a direction's features are of no use without it
+                del arguments["relevance"]  # which is what always comes back by a direction
                 b.step(
                     _direction_kernels(b, rule.rule)[1], b.batch * b.graph.shapes[source][0], **arguments,
                     **_as_convolution(layer))

@@ -46,9 +46,8 @@ def _by_winner(b: Builder, layer: Pool) -> bool:
 
 def _sum_step(b: Builder, layer: Pool, index: int, features: int, arguments: dict[str, Any]) -> None:
     low, _ = b.bounds(layer.inputs[0])
-    count_h, count_w = _window_counts(b, layer)
-    b.step(b.kernels.pool2d_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, low=low, count_h=count_h,
-           count_w=count_w, maximum=isinstance(layer, g.MaxPool2d), features=features,
+    b.step(b.kernels.pool2d_forward, b.batch * b.graph.shapes[layer.name][0], **arguments, low=low,
+           maximum=isinstance(layer, g.MaxPool2d), features=features,
            optional={**_geometry(b, layer), **_blocks(b, layer)[1]})
 
 

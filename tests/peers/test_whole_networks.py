@@ -42,7 +42,7 @@ TRAINED = [
 def distance_to_zennit(model, picture):
     """Between relevance and zennit's in float64, relative, by rules that both have."""
     graph = model.graph
-    # zennit gives negative outputs' relevance to what speaks for them; and it takes padding outside of a module for
+    # zennit gives negative outputs' relevance to positive contributions; and it takes padding outside of a module for
     # input.
     by_zennit = ["z+", "zB"] if any(isinstance(layer, g.Conv2d) and not is_symmetric(layer)
                                     for layer in graph) else ["z+"]

@@ -19,7 +19,7 @@ def test_random_networks(case):
     graph, rules = case
     for layer in graph:
         note(f"{layer.name} {type(layer).__name__} {layer.inputs} -> {graph.shapes[layer.name]}")
-    # zennit gives negative outputs' relevance to what speaks for them.
+    # zennit gives negative outputs' relevance to positive contributions.
     chosen = {name: PLAIN if rule.name == "z+" else str(rule.rule) for name, rule in assign(graph, rules).rules.items()
               if isinstance(next(layer for layer in graph if layer.name == name), (g.Conv2d, g.Dense))}
     explainer = Explainer(Model(graph, Preprocessing(None)), {**rules, **chosen}, threads=1)
