@@ -1,6 +1,7 @@
 """HDF5 files from anywhere, model files and Keras's.
 
 Nothing is opened that could lead out of the file, and nothing is read before its type and size are known to be sane.
+HDF5's library says what a file is made of; what the parts hold is taken from the file's bytes (hdf5_storage.py).
 Whatever is wrong becomes a ModelError.
 """
 
@@ -9,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import mmap
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdtd import hdf5_storage
 from fastdtd.errors import ModelError
+from fastdtd.hdf5_storage import Content
 
 if TYPE_CHECKING:
     import h5py
@@ -24,39 +27,49 @@ if TYPE_CHECKING:
 MAX_ATTRIBUTE_ELEMENTS = 10_000
 MAX_TEXT_BYTES = 4096  # one string
 # Deflate, the strongest of the accepted compressions on real data, shrinks at most 1032 times. A dataset that claims
-# more over its stored bytes was never written. Small ones may do so: a bias left at the fill value, a chunk larger than
-# what it holds.
+# more over its stored bytes was never written. Small ones may do so: a chunk larger than what it holds.
 MAX_EXPANSION = 2000
 SMALL_BYTES = 2**20
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_HEAP = b"GCOL\x01\0\0\0"  # how a global heap of HDF5 begins
+
+
+@dataclass(frozen=True)
+class Object:
+    """What a file holds, most often a group or a dataset, and the bytes of the file."""
+
+    h5: Any  # as h5py gives it
+    content: Content
+
+    @property
+    def address(self) -> int:
+        """Where its header is in the file: the same for all links that lead to it."""
+        from h5py import h5o
+
+        return int(h5o.get_info(self.h5.id).addr)
 
 
 @contextlib.contextmanager
-def opened(source: Path | io.BytesIO | bytes, required: str, longest: int = MAX_TEXT_BYTES) -> Iterator[h5py.File]:
-    """The file, for reading. An io.BytesIO is one of our own making, and trusted.
-
-    required: ends the messages of errors; longest: bytes that a string of variable length may have.
-    """
+def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]:
+    """The file, for reading, by its outermost group; `required` ends the messages of errors."""
     import h5py
 
     with contextlib.ExitStack() as stack:
         with errors(required):  # and what is done with the file later is the caller's
-            if not (h5py.is_hdf5(source)
-                    if isinstance(source, Path) else isinstance(source, io.BytesIO) or source.startswith(SIGNATURE)):
-                raise ModelError(f"is not an HDF5 file, or its start is damaged; required: {required}")
             if isinstance(source, Path):
-                with open(source, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    _check_string_heaps(data, longest, required)
-            elif isinstance(source, bytes):
-                _check_string_heaps(source, longest, required)
-                source = io.BytesIO(source)
+                stream: io.RawIOBase | io.BytesIO = stack.enter_context(open(source, "rb", buffering=0))
+            else:
+                stream = io.BytesIO(source) if isinstance(source, bytes) else source
+            stream.seek(0)
+            if stream.read(len(SIGNATURE)) != SIGNATURE:
+                raise ModelError("is not an HDF5 file, or its start is damaged, or comes after a user block; required: "
+                                 f"{required}")
+            content = Content(stream)
             # A lock is refused on some network file systems, and buys a reader nothing.
-            file = stack.enter_context(h5py.File(source, "r", locking=False))
+            file = stack.enter_context(h5py.File(stream, "r", locking=False))
             if file.id.get_create_plist().get_sizes() != (8, 8):
                 raise ModelError(f"does not use 8-byte HDF5 addresses; required: {required}")
-        yield file
+        yield Object(file, content)
 
 
 @contextlib.contextmanager
@@ -69,35 +82,7 @@ def errors(required: str) -> Iterator[None]:
         raise ModelError(f"HDF5 cannot process it ({error}); required: {required}") from error
 
 
-def _check_string_heaps(data: bytes | mmap.mmap, longest: int, required: str) -> None:
-    """Refuse global heaps, where HDF5 keeps variable-length strings, that are damaged or hold longer strings than
-    expected.
-
-    HDF5 would loop for ever over an object of no size, and would copy one long string for each of many references to
-    it.
-    """
-    end = 0
-    start = data.find(_HEAP)
-    while start >= 0:
-        size = int.from_bytes(data[start + 8:start + 16], "little")
-        at = start + 16
-        # Heaps that overlap would have to be walked again and again.
-        is_sound = start >= end and start + size <= len(data)
-        end = start + size
-        while is_sound and at + 16 <= end:  # 16: an object's index (2 bytes), references (2), nothing (4) and size (8)
-            index, length = int.from_bytes(data[at:at + 2], "little"), int.from_bytes(data[at + 8:at + 16], "little")
-            step = 16 + (length + 7) // 8 * 8 if index else length  # object 0 is free space and counts its header
-            is_sound = step >= 16 and at + step <= end and (not index or length <= longest)
-            at += step
-        if not is_sound:
-            raise ModelError(
-                f"has a damaged heap at byte {start}, or one with strings of more than {longest} bytes; required: "
-                f"{required}"
-            )
-        start = data.find(_HEAP, start + 1)
-
-
-def children(group: h5py.Group, where: str, limit: int, known: Iterable[str] | None = None) -> dict[str, Any]:
+def children(group: Object, where: str, limit: int, known: Iterable[str] | None = None) -> dict[str, Object]:
     """What `group` holds, by name in sorted order. Only hard links are opened: they cannot lead out of the file."""
     import h5py
 
@@ -107,91 +92,137 @@ def children(group: h5py.Group, where: str, limit: int, known: Iterable[str] | N
         links.append(link)
         return True if len(links) > limit else None  # True stops: a damaged index may have no end
 
-    group.id.links.iterate(collect)
+    group.h5.id.links.iterate(collect)
     names = [text(link, where) for link in links]
     if known is not None:
         require_known(names, known, where, "member")
     if len(links) > limit:
         raise ModelError(f"{where} holds more than {limit} objects; required: at most {limit}")
     for link, name in zip(links, names, strict=True):
-        if group.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
+        info = group.h5.id.links.get_info(link)
+        if info.type != h5py.h5l.TYPE_HARD:
             raise ModelError(
                 f"{where} holds {name!r} as a soft, external or user-defined link; required: the object itself "
                 "(h5repack and h5copy resolve links)")
-    return {name: group[link] for name, link in sorted(zip(names, links, strict=True))}
+        if hdf5_storage.is_virtual(group.content, info.u):
+            raise ModelError(f"{where} holds {name!r} as a virtual dataset, whose data are in other files; required: "
+                             "data in this file (h5repack brings it in)")
+    return {name: Object(group.h5[link], group.content) for name, link in sorted(zip(names, links, strict=True))}
 
 
-def group(child: Any, where: str) -> h5py.Group:
+def group(child: Object, where: str) -> Object:
     import h5py
 
-    if not isinstance(child, h5py.Group):
-        raise ModelError(f"{where} is a {type(child).__name__.lower()}; required: a group")
+    if not isinstance(child.h5, h5py.Group):
+        raise ModelError(f"{where} is a {type(child.h5).__name__.lower()}; required: a group")
     return child
 
 
-def is_dataset(child: Any) -> bool:
+def is_dataset(child: Object) -> bool:
     import h5py
 
-    return isinstance(child, h5py.Dataset)
+    return isinstance(child.h5, h5py.Dataset)
 
 
-def dataset(child: Any, where: str, ranks: tuple[int, ...], limit: int) -> h5py.Dataset:
+def dataset(child: Object, where: str, ranks: tuple[int, ...], limit: int) -> h5py.Dataset:
     """`child`, where it is a dataset of an accepted number of axes and elements whose bytes lie in this file."""
-    from h5py import h5d, h5z
-
     if not is_dataset(child):
-        raise ModelError(f"{where} is a {type(child).__name__.lower()}; required: a dataset")
-    shape = child.shape
+        raise ModelError(f"{where} is a {type(child.h5).__name__.lower()}; required: a dataset")
+    data = child.h5
+    shape = data.shape
     if shape is None or len(shape) not in ranks or 0 in shape:
         raise ModelError(
             f"{where} has shape {shape}; required: {' or '.join(map(str, ranks))} axes, none of them empty")
     count = math.prod(shape)
     if count > limit:
         raise ModelError(f"{where} has {count} elements; at most {limit} are accepted")
-    layout = child.id.get_create_plist()
-    if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count():
-        raise ModelError(
-            f"{where} keeps its data in other files (virtual dataset or external storage); required: data in this file "
-            "(h5repack brings it in)")
-    compressions = {h5z.FILTER_DEFLATE, h5z.FILTER_LZF, h5z.FILTER_SZIP}
+    layout = data.id.get_create_plist()
+    if layout.get_external_count():
+        raise ModelError(f"{where} keeps its data in other files; required: data in this file (h5repack brings it in)")
     filters = [layout.get_filter(i)[0] for i in range(layout.get_nfilters())]
-    # HDF5's decoder for scale-offset has been overrun by hostile files (CVE-2025-2308, CVE-2025-44905), and filters
-    # from elsewhere would load foreign code. Two compressions, one on the other, would multiply how far a file can
-    # expand.
-    if (set(filters) - compressions - {h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32} or len(set(filters)) < len(filters)
-            or len(compressions.intersection(filters)) > 1):
+    # Two compressions, one on the other, would multiply how far a file can expand.
+    if (not set(filters) <= hdf5_storage.FILTERS.keys() or len(set(filters)) < len(filters)
+            or {hdf5_storage.DEFLATE, hdf5_storage.LZF} <= set(filters)):
         raise ModelError(
-            f"{where} is stored with the HDF5 filters {filters}; required: at most one of gzip, lzf and szip, with or "
+            f"{where} is stored with the HDF5 filters {filters}; required: at most one of gzip and lzf, with or "
             "without shuffle and fletcher32 (h5repack changes filters)")
-    claimed = max(count, math.prod(child.chunks or ())) * child.id.get_type().get_size()
-    stored = min(child.id.get_storage_size(), child.file.id.get_filesize())
+    claimed = max(count, math.prod(data.chunks or ())) * hdf5_storage.itemsize(data)
+    stored = min(data.id.get_storage_size(), child.content.size)
     if claimed > max(SMALL_BYTES, stored * (MAX_EXPANSION if filters else 1)):
         raise ModelError(
             f"{where} claims {claimed} bytes but the file stores {stored} for it; required: data that were written")
-    return child
+    return data
 
 
-def array(child: Any, where: str, ranks: tuple[int, ...], limit: int, integers: bool = False) -> Any:
+def _elements(child: Object, where: str) -> hdf5_storage.Raw:
+    """All elements of a dataset that `dataset` has accepted."""
+    try:
+        return hdf5_storage.elements(child.h5, child.content)
+    except ModelError as error:
+        raise ModelError(f"{where} {error}; required: data that were written whole, contiguous or in chunks (h5repack "
+                         "writes them anew)") from None
+
+
+def array(child: Object, where: str, ranks: tuple[int, ...], limit: int, integers: bool = False) -> Any:
     """float32, or int32 if `integers`."""
     from h5py import h5t
 
     data = dataset(child, where, ranks, limit)
-    if integers:
-        if not (data.id.get_type().equal(h5t.STD_I32LE) or data.id.get_type().equal(h5t.STD_I32BE)):
-            raise ModelError(f"{where} is of type {data.dtype}; required: integers of 32 bits")
-        return np.asarray(data[()], np.int32)
-    accepted = (h5t.IEEE_F16LE, h5t.IEEE_F16BE, h5t.IEEE_F32LE, h5t.IEEE_F32BE, h5t.IEEE_F64LE, h5t.IEEE_F64BE)
     kind = data.id.get_type()
+    if integers:
+        if not (kind.equal(h5t.STD_I32LE) or kind.equal(h5t.STD_I32BE)):
+            raise ModelError(f"{where} is of type {data.dtype}; required: integers of 32 bits")
+        return np.asarray(_elements(child, where), np.int32)
+    accepted = (h5t.IEEE_F16LE, h5t.IEEE_F16BE, h5t.IEEE_F32LE, h5t.IEEE_F32BE, h5t.IEEE_F64LE, h5t.IEEE_F64BE)
     if not any(kind.equal(one) for one in accepted):
         found = type(kind).__name__.removeprefix("Type").removesuffix("ID")
         raise ModelError(
             f"{where} is of HDF5 type {found} ({kind.get_size()} bytes); required: IEEE floating-point numbers of 16, "
             "32 or 64 bits")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which Layer and Model refuse by name
-        return np.asarray(data[()], np.float32)
+        return np.asarray(_elements(child, where), np.float32)
 
 
-def attributes(node: h5py.Group, where: str, known: Iterable[str] | None = None) -> dict[str, list[Any]]:
+def strings(child: Object, where: str, limit: int, longest_in_all: int) -> tuple[str, ...]:
+    """A list of strings, with so many bytes in all at most."""
+    from h5py import h5t
+
+    data = dataset(child, where, (1,), limit)
+    kind = data.id.get_type()
+    is_text = kind.get_class() == h5t.STRING
+    size = kind.get_size() if is_text and not kind.is_variable_str() else 0
+    if not is_text or size > MAX_TEXT_BYTES:
+        raise ModelError(f"{where} is of type {data.dtype}; required: strings of at most {MAX_TEXT_BYTES} bytes")
+    too_many = ModelError(f"{where} has more than {longest_in_all} bytes of names; required: shorter names")
+    if size * data.size > longest_in_all:
+        raise too_many
+    raw = _elements(child, where)
+    names: list[str] = []
+    total = 0
+    for name in raw.view(f"S{size}").tolist() if size else _variable(child, where, raw.tobytes()):
+        total += len(name)
+        if total > longest_in_all:
+            raise too_many
+        names.append(text(_unpadded(name, kind) if size else name, where))
+    return tuple(names)
+
+
+def _variable(child: Object, where: str, references: bytes, longest: int = MAX_TEXT_BYTES) -> Iterator[bytes]:
+    """Strings that a dataset or an attribute refers to."""
+    try:
+        yield from child.content.strings(references, longest)
+    except ModelError as error:
+        raise ModelError(f"{where} {error}") from None
+
+
+def _unpadded(name: bytes, kind: Any) -> bytes:
+    """A string of fixed length, of which NumPy has taken the zeros at the end."""
+    from h5py import h5t
+
+    return name.rstrip(b" ") if kind.get_strpad() == h5t.STR_SPACEPAD else name.split(b"\0", 1)[0]
+
+
+def attributes(node: Object, where: str, known: Iterable[str] | None = None) -> dict[str, list[Any]]:
     """The attributes of `node`, each as a flat list of str, int or float."""
     names = attribute_names(node, where)
     if known is not None:
@@ -199,22 +230,22 @@ def attributes(node: h5py.Group, where: str, known: Iterable[str] | None = None)
     return {name: attribute(node, name, f"{where} attribute {name!r}") for name in names}
 
 
-def attribute_names(node: h5py.Group, where: str) -> list[str]:
+def attribute_names(node: Object, where: str) -> list[str]:
     from h5py import h5a
 
     names: list[bytes] = []
-    h5a.iterate(node.id, names.append)
+    h5a.iterate(node.h5.id, names.append)
     return [text(name, where) for name in names]
 
 
-def attribute(node: h5py.Group, name: str, where: str, longest: int = MAX_TEXT_BYTES) -> list[Any]:
+def attribute(node: Object, name: str, where: str, longest: int = MAX_TEXT_BYTES) -> list[Any]:
     """One attribute as a flat list of str, int or float.
 
     longest: bytes that a string may have; with longer ones there may be fewer.
     """
     from h5py import h5a, h5s, h5t
 
-    attribute = h5a.open(node.id, name.encode())
+    attribute = h5a.open(node.h5.id, name.encode())
     kind = attribute.get_type()
     if attribute.get_space().get_simple_extent_type() == h5s.NULL:
         raise ModelError(f"{where} is empty; required: a value")
@@ -229,6 +260,9 @@ def attribute(node: h5py.Group, name: str, where: str, longest: int = MAX_TEXT_B
         raise ModelError(f"{where} is neither text nor numbers; required: strings, integers or floating-point numbers")
     if is_text and not kind.is_variable_str() and kind.get_size() > longest:
         raise ModelError(f"{where} has strings of {kind.get_size()} bytes; at most {longest} are accepted")
+    if is_text and kind.is_variable_str():
+        references = hdf5_storage.attribute_references(node.content, node.address, name.encode())
+        return [text(v, where, longest) for v in _variable(node, where, references[:16 * count], longest)]
     values = np.empty(attribute.shape, attribute.dtype)
     attribute.read(values, mtype=h5t.py_create(attribute.dtype))  # makes null-padded strings of all
     flat: list[Any] = values.ravel().tolist()

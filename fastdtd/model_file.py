@@ -31,7 +31,6 @@ from fastdtd.graph import (
     Layer,
     Rearrange,
 )
-from fastdtd.hdf5 import MAX_TEXT_BYTES
 from fastdtd.model import Model, Preprocessing
 
 if TYPE_CHECKING:
@@ -166,7 +165,9 @@ def _read(source: Path | io.BytesIO) -> Model:
                 raise ModelError(f"has no group '/{name}'; required: {_REQUIRED}")
         shape, box, preprocessing = _read_input(hdf5.group(parts["input"], "/input"))
         pending = _read_layers(hdf5.group(parts["layers"], "/layers"))
-        classes = _read_classes(parts["classes"]) if "classes" in parts else ()
+        classes: tuple[str, ...] = ()
+        if "classes" in parts:
+            classes = hdf5.strings(parts["classes"], "/classes", MAX_CLASSES, MAX_CLASSES_BYTES)
         provenance = _read_provenance(hdf5.group(parts["provenance"], "/provenance")) if "provenance" in parts else {}
     # Outside the file, so that a mistake of ours is not taken for damage. A layer copies its arrays; popping frees them
     # one by one.
@@ -178,7 +179,7 @@ def _read(source: Path | io.BytesIO) -> Model:
     return Model(Graph(tuple(layers), shape, box), preprocessing, classes, provenance)
 
 
-def _read_input(group: h5py.Group) -> tuple[Any, tuple[Array, Array] | None, Preprocessing]:
+def _read_input(group: hdf5.Object) -> tuple[Any, tuple[Array, Array] | None, Preprocessing]:
     found = hdf5.attributes(group, "/input", ("shape", "color", "resize", "scale"))
     datasets = hdf5.children(group, "/input", 3, ("mean", "std", "box"))
     shape = found.get("shape")
@@ -203,10 +204,11 @@ def _read_input(group: h5py.Group) -> tuple[Any, tuple[Array, Array] | None, Pre
     return tuple(shape), box, Preprocessing(**fields)
 
 
-def _read_layers(group: h5py.Group) -> list[tuple[type[Layer], dict[str, Any]]]:
+def _read_layers(group: hdf5.Object) -> list[tuple[type[Layer], dict[str, Any]]]:
     """Each layer's class and what to make it with."""
     pending = []
     total = 0
+    owners: dict[int, str] = {}  # a link more costs a file nothing, but memory
     for link, child in hdf5.children(group, "/layers", MAX_LAYERS).items():
         where = f"group {link!r} of /layers"
         layer = hdf5.group(child, where)
@@ -227,10 +229,12 @@ def _read_layers(group: h5py.Group) -> list[tuple[type[Layer], dict[str, Any]]]:
             raise ModelError(f"{where} has inputs {hdf5.shown(inputs)}; required: names of layers, or 'input'")
         fields: dict[str, Any] = {"name": name, "inputs": tuple(inputs)}
         fields |= {setting: _setting(setting, found[setting], where) for setting in settings if setting in found}
-        total += sum(math.prod(data.shape or ()) for data in datasets.values() if hdf5.is_dataset(data))
+        total += sum(math.prod(data.h5.shape or ()) for data in datasets.values() if hdf5.is_dataset(data))
         if total > MAX_TOTAL_WEIGHTS:
             raise ModelError(f"the weights up to {where} are {total} numbers; at most {MAX_TOTAL_WEIGHTS} are accepted")
         for array, data in datasets.items():
+            if (first := owners.setdefault(data.address, f"{where} {array}")) != f"{where} {array}":
+                raise ModelError(f"{where} {array} is the dataset of {first}; required: one of its own")
             is_integer = array in cls.integer_arrays
             fields[array] = hdf5.array(data, f"{where} {array}", (_RANKS.get((cls, array), 1),),
                                    MAX_TENSOR_ELEMENTS if is_integer else MAX_WEIGHT_ELEMENTS, is_integer)
@@ -261,26 +265,7 @@ def _setting(field: str, value: list[Any], where: str) -> Any:
     raise ModelError(f"{where} has {field} {hdf5.shown(value)}; required: {wanted.get(field, '1 or 2 integers')}")
 
 
-def _read_classes(child: Any) -> tuple[str, ...]:
-    import h5py
-
-    data = hdf5.dataset(child, "/classes", (1,), MAX_CLASSES)
-    string = h5py.check_string_dtype(data.dtype)
-    if string is None or (string.length or 0) > MAX_TEXT_BYTES:
-        raise ModelError(f"/classes is of type {data.dtype}; required: strings of at most {MAX_TEXT_BYTES} bytes")
-    step = MAX_CLASSES_BYTES // MAX_TEXT_BYTES
-    names: list[str] = []
-    size = 0
-    for start in range(0, len(data), step):
-        block = data[start:start + step]
-        size += sum(map(len, block))
-        if size > MAX_CLASSES_BYTES:
-            raise ModelError(f"/classes has more than {MAX_CLASSES_BYTES} bytes of names; required: shorter names")
-        names.extend(hdf5.text(name, "/classes") for name in block)
-    return tuple(names)
-
-
-def _read_provenance(group: h5py.Group) -> dict[str, str]:
+def _read_provenance(group: hdf5.Object) -> dict[str, str]:
     hdf5.children(group, "/provenance", 0, ())
     found = hdf5.attributes(group, "/provenance")
     return {name: hdf5.single(value, str, f"/provenance attribute {name!r}") for name, value in found.items()}

@@ -66,7 +66,7 @@ def foreign_filter(file):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (external_storage, "keeps its data in other files"), (virtual, "keeps its data in other files"),
+    (external_storage, "keeps its data in other files"), (virtual, "a virtual dataset"),
     (foreign_filter, "HDF5 filters"),
 ])
 def test_refused_storage(tmp_path, make, message):
@@ -240,17 +240,39 @@ def test_legacy_files(tmp_path, weights, attributes, message):
         convert(path)
 
 
-def test_groups_in_a_circle(tmp_path):
+@pytest.mark.parametrize(("old", "new"), [
+    ("model_weights", "model_weights/conv/again"), ("model_weights/conv/conv", "model_weights/other"),
+])
+def test_groups_that_are_linked_to_again(tmp_path, old, new):
     path = legacy_file(tmp_path, CONV_WEIGHTS)
     with h5py.File(path, "r+") as file:
-        file["model_weights/conv/again"] = file["model_weights"]
-    with pytest.raises(ConversionError, match="too deep ones"):
+        file[new] = file[old]
+    with pytest.raises(ConversionError, match=r"holds the group '/model_weights.*' a second time, as '/model_weights"):
         convert(path)
+
+
+def test_doors_to_doors(tmp_path):
+    """Groups that hold the next one under many names: two to the power of thirty ways through a small file."""
+    path = legacy_file(tmp_path, CONV_WEIGHTS)
+    with h5py.File(path, "r+") as file:
+        group = file["model_weights"]
+        for _ in range(30):
+            inner = group.create_group("a")
+            group["b"] = inner
+            group = inner
+    with pytest.raises(ConversionError, match="a second time"):
+        convert(path)
+
+
+def test_more_weights_than_any_network_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_WEIGHTS", 4)
+    with pytest.raises(ConversionError, match="holds more weights than 10000 layers have"):
+        convert(legacy_file(tmp_path, CONV_WEIGHTS))
 
 
 def test_a_string_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_CONFIG_BYTES", 100)
-    with pytest.raises(ConversionError, match="strings of more than 100 bytes"):
+    with pytest.raises(ConversionError, match="has a string of 343 bytes; at most 100"):
         convert(legacy_file(tmp_path, CONV_WEIGHTS))
 
 

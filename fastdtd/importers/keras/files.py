@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES = 2**24
 MAX_UNPACKED_BYTES = 2**31
 MAX_GROUP_DEPTH = 64
+MAX_WEIGHTS = 20 * MAX_LAYERS  # datasets, and the groups that they lie in
 MODELS = {"Sequential": "sequential", "Functional": "functional", "Model": "functional"}  # and what weight files say
 REQUIRED = "an undamaged file that Keras's model.save wrote"
 _KERAS_MODULE = re.compile(r"(tf_)?keras(\.|$)")
@@ -44,7 +45,7 @@ def _read_zip(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[A
     members = _unpacked(data)
     version = _json(members[_METADATA], _METADATA).get("keras_version") if _METADATA in members else None
     config = _json(members[_CONFIG], _CONFIG)
-    with hdf5.opened(members[_WEIGHTS], f"{REQUIRED}, with sound weights in {_WEIGHTS}", MAX_CONFIG_BYTES) as file:
+    with hdf5.opened(members[_WEIGHTS], f"{REQUIRED}, with sound weights in {_WEIGHTS}") as file:
         return use(config, NumberedWeights(file)), _format(version)
 
 
@@ -73,7 +74,7 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
 
 
 def _read_hdf5(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, str]:
-    with hdf5.opened(data, REQUIRED, MAX_CONFIG_BYTES) as file:
+    with hdf5.opened(data, REQUIRED) as file:
         with hdf5.errors(REQUIRED):
             names = hdf5.attribute_names(file, "the file")
             texts = {}
@@ -171,38 +172,53 @@ class NamedWeights:
     def __init__(self, root: Any) -> None:
         self.datasets: dict[str, Any] = {}
         waiting = [("", root)]
-        groups = 0
-        while waiting:  # hard links may lead round in circles
+        seen: dict[int, str] = {}  # hard links may lead round in circles, or to the same group again and again
+        while waiting:
             path, group = waiting.pop()
-            groups += 1
-            if groups > 10 * MAX_LAYERS or path.count("/") > MAX_GROUP_DEPTH:
-                raise ConversionError(f"holds more groups of weights than {MAX_LAYERS} layers have, or too deep ones; "
-                                      f"required: {REQUIRED}")
-            for name, child in hdf5.children(group, f"/model_weights{path}", MAX_LAYERS).items():
+            where = f"/model_weights{path}"
+            if seen.setdefault(group.address, path) != path:
+                raise ConversionError(f"holds the group {where!r} a second time, as "
+                                      f"'/model_weights{seen[group.address]}'; required: {REQUIRED}")
+            for name, child in hdf5.children(group, where, MAX_LAYERS).items():
                 if hdf5.is_dataset(child):
                     self.datasets[f"{path}/{name}"] = child
                 else:
-                    waiting.append((f"{path}/{name}", hdf5.group(child, f"/model_weights{path}/{name}")))
+                    waiting.append((f"{path}/{name}", hdf5.group(child, f"{where}/{name}")))
+            if len(seen) + len(self.datasets) > MAX_WEIGHTS or path.count("/") > MAX_GROUP_DEPTH:
+                raise ConversionError(f"holds more weights than {MAX_LAYERS} layers have, or too deep groups; "
+                                      f"required: {REQUIRED}")
+        self._within: dict[str, list[str]] = {}  # by the name of the outermost group
+        self._of_layer: dict[tuple[str, str], list[str]] = {}  # and by that of the innermost
+        for path in self.datasets:
+            _, outermost, *groups = path.split("/")
+            self._within.setdefault(outermost, []).append(path)
+            innermost = ([outermost, *groups][:-1] or [outermost])[-1]
+            self._of_layer.setdefault((outermost, innermost), []).append(path)
 
     def locate(self, model: Node | None, nodes: Sequence[Node]) -> None:
         for node in nodes:
             node.location = (f"/{node.name}/", True) if model is None else (model.location[0], False)
 
     def find(self, node: Node, names: Sequence[Sequence[str]]) -> list[Any]:
-        outermost, is_outermost = node.location
-        within = [path for path in self.datasets if path.startswith(outermost)]
+        prefix, is_outermost = node.location
+        outermost, innermost = prefix.split("/")[1], node.name.split("/")[-1]
         found = []
         for choices in names:
-            ending = re.compile(rf"(/|^){re.escape(node.name)}/({'|'.join(choices)})(_\d+)?(:\d+)?$")
-            paths = [path for path in within if ending.search(path[len(outermost):])]
+            weight = rf"({'|'.join(choices)})(_\d+)?(:\d+)?$"
+            paths = _matching(self._of_layer.get((outermost, innermost), ()), prefix,
+                              rf"(/|^){re.escape(node.name)}/{weight}")
             if not paths and is_outermost:  # a layer that was given another name after it was made
-                ending = re.compile(rf"/({'|'.join(choices)})(_\d+)?(:\d+)?$")
-                paths = [path for path in within if ending.search(path)]
+                paths = _matching(self._within.get(outermost, ()), prefix, f"(/|^){weight}")
             if len(paths) > 1:
                 node.refuse(f"may have its {choices[0]} in {' or '.join(map(repr, paths[:3]))}; required: one place. "
                             "Save the model as .keras")
             found.append(self.datasets[paths[0]] if paths else None)
         return found
+
+
+def _matching(paths: Sequence[str], prefix: str, ending: str) -> list[str]:
+    pattern = re.compile(ending)
+    return [path for path in paths if path.startswith(prefix) and pattern.search(path[len(prefix):])]
 
 
 def _snake_case(name: str) -> str:

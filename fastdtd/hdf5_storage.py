@@ -1,0 +1,305 @@
+"""What HDF5 files hold, taken from their bytes without HDF5's library: elements of datasets, strings in heaps.
+
+The library believes what a file says of its chunks, filters and strings, and a hostile file makes it read or write
+where it must not. So it is asked only for what a file is made of and where its parts are. Each part is fetched from
+there, within the file, and is decoded by zlib, NumPy and what stands below. What is missing is an error, not zeros.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd.errors import ModelError
+
+if TYPE_CHECKING:
+    import h5py
+
+MAX_CHUNKS = 2**18  # of one dataset
+# As HDF5 numbers them; LZF is h5py's. Its decoder of szip is in C, that of scale-offset has been overrun by hostile
+# files (CVE-2025-2308, CVE-2025-44905), and filters from elsewhere would load foreign code.
+DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
+FILTERS = {DEFLATE: "gzip", SHUFFLE: "shuffle", FLETCHER32: "fletcher32", LZF: "lzf"}
+_HEAP = b"GCOL\x01\0\0\0"  # how a global heap begins
+_REFERENCE = np.dtype([("length", "<u4"), ("heap", "<u8"), ("index", "<u4")])  # of a string of variable length
+
+Raw = npt.NDArray[Any]
+
+
+class Content:
+    """The bytes of a file, and the strings in its global heaps."""
+
+    def __init__(self, stream: io.RawIOBase | io.BytesIO) -> None:
+        self._stream = stream
+        self.size = stream.seek(0, os.SEEK_END)
+        self._heaps: dict[int, dict[int, tuple[int, int]]] = {}  # by address: index -> start, length
+        self._heap_bytes_left = self.size  # heaps that overlap would have to be walked again and again
+
+    def _heap(self, address: int) -> dict[int, tuple[int, int]]:
+        """Where the objects of the global heap at an address are."""
+        if address in self._heaps:
+            return self._heaps[address]
+        head = self.read(address, 16)
+        size = int.from_bytes(head[8:], "little")
+        self._heap_bytes_left -= size
+        if not head.startswith(_HEAP) or self._heap_bytes_left < 0:
+            raise ModelError(f"has a damaged heap at byte {address}")
+        heap, at = self.read(address, size), 16
+        objects = self._heaps[address] = {}
+        while at + 16 <= len(heap):  # an object's index (2 bytes), references (2), nothing (4), size (8)
+            index, length = int.from_bytes(heap[at:at + 2], "little"), int.from_bytes(heap[at + 8:at + 16], "little")
+            step = 16 + (length + 7) // 8 * 8 if index else length  # object 0 is free space and counts its header
+            if step < 16 or at + step > len(heap):
+                raise ModelError(f"has a damaged heap at byte {address}")
+            objects[index] = address + at + 16, length
+            at += step
+        return objects
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes that must be there."""
+        return self.read_array(start, np.uint8, (count,)).tobytes()
+
+    def read_array(self, start: int, dtype: npt.DTypeLike, shape: Sequence[int]) -> Raw:
+        """The same as an array."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if not 0 <= start <= start + nbytes <= self.size:
+            raise ModelError(f"ends after {self.size} bytes, and {nbytes} are to be read from byte {start} on")
+        made = np.empty(shape, dtype)
+        view = memoryview(made.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # Python 3.12's Buffer
+        self._stream.seek(start)
+        while view:
+            count = self._stream.readinto(view)
+            if not count:
+                raise ModelError("became shorter while it was read")
+            view = view[count:]
+        return made
+
+    def strings(self, references: bytes, longest: int) -> list[bytes]:
+        """Strings of variable length."""
+        found = []
+        for length, heap, index in np.frombuffer(references, _REFERENCE).tolist():
+            if length > longest:
+                raise ModelError(f"has a string of {length} bytes; at most {longest} are accepted")
+            start, stored = self._heap(heap).get(index, (0, 0)) if length else (0, 0)
+            if length > stored:
+                raise ModelError(f"has a string of {length} bytes of which the file holds {stored}")
+            found.append(self.read(start, length).split(b"\0", 1)[0])
+        return found
+
+
+def itemsize(data: h5py.Dataset) -> int:
+    """Bytes that an element takes in the file."""
+    from h5py import h5t
+
+    kind = data.id.get_type()
+    is_reference = kind.get_class() == h5t.STRING and kind.is_variable_str()
+    return _REFERENCE.itemsize if is_reference else int(kind.get_size())
+
+
+def elements(data: h5py.Dataset, content: Content) -> Raw:
+    """All elements of a dataset as the file has them: of its own dtype, or of bytes where NumPy has none.
+
+    Raises ModelError for what is not stored whole, or by other filters than FILTERS.
+    """
+    from h5py import h5d, h5t
+
+    is_text, layout = data.id.get_type().get_class() == h5t.STRING, data.id.get_create_plist().get_layout()
+    dtype = np.dtype(f"V{itemsize(data)}" if is_text else data.dtype)
+    nbytes = math.prod(data.shape) * dtype.itemsize
+    if layout == h5d.CONTIGUOUS:
+        start = data.id.get_offset()
+        if start is None or data.id.get_storage_size() != nbytes:
+            raise ModelError(f"has {nbytes} bytes of which {data.id.get_storage_size()} are stored")
+        return content.read_array(start, dtype, data.shape)
+    if layout == h5d.CHUNKED:
+        return _from_chunks(data, content, dtype)
+    raise ModelError("is stored in a layout other than contiguous and chunked")
+
+
+def _from_chunks(data: h5py.Dataset, content: Content, dtype: np.dtype[Any]) -> Raw:
+    shape, chunk = data.shape, data.chunks
+    if any(most not in (None, now) for most, now in zip(data.maxshape, shape, strict=True)):
+        raise ModelError(f"has shape {shape} and can grow to {data.maxshape}")
+    grid = [range(0, n, step) for n, step in zip(shape, chunk, strict=True)]
+    count = math.prod(map(len, grid))
+    if count > MAX_CHUNKS:
+        raise ModelError(f"has {count} chunks; at most {MAX_CHUNKS} are accepted")
+    found: dict[tuple[int, ...], Any] = {}
+    seen = 0
+
+    def collect(info: Any) -> bool | None:
+        nonlocal seen
+        seen += 1
+        found[info.chunk_offset] = info
+        return True if seen > count else None  # True stops: a damaged index may have no end
+
+    data.id.chunk_iter(collect)
+    positions = set(itertools.product(*grid))
+    if seen != count or found.keys() != positions:
+        raise ModelError(f"has {seen} chunks, {len(positions & found.keys())} of them where they belong; required: "
+                         f"{count}")
+    stored = sum(info.size for info in found.values())
+    if stored > content.size:
+        raise ModelError(f"has chunks of {stored} bytes in a file of {content.size}")
+    filters, nbytes = _filters(data, dtype.itemsize), math.prod(chunk) * dtype.itemsize
+    made = np.empty(shape, dtype)
+    for start, info in found.items():
+        decoded = _decoded(content.read(info.byte_offset, info.size), filters, info.filter_mask, nbytes, dtype.itemsize)
+        place = tuple(slice(at, at + step) for at, step in zip(start, chunk, strict=True))
+        inner = made[place]
+        inner[...] = np.frombuffer(decoded, dtype).reshape(chunk)[tuple(map(slice, inner.shape))]
+    return made
+
+
+def _filters(data: h5py.Dataset, itemsize: int) -> list[int]:
+    """The filters of a dataset, in the order in which they were applied."""
+    layout = data.id.get_create_plist()
+    filters = [layout.get_filter(i) for i in range(layout.get_nfilters())]
+    for code, _, parameters, _ in filters:
+        if code == SHUFFLE and tuple(parameters[:1]) != (itemsize,):
+            raise ModelError(f"is shuffled by elements of {parameters} bytes; required: {itemsize}")
+    return [code for code, *_ in filters]
+
+
+def _decoded(chunk: bytes | bytearray, filters: Sequence[int], mask: int, nbytes: int, itemsize: int
+             ) -> bytes | bytearray:
+    """A chunk's `nbytes` bytes. mask: a bit for each filter that was left out, as some are where they save nothing."""
+    for i, code in reversed(list(enumerate(filters))):
+        if mask >> i & 1:
+            continue
+        largest = nbytes + 4 * (FLETCHER32 in filters)
+        if code == DEFLATE:
+            inflater = zlib.decompressobj()
+            try:
+                chunk = inflater.decompress(chunk, largest + 1)
+            except zlib.error as error:
+                raise ModelError(f"has a chunk that zlib cannot inflate ({error})") from None
+            if not inflater.eof:
+                raise ModelError(f"has a chunk that is cut off, or inflates to more than {largest} bytes")
+        elif code == LZF:
+            chunk = _lzf(chunk, largest)
+        elif code == SHUFFLE:
+            whole = len(chunk) // itemsize * itemsize
+            planes = np.frombuffer(chunk, np.uint8, whole).reshape(itemsize, -1)
+            joined = bytearray(chunk)
+            elements = np.frombuffer(joined, np.uint8, whole).reshape(-1, itemsize)
+            for byte, plane in enumerate(planes):  # twice as fast as a transposed copy
+                elements[:, byte] = plane
+            chunk = joined
+        elif code == FLETCHER32:
+            chunk = _checked(chunk)
+        else:
+            raise ModelError(f"is stored with the filter {code}")
+    if len(chunk) != nbytes:
+        raise ModelError(f"has a chunk of {len(chunk)} bytes; required: {nbytes}")
+    return chunk
+
+
+def _checked(chunk: bytes | bytearray) -> bytes | bytearray:
+    """A chunk without its last four bytes, which are Fletcher's checksum of the others."""
+    body, told = chunk[:-4], int.from_bytes(chunk[-4:], "little")
+    words = np.frombuffer(body + b"\0" * (len(body) % 2), ">u2").astype(np.int64)
+    low = int(words.sum()) % 65535
+    high = int((words * (np.arange(len(words), 0, -1) % 65535)).sum()) % 65535
+    if len(chunk) < 4 or (told & 0xFFFF) % 65535 != low or (told >> 16) % 65535 != high:
+        raise ModelError("has a chunk whose checksum is wrong: it is damaged")
+    return body
+
+
+def _lzf(packed: bytes | bytearray, largest: int) -> bytes:
+    """Runs of bytes as they are, and repetitions of what came before, as Marc Lehmann's LibLZF writes them."""
+    made = bytearray()
+    at = 0
+    try:
+        while at < len(packed):
+            first = packed[at]
+            at += 1
+            if first < 32:
+                if at + first + 1 > len(packed):
+                    raise IndexError
+                made += packed[at:at + first + 1]
+                at += first + 1
+            else:
+                length = first >> 5
+                if length == 7:
+                    length += packed[at]
+                    at += 1
+                start = len(made) - ((first & 31) << 8 | packed[at]) - 1
+                at += 1
+                if start < 0:
+                    raise IndexError
+                repeated = made[start:start + length + 2]
+                made += (repeated * ((length + 2) // len(repeated) + 1))[:length + 2]
+            if len(made) > largest:
+                raise IndexError
+    except IndexError:
+        raise ModelError("has a chunk that is no LZF, or unpacks to too much") from None
+    return bytes(made)
+
+
+# Headers of objects, of which the library is not asked where it would go to a global heap: it copies as many bytes of a
+# string as are claimed, and there are damaged heaps of which it finds no end.
+
+_LAYOUT, _ATTRIBUTE, _CONTINUATION = 0x08, 0x0C, 0x10  # types of messages
+_VIRTUAL = 3
+
+
+def is_virtual(content: Content, address: int) -> bool:
+    """Whether the object at `address` is a virtual dataset, which the library looks up in a heap when it opens it."""
+    return any(kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL])
+               for kind, _, body in _messages(content, address))
+
+
+def attribute_references(content: Content, address: int, name: bytes) -> bytes:
+    """The references to strings of variable length that an attribute of the object at `address` holds.
+
+    Raises ModelError where they are not in its header: an object with many attributes has them elsewhere.
+    """
+    for kind, is_shared, body in _messages(content, address):
+        if kind != _ATTRIBUTE or is_shared or len(body) < 8:
+            continue
+        version, (name_size, *others) = body[0], (int.from_bytes(body[i:i + 2], "little") for i in (2, 4, 6))
+        start = 8 if version < 3 else 9
+        if body[start:start + name_size].split(b"\0", 1)[0] == name:
+            return body[start + sum(-(-n // 8) * 8 if version == 1 else n for n in (name_size, *others)):]
+    raise ModelError("has strings of variable length in an object with so many attributes that HDF5 keeps them apart; "
+                     "required: at most eight attributes, or strings of fixed length")
+
+
+def _messages(content: Content, address: int) -> Iterator[tuple[int, bool, bytes]]:
+    """Type, whether it is kept elsewhere, and body of each message in an object's header."""
+    if content.read(address, 4) == b"OHDR":
+        flags = content.read(address + 5, 1)[0]
+        at = address + 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
+        width = 1 << (flags & 3)
+        blocks = [(at + width, int.from_bytes(content.read(at, width), "little"))]
+        head, is_new = 4 + 2 * bool(flags & 4), True
+    else:
+        blocks = [(address + 16, int.from_bytes(content.read(address + 8, 4), "little"))]
+        head, is_new = 8, False
+    left = content.size  # blocks that lead round in circles end here
+    while blocks:
+        start, size = blocks.pop(0)
+        left -= max(size, head)
+        if left < 0:
+            raise ModelError("has a damaged object header")
+        block, at = content.read(start, size), 0
+        while at + head <= len(block):
+            kind = block[at] if is_new else int.from_bytes(block[at:at + 2], "little")
+            at_size = at + (1 if is_new else 2)
+            length = int.from_bytes(block[at_size:at_size + 2], "little")
+            body = block[at + head:at + head + length]
+            if kind == _CONTINUATION and len(body) >= 16:
+                place, size = int.from_bytes(body[:8], "little"), int.from_bytes(body[8:16], "little")
+                blocks.append((place + 4, size - 8) if is_new else (place, size))  # signature, checksum
+            elif len(body) == length:
+                yield kind, bool(block[at_size + 2] & 2), body
+            at += head + length
