@@ -7,7 +7,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 from fastdtd.devices import Devices
@@ -15,9 +14,10 @@ from fastdtd.errors import DeviceError, InputError
 from fastdtd.graph import Conv2d, Dense, Graph
 from fastdtd.lowering import Lowered, lower
 from fastdtd.plan import OutOfMemoryError, Plan
-from fastdtd.plan_pool import PlanPool
+from fastdtd.plan_pool import Loan, PlanPool
 from fastdtd.rules import Assignment
 from fastdtd.schedule import Schedule
+from fastdtd.threads import Task, Threads
 
 _WORKSPACE_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
 _SMALL_NETWORK = 1 << 25  # multiply-adds of one product of all layers; half a millisecond or less
@@ -154,12 +154,13 @@ class Executor:
             if middle > first:
                 self.batch = min(self.batch, middle - first)
 
-        def run(loan: list[Plan], device: DevicePool, first: int, last: int) -> None:
+        def run(loan: Loan, device: DevicePool, first: int, last: int) -> None:
             nonlocal failed
-            plan, done, too_many = loan.pop(), False, False
+            done, too_many = False, False
             try:
+                assert loan.plan is not None
                 with self.kernels.on_device(device[0]):
-                    work(plan, first, last)
+                    work(loan.plan, first, last)
                 done = True
             except MemoryError:  # of a GPU, where others may have taken some
                 too_many = self.kernels.ALLOCATION_MAY_FAIL_AT_RUN_TIME and last - first > 1
@@ -167,25 +168,30 @@ class Executor:
                     raise
             finally:
                 failed |= not (done or too_many)
-                device[1].give_back(plan, done)
-                del plan  # and its memory, where it was not given back
+                device[1].give_back(loan, done)
             if too_many:
                 halve(first, last)
 
-        running: list[tuple[Future[None], list[Plan], PlanPool]] = []
-        try:
+        def run_in_a_thread(loan: Loan, device: DevicePool, first: int, last: int) -> None:
+            if device[1].began(loan):
+                run(loan, device, first, last)
+
+        running: list[Task] = []
+        call = threading.Lock()
+        with call:  # which takes back what is not running, whatever happens
             while (todo and not failed) or running:
                 if failed or not todo:  # what is under way may be to do again
-                    running[0][0].result()
+                    running[0].result()
                     del running[0]
                     continue
                 first, last = todo.pop()
                 device = min(devices, key=lambda device: device[1].used_workers)
                 try:
-                    loan = [device[1].take(last - first, workers)]  # `run` takes it out: known here, it would stay
+                    loan = device[1].take(device[1].schedule(last - first, workers), call)
                 except OutOfMemoryError:
-                    busy = [future for future, _, _ in running if not future.done()]
-                    wait(busy)
+                    busy = [task for task in running if not task.is_done]
+                    for task in busy:
+                        task.wait()
                     if device[1].drop_idle() or busy or last - first > 1:
                         halve(first, last)
                         continue
@@ -193,11 +199,7 @@ class Executor:
                 if threads is None:
                     run(loan, device, first, last)
                 else:
-                    running.append((threads.submit(run, loan, device, first, last), loan, device[1]))
-        finally:
-            for future, loan, plans in running:
-                if future.cancel():
-                    plans.give_back(loan.pop(), False)
+                    running.append(threads.submit(run_in_a_thread, loan, device, first, last))
 
     def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool) -> None:
         """Run `work` with plans that keep the relevance of tensors, as many at a time as there is memory for."""
@@ -213,39 +215,37 @@ class Executor:
                         f"{_rounded_up(int(plans.limit))}; make the explainer with a higher memory=")
                 todo += [part[len(part) // 2:], part[:len(part) // 2]]
                 continue
-            try:
-                plan = plans.take_for(schedule)
-            except OutOfMemoryError:
-                if not plans.drop_idle():
-                    raise
-                plan = plans.take_for(schedule)
-            done = False
-            try:
-                with self.kernels.on_device(number):
-                    work(plan)
-                done = True
-            finally:
-                plans.give_back(plan, done)
+            call = threading.Lock()
+            with call:
+                try:
+                    loan = plans.take(schedule, call)
+                except OutOfMemoryError:
+                    if not plans.drop_idle():
+                        raise
+                    loan = plans.take(schedule, call)
+                done = False
+                try:
+                    assert loan.plan is not None
+                    with self.kernels.on_device(number):
+                        work(loan.plan)
+                    done = True
+                finally:
+                    plans.give_back(loan, done)
 
     def _forget_threads(self) -> None:
         self._lock = threading.Lock()
-        self._pool_of_threads: ThreadPoolExecutor | None = None
+        self._pool_of_threads: Threads | None = None
         for _, plans in self.devices:
             plans.forget_users()
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _threads(self) -> Threads:
         """The worker threads, all running: those that wait for each other must not wait for one that cannot start."""
         with self._lock:
             if self._pool_of_threads is None:
-                executor, ready = ThreadPoolExecutor(self._concurrent, "fastdtd"), threading.Event()
                 try:
-                    for _ in range(self._concurrent):
-                        executor.submit(ready.wait)
+                    self._pool_of_threads = Threads(self._concurrent)
                 except RuntimeError as error:
                     raise InputError(f"{self._concurrent} threads cannot be started ({error}); use fewer") from None
-                finally:
-                    ready.set()
-                self._pool_of_threads = executor
             return self._pool_of_threads
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,28 +97,36 @@ class Plan:
         ], np.int64)
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
 
+        working = threading.Lock()  # as long as the caller holds it; Ctrl-C may end that at any moment
+        errors: list[BaseException] = []
+
         def work(table: Any) -> None:
             progress = np.zeros(2, np.int64)
-            try:
-                while not self._kernels.run_steps(table, wanted, progress, barrier, workers):
-                    time.sleep(0)
-            except BaseException:
-                barrier[0] = self._kernels.BROKEN  # nobody waits for a worker that does not arrive
-                raise
+            while not self._kernels.run_steps(table, wanted, progress, barrier, workers):
+                if not working.locked():  # and who is not at the barrier yet does not come
+                    barrier[0] = self._kernels.BROKEN
+                time.sleep(0)
 
-        others: list[Future[None]] = []
+        def work_with_caller(table: Any) -> None:
+            try:
+                if working.locked():
+                    work(table)
+            except BaseException as error:  # the caller's to raise
+                errors.append(error)
+                barrier[0] = self._kernels.BROKEN  # nobody waits for a worker that does not arrive
+
+        others: list[Any] = []
         try:
-            if workers > 1:
-                assert submit is not None
-                others += (submit(work, table) for table in self._tables[1:])
-            work(self._tables[0])
-        except BaseException:
-            barrier[0] = self._kernels.BROKEN
-            raise
+            with working:
+                if workers > 1:
+                    assert submit is not None
+                    others += (submit(work_with_caller, table) for table in self._tables[1:])
+                work(self._tables[0])
         finally:
-            wait(others)
-        for other in others:
-            other.result()
+            for other in others:
+                other.result()
+        if errors:
+            raise errors[0]
 
     def prepared(self, steps: Iterable[int]) -> Callable[[], None]:
         """What runs some steps, whatever their conditions, and takes no other time: to measure them. For one worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -11,6 +12,31 @@ from fastdtd.plan import OutOfMemoryError, Plan
 from fastdtd.schedule import Schedule
 
 _Key = tuple[int, int, tuple[str, ...]]  # batch, workers, tensors whose relevance is kept
+_PATIENCE = 0.05  # seconds after which who waits looks for calls that are over and have not said so
+
+
+class Loan:
+    """A plan that is taken by a call.
+
+    Ctrl-C may cut a call short between any two of its steps, those that give back included. So a loan is open only as
+    long as its call holds a lock, in a `with` statement, which lets go of it whatever happens; or while a thread of
+    ours, where no such exception is raised, runs it.
+
+    Attributes
+    ----------
+    plan : Plan or None
+        None once it is given back.
+    """
+
+    def __init__(self, schedule: Schedule, call: threading.Lock) -> None:
+        self.schedule = schedule
+        self.plan: Plan | None = None
+        self.is_running = self.is_over = False
+        self._call = call
+
+    @property
+    def is_open(self) -> bool:
+        return not self.is_over and (self.is_running or self._call.locked())
 
 
 class PlanPool:
@@ -44,8 +70,18 @@ class PlanPool:
 
     def forget_users(self) -> None:
         """Nobody uses a plan or waits for one: at first, and in a forked process."""
-        self._turn, self._change = threading.Lock(), threading.Condition()
-        self.used_bytes = self.used_workers = 0
+        # All are plain locks, whose `with` cannot be interrupted halfway; that of a Condition can.
+        self._turn, self._lock, self._returns = threading.Lock(), threading.Lock(), threading.Lock()
+        self._returns.acquire()  # and is released when a plan is given back
+        self._loans: list[Loan] = []
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(loan.schedule.nbytes for loan in self._loans if loan.is_open)
+
+    @property
+    def used_workers(self) -> int:
+        return sum(loan.schedule.workers for loan in self._loans if loan.is_open)
 
     def schedule(self, batch: int, workers: int, observed: Sequence[str] = ()) -> Schedule:
         key = batch, workers, tuple(observed)
@@ -67,49 +103,60 @@ class PlanPool:
             images -= 1
         return images
 
-    def take(self, batch: int, workers: int) -> Plan:
-        """A plan for the caller alone, once there are threads and memory for it; who asks first gets it first."""
-        return self.take_for(self.schedule(batch, workers))
+    def take(self, schedule: Schedule, call: threading.Lock) -> Loan:
+        """A plan of one of this pool's schedules, once there are threads and memory for it; who asks first gets it
+        first.
 
-    def take_for(self, schedule: Schedule) -> Plan:
-        """The same, of a schedule that `schedule` gave."""
-        def fits() -> bool:
-            return not self.used_workers or (self.used_workers + schedule.workers <= self._max_workers
-                                             and self.used_bytes + schedule.nbytes <= self.limit)
-
-        with self._turn, self._change:
-            self._change.wait_for(fits)
-            self.used_bytes += schedule.nbytes
-            self.used_workers += schedule.workers
-            i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)
-            plan = None if i is None else self.idle.pop(i)
-            self._keep()
+        call: a lock that the caller holds, by a `with` statement, as long as it needs the plan.
+        """
+        loan = Loan(schedule, call)
+        with self._turn:
+            while not self._admitted(loan):
+                self._returns.acquire(timeout=_PATIENCE)
         try:
-            return plan or self.bind(schedule)
+            loan.plan = loan.plan or self.bind(schedule)
         except BaseException:
-            self._release(schedule)
+            self.give_back(loan, False)
             raise
+        return loan
 
-    def give_back(self, plan: Plan, sound: bool = True) -> None:
+    def _admitted(self, loan: Loan) -> bool:
+        with self._lock:
+            self._loans = [other for other in self._loans if other.is_open]
+            schedule, workers = loan.schedule, self.used_workers
+            if workers and (workers + schedule.workers > self._max_workers
+                            or self.used_bytes + schedule.nbytes > self.limit):
+                return False
+            self._loans.append(loan)
+            i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)
+            loan.plan = None if i is None else self.idle.pop(i)
+            self._keep()
+            return True
+
+    def began(self, loan: Loan) -> bool:
+        """Whether a thread of ours may use a loan; not when its call is over. The thread is to give it back."""
+        with self._lock:
+            loan.is_running = loan.is_open
+            return loan.is_running
+
+    def give_back(self, loan: Loan, sound: bool = True) -> None:
         """After use.
 
         A plan that is not sound, for its work was cut short, is not used again; nor one that keeps relevance.
         """
-        self._release(plan.schedule, *([plan] if sound and not plan.schedule.observed else []))
+        with self._lock:
+            plan, loan.plan, loan.is_over = loan.plan, None, True
+            self._loans = [other for other in self._loans if other.is_open]
+            self._keep(*([plan] if plan is not None and sound and not plan.schedule.observed else []))
+        with contextlib.suppress(RuntimeError):  # one that is not locked: others have given back
+            self._returns.release()
 
     def drop_idle(self) -> bool:
         """Give back the memory of plans that nobody uses. Returns whether there were any."""
-        with self._change:
+        with self._lock:
             dropped = bool(self.idle)
             self.idle.clear()
         return dropped
-
-    def _release(self, schedule: Schedule, *plans: Plan) -> None:
-        with self._change:
-            self.used_bytes -= schedule.nbytes
-            self.used_workers -= schedule.workers
-            self._keep(*plans)
-            self._change.notify_all()
 
     def _keep(self, *plans: Plan) -> None:
         """Put plans among the idle ones; those not used for longest go where there is no memory for all."""

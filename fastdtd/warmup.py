@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from fastdtd.lowering import lower
 from fastdtd.plan import Plan
 from fastdtd.protocols import AnyDevice
 from fastdtd.rules import assign
+from fastdtd.threads import Threads
 
 _LOG = logging.getLogger("fastdtd")  # warnings are shown on standard error unless the application says otherwise
 _unkept: list[str] = []  # why kernels could not be kept, in this process
@@ -68,11 +68,11 @@ def warm_up(device: str = "cpu") -> str:
     network = lower(graph, rules, module)
     plan = Plan(network.schedule(batch=1, workers=2), module)
     Plan(network.schedule(batch=1, observed=(graph.output,)), module)  # binding its calls compiles what else it needs
-    with ThreadPoolExecutor(1) as executor:
-        plan.input[:] = 0.5
-        plan.forward(executor.submit)
-        plan.start[:] = 1
-        plan.backward(executor.submit)
+    threads = Threads(1)
+    plan.input[:] = 0.5
+    plan.forward(threads.submit)
+    plan.start[:] = 1
+    plan.backward(threads.submit)
     if _unkept:
         raise OutputError(f"compiled kernels cannot be kept ({_unkept[0]}); {_ADVICE}")
     return str(module.run_steps.stats.cache_path)

@@ -1,5 +1,7 @@
 """Networks that several files of tests explain, and how."""
 
+import contextlib
+import threading
 import time
 import warnings
 
@@ -22,6 +24,16 @@ def plans_of(made):
 
 def bound(plans, batch, workers):
     return plans.bind(plans.schedule(batch, workers))
+
+
+@contextlib.contextmanager
+def taken(plans, batch, workers):
+    """A plan as a call has it."""
+    call = threading.Lock()
+    with call:
+        loan = plans.take(plans.schedule(batch, workers), call)
+        yield loan.plan
+        plans.give_back(loan)
 
 
 def explainer(graph, rules="dtd", threads=1, memory=None):
@@ -50,6 +62,11 @@ def eventually(condition):
 
 def nothing_is_taken(made):
     return eventually(lambda: plans_of(made).used_bytes == plans_of(made).used_workers == 0)
+
+
+def one_image(graph, threads=1):
+    """What a plan for one image takes."""
+    return plans_of(explainer(graph, threads=threads)).nbytes(1, threads)
 
 
 def small(box=(-1.0, 1.0), bias=None):

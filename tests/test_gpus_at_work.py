@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from explaining import plans_of, taken
 from faking import CUDARuntimeError, raises
 from fastdtd.kernels import cuda as kernels
 from fastdtd.kernels.cuda import memory, steps
@@ -29,11 +30,6 @@ def tiny():
     layers = (g.Conv2d("conv", ("input", ), rng.standard_normal((4, 2, 3, 3)), np.array([0.1, -0.1, 50, 0]),
                        padding=(1, 1, 1, 1)), g.ReLU("relu", ("conv", )), g.GlobalAveragePool("scores", ("relu", )))
     return Model(g.Graph(layers, (2, 4, 4), (-1.0, 1.0)), Preprocessing(None))
-
-
-def plans_of(made):
-    """Of the first device."""
-    return made._executor.devices[0][1]
 
 
 @pytest.fixture
@@ -84,11 +80,10 @@ def test_a_gpu_that_is_busy_is_passed_over(gpus):
     model = tiny()
     begun = gpus(2)
     made = Explainer(model, device="cuda")
-    plan = made._executor.devices[0][1].take(1, 1)
-    begun.clear()
-    made(images(model.graph, 1, seed=0))
+    with taken(plans_of(made), 1, 1):
+        begun.clear()
+        made(images(model.graph, 1, seed=0))
     assert {number for number, _ in begun} == {1}
-    made._executor.devices[0][1].give_back(plan)
 
 
 def test_the_gpu_with_least_memory_says_how_many_images(gpus, monkeypatch):

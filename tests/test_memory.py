@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +19,10 @@ from explaining import (
     explainer,
     many,
     nothing_is_taken,
+    one_image,
     plans_of,
     small,
+    taken,
 )
 from fastdtd.kernels import cpu
 from graphs import graphs, images
@@ -30,9 +32,8 @@ from hypothesis import strategies as st
 from fastdtd import executor as executor_module
 from fastdtd import explainer as explainer_module
 from fastdtd.errors import InputError
-from fastdtd.explainer import Explainer
-from fastdtd.model import Model, Preprocessing
 from fastdtd.plan import Plan
+from fastdtd.threads import Task
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
@@ -63,11 +64,10 @@ def test_use_in_a_forked_process(count):
     made = explainer(small(), threads=2)
     batch = images(made.model.graph, count)
     expected = explain(made, batch).relevance
-    plan = plans_of(made).take(1, 2)  # as if another thread were at work
-    child = os.fork()
-    if not child:
-        os._exit(0 if (explain(made, batch).relevance == expected).all() else 1)
-    plans_of(made).give_back(plan)
+    with taken(plans_of(made), 1, 2):  # as if another thread were at work
+        child = os.fork()
+        if not child:
+            os._exit(0 if (explain(made, batch).relevance == expected).all() else 1)
     deadline = time.monotonic() + 30
     done, status = 0, 0
     while not done and time.monotonic() < deadline:
@@ -84,15 +84,13 @@ def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
     made = explainer(small(), threads=3)
     batch = images(made.model.graph, 2)
     expected = explain(made, batch).relevance
-    plan = plans_of(made).take(2, 3)
+    with taken(plans_of(made), 2, 3) as plan:
+        def run_steps(steps, *others):
+            if steps is plan._tables[1]:
+                raise MemoryError("on purpose")
+            return cpu.run_steps(steps, *others)
 
-    def run_steps(steps, *others):
-        if steps is plan._tables[1]:
-            raise MemoryError("on purpose")
-        return cpu.run_steps(steps, *others)
-
-    plan._kernels = SimpleNamespace(**vars(cpu) | {"run_steps": run_steps})
-    plans_of(made).give_back(plan)
+        plan._kernels = SimpleNamespace(**vars(cpu) | {"run_steps": run_steps})
     with pytest.raises(MemoryError, match="on purpose"):
         explain(made, batch)
     assert nothing_is_taken(made)
@@ -167,11 +165,6 @@ def watched(monkeypatch):
         monkeypatch.setattr(Watched, name, value, raising=False)
     monkeypatch.setattr(executor_module, "Plan", Watched)
     return Watched
-
-
-def one_image(graph, threads=1):
-    """What a plan for one image takes."""
-    return Explainer(Model(graph, Preprocessing(None)), threads=threads)._executor.devices[0][1].nbytes(1, threads)
 
 
 @pytest.mark.slow
@@ -300,26 +293,28 @@ def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
 
 
 def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
-    made, futures = explainer(small(), threads=2), []
+    made, tasks = explainer(small(), threads=2), []
 
     class Late:
-        """Begins the first call when it gets the second, and never the second."""
+        """Begins the first task when it gets the second, and never the second."""
 
-        def submit(self, function, *arguments):
-            futures.append((Future(), function, arguments))
-            if len(futures) == 2:
-                future, function, arguments = futures[0]
-                arguments[0][0].input = None
-                try:
-                    function(*arguments)
-                except TypeError as error:
-                    future.set_exception(error)
-            return futures[-1][0]
+        def submit(self, function, loan, *others):
+            tasks.append((Task(function, loan, *others), loan))
+            if len(tasks) == 2:
+                task, loan = tasks[0]
+                loan.plan.input = None
+                task.run()
+            return tasks[-1][0]
 
     monkeypatch.setattr(made._executor, "_threads", Late)
     with pytest.raises(TypeError):
         explain(made, images(made.model.graph, 2))
-    assert futures[1][0].cancelled()
+    task, loan = tasks[1]
+    assert not task.is_done
+    assert nothing_is_taken(made)
+    loan.plan.input = None  # now it begins after all, and must not use a plan that others may have
+    task.run()
+    task.result()
     assert nothing_is_taken(made)
 
 
@@ -361,18 +356,16 @@ def test_who_needs_much_is_not_overtaken():
     made, order = explainer(small(), threads=2), []
 
     def call(workers):
-        plan = plans_of(made).take(1, workers)
-        order.append(workers)
-        plans_of(made).give_back(plan)
+        with taken(plans_of(made), 1, workers):
+            order.append(workers)
 
-    plan = plans_of(made).take(1, 1)
     callers = [threading.Thread(target=call, args=(workers,), daemon=True) for workers in (2, 1)]
-    callers[0].start()
-    assert eventually(plans_of(made)._turn.locked)
-    callers[1].start()  # there would be room for it now
-    time.sleep(0.05)
-    assert order == []
-    plans_of(made).give_back(plan)
+    with taken(plans_of(made), 1, 1):
+        callers[0].start()
+        assert eventually(plans_of(made)._turn.locked)
+        callers[1].start()  # there would be room for it now
+        time.sleep(0.05)
+        assert order == []
     for caller in callers:
         caller.join(30)
     assert order == [2, 1]
