@@ -34,6 +34,9 @@ from fastdtd.plan import Plan
 from fastdtd.rules import Rules, assign
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
+# What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
+# range; and with the 11 bits of a factor on tensor cores.
+_LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -160,7 +163,7 @@ class Explainer:
         InputError
             A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a
             start of another shape, negative, beside a target, or at an output whose score is zero; scores or relevance
-            beyond float32.
+            beyond float32, or relevance lost below its range.
         DeviceError
             It was made for GPUs before the process was forked.
 
@@ -179,7 +182,8 @@ class Explainer:
             count, outputs = len(images), graph.shapes[graph.output][0]
             targets = checked_targets(target, self.model, count, outputs)
             begins = checked_start(start, target, count, outputs)
-            explained_targets, finite = np.empty(count, np.int64), np.zeros(count, np.bool_)
+            explained_targets = np.empty(count, np.int64)
+            finite, sums = np.zeros(count, np.bool_), np.empty(count)
             context = replace(self.context, pictures=pictures,
                               explain_again=partial(self._observed, images, explained_targets, begins))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
@@ -203,14 +207,17 @@ class Explainer:
             for column, name in enumerate(self._assignment.absorbers):
                 e.ledger[name][part] = ledger[:, column]
             with np.errstate(invalid="ignore"):
-                sums = e.relevance[part].sum((1, 2, 3), dtype=np.float64)  # not finite where one element is not
-            kernels.read(finite[part], library.isfinite(sums) & library.isfinite(e.output[part]).all(1))
+                of_part = e.relevance[part].sum((1, 2, 3), dtype=np.float64)  # not finite where one element is not
+            kernels.read(sums[part], of_part)
+            kernels.read(finite[part], library.isfinite(of_part) & library.isfinite(e.output[part]).all(1))
 
         self._executor.map(explain, count, self._executor.devices_for(images))
         if not finite.all():
             raise InputError(
                 f"image {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights "
                 "are too large")
+        if not derivative:
+            self._check_balance(e, sums)
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not derivative:
             image, which = nothing[0], int(e.target[nothing[0]])
@@ -219,6 +226,18 @@ class Explainer:
                 f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
                 f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
         return e
+
+    def _check_balance(self, e: Explanation, sums: npt.NDArray[np.float64]) -> None:
+        """Refuse explanations of which numbers below float32's range took a part away that no layer absorbed."""
+        largest = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
+        lost = np.abs(e.explained - sums - e.absorbed)
+        for i in np.flatnonzero(lost > largest * np.abs(e.explained)):
+            # Under rules that give back negative relevance, too, what is explained may be small beside it.
+            turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
+            if lost[i] > largest * max(abs(float(e.explained[i])), turnover):
+                raise InputError(
+                    f"image {i} loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; "
+                    "its values or the model's weights are too small")
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:

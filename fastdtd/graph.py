@@ -163,8 +163,9 @@ class Graph:
     def _infer_domains(self) -> dict[str, Domain]:
         low, high = self.box if self.box is not None else (None, None)
         domains = {INPUT: Domain(False, low is not None and bool((low >= 0).all()), low, high)}
-        for layer in self.layers:
-            domains[layer.name] = _output_domain(layer, [domains[name] for name in layer.inputs], self.shapes)
+        with np.errstate(over="ignore", invalid="ignore"):  # explaining over bounds that become infinite is refused
+            for layer in self.layers:
+                domains[layer.name] = _output_domain(layer, [domains[name] for name in layer.inputs], self.shapes)
         return domains
 
 

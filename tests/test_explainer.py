@@ -4,6 +4,7 @@ the same bits).
 
 import pickle
 import warnings
+from dataclasses import replace
 
 import naive
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from fastdtd import graph as g
-from fastdtd.errors import InputError, RuleError
+from fastdtd.errors import FastDTDError, InputError, RuleError
 from fastdtd.explainer import Explainer
 from fastdtd.inputs import ExplanationWarning
 from fastdtd.model import Model, Preprocessing
@@ -217,6 +218,64 @@ def test_conserves_and_is_never_negative(case, count):
     assert (e.relevance >= 0).all()
     sums = e.relevance.sum((1, 2, 3), dtype=np.float64)
     np.testing.assert_allclose(sums + e.absorbed, e.explained, rtol=1e-5)
+
+
+def scaled(graph, inputs, weights):
+    """A network whose bounds and weights are multiplied."""
+    with np.errstate(all="ignore"):
+        layers = [replace(layer, weight=layer.weight * np.float32(weights))
+                  if isinstance(layer, (g.Conv2d, g.Dense)) else layer for layer in graph]
+        box = None if graph.box is None else tuple(np.float32(bound * np.float64(inputs)) for bound in graph.box)
+    return g.Graph(tuple(layers), graph.input_shape, box)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@many
+@given(graphs_and_rules(), st.integers(-45, 38), st.integers(-45, 38))
+def test_balances_or_refuses_over_the_whole_range_of_float32(case, inputs, weights):
+    graph, rules = case
+    describe(graph)
+    with np.errstate(all="ignore"):
+        batch = (images(graph, 2) * np.float64(10.0**inputs)).astype(np.float32)
+    try:
+        e = explain(explainer(scaled(graph, 10.0**inputs, 10.0**weights), rules), batch)
+    except FastDTDError:
+        assert inputs or weights
+        return
+    assert np.isfinite(e.relevance).all()
+    assert (e.relevance >= 0).all()
+    np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-3)
+
+
+@pytest.mark.parametrize("middle", [
+    g.LocalResponseNorm("middle", ("relu",), 3), g.LocalResponseNorm("middle", ("relu",), 3, within_channel=True),
+    g.Power("middle", ("relu",), 0.5), g.Power("middle", ("relu",), 2), g.Power("middle", ("relu",), 3),
+    g.MaxPool2d("middle", ("relu",), (2, 2), (1, 1)), g.AveragePool2d("middle", ("relu",), (2, 2), (1, 1)),
+    g.Add("middle", ("relu", "relu")),
+], ids=lambda layer: f"{type(layer).__name__} {getattr(layer, 'exponent', '')}")
+def test_what_is_lost_below_the_range_of_float32_is_refused(middle):
+    rng = np.random.default_rng(0)
+    layers = (g.Conv2d("conv", (g.INPUT,), rng.standard_normal((4, 2, 3, 3))), g.ReLU("relu", ("conv",)), middle,
+              g.Conv2d("last", ("middle",), rng.standard_normal((6, 4, 2, 2))), g.ReLU("positive", ("last",)),
+              g.GlobalAveragePool("pool", ("positive",)), g.Dense("scores", ("pool",), rng.standard_normal((3, 6))))
+    graph = g.Graph(layers, (2, 6, 5), (-1, 1))
+    values, balanced, refused = rng.uniform(-1, 1, (1, 2, 6, 5)), 0, 0
+    for inputs in (-45, -38, -30, -20, -10, 0, 10, 20, 30, 38):
+        for weights in (-45, -38, -30, -20, -10, 0, 10, 20, 30, 38):
+            made = explainer(scaled(graph, 10.0**inputs, 10.0**weights))
+            with np.errstate(all="ignore"):
+                batch = (values * 10.0**inputs).astype(np.float32)
+            try:
+                e = explain(made, batch)
+            except InputError:
+                assert abs(inputs) + abs(weights) >= 10
+                refused += 1
+                continue
+            assert (e.relevance >= 0).all()
+            np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-3)
+            balanced += 1
+    assert balanced > 20
+    assert refused > 3
 
 
 @settings(many, max_examples=40)

@@ -91,15 +91,16 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
     precision: of products on tensor cores (fastdtd.kernels.codes), where there are any.
     """
     weights: dict[str, Any] = {}
-    for layer in graph:
-        rule = assignment.rules.get(layer.name)
-        match layer:
-            case g.Conv2d() if rule:
-                weights[layer.name] = convolution.pack(layer, graph, assignment, kernels, precision)
-            case g.Dense() if rule:
-                weights[layer.name] = dense.pack(layer, rule, kernels)
-            case g.Rearrange():
-                weights[layer.name] = pointwise.rearrange_pack(layer, graph, kernels)
+    with np.errstate(all="ignore"):  # what becomes infinite is refused with the scores or the relevance
+        for layer in graph:
+            rule = assignment.rules.get(layer.name)
+            match layer:
+                case g.Conv2d() if rule:
+                    weights[layer.name] = convolution.pack(layer, graph, assignment, kernels, precision)
+                case g.Dense() if rule:
+                    weights[layer.name] = dense.pack(layer, rule, kernels)
+                case g.Rearrange():
+                    weights[layer.name] = pointwise.rearrange_pack(layer, graph, kernels)
     return Lowered(graph, assignment, kernels, weights, fused_activations(graph), locations(graph))
 
 
