@@ -9,7 +9,17 @@ from dataclasses import replace
 import naive
 import numpy as np
 import pytest
-from explaining import describe, explain, explainer, many, nothing_is_taken, small, to_the_middle, two_layers
+from explaining import (
+    assert_first_of_equals_wins,
+    describe,
+    explain,
+    explainer,
+    many,
+    nothing_is_taken,
+    small,
+    to_the_middle,
+    two_layers,
+)
 from graphs import graphs, graphs_and_rules, images
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
@@ -292,6 +302,24 @@ def test_same_bits_whatever_the_batch_and_the_threads(graph):
             assert (one.output[0] == together.output[i]).all()
     shuffled = explain(threaded, batch[::-1])
     assert (shuffled.relevance[::-1] == together.relevance).all()
+
+
+def test_the_first_of_equals_wins():
+    assert_first_of_equals_wins(explainer)
+
+
+def test_evenly_coloured_areas_have_their_first_values_win():
+    """Whatever Winograd's algorithm rounds, which depends on the position in a tile."""
+    rng = np.random.default_rng(0)
+    weights = [np.abs(rng.standard_normal(shape)) for shape in ((64, 3, 3, 3), (64, 64, 3, 3))]  # no sum cancels
+    layers = (g.Conv2d("a", (g.INPUT,), weights[0], padding=(1, 1, 1, 1)), g.ReLU("b", ("a",)),
+              g.Conv2d("c", ("b",), weights[1], padding=(1, 1, 1, 1)), g.ReLU("d", ("c",)),
+              g.MaxPool2d("e", ("d",), (2, 2), (2, 2)), g.GlobalAveragePool("f", ("e",)),
+              g.Dense("scores", ("f",), np.ones((1, 64))))
+    e = explain(explainer(g.Graph(layers, (3, 24, 24), (0, 1))), np.full((1, 3, 24, 24), 0.3, np.float32), 0)
+    losers = e.at("d")[0, :, 2:-2, 2:-2].copy()  # at the edges windows are not even
+    losers[:, ::2, ::2] = 0
+    assert not losers.any()
 
 
 def test_targets():
