@@ -172,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
         "%% of what is free)")
     explain.add_argument(
+        "--max-multiply-adds", metavar="N", type=float,
+        help="refuse a network of which one picture takes more, forward; `fastdtd show` says how many (default: 3e11)")
+    explain.add_argument(
         "--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
         "(default: %(default)s)")
@@ -279,12 +282,13 @@ def _explain(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fastdtd import model_file, runner
+    from fastdtd.cost import MAX_MULTIPLY_ADDS
     from fastdtd.explainer import Explainer
 
     model = model_file.load(options.model)
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     explainer = Explainer(model, _rules(options), device=options.device, threads=options.threads, memory=options.memory,
-                          precision=options.precision)
+                          precision=options.precision, max_multiply_adds=options.max_multiply_adds or MAX_MULTIPLY_ADDS)
     width = min(40, max(len(picture.name) for picture in pictures))
     books: dict[str, float] = defaultdict(float)
     flow: dict[str, float] = defaultdict(float)
@@ -364,6 +368,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from fastdtd import model_file
+    from fastdtd.cost import cost, decimal
     from fastdtd.rules import assign, input_domain
 
     model = model_file.load(options.model)
@@ -391,7 +396,10 @@ def _show(options: argparse.Namespace) -> int:
              color else "no picture"))
     print("box       " + ("none" if graph.box is None else f"{_text(graph.box[0])} to {_text(graph.box[1])}"))
     print(f"classes   {len(model.classes) or 'unnamed'}")
-    print(f"weights   {_parameters(graph):,} parameters")
+    takes = cost(graph)
+    print(f"weights   {_parameters(graph):,} parameters, {decimal(takes.weight_bytes)}B")
+    print(f"cost      {decimal(takes.multiply_adds).strip()} multiply-adds forward, {decimal(takes.activation_bytes)}B "
+          "of activations, for one picture")
     for key, value in model.provenance.items():
         print(f"{key:<9} {value}")
     return 0

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from fastdtd.cost import multiply_adds
 from fastdtd.devices import Devices
 from fastdtd.errors import DeviceError, InputError
 from fastdtd.graph import Conv2d, Dense, Graph
@@ -62,9 +63,10 @@ class Executor:
             os.register_at_fork(after_in_child=lambda: (renew := forked()) and renew())
         plans, available = self.devices[0][1], min(plans.limit for _, plans in self.devices)
         one = plans.nbytes(1, 1)
-        if one > available:
-            told = "a GPU has less;"
-            if available == limit:
+        there_is = available if available < math.inf else _memory_of_machine()
+        if one > there_is:
+            told = "a GPU has less;" if available < math.inf else f"this machine has {_rounded_up(int(there_is))};"
+            if available == limit < math.inf:
                 told = f"memory is limited to {told_limit!r}; raise the limit, or"
             raise InputError(
                 f"one image takes {_rounded_up(one)} for activations, ratios and scratch, and {told} use a network "
@@ -74,7 +76,7 @@ class Executor:
             each.max_idle = budget
         # Is there memory for an image in each thread?
         self._own_plans = concurrent * one <= available or not kernels.THREADS_SHARE_A_PLAN
-        self._is_small = not kernels.THREADS_SHARE_A_PLAN or _multiply_adds(graph) < _SMALL_NETWORK
+        self._is_small = not kernels.THREADS_SHARE_A_PLAN or _weighted(graph) < _SMALL_NETWORK
         self._workers = threads  # on one plan, where they share one
         if not kernels.THREADS_SHARE_A_PLAN:
             self._workers = 1
@@ -253,7 +255,14 @@ def _rounded_up(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**20)}MiB" if nbytes > 2**20 else f"{math.ceil(nbytes / 2**10)}KiB"
 
 
-def _multiply_adds(graph: Graph) -> int:
-    """Of the convolutions and dense layers, for one image, forward."""
-    return sum(layer.weight.size // len(layer.weight) * math.prod(graph.shapes[layer.name]) for layer in graph
-               if isinstance(layer, (Conv2d, Dense)))
+def _memory_of_machine() -> float:
+    """Bytes; infinity where the system does not say. More would only be found out when it is written to."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _weighted(graph: Graph) -> int:
+    """Multiply-adds of the convolutions and dense layers, for one image, forward."""
+    return sum(multiply_adds(layer, graph) for layer in graph if isinstance(layer, (Conv2d, Dense)))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import devices
+from fastdtd.cost import MAX_MULTIPLY_ADDS, cost
 from fastdtd.errors import InputError
 from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
@@ -67,6 +68,9 @@ class Explainer:
     precision : str or None
         How GPUs multiply in convolutions: "tf32", on tensor cores, with 11 bits of each factor; "3xtf32", on tensor
         cores with float32's accuracy; "fp32", without tensor cores. None: "tf32" where the chip has it.
+    max_multiply_adds : float
+        A network of which one image's forward pass takes more, by `fastdtd.cost.cost`, is refused: model files come
+        from anywhere, and a small one can ask for hours. VGG-16 takes 1.5e10.
 
     Attributes
     ----------
@@ -88,8 +92,8 @@ class Explainer:
     RuleError
         A rule that does not exist or does not fit.
     InputError
-        An unknown device, a number of threads below 1, or a limit of memory that is none, or in which not one image can
-        be explained.
+        An unknown device, a number of threads below 1, a limit of memory that is none, or in which not one image can be
+        explained, or a network that takes too many multiply-adds.
     DeviceError
         A GPU that cannot be used: what is missing or does not fit, and what to do.
 
@@ -109,10 +113,18 @@ class Explainer:
     """
 
     def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
-                 memory: str | int | None = None, precision: str | None = None) -> None:
+                 memory: str | int | None = None, precision: str | None = None,
+                 max_multiply_adds: float = MAX_MULTIPLY_ADDS) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; required: a whole number from 1, or None for all processors")
         limit = math.inf if memory is None else _bytes(memory)
+        if isinstance(max_multiply_adds, bool) or not isinstance(max_multiply_adds, (int, float)):
+            raise InputError(f"max_multiply_adds is {max_multiply_adds!r}; required: a number")
+        count = cost(model.graph).multiply_adds
+        if not count <= max_multiply_adds:
+            raise InputError(
+                f"an image takes {count:.2e} multiply-adds, and {max_multiply_adds:.2g} are accepted; required: a "
+                "network that takes fewer, or a higher max_multiply_adds (--max-multiply-adds)")
         self.model = model
         self._assignment = assign(model.graph, rules)
         self.rules = self._assignment.rules
