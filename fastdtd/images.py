@@ -123,13 +123,22 @@ def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
 
 
 def visible_part(image: Image.Image, size: tuple[int, int], resize: str) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what the network sees, in the picture's pixels."""
+    """(left, top, right, bottom) of what the network sees, in the picture's pixels: never beyond it, never empty."""
     width, height = image.size
     if resize == "stretch":
         return 0, 0, width, height
-    scale = min(width / size[1], height / size[0])
-    left, top = (width - scale * size[1]) / 2, (height - scale * size[0]) / 2
-    return left, top, width - left, height - top
+    # The side that is seen whole is compared in whole numbers: rounding must not lead out of the picture.
+    if width * size[0] <= height * size[1]:
+        top = _margin(height, width * size[0] / size[1])
+        return 0, top, width, height - top
+    left = _margin(width, height * size[1] / size[0])
+    return left, 0, width - left, height
+
+
+def _margin(length: int, seen: float) -> float:
+    """What is cut off at each end of a side; at least a pixel is left, and more of one so long that its middle has no
+    single pixels in float32, with which Pillow computes."""
+    return max(0.0, (length - max(seen, 1, length / 2**20)) / 2)
 
 
 def seen_by_network(image: Image.Image, size: tuple[int, int], resize: str, max_side: int) -> Image.Image:

@@ -7,9 +7,12 @@ import struct
 import threading
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fastdtd import images
@@ -260,3 +263,46 @@ def test_stretch_and_crop():
     assert images.visible_part(image, (20, 20), "crop") == (10, 0, 20, 10)
     assert images.visible_part(image, (20, 20), "stretch") == (0, 0, 30, 10)
     assert images.visible_part(image, (10, 60), "crop") == (0, 2.5, 30, 7.5)
+
+
+SIDES = st.one_of(st.integers(1, 4), st.sampled_from([224, 227, 240, 299]), st.integers(1, 400))
+RESIZES = st.sampled_from(["crop", "stretch"])
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.tuples(st.integers(1, 10_000), st.integers(1, 10_000)), st.tuples(SIDES, SIDES), RESIZES)
+@example((600, 450), (224, 224), "crop")
+@example((1, 10_000), (1, 4000), "crop")
+@example((1, 100_000_000), (1, 400), "crop")
+@example((100_000_000, 1), (400, 1), "crop")
+def test_what_is_seen_lies_in_the_picture(size, network, resize):
+    left, top, right, bottom = images.visible_part(SimpleNamespace(size=size), network, resize)
+    for low, high, length in ((left, right, size[0]), (top, bottom, size[1])):
+        assert 0 <= low < high <= length
+        assert np.float32(low) < np.float32(high)  # as Pillow has them
+        assert low + high == pytest.approx(length)  # the centre
+    assert (left, right) == (0, size[0]) or (top, bottom) == (0, size[1])
+    if resize == "crop" and min(right - left, bottom - top) > 1:
+        assert (right - left) * network[0] == pytest.approx((bottom - top) * network[1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.tuples(st.integers(1, 700), st.integers(1, 100)), st.tuples(st.integers(1, 7), st.integers(
+    1, 10_000))), st.booleans(), st.tuples(SIDES, SIDES), RESIZES)
+@example((600, 450), False, (224, 224), "crop")
+@example((10_000, 7), False, (299, 299), "crop")
+@example((7, 10_000), False, (1, 299), "crop")
+def test_every_picture_fits(size, turned, network, resize):
+    image = Image.new("RGB", size[::-1] if turned else size, RED)
+    assert images.fit(image, network, resize).getextrema() == ((255, 255), (0, 0), (0, 0))
+    shown = images.seen_by_network(image, network, resize, 64)
+    assert 1 <= max(shown.size) <= 64
+    assert shown.getextrema() == ((255, 255), (0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("side", [224, 227, 240, 299])
+def test_photographs_of_all_common_proportions_are_cropped(side):
+    for width, height in ((600, 450), (500, 375), (640, 427), (1024, 683), (333, 500), (375, 500), (481, 321)):
+        image = Image.new("RGB", (width, height))
+        assert images.fit(image, (side, side), "crop").size == (side, side)
+        images.seen_by_network(image, (side, side), "crop", 1024)
