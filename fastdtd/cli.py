@@ -30,8 +30,9 @@ Explain what a network sees in pictures, by deep Taylor decomposition.
 Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and
 NAME.overlay.png (the same over the picture), and explanations.h5 with relevance, scores, targets, file names and
 sums for all. Prints a line for each picture: the class that is explained, its score, and the sum of the relevance,
-which is the same but for what a layer absorbed. Pictures that cannot be read are listed at the end, and the exit
-status is then 1. A run that was cut off goes on where it was when it is started again.
+which is the same but for what a layer absorbed. Pictures that cannot be read or drawn are listed at the end, with the
+reason, and the exit status is then 1. A run that was cut off goes on where it was when it is started again. OUT is one
+run's at a time.
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
@@ -311,7 +312,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.ledger:
         _print_books(books, flow)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
-    failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
+    failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
     return 1 if summary.failed else 0
 

@@ -20,6 +20,7 @@ from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
 from fastdtd.graph import Array
 from fastdtd.inputs import (
+    BeyondFloat32Error,
     ExplanationWarning,
     Target,
     checked_images,
@@ -208,9 +209,7 @@ class Explainer:
 
         self._executor.map(explain, count, self._executor.devices_for(images))
         if not finite.all():
-            raise InputError(
-                f"image {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights "
-                "are too large")
+            raise BeyondFloat32Error(np.flatnonzero(~finite).tolist())
         nothing = np.flatnonzero(e.explained <= 0)
         if len(nothing) and begins is None and not derivative:
             image, which = nothing[0], int(e.target[nothing[0]])

@@ -1,13 +1,63 @@
-"""Output that is whole or not there: written beside its place and renamed into it."""
+"""Files opened without waiting, output that is whole or not there, and folders that one process has for itself."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import socket
+import stat
+import sys
+import time
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+LOCK = ".fastdtd.lock"
+_HOLDER_BYTES = 300  # of a lock file, what says who holds it
+_LOCKED_AT = 1 << 20  # of a lock file, the byte that is locked where systems lock bytes, and do not let them be read
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+# What is answered where somebody else has a lock, and by file systems without locks.
+_HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, for reading; a link leads to what it names.
+
+    What is none is not opened: a named pipe would block until somebody writes, and some devices act when opened.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened. IsADirectoryError for a folder; for other things errno is EINVAL, and strerror says
+        what it is.
+    ValueError
+        A path with a NUL.
+    """
+    _require_regular(os.stat(path).st_mode, path)
+    # What was looked at may have become another: so without blocking, and it is looked at again.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        _require_regular(os.fstat(descriptor).st_mode, path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(mode: int, path: str | os.PathLike[str]) -> None:
+    kind = stat.S_IFMT(mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'no regular file')}; required: a regular file",
+                      os.fspath(path))
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -20,11 +70,177 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """
     beside = path.with_name(f".{path.name[-50:]}.{uuid.uuid4().hex}")  # within a file system's 255 bytes
     try:
-        write(beside)
-        with open(beside, "r+b") as file:
+        with open(beside, "xb") as file:
+            if sys.platform != "win32":  # which does not remove what is open
+                with contextlib.suppress(OSError):
+                    _lock(file.fileno())  # so that `remove_abandoned` leaves it alone while this process lives
+            write(beside)
             os.fsync(file.fileno())
-        os.replace(beside, path)
+            if sys.platform == "win32":
+                file.close()
+            os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError, ValueError):
             os.unlink(beside)
         raise
+
+
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Remove what `replace` had written in `folder` for files of these `names`, a regular expression, when its process
+    was killed. What a living process writes stays."""
+    beside = re.compile(rf"\..*({names})\.[0-9a-f]{{32}}")
+    for file in folder.glob(".*"):
+        if beside.fullmatch(file.name):
+            with contextlib.suppress(OSError):  # what cannot be removed does no harm
+                _remove_unlocked(file)
+
+
+def _remove_unlocked(file: Path) -> None:
+    if sys.platform == "win32":
+        file.unlink()
+        return
+    descriptor = os.open(file, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        file.unlink()
+    finally:
+        os.close(descriptor)
+
+
+# ---- Locks -----------------------------------------------------------------------------------------------------------
+
+
+class HeldError(Exception):
+    """Another one holds the lock; the message says who, and since when."""
+
+
+class FolderLock:
+    """A folder for one user at a time, among all processes and threads; the lock dies with its process.
+
+    The file that is locked is removed with the lock, and says who holds it. Locks of the whole file (flock) also work
+    across the clients of a network file system. Where there are no locks, the file itself is one, unless it is of a
+    process of this machine that is no more. A forked process does not have the lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take it.
+
+        Raises
+        ------
+        HeldError
+            It is held already.
+        OSError
+            The file cannot be written.
+        """
+        self._path = folder / LOCK
+        self._descriptor: int | None = None
+        while self._descriptor is None:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                                 | getattr(os, "O_NONBLOCK", 0), 0o666)
+            try:
+                self._take(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        _held.add(self)
+
+    def _take(self, descriptor: int) -> None:
+        holder = os.pread(descriptor, _HOLDER_BYTES, 0) if hasattr(os, "pread") else b""
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS | _HELD:
+                raise
+            if error.errno in _HELD or _may_live(holder):
+                raise HeldError(_shown(holder)) from None
+        if not _is_at(self._path, descriptor):  # its holder has just removed it
+            os.close(descriptor)
+            return
+        os.ftruncate(descriptor, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+        self._descriptor = descriptor
+
+    def is_held(self) -> bool:
+        """False where the folder was removed or replaced in the meantime, or the lock's file was."""
+        return self._descriptor is not None and _is_at(self._path, self._descriptor)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:  # in a forked process
+            return
+        with contextlib.suppress(OSError):
+            if sys.platform == "win32":  # which does not remove what is open
+                os.close(descriptor)
+                self._path.unlink()
+            elif _is_at(self._path, descriptor):
+                self._path.unlink()
+        if sys.platform != "win32":
+            os.close(descriptor)
+
+    def forget(self) -> None:
+        """No longer have a part in the lock, which stays its holder's."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    """In a forked process, which shares its parent's locks and must not keep them when that ends."""
+    for lock in _held:
+        lock.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file, until it is closed. OSError where somebody else has it locked."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, _LOCKED_AT, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _shown(holder: bytes) -> str:
+    return re.sub(r"[^ -~]", "", holder.decode("ascii", "replace")) or "a process that has not said its name"
+
+
+def _may_live(holder: bytes) -> bool:
+    """Whether what is said to hold a lock may be at work; of this machine's processes it is known."""
+    said = re.match(rb"process (\d+) on (\S+) ", holder)
+    if said is None or said[2].decode("ascii", "replace") != socket.gethostname():
+        return bool(holder)
+    if sys.platform == "win32":  # where os.kill kills whatever the signal
+        return True
+    try:
+        os.kill(int(said[1]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True

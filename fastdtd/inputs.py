@@ -23,6 +23,21 @@ class ExplanationWarning(UserWarning):
     """An input was clipped to the model's value box, or a target's score has nothing to decompose."""
 
 
+class BeyondFloat32Error(InputError):
+    """Images whose scores or relevance float32 cannot hold.
+
+    Attributes
+    ----------
+    images : list of int
+        Which of the batch.
+    """
+
+    def __init__(self, images: list[int]) -> None:
+        self.images = images
+        super().__init__(f"image {images[0]} gives scores or relevance beyond float32; its values or the model's "
+                         "weights are too large")
+
+
 def pictures_of(given: Any, model: Model) -> list[Any] | None:
     """The pictures among what an explainer may be given, which the model has to preprocess: paths, PIL images, uint8
     pixels (H, W, 3) or (H, W, 4), or a sequence of these. None: it is an array of network inputs."""

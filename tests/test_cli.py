@@ -78,7 +78,7 @@ def test_explain_a_folder_with_bad_pictures(run, place):
     assert status == 1
     assert [line.split("  score")[0] for line in out[:-1]] == ["blue.png  2 n03 blue", "lime.png  1 n02 green",
                                                                "red.png   0 n01 red, scarlet"]
-    assert out[-1] == "3 explained, 2 could not be read; see new/folder/"
+    assert out[-1] == "3 explained, 2 failed; see new/folder/"
     assert len(err) == 2
     assert err[0].startswith("fastdtd: not explained: picture 'pictures/bad.jpg' is damaged, or not in a known format")
     assert err[1].startswith("fastdtd: not explained: picture 'pictures/cut.png' cannot be read")

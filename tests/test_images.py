@@ -3,10 +3,14 @@ exception.
 """
 
 import io
+import multiprocessing
+import os
+import socket
 import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +78,27 @@ def test_grey_of_16_bits(pixels):
 def test_rgb_of_16_bits(pixels):
     row = b"\0" + struct.pack(">6H", 0x1234, 0xFFFF, 0, 0x8000, 0x00FF, 0x0100)
     assert pixels(png(2, 1, 16, 2, row)).tolist() == [[[0x12, 255, 0], [0x80, 0, 1]]]
+
+
+def key(*levels):
+    """A PNG's chunk: the grey or colour that is transparent."""
+    data = struct.pack(f">{len(levels)}H", *levels)
+    return struct.pack(">I", len(data)) + b"tRNS" + data + struct.pack(">I", zlib.crc32(b"tRNS" + data))
+
+
+@pytest.mark.parametrize(("depth", "row", "levels", "shown"), [
+    (16, struct.pack(">3H", 0x1234, 0x1235, 0xFF00), [0x1234], [255, 0x12, 255]),
+    (8, bytes([1, 2, 3]), [2], [1, 255, 3]), (4, bytes([0x25, 0x20]), [5], [34, 255, 34]),
+    (4, bytes([0x25, 0x20]), [2], [255, 85, 255]), (2, bytes([0b00011000]), [1], [0, 255, 170]),
+    (1, bytes([0b01000000]), [0], [255, 255, 255]), (1, bytes([0b01000000]), [1], [0, 255, 0])])
+def test_a_transparent_grey(pixels, depth, row, levels, shown):
+    assert pixels(png(3, 1, depth, 0, b"\0" + row, key(*levels)))[0, :, 0].tolist() == shown
+
+
+def test_a_transparent_colour_of_16_bits(pixels):
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0)
+    shown = pixels(png(2, 1, 16, 2, b"\0" + row, key(0x1234, 0x5678, 0x9ABC)))
+    assert shown[0].tolist() == [[255, 255, 255], [0x12, 0x56, 0]]
 
 
 def test_transparent_parts_are_white(pixels):
@@ -170,9 +195,59 @@ def test_refused(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_between_both_limits_no_warning_comes_out(pixels, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns from here, and refuses from twice as many
-    np.testing.assert_array_equal(pixels(encoded(corners())), corners())
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device", "a loop", "a link to none", "a folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # sockets' names are short
+    place, message = Path("picture.png"), f"is {kind}"
+    match kind:
+        case "a named pipe":
+            os.mkfifo(place)
+        case "a socket":
+            socket.socket(socket.AF_UNIX).bind(str(place))
+        case "a device":
+            place.symlink_to("/dev/zero")
+        case "a loop":
+            place.symlink_to("picture.png")
+            message = "symbolic link"
+        case "a link to none":
+            place.symlink_to("none.png")
+            message = "is a link to what does not exist"
+        case "a folder":
+            place.mkdir()
+    with pytest.raises(PictureError, match=message):
+        images.open_picture(place)
+
+
+def test_a_link_to_a_picture(tmp_path):
+    corners().save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    np.testing.assert_array_equal(images.open_picture(tmp_path / "b.png"), corners())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_a_fork_while_others_read(tmp_path):
+    corners((300, 200)).save(tmp_path / "a.png")
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            images.open_picture(tmp_path / "a.png")
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            child = multiprocessing.get_context("fork").Process(target=images.open_picture, args=(tmp_path / "a.png",))
+            child.start()
+            child.join(20)
+            child.kill()
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_no_file(tmp_path):
@@ -204,7 +279,8 @@ def test_arrays(shape):
     np.zeros((0, 6), np.uint8),
     np.zeros((4, 0, 3), np.uint8),
     np.array(["a"]),
-    np.zeros((1, 4, 6, 3), np.uint8)
+    np.zeros((1, 4, 6, 3), np.uint8),
+    np.ma.masked_less(np.zeros((4, 6), np.uint8), 1),
 ], ids=repr)
 def test_other_arrays(array):
     with pytest.raises(PictureError, match=r"the array|of type uint8"):
@@ -231,6 +307,7 @@ def test_damaged_images_of_pillow():
 def test_filters_of_warnings_stay_as_they_are(tmp_path):
     """Though they belong to the whole process, and several threads read."""
     corners((300, 200)).save(tmp_path / "a.png")
+    images.open_picture(tmp_path / "a.png")  # which puts one there that is nothing to others
     before = list(warnings.filters)
     threads = [
         threading.Thread(target=lambda: [images.open_picture(tmp_path / "a.png") for _ in range(30)]) for _ in range(8)
@@ -240,6 +317,21 @@ def test_filters_of_warnings_stay_as_they_are(tmp_path):
     for thread in threads:
         thread.join()
     assert warnings.filters == before
+    with pytest.warns(UserWarning, match="of others"):
+        warnings.warn_explicit("of others", UserWarning, "a.py", 1, module="PIL.Image")
+
+
+def test_no_warning_comes_out(pixels, monkeypatch):
+    """Not even where warnings are errors; nor is one of Pillow's lost that others cause meanwhile."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns from here, and refuses from twice as many
+    damaged = encoded(corners(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12")
+    with warnings.catch_warnings():
+        for _ in range(2):
+            warnings.resetwarnings()
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(pixels(damaged), corners())
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(damaged))
 
 
 def test_order_of_channels():

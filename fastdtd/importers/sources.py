@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdtd.errors import ConversionError
+from fastdtd.files import open_to_read
 
 if TYPE_CHECKING:
     from fastdtd.importers.builder import Parsed
@@ -130,11 +131,16 @@ def parse_files(files: Sequence[Path], size: tuple[int, int] | None) -> tuple[Pa
 
 
 def read(file: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes."""
     try:
-        if not file.is_file():
-            raise ConversionError(f"there is no file {str(file)!r}")
-        if file.stat().st_size > limit:
-            raise ConversionError(f"{str(file)!r} has {file.stat().st_size} bytes; at most {limit} are accepted")
-        return file.read_bytes()
+        with open_to_read(file) as content:
+            size = os.fstat(content.fileno()).st_size
+            if size > limit:
+                raise ConversionError(f"{str(file)!r} has {size} bytes; at most {limit} are accepted")
+            return content.read(size)
+    except FileNotFoundError:
+        raise ConversionError(f"there is no file {str(file)!r}") from None
     except OSError as error:
         raise ConversionError(f"{str(file)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL in its name
+        raise ConversionError(f"{str(file)!r} cannot be read: {error}") from None
