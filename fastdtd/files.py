@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastdtd.errors import FastDTDError, shown
+
 LOCK = ".fastdtd.lock"
 _HOLDER_BYTES = 300  # of a lock file, what says who holds it
 _LOCKED_AT = 1 << 20  # of a lock file, the byte that is locked where systems lock bytes, and do not let them be read
@@ -24,6 +26,15 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK:
 # What is answered where somebody else has a lock, and by file systems without locks.
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+def as_path(given: object, error: type[FastDTDError], required: str) -> Path:
+    """What was given as a path; `error` where it is none, such as None or bytes, which says what is required."""
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(text, str) or "\0" in text:
+        raise error(f"a path was given as {shown(given)}, of type {type(given).__name__}; required: {required}, as str "
+                    "or pathlib.Path")
+    return Path(text)
 
 
 def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from fastdtd import heatmap, images
-from fastdtd.errors import InputError, OutputError, PictureError
+from fastdtd.errors import InputError, OutputError, PictureError, shown
 from fastdtd.explainer import Explainer
 from fastdtd.explanation import write_header
 from fastdtd.files import FolderLock, HeldError, open_to_read, remove_abandoned, replace
@@ -193,13 +193,13 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
         An unknown target or output.
     """
     outputs = list(outputs)
-    if not outputs or set(outputs) - set(OUTPUTS):
+    if not outputs or any(one not in OUTPUTS for one in outputs):
         raise InputError(
-            f"outputs {', '.join(map(repr, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
+            f"outputs {', '.join(map(shown, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
     if batch is None:
         batch = max(_BATCH, explainer.at_once) if explainer.precision else _BATCH
-    if batch < 1:
-        raise InputError(f"batch is {batch}; required: 1 or more")
+    if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise InputError(f"batch is {shown(batch)}; required: a whole number from 1")
     graph = explainer.model.graph
     checked = checked_targets(target, explainer.model, 1, graph.shapes[graph.output][0])
     target = None if checked is None else int(checked[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdtd.errors import ConversionError
-from fastdtd.files import open_to_read
+from fastdtd.files import as_path, open_to_read
 
 if TYPE_CHECKING:
     from fastdtd.importers.builder import Parsed
@@ -54,6 +54,8 @@ def opened(source: FilePath, weights: FilePath | None = None) -> FilePath | Torc
     ConversionError
         No PyTorch, nothing of that name, code that fails, no module, or a state dict that is none or does not fit.
     """
+    for path in (source, *([] if weights is None else [weights])):
+        as_path(path, ConversionError, "a file, or MODULE:CALLABLE")
     names = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
     if not isinstance(source, str) or not re.fullmatch(f"{names}:{names}", source) or Path(source).exists():
         return source
