@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastdtd.errors import PictureError
 from fastdtd.files import open_to_read
 
-MAX_PIXELS = 100_000_000  # of one picture, decoded: 300 MB
+MAX_PIXELS = 100_000_000  # of one picture: 400 MB in Pillow's memory, and as much again while it is turned upright
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -139,7 +139,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:

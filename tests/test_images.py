@@ -166,6 +166,30 @@ def test_first_frame_of_an_animation(pixels):
     assert np.abs(stereo - np.asarray(corners(), int)).mean() < 5
 
 
+def claiming(kind, width, height):
+    """A picture of 8 x 8 that says it has another size."""
+    image = Image.new("RGB", (8, 8), RED)
+    content = bytearray(encoded(image, kind, **({"save_all": True, "append_images": [Image.new("RGB", (8, 8), BLUE)]}
+                                                if kind == "WEBP" else {})))
+    if kind == "PPM":
+        return content.replace(b"8 8", b"%d %d" % (width, height))
+    at, size = {"GIF": (6, struct.pack("<HH", width, height)), "BMP": (18, struct.pack("<ii", width, height)),
+                "JPEG": (content.find(b"\xff\xc0") + 5, struct.pack(">HH", height, width)),
+                "WEBP": (content.find(b"VP8X") + 12, (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(
+                    3, "little"))}[kind]
+    content[at:at + len(size)] = size
+    return content
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP", "PPM"])
+def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, monkeypatch, kind):
+    path = tmp_path / "picture"
+    path.write_bytes(claiming(kind, 12_000, 12_000))
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("pixels were decoded"))
+    with pytest.raises(PictureError, match=r"12000 x 12000 pixels; 1 to 100000000|too large"):
+        images.open_picture(path)
+
+
 def damaged():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     yield "a text", b"this is no picture", "damaged, or not in a known format"
