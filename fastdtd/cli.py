@@ -118,8 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a class is called, and no line of what is done held back
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
+        try:
+            status: int = options.run(options)
+            sys.stdout.flush()
+        except Exception as error:
+            if _comes_of_an_interrupt(error):
+                raise KeyboardInterrupt from None
+            raise
     except FastDTDError as error:
         print(f"fastdtd: {error}", file=sys.stderr)
         return 1
@@ -135,6 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("fastdtd: interrupted; what was reported as done is on disk", file=sys.stderr, flush=True)
         os._exit(130)  # returning would wait for all that threads have yet to compute
     return status
+
+
+def _comes_of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether it was raised where an interrupt was handled: in a library that had taken a lock, say."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _parser() -> argparse.ArgumentParser:
