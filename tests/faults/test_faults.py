@@ -223,9 +223,8 @@ def test_kernels_that_cannot_be_kept(call, whole, tmp_path, file_system, how):
 def test_processes_that_compile_the_same_kernels(call, whole, tmp_path):
     for file in fill(tmp_path / "kernels"):
         file.unlink()
-    processes = [start([*call, tmp_path / f"out{i}"], NUMBA_CACHE_DIR=str(tmp_path / "kernels")) for i in range(PROCESSES)]
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    processes = [start([*call, tmp_path / f"out{i}"], **kept) for i in range(PROCESSES)]
     assert [ended(process)[0] for process in processes] == [1] * PROCESSES
     assert [killing.differing(tmp_path / f"out{i}", whole) for i in range(PROCESSES)] == [[]] * PROCESSES
-    kernels = str(tmp_path / "kernels")
-    kernels = str(tmp_path / "kernels")
-    assert "compiling" not in assert_resumes(call, tmp_path / "out", whole, NUMBA_CACHE_DIR=kernels)
+    assert "compiling" not in assert_resumes(call, tmp_path / "out", whole, **kept)
