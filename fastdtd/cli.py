@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="what to write (default: %(default)s)")
     explain.add_argument("--batch", metavar="N", type=int,
                          help="pictures at a time (default: 16; on GPUs, as many as they take)")
-    explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
+    explain.add_argument("--threads", metavar="N", type=int, help="threads, at most 1024 (default: all processors)")
     explain.add_argument(
         "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
