@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import socket
@@ -148,59 +149,59 @@ class FolderLock:
             The file cannot be written.
         """
         self._path = folder / LOCK
-        self._descriptor: int | None = None
-        while self._descriptor is None:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-                                 | getattr(os, "O_NONBLOCK", 0), 0o666)
-            try:
-                self._take(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
+        while not self._take():
+            pass
         _held.add(self)
 
-    def _take(self, descriptor: int) -> None:
-        holder = os.pread(descriptor, _HOLDER_BYTES, 0) if hasattr(os, "pread") else b""
+    def _take(self) -> bool:
+        """False where the holder has just removed the file: there may be another."""
+        # An object, which is closed with its last reference: an interrupt must not leave the lock to nobody.
+        self._file = io.FileIO(self._path, "r+", opener=_open_lock)
+        holder = self._file.read(_HOLDER_BYTES) or b""
         try:
-            _lock(descriptor)
+            _lock(self._file.fileno())
         except OSError as error:
-            if error.errno not in _NO_LOCKS | _HELD:
-                raise
-            if error.errno in _HELD or _may_live(holder):
+            if error.errno in _HELD or (error.errno in _NO_LOCKS and _may_live(holder)):
+                self._file.close()
                 raise HeldError(_shown(holder)) from None
-        if not _is_at(self._path, descriptor):  # its holder has just removed it
-            os.close(descriptor)
-            return
-        os.ftruncate(descriptor, 0)
+            if error.errno not in _NO_LOCKS:
+                self._file.close()
+                raise
+        if not self.is_held():
+            self._file.close()
+            return False
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
-        self._descriptor = descriptor
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+        return True
 
     def is_held(self) -> bool:
         """False where the folder was removed or replaced in the meantime, or the lock's file was."""
-        return self._descriptor is not None and _is_at(self._path, self._descriptor)
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except (OSError, ValueError):  # ValueError: it is closed
+            return False
 
     def __enter__(self) -> FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is None:  # in a forked process
-            return
-        with contextlib.suppress(OSError):
-            if sys.platform == "win32":  # which does not remove what is open
-                os.close(descriptor)
+        is_held = self.is_held()
+        if sys.platform == "win32":  # which does not remove what is open
+            self._file.close()
+        if is_held:
+            with contextlib.suppress(OSError):
                 self._path.unlink()
-            elif _is_at(self._path, descriptor):
-                self._path.unlink()
-        if sys.platform != "win32":
-            os.close(descriptor)
+        self._file.close()
 
     def forget(self) -> None:
         """No longer have a part in the lock, which stays its holder's."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._file.close()
+
+
+def _open_lock(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
@@ -228,13 +229,6 @@ def _lock(descriptor: int) -> None:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False
 
 
 def _shown(holder: bytes) -> str:

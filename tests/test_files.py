@@ -130,6 +130,35 @@ def test_only_one_of_many_gets_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_leaves_no_lock_behind(tmp_path):
+    """At whatever bytecode it comes."""
+    def interrupt(frame, event, argument):
+        nonlocal left
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return interrupt
+
+    number = interrupted = 0
+    while interrupted == number:
+        left = number = number + 1
+        try:
+            sys.settrace(interrupt)
+            with files.FolderLock(tmp_path):
+                pass
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        with files.FolderLock(tmp_path) as lock:
+            assert lock.is_held()
+    assert interrupted > 100
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
 def test_a_forked_process_does_not_have_the_lock(tmp_path):
     lock = files.FolderLock(tmp_path)
