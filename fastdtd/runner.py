@@ -289,7 +289,8 @@ class _Run:
                 self._fail(one.picture, trouble)
         if not rows:
             return []
-        columns = {name: values[rows] for name, values in e.columns().items()
+        kept = rows if len(rows) < len(loaded) else slice(None)  # which copies nothing
+        columns = {name: values[kept] for name, values in e.columns().items()
                    if name != "relevance" or "relevance" in self.outputs}
         columns["file"] = np.array([loaded[i].picture.name for i in rows], object)
         columns[_SOURCE] = np.array([_source(loaded[i].picture) for i in rows], object)
