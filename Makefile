@@ -13,7 +13,7 @@ PORTABLE := tests/test_kernels.py tests/test_plan.py tests/test_steps.py tests/t
 AVX2 := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 NO_AVX := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 
-.PHONY: help demo test quick test-cuda test-portable test-peers compare bench profile gpu gpu-table check docs dist gallery
+.PHONY: help demo test quick test-cuda test-portable test-peers faults compare bench profile gpu gpu-table check docs dist gallery
 .PHONY: models clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-cuda   long simulations of GPUs, of which make test has short ones; needs no GPU"
 	@echo "make test-portable  what depends on the processor, as one with AVX2 and as one without"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
+	@echo "make faults      200 kills and 200 interrupts of runs, full disks, other runs, spoiled caches; about 7 minutes"
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
@@ -54,6 +55,11 @@ test-portable: $(VENV)/ready-dev
 
 test-peers: $(PEERS)/ready
 	$(PEERS)/bin/pytest tests/peers
+
+faults: $(VENV)/ready-dev
+	$(VENV)/bin/fastdtd warmup
+	FASTDTD_FAULTS=200 $(VENV)/bin/pytest tests/faults -k "not killed_and_interrupted"
+	$(VENV)/bin/python tests/faults/killing.py 200 200
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/pytest benchmarks/bench_kernels.py --benchmark-columns=median,iqr,rounds --benchmark-json=out/bench_kernels.json

@@ -30,8 +30,9 @@ Explain what a network sees in pictures, by deep Taylor decomposition.
 Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and
 NAME.overlay.png (the same over the picture), and explanations.h5 with relevance, scores, targets, file names and
 sums for all. Prints a line for each picture: the class that is explained, its score, and the sum of the relevance,
-which is the same but for what a layer absorbed. Pictures that cannot be read are listed at the end, and the exit
-status is then 1. A run that was cut off goes on where it was when it is started again.
+which is the same but for what a layer absorbed. Pictures that cannot be read or drawn are listed at the end, with the
+reason, and the exit status is then 1. A run that was cut off goes on where it was when it is started again. OUT is one
+run's at a time.
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
@@ -117,8 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a class is called, and no line of what is done held back
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
+        try:
+            status: int = options.run(options)
+            sys.stdout.flush()
+        except Exception as error:
+            if _comes_of_an_interrupt(error):
+                raise KeyboardInterrupt from None
+            raise
     except FastDTDError as error:
         print(f"fastdtd: {error}", file=sys.stderr)
         return 1
@@ -134,6 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("fastdtd: interrupted; what was reported as done is on disk", file=sys.stderr, flush=True)
         os._exit(130)  # returning would wait for all that threads have yet to compute
     return status
+
+
+def _comes_of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether it was raised where an interrupt was handled: in a library that had taken a lock, say."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="what to write (default: %(default)s)")
     explain.add_argument("--batch", metavar="N", type=int,
                          help="pictures at a time (default: 16; on GPUs, as many as they take)")
-    explain.add_argument("--threads", metavar="N", type=int, help="threads (default: all processors)")
+    explain.add_argument("--threads", metavar="N", type=int, help="threads, at most 1024 (default: all processors)")
     explain.add_argument(
         "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
@@ -315,7 +328,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.ledger:
         _print_books(books, flow)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
-    failed = f", {len(summary.failed)} could not be read" if summary.failed else ""
+    failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
     return 1 if summary.failed else 0
 

@@ -8,7 +8,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from fastdtd.errors import DeviceError, InputError
+from fastdtd.errors import DeviceError, InputError, shown
 from fastdtd.kernels import codes
 from fastdtd.protocols import AnyDevice
 from fastdtd.warmup import load_kernels
@@ -52,10 +52,11 @@ def find(device: str, precision: str | None) -> Devices:
     """
     if not isinstance(device, str) or not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", device, re.ASCII):
         raise InputError(
-            f"device {device!r} is unknown; required: 'cpu', 'cuda' (all GPUs), 'cuda:0' (one of them) or 'auto'")
-    if precision not in (None, *PRECISIONS):
+            f"device {shown(device)} is unknown; required: 'cpu', 'cuda' (all GPUs), 'cuda:0' (one of them) or 'auto'")
+    if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
         raise InputError(
-            f"precision {precision!r} is unknown; required: one of {', '.join(PRECISIONS)}, or None for the fastest")
+            f"precision {shown(precision)} is unknown; required: one of {', '.join(PRECISIONS)}, or None for the "
+            "fastest")
     why = ""
     if device != "cpu":
         try:

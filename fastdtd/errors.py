@@ -34,3 +34,15 @@ class PictureError(FastDTDError):
 
 class OutputError(FastDTDError):
     """A file or folder that results cannot be written to."""
+
+
+_SHOWN = 80  # characters of a value
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: a line, not too long, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a number with more digits than Python prints, say
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from fastdtd import devices
 from fastdtd.cost import MAX_MULTIPLY_ADDS, cost
-from fastdtd.errors import InputError
+from fastdtd.errors import InputError, shown
 from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
 from fastdtd.graph import Array
 from fastdtd.inputs import (
+    BeyondFloat32Error,
     ExplanationWarning,
     Target,
     checked_images,
@@ -38,6 +39,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECA
 # What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
 # range; and with the 11 bits of a factor on tensor cores.
 _LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2
+_MAX_THREADS = 1024
+_MAX_BYTES = 2**63 - 1  # of a limit of memory
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -56,9 +59,9 @@ class Explainer:
         "cpu"; "cuda": all GPUs that CUDA shows, which share out the images of a call; "cuda:1": one of them; "auto":
         "cuda" where that works, else "cpu". GPUs need ``pip install "fastdtd[cuda]"``.
     threads : int or None
-        None: as many as this process may use. However many callers there are, no more threads than these compute at a
-        time; but with one, each call is computed by the thread that makes it. On GPUs those that read and write
-        pictures for ``fastdtd explain``.
+        At most 1024. None: as many as this process may use. However many callers there are, no more threads than these
+        compute at a time; but with one, each call is computed by the thread that makes it. On GPUs those that read and
+        write pictures for ``fastdtd explain``.
     memory : str, int or None
         The most memory that activations, ratios and scratch may take (on each GPU), of all calls together and of what
         is kept for the next: a text such as "2GiB" (or KiB, MiB, KB, MB, GB) or a number of bytes. With less, fewer
@@ -92,8 +95,8 @@ class Explainer:
     RuleError
         A rule that does not exist or does not fit.
     InputError
-        An unknown device, a number of threads below 1, a limit of memory that is none, or in which not one image can be
-        explained, or a network that takes too many multiply-adds.
+        No model, an unknown device, a number of threads below 1 or above 1024, a limit of memory that is none, or in
+        which not one image can be explained, or a network that takes too many multiply-adds.
     DeviceError
         A GPU that cannot be used: what is missing or does not fit, and what to do.
 
@@ -115,11 +118,17 @@ class Explainer:
     def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
                  memory: str | int | None = None, precision: str | None = None,
                  max_multiply_adds: float = MAX_MULTIPLY_ADDS) -> None:
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads is {threads!r}; required: a whole number from 1, or None for all processors")
+        if not isinstance(model, Model):
+            raise InputError(f"the model is {shown(model)}, of type {type(model).__name__}; required: a Model, as "
+                             "fastdtd.load(...) and fastdtd.convert(...) return it")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, (int, np.integer))
+                                    or not 1 <= threads <= _MAX_THREADS):
+            raise InputError(
+                f"threads is {shown(threads)}; required: a whole number from 1 to {_MAX_THREADS}, or None for all "
+                "processors")
         limit = math.inf if memory is None else _bytes(memory)
         if isinstance(max_multiply_adds, bool) or not isinstance(max_multiply_adds, (int, float)):
-            raise InputError(f"max_multiply_adds is {max_multiply_adds!r}; required: a number")
+            raise InputError(f"max_multiply_adds is {shown(max_multiply_adds)}; required: a number")
         count = cost(model.graph).multiply_adds
         if not count <= max_multiply_adds:
             raise InputError(
@@ -130,7 +139,7 @@ class Explainer:
         self.rules = self._assignment.rules
         rules_as_text = {name: str(rule.rule) for name, rule in self.rules.items()}
         self.context = Context(model.classes, rules_as_text, model.preprocessing.resize)
-        self.threads = threads or _usable_processors()
+        self.threads = int(threads or min(_usable_processors(), _MAX_THREADS))
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
         self._executor = Executor(model.graph, self._assignment, found, self.threads, limit, memory)
@@ -225,9 +234,9 @@ class Explainer:
 
         self._executor.map(explain, count, self._executor.devices_for(images))
         if not finite.all():
-            raise InputError(
-                f"image {finite.argmin()} gives scores or relevance beyond float32; its values or the model's weights "
-                "are too large")
+            raise BeyondFloat32Error(dict.fromkeys(
+                np.flatnonzero(~finite).tolist(),
+                "gives scores or relevance beyond float32; its values or the model's weights are too large"))
         if not derivative:
             self._check_balance(e, sums)
         nothing = np.flatnonzero(e.explained <= 0)
@@ -243,13 +252,16 @@ class Explainer:
         """Refuse explanations of which numbers below float32's range took a part away that no layer absorbed."""
         largest = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
         lost = np.abs(e.explained - sums - e.absorbed)
+        reasons = {}
         for i in np.flatnonzero(lost > largest * np.abs(e.explained)):
             # Under rules that give back negative relevance, too, what is explained may be small beside it.
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
             if lost[i] > largest * max(abs(float(e.explained[i])), turnover):
-                raise InputError(
-                    f"image {i} loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; "
-                    "its values or the model's weights are too small")
+                reasons[int(i)] = (
+                    f"loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; its values or "
+                    "the model's weights are too small")
+        if reasons:
+            raise BeyondFloat32Error(reasons)
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
@@ -278,8 +290,8 @@ class Explainer:
         """Relevance of some tensors, one image after the other: a plan that keeps it is large."""
         graph = self.model.graph
         for name in layers:
-            if name not in graph.shapes:
-                raise InputError(f"the network has no layer {name!r}; it has {', '.join(graph.shapes)}")
+            if not isinstance(name, str) or name not in graph.shapes:
+                raise InputError(f"the network has no layer {shown(name)}; it has {', '.join(graph.shapes)}")
             if self._assignment.derivative and (after := fused_activations(graph).get(name)):
                 raise InputError(
                     f"the derivative by what layer {name!r} makes is not kept, for the activation after it is computed "
@@ -301,16 +313,16 @@ class Explainer:
 
 def _bytes(memory: str | int) -> int:
     """A limit of memory as a number of bytes."""
-    size = 0
-    if isinstance(memory, int) and not isinstance(memory, bool):
+    size = 0.0
+    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
         size = memory
     elif isinstance(memory, str) and (match := _SIZE.fullmatch(memory)):
-        size = int(float(match[1]) * _UNITS[match[2].lower()])
-    if size < 1:
+        size = float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= size <= _MAX_BYTES:
         raise InputError(
-            f"memory is {memory!r}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in '2GiB', "
-            "or a whole number of bytes")
-    return size
+            f"memory is {shown(memory)}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in "
+            "'2GiB', or a whole number of bytes, in all at most 2**63 - 1")
+    return int(size)
 
 
 def _usable_processors() -> int:

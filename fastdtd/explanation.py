@@ -8,13 +8,12 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd.errors import InputError, OutputError
+from fastdtd.errors import InputError, OutputError, shown
 from fastdtd.graph import Array
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class Explanation:
 
     def class_name(self, image: int = 0) -> str:
         """What is explained of an image: the class's name, or its number where the model has no names."""
-        target = int(self.target[image])
+        target = int(self.target[self._checked(image)])
         return self.context.classes[target] if self.context.classes else str(target)
 
     def __len__(self) -> int:
@@ -228,9 +227,9 @@ class Explanation:
         return heatmap.draw(relevance, seen)
 
     def _checked(self, image: int) -> int:
-        if not -len(self) <= image < len(self):
-            raise InputError(f"image {image} of {len(self)} was asked for; required: 0 to {len(self) - 1}")
-        return image % len(self)
+        if not isinstance(image, (int, np.integer)) or not -len(self) <= image < len(self):
+            raise InputError(f"image {shown(image)} of {len(self)} was asked for; required: 0 to {len(self) - 1}")
+        return int(image) % len(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write relevance, scores, targets and sums to an HDF5 file, as `fastdtd explain` does: written beside and
@@ -251,6 +250,7 @@ class Explanation:
 
         from fastdtd import files
 
+        place = files.as_path(path, OutputError, "the file to write")
         content = io.BytesIO()
         with h5py.File(content, "w") as file:
             write_header(file, self.context)
@@ -259,11 +259,11 @@ class Explanation:
             file["ledger"] = np.stack([*self.ledger.values()], 1) if self.ledger else np.zeros((len(self), 0))
             file["ledger"].attrs["layers"] = np.array(list(self.ledger), h5py.string_dtype())
         try:
-            files.replace(Path(path), lambda beside: beside.write_bytes(content.getbuffer()))
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {str(path)!r}: {error.strerror or error}; required: a file in a folder that can be "
-                "written and has free space") from None
+            files.replace(place, lambda beside: beside.write_bytes(content.getbuffer()))
+        except (OSError, ValueError) as error:  # ValueError: a folder's path, such as "."
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot write {str(path)!r}: {reason}; required: a file in a folder that can be written "
+                              "and has free space") from None
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """What a file of explanations holds, a row for each image."""

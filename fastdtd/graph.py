@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdtd.errors import ModelError
+from fastdtd.errors import ModelError, shown
 from fastdtd.layers import (
     LAYER_TYPES,
     MAX_CONVOLUTION_STRIDE,
@@ -119,7 +119,8 @@ class Graph:
 
         keep("input_shape", _input_shape(self.input_shape))
         keep("box", None if self.box is None else _box(self.box, self.input_shape[0]))
-        keep("layers", _sorted(tuple(self.layers)))
+        layers = self.layers if np.iterable(self.layers) else (self.layers, )
+        keep("layers", _sorted(tuple(layers)))
         keep("shapes", self._infer_shapes())
         read = {name for layer in self.layers for name in layer.inputs}
         outputs = [layer.name for layer in self.layers if layer.name not in read]
@@ -226,6 +227,8 @@ def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         raise ModelError(f"the network has {len(layers)} layers; at most {MAX_LAYERS} are accepted")
     by_name: dict[str, Layer] = {}
     for layer in layers:
+        if not isinstance(layer, Layer):
+            raise ModelError(f"{shown(layer)} is among the network's layers; required: layers, such as Conv2d(...)")
         if layer.name in by_name or layer.name in (INPUT, ""):
             raise ModelError(
                 f"layer name {layer.name!r} is taken or empty; required: a name for each layer that no other has "
@@ -261,10 +264,13 @@ def _sorted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 
 def _input_shape(shape: Iterable[int]) -> Shape:
-    values = tuple(int(v) for v in shape)
+    values = tuple(shape) if np.iterable(shape) else (shape, )
+    if any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) for v in values):
+        raise ModelError(f"the input has shape {shown(shape)}; required: (channels, height, width), whole numbers")
+    values = tuple(map(int, values))
     if len(values) != 3 or min(values) < 1 or int(np.prod(values, dtype=object)) > MAX_TENSOR_ELEMENTS:
         raise ModelError(
-            f"the input has shape {values}; required: (channels, height, width), each 1 or more, and at most "
+            f"the input has shape {shown(values)}; required: (channels, height, width), each 1 or more, and at most "
             f"{MAX_TENSOR_ELEMENTS} elements in all")
     return values[0], values[1], values[2]
 
@@ -274,10 +280,10 @@ def _box(box: tuple[Any, Any], channels: int) -> tuple[Array, Array]:
         with np.errstate(over="ignore"):
             low, high = (np.ascontiguousarray(np.broadcast_to(np.asarray(bound, np.float32), (channels, )))
                          for bound in box)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError, OverflowError):
         raise ModelError(
-            f"the value box {box!r} does not fit; required: (low, high), each one number or {channels}, one for each "
-            "channel"
+            f"the value box {shown(box)} does not fit; required: (low, high), each one number or {channels}, one for "
+            "each channel"
         ) from None
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ModelError(

@@ -6,11 +6,9 @@ decoded.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,12 +16,42 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastdtd.errors import PictureError
+from fastdtd.files import open_to_read
 
-MAX_PIXELS = 100_000_000  # of one picture, decoded: 300 MB
+MAX_PIXELS = 100_000_000  # of one picture: 400 MB in Pillow's memory, and as much again while it is turned upright
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-_filters = threading.Lock()
+
+
+_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's grey of fewer bits by
+
+
+class _Quiet(threading.local):
+    """Within it, what Pillow warns of in this thread is not shown.
+
+    Filters of warnings belong to the whole process, and none may be set and unset while others use them. So one is put
+    before all others that matches in threads which ask for it alone. It stays, and is nothing to others.
+    """
+
+    asked = False
+
+    def match(self, module: str) -> bool:
+        """What filters ask of a pattern of modules' names."""
+        return self.asked and module.startswith("PIL.")
+
+    def __enter__(self) -> None:
+        filters: Any = warnings.filters
+        if not filters or filters[0] is not _PILLOWS:  # others may have been put before it, or all removed
+            filters.insert(0, _PILLOWS)
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        self.asked = False
+
+
+_quiet = _Quiet()
+_PILLOWS = ("ignore", None, Warning, _quiet, 0)
 
 
 def read(picture: Any, shape: tuple[int, int, int], color: str, resize: str) -> npt.NDArray[np.uint8]:
@@ -55,6 +83,8 @@ def open_picture(picture: Any) -> Image.Image:
         name = "the image"
     elif isinstance(picture, np.ndarray):
         name = "the array"
+        if isinstance(picture, np.ma.MaskedArray):
+            raise PictureError("the array is masked; required: pixels alone, as picture.filled(255) gives them")
         pixels = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
         if picture.dtype != np.uint8 or not pixels:
             raise PictureError(
@@ -64,16 +94,19 @@ def open_picture(picture: Any) -> Image.Image:
         raise PictureError(
             f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
     try:
-        if isinstance(picture, Image.Image):
-            return _upright_rgb(picture, name)
-        if isinstance(picture, np.ndarray):
-            return _upright_rgb(Image.fromarray(picture), name)
-        with _opened(picture) as image:
-            return _upright_rgb(image, name)
+        with _quiet:
+            if isinstance(picture, Image.Image):
+                return _upright_rgb(picture, name)
+            if isinstance(picture, np.ndarray):
+                return _upright_rgb(Image.fromarray(picture), name)
+            # A file that Pillow does not know by name is not mapped into memory, where one that shrinks would crash.
+            with open_to_read(picture) as file, Image.open(file, formats=FORMATS) as image:
+                return _upright_rgb(image, name)
     except PictureError:
         raise
     except FileNotFoundError:
-        raise PictureError(f"{name} does not exist") from None
+        is_link = os.path.islink(picture)
+        raise PictureError(f"{name} {'is a link to what does' if is_link else 'does'} not exist") from None
     except IsADirectoryError:
         raise PictureError(f"{name} is a folder; required: a file") from None
     except Image.DecompressionBombError:
@@ -81,40 +114,32 @@ def open_picture(picture: Any) -> Image.Image:
     except UnidentifiedImageError:
         raise PictureError(f"{name} is damaged, or not in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise whatever their format's damage leads to
-        raise PictureError(f"{name} cannot be read: {str(error) or type(error).__name__}") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of Pillow's.
-
-    Filters belong to the whole process: two threads that set them at once would mix them up.
-    """
-    with _filters, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
-
-
-def _opened(path: str | os.PathLike[str]) -> Image.Image:
-    with _quiet():
-        return Image.open(path, formats=FORMATS)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise PictureError(f"{name} cannot be read: {' '.join(reason.split())}") from None
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise PictureError(f"{name} has {image.width} x {image.height} pixels; 1 to {MAX_PIXELS} are accepted")
+    tiles = getattr(image, "tile", [])  # of a file that is not yet decoded
+    stored = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
     image.load()
-    with _quiet():  # after load, so that threads decode at the same time
-        image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)  # a copy
     if image.mode == "F":
         raise PictureError(
             f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
+    clear = image.info.get("transparency")  # of a PNG, the one grey or colour that is, as it is stored
     if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.clip(np.asarray(image, np.int32), 0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image, np.int32)
+        image = Image.fromarray(np.where(values == clear, 255, np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    elif isinstance(clear, int):
+        image.info["transparency"] = min(clear * _GREY_STEPS.get(stored, 1), 255)
+    elif isinstance(clear, tuple) and stored == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
@@ -123,13 +148,22 @@ def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
 
 
 def visible_part(image: Image.Image, size: tuple[int, int], resize: str) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what the network sees, in the picture's pixels."""
+    """(left, top, right, bottom) of what the network sees, in the picture's pixels: never beyond it, never empty."""
     width, height = image.size
     if resize == "stretch":
         return 0, 0, width, height
-    scale = min(width / size[1], height / size[0])
-    left, top = (width - scale * size[1]) / 2, (height - scale * size[0]) / 2
-    return left, top, width - left, height - top
+    # The side that is seen whole is compared in whole numbers: rounding must not lead out of the picture.
+    if width * size[0] <= height * size[1]:
+        top = _margin(height, width * size[0] / size[1])
+        return 0, top, width, height - top
+    left = _margin(width, height * size[1] / size[0])
+    return left, 0, width - left, height
+
+
+def _margin(length: int, seen: float) -> float:
+    """What is cut off at each end of a side; at least a pixel is left, and more of one so long that its middle has no
+    single pixels in float32, with which Pillow computes."""
+    return max(0.0, (length - max(seen, 1, length / 2**20)) / 2)
 
 
 def seen_by_network(image: Image.Image, size: tuple[int, int], resize: str, max_side: int) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd.errors import InputError
+from fastdtd.errors import InputError, shown
 from fastdtd.graph import Array
 from fastdtd.model import Model
 
@@ -21,6 +21,21 @@ _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 
 class ExplanationWarning(UserWarning):
     """An input was clipped to the model's value box, or a target's score has nothing to decompose."""
+
+
+class BeyondFloat32Error(InputError):
+    """Images whose scores or relevance float32 cannot hold.
+
+    Attributes
+    ----------
+    reasons : dict of int to str
+        By the image's number in the batch, what is wrong with it: what it does, as in "gives ...".
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+        image, reason = next(iter(reasons.items()))
+        super().__init__(f"image {image} {reason}")
 
 
 def pictures_of(given: Any, model: Model) -> list[Any] | None:
@@ -50,12 +65,20 @@ def pictures_of(given: Any, model: Model) -> list[Any] | None:
     return list(given)
 
 
+def _require_unmasked(name: str, given: Any) -> None:
+    for one in [given, *(given if isinstance(given, (list, tuple)) else ())]:
+        if isinstance(one, np.ma.MaskedArray):
+            raise InputError(f"{name} is a masked array, and what is masked would count; required: a plain array, as "
+                             ".filled(0) gives it")
+
+
 def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
     """(N, C, H, W) float32 within the model's box, a copy; library: NumPy, or CuPy for its arrays."""
     shape = model.graph.input_shape
+    _require_unmasked("the batch", batch)
     try:
         given = library.asarray(batch)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a tensor of PyTorch that wants .detach()
         raise InputError(
             f"the batch is no array of one shape ({error}); required: (N, {', '.join(map(str, shape))}) float32"
         ) from None
@@ -98,16 +121,18 @@ def checked_targets(target: Target, model: Model, count: int, outputs: int) -> n
     """(N,): the output to explain of each image; None: the one with the highest score."""
     if target is None:
         return None
+    _require_unmasked("target", target)
     if isinstance(target, np.ndarray):
         target = target.tolist()
-    is_one = isinstance(target, (str, int, np.integer)) or not isinstance(target, Sequence)
+    is_one = isinstance(target, (str, bytes, bytearray, memoryview)) or not isinstance(target, Sequence)
     given = [target] if is_one else list(target)  # type: ignore[arg-type]  # what it is not is refused below
     indices = []
     for one in given:
         index = model.class_index(one) if isinstance(one, str) else one
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
             raise InputError(
-                f"target {one!r} is not an output; required: a whole number from 0 to {outputs - 1}, or a class name")
+                f"target {shown(one)} is not an output; required: a whole number from 0 to {outputs - 1}, or a class "
+                "name")
         indices.append(int(index))
     if not is_one and len(indices) != count:
         raise InputError(
@@ -121,13 +146,14 @@ def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outpu
         return None
     if target is not None:
         raise InputError("a target and a start were given; required: one or the other")
+    _require_unmasked("start", start)
     try:
         given = np.asarray(start)
         if given.dtype.kind not in "fiu":
             raise ValueError
         with np.errstate(over="ignore"):
             relevance = np.broadcast_to(given, (count, outputs)).astype(np.float32)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError, OverflowError):
         raise InputError(
             f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output"
         ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd.canonize import canonize
-from fastdtd.errors import InputError, ModelError
+from fastdtd.errors import InputError, ModelError, shown
 from fastdtd.graph import Array, Graph
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
@@ -81,8 +82,13 @@ class Model:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in (("graph", Graph), ("preprocessing", Preprocessing), ("provenance", Mapping)):
+            if not isinstance(getattr(self, name), kind):
+                raise ModelError(f"the model's {name} is {shown(getattr(self, name))}; required: a {kind.__name__}")
+        if not all(isinstance(text, str) for pair in self.provenance.items() for text in pair):
+            raise ModelError(f"the model's provenance is {shown(self.provenance)}; required: texts by name")
         object.__setattr__(self, "graph", canonize(self.graph))
-        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        object.__setattr__(self, "classes", _checked_classes(self.classes))
         object.__setattr__(self, "preprocessing", _checked(self.preprocessing, self.graph.input_shape))
         outputs = self.graph.shapes[self.graph.output][0]
         if self.classes and len(self.classes) != outputs:
@@ -144,12 +150,18 @@ class Model:
 
     def class_name(self, index: int) -> str:
         """Name of output `index`, or its number where the model has no names."""
+        outputs = self.graph.shapes[self.graph.output][0]
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
+            raise InputError(f"output {shown(index)} was asked for; required: a whole number from 0 to {outputs - 1}")
         return self.classes[index] if self.classes else str(index)
 
     def class_index(self, name: str) -> int:
         """The output named `name`: the whole name, its WordNet id, or one of its synonyms, whatever the case."""
+        if not isinstance(name, str):
+            raise InputError(f"class name {shown(name)} is of type {type(name).__name__}; required: str")
         if not self.classes:
-            raise InputError(f"target {name!r} is a class name, but this model has none; give the number of an output")
+            raise InputError(f"target {shown(name)} is a class name, but this model has none; give the number of an "
+                             "output")
         wanted = name.strip().lower()
         for forms in (lambda c: [c], _synonyms):
             matches = [i for i, c in enumerate(self.classes) if wanted in forms(c.lower())]
@@ -161,7 +173,7 @@ class Model:
                     "number"
                 )
         near = self._nearest(wanted)
-        raise InputError(f"no class is named {name!r}; required: one of {len(self.classes)} names, or a number"
+        raise InputError(f"no class is named {shown(name)}; required: one of {len(self.classes)} names, or a number"
                          + (f". Nearest: {'; '.join(near)}" if near else ""))
 
     def _nearest(self, wanted: str) -> list[str]:
@@ -170,6 +182,14 @@ class Model:
         spelled = {form: c for c in self.classes for form in [c.lower(), *_synonyms(c.lower())]}
         alike = [spelled[form] for form in difflib.get_close_matches(wanted, spelled, _MAX_NEAR)]
         return list(dict.fromkeys([*holding, *alike]))[:_MAX_NEAR]
+
+
+def _checked_classes(names: Any) -> tuple[str, ...]:
+    is_sequence = np.iterable(names) and not isinstance(names, (str, bytes))
+    classes = tuple(names) if is_sequence else ()
+    if not is_sequence or not all(isinstance(name, (str, int, np.integer)) for name in classes):
+        raise ModelError(f"the model's classes are {shown(names)}; required: a sequence of names, each a str")
+    return tuple(map(str, classes))
 
 
 def _one_line(text: str) -> str:
@@ -184,13 +204,13 @@ def _synonyms(name: str) -> list[str]:
 
 
 def _checked(p: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
-    if p.color is not None and p.color not in COLORS:
-        raise ModelError(f"colour order {p.color!r} is unknown; required: one of {', '.join(COLORS)}")
+    if p.color is not None and (not isinstance(p.color, str) or p.color not in COLORS):
+        raise ModelError(f"colour order {shown(p.color)} is unknown; required: one of {', '.join(COLORS)}")
     if p.color is not None and COLORS[p.color] != shape[0]:
         raise ModelError(
             f"colour order {p.color!r} has {COLORS[p.color]} channels but the network's input has {shape[0]}")
-    if p.resize not in RESIZES:
-        raise ModelError(f"resize {p.resize!r} is unknown; required: one of {', '.join(RESIZES)}")
+    if not isinstance(p.resize, str) or p.resize not in RESIZES:
+        raise ModelError(f"resize {shown(p.resize)} is unknown; required: one of {', '.join(RESIZES)}")
     mean, std = (_per_channel(name, getattr(p, name), shape) for name in ("mean", "std"))
     scale = _number("scale", p.scale)
     if (std == 0).any() or scale == 0:
@@ -202,10 +222,10 @@ def _number(name: str, value: Any) -> float:
     try:
         with np.errstate(over="ignore"):
             number = float(np.float32(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = float("nan")
     if not np.isfinite(number):
-        raise ModelError(f"preprocessing has {name} {value!r}; required: a finite float32 number")
+        raise ModelError(f"preprocessing has {name} {shown(value)}; required: a finite float32 number")
     return number
 
 
@@ -214,8 +234,9 @@ def _per_channel(name: str, value: Any, shape: tuple[int, int, int]) -> npt.NDAr
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise ModelError(f"preprocessing has {name} {value!r}; required: numbers, and as many in each row") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ModelError(
+            f"preprocessing has {name} {shown(value)}; required: numbers, and as many in each row") from None
     if array.ndim <= 1 and array.size in (1, shape[0]):
         array = np.broadcast_to(array.reshape(-1, 1, 1), (shape[0], 1, 1))
     if array.shape not in ((shape[0], 1, 1), shape) or not np.isfinite(array).all():

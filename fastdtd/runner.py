@@ -8,6 +8,7 @@ its parts; the same call goes on from them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -24,12 +25,12 @@ import numpy as np
 from PIL import Image
 
 from fastdtd import heatmap, images
-from fastdtd.errors import InputError, OutputError, PictureError
+from fastdtd.errors import InputError, OutputError, PictureError, shown
 from fastdtd.explainer import Explainer
 from fastdtd.explanation import write_header
-from fastdtd.files import replace
+from fastdtd.files import FolderLock, HeldError, open_to_read, remove_abandoned, replace
 from fastdtd.graph import Array
-from fastdtd.inputs import ExplanationWarning, Target
+from fastdtd.inputs import BeyondFloat32Error, ExplanationWarning, Target, checked_targets
 
 OUTPUTS = ("heatmap", "overlay", "relevance")
 RESULT = "explanations.h5"
@@ -39,16 +40,23 @@ _SOURCE = "source"
 _SPARE_BYTES = 1 << 20
 _BATCH = 16  # of processors; GPUs take more
 _DRAWN = (".heatmap.png", ".overlay.png")
-_LEFT_BESIDE = re.compile(r"\..*(\.heatmap\.png|\.overlay\.png|explanations.*\.h5)\.[0-9a-f]{32}")  # see files.replace
+_WRITTEN = r"\.heatmap\.png|\.overlay\.png|explanations.*\.h5"
+# What can be wrong with one output's name or place, while others can be written.
+_OF_ONE_NAME = {errno.EACCES, errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+                errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM}
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # the last ones stand for bytes that are no UTF-8
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and the name, relative to the output folder, under which its results go."""
+    """A picture file and the name, relative to the output folder, under which its results go.
+
+    trouble : why it cannot be read, where that is known before it is opened
+    """
 
     path: Path
     name: str
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,27 +93,27 @@ class _Loaded:
 def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
     """The files named, and those in folders and below them whose names end like a picture's, in order and each once.
 
-    Of a folder, hidden files and what an earlier run drew are left out.
+    Of a folder, hidden files and what an earlier run drew are left out. A folder below that cannot be read is listed
+    with its trouble; links to folders are not followed.
 
     Raises
     ------
     InputError
         A source that does not exist, or no picture in all of them.
     """
-    found: dict[Path, Picture] = {}
+    found: dict[str, Picture] = {}
     taken: set[str] = set()
     for source in map(Path, sources):
         if os.path.isdir(source):  # unlike Path.is_dir, False for a name that is too long
-            files = sorted(p for p in source.rglob("*")
-                           if p.suffix.lower() in images.SUFFIXES and not p.name.endswith(_DRAWN))
-            named = [(p, p.relative_to(source).as_posix()) for p in files if p.is_file()]
-            named = [(p, name) for p, name in named if not any(part.startswith(".") for part in name.split("/"))]
-        elif os.path.exists(source):
-            named = [(source, source.name)]
+            listed = sorted(_below(source))
+            named = [(path, path.relative_to(source).as_posix(), trouble) for path, trouble in listed]
+        elif _is_named_somewhere(source):
+            named = [(source, source.name, "")]
         else:
             raise InputError(f"{str(source)!r} does not exist; required: a picture or a folder of pictures")
-        for path, given in named:
-            if path.resolve() in found:
+        for path, given, trouble in named:
+            place = os.path.realpath(path)
+            if place in found:
                 continue
             name = free = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], given)
             number = 1
@@ -113,13 +121,37 @@ def find_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Picture]:
                 number += 1
                 free = f"{name}-{number}"
             taken.add(free)
-            found[path.resolve()] = Picture(path, free)
+            found[place] = Picture(path, free, trouble)
     if not found:
         raise InputError(
             f"no picture was found in {', '.join(map(str, sources))}; files looked for end in "
             f"{' '.join(images.SUFFIXES)}"
         )
     return list(found.values())
+
+
+def _below(source: Path) -> Iterator[tuple[Path, str]]:
+    """Pictures in a folder and below it, and folders that cannot be read, with the reason."""
+    unreadable: list[OSError] = []
+    for folder, folders, names in os.walk(source, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names):
+            if path.suffix.lower() in images.SUFFIXES and not path.name.startswith(".") and not path.name.endswith(
+                    _DRAWN):
+                yield path, ""
+    for error in unreadable:
+        yield Path(error.filename), f"folder {error.filename!r} cannot be read: {error.strerror}"
+
+
+def _is_named_somewhere(path: Path) -> bool:
+    """Whether there is something of this name, or may be one in a folder that cannot be read."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    except ValueError:  # a NUL
+        return False
+    return True
 
 
 def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target = None,
@@ -151,123 +183,210 @@ def run(explainer: Explainer, pictures: list[Picture], out: Path, target: Target
     Returns
     -------
     Summary
-        Pictures that could not be read are listed there; the others are explained.
+        Pictures that could not be read, explained or drawn are listed there; the others are explained.
 
     Raises
     ------
     OutputError
-        `out` cannot be written, or holds the parts of another run that was cut off.
+        `out` cannot be written, another run is writing to it, or it holds the parts of another one that was cut off.
     InputError
         An unknown target or output.
     """
     outputs = list(outputs)
-    if not outputs or set(outputs) - set(OUTPUTS):
+    if not outputs or any(one not in OUTPUTS for one in outputs):
         raise InputError(
-            f"outputs {', '.join(map(repr, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
+            f"outputs {', '.join(map(shown, outputs)) or 'none'} given; required: some of {', '.join(OUTPUTS)}")
     if batch is None:
         batch = max(_BATCH, explainer.at_once) if explainer.precision else _BATCH
-    if batch < 1:
-        raise InputError(f"batch is {batch}; required: 1 or more")
-    if isinstance(target, str):
-        target = explainer.model.class_index(target)
-    run_id = _fingerprint(explainer, target, sorted(set(outputs)))
-    summary = Summary()
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):  # can it be written to? Better to know now than after an hour
-            pass
-        for folder in {out, *((out / p.name).parent for p in pictures)}:  # a run that was killed while it wrote
-            for file in folder.glob(".*"):
-                if _LEFT_BESIDE.fullmatch(file.name):
-                    file.unlink()
-        parts = sorted(out.glob(_PARTS))
-        done = _done_before(parts, run_id, pictures)
-    todo = [p for p in pictures if p.name not in done]
-    summary.done_before = len(done)
-    on_progress(summary.done_before)
-    # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the whole
-    # process.
-    with ThreadPoolExecutor(explainer.threads,
-                            "fastdtd-pictures") as executor, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", ExplanationWarning)
-        try:
-            for loaded, count in _loaded_batches(executor, explainer, todo, batch, "overlay" in outputs, summary):
-                if loaded:
-                    part = out / _PART.format(int(parts[-1].stem[-6:]) + 1 if parts else 0)
-                    lines = _settle(executor, explainer, loaded, target, outputs, out, part, run_id, flow)
-                    parts.append(part)
+    if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise InputError(f"batch is {shown(batch)}; required: a whole number from 1")
+    graph = explainer.model.graph
+    checked = checked_targets(target, explainer.model, 1, graph.shapes[graph.output][0])
+    target = None if checked is None else int(checked[0])
+    with _locked(out) as lock:
+        return _Run(explainer, pictures, out, lock, target, sorted(set(outputs)), flow).go(batch, on_line, on_progress)
+
+
+class _Run:
+    """A run over `pictures` into `out`, which it has for itself."""
+
+    def __init__(self, explainer: Explainer, pictures: list[Picture], out: Path, lock: FolderLock, target: int | None,
+                 outputs: list[str], flow: bool) -> None:
+        self.explainer, self.pictures, self.out, self.lock = explainer, pictures, out, lock
+        self.target, self.outputs, self.flow = target, outputs, flow
+        self.run_id = _fingerprint(explainer, target, outputs)
+        self.summary = Summary()
+        self.threads = ThreadPoolExecutor(explainer.threads, "fastdtd-pictures")
+
+    def go(self, batch: int, on_line: Callable[[Line], Any], on_progress: Callable[[int], Any]) -> Summary:
+        with _writing(self.out):
+            for folder in {self.out, *((self.out / p.name).parent for p in self.pictures)}:
+                remove_abandoned(folder, _WRITTEN)
+            self.parts = sorted(self.out.glob(_PARTS))
+        done = _done_before(self.parts, self.run_id, self.pictures)
+        todo = [p for p in self.pictures if p.name not in done]
+        self.summary.done_before = len(done)
+        on_progress(self.summary.done_before)
+        # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the
+        # whole process.
+        with self.threads, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", ExplanationWarning)
+            try:
+                for loaded, count in self._loaded_batches(todo, batch):
+                    lines = self._settle(loaded)
                     for line in lines:
                         on_line(line)
-                    summary.explained += len(lines)
-                on_progress(count)
-        finally:
-            executor.shutdown(cancel_futures=True)
-    summary.clipped = next((str(w.message) for w in told if "clipped" in str(w.message)), None)
-    with _writing(out):
-        if "relevance" in outputs and parts:
-            replace(out / RESULT, lambda path: _join(path, parts, explainer))
-        for part in reversed(parts):  # if this is cut off, the pictures that are explained again come last again
-            part.unlink()
-    return summary
+                    self.summary.explained += len(lines)
+                    on_progress(count)
+            finally:
+                self.threads.shutdown(cancel_futures=True)
+        self.summary.clipped = next((str(w.message) for w in told if "clipped" in str(w.message)), None)
+        if self.parts:
+            self._finish()
+        return self.summary
 
+    def _loaded_batches(self, todo: list[Picture], batch: int) -> Iterator[tuple[list[_Loaded], int]]:
+        """Batches of readable pictures, each with how many it settles; one is read while another is explained."""
+        def start(first: int) -> list[tuple[Picture, Future[_Loaded]]]:
+            return [(p, self.threads.submit(self._load, p)) for p in todo[first:first + batch]]
 
-def _loaded_batches(executor: ThreadPoolExecutor, explainer: Explainer, todo: list[Picture], batch: int, show: bool,
-                    summary: Summary,
-                    ) -> Iterator[tuple[list[_Loaded], int]]:
-    """Batches of readable pictures, each with how many it settles; one is read while another is explained."""
-    def start(first: int) -> list[tuple[Picture, Future[_Loaded]]]:
-        return [(p, executor.submit(_load, explainer, p, show)) for p in todo[first:first + batch]]
+        coming = start(0)
+        for first in range(0, len(todo), batch):
+            now, coming = coming, start(first + batch)
+            good = []
+            for picture, future in now:
+                try:
+                    good.append(future.result())
+                except PictureError as error:
+                    self.summary.failed.append((picture.path, str(error)))
+            yield good, len(now)
 
-    coming = start(0)
-    for first in range(0, len(todo), batch):
-        now, coming = coming, start(first + batch)
-        good = []
-        for picture, future in now:
-            try:
-                good.append(future.result())
-            except PictureError as error:
-                summary.failed.append((picture.path, str(error)))
-        yield good, len(now)
+    def _load(self, picture: Picture) -> _Loaded:
+        if picture.trouble:
+            raise PictureError(picture.trouble)
+        image = images.open_picture(picture.path)
+        model = self.explainer.model
+        shown = images.seen_by_network(image, model.graph.input_shape[1:], model.preprocessing.resize,
+                                       heatmap.MAX_SIDE) if "overlay" in self.outputs else None
+        return _Loaded(picture, model.preprocess(image), shown)
 
+    def _settle(self, loaded: list[_Loaded]) -> list[Line]:
+        """Explain one batch and write all of it, the part last: what is in it is done."""
+        try:
+            if not loaded:
+                return []
+            e = self.explainer(np.stack([one.values for one in loaded]), self.target)
+        except BeyondFloat32Error as error:
+            for i, reason in error.reasons.items():
+                self._fail(loaded[i].picture, reason)
+            return self._settle([one for i, one in enumerate(loaded) if i not in error.reasons])
+        drawn = [self.threads.submit(self._draw, one, relevance)
+                 for one, relevance in zip(loaded, e.relevance, strict=True)]
+        troubles = [future.result() for future in drawn]
+        rows = [i for i, trouble in enumerate(troubles) if not trouble]
+        for one, trouble in zip(loaded, troubles, strict=True):
+            if trouble:
+                self._fail(one.picture, trouble)
+        if not rows:
+            return []
+        kept = rows if len(rows) < len(loaded) else slice(None)  # which copies nothing
+        columns = {name: values[kept] for name, values in e.columns().items()
+                   if name != "relevance" or "relevance" in self.outputs}
+        columns["file"] = np.array([loaded[i].picture.name for i in rows], object)
+        columns[_SOURCE] = np.array([_source(loaded[i].picture) for i in rows], object)
+        part = self.out / _PART.format(int(self.parts[-1].stem[-6:]) + 1 if self.parts else 0)
+        with self._writing():
+            replace(part, lambda path: path.write_bytes(_part(columns, self.run_id)))
+        self.parts.append(part)
+        came = e.flow() if self.flow else {}
+        return [
+            Line(loaded[i].picture.name, target := int(e.target[i]), self.explainer.model.class_name(target),
+                 float(e.output[i, target]), float(columns["sum"][row]), float(e.absorbed[i]),
+                 {name: float(lost[i]) for name, lost in e.ledger.items()},
+                 {name: float(given[i]) for name, given in came.items()})
+            for row, i in enumerate(rows)
+        ]
 
-def _load(explainer: Explainer, picture: Picture, show: bool) -> _Loaded:
-    image = images.open_picture(picture.path)
-    model = explainer.model
-    shown = images.seen_by_network(image, model.graph.input_shape[1:], model.preprocessing.resize,
-                                   heatmap.MAX_SIDE) if show else None
-    return _Loaded(picture, explainer.model.preprocess(image), shown)
-
-
-def _settle(executor: ThreadPoolExecutor, explainer: Explainer, loaded: list[_Loaded], target: Target,
-            outputs: list[str], out: Path, part: Path, run_id: str, flow: bool) -> list[Line]:
-    """Explain one batch and write all of it, the part last: what is in it is done."""
-    e = explainer(np.stack([one.values for one in loaded]), target)
-
-    def draw(one: _Loaded, relevance: Array) -> None:
-        with _writing(out):
-            path = out / one.picture.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for kind, shown in (("heatmap", None), ("overlay", one.shown)):
-                if kind in outputs:
-                    def save(path: Path, shown: Image.Image | None = shown) -> None:
+    def _draw(self, one: _Loaded, relevance: Array) -> str:
+        """Write a picture's drawings; returns why they alone cannot be written, where that is so."""
+        path = self.out / one.picture.name
+        kinds = {"heatmap": None, "overlay": one.shown}
+        try:
+            for folder in reversed(path.relative_to(self.out).parents[:-1]):  # `out` itself is not made again
+                (self.out / folder).mkdir(exist_ok=True)
+            for kind in self.outputs:
+                if kind in kinds:
+                    def save(path: Path, shown: Image.Image | None = kinds[kind]) -> None:
                         heatmap.write(path, relevance, shown)
 
                     replace(path.with_name(f"{path.name}.{kind}.png"), save)
+        except OSError as error:
+            with _writing(self.out):
+                if error.errno not in _OF_ONE_NAME:
+                    raise
+                _require_writable(self.out)
+            return f"cannot be drawn to {error.filename2 or error.filename!r}: {error.strerror}"
+        return ""
 
-    for future in [executor.submit(draw, one, relevance) for one, relevance in zip(loaded, e.relevance, strict=True)]:
-        future.result()
-    columns = {name: values for name, values in e.columns().items() if name != "relevance" or "relevance" in outputs}
-    columns["file"] = np.array([one.picture.name for one in loaded], object)
-    columns[_SOURCE] = np.array([_source(one.picture) for one in loaded], object)
-    with _writing(out):
-        replace(part, lambda path: path.write_bytes(_part(columns, run_id)))
-    came = e.flow() if flow else {}
-    return [
-        Line(one.picture.name, int(t), explainer.model.class_name(int(t)), float(scores[t]), float(columns["sum"][i]),
-             float(e.absorbed[i]), {name: float(lost[i]) for name, lost in e.ledger.items()},
-             {name: float(given[i]) for name, given in came.items()})
-        for i, (one, t, scores) in enumerate(zip(loaded, e.target, e.output, strict=True))
-    ]
+    def _fail(self, picture: Picture, reason: str) -> None:
+        self.summary.failed.append((picture.path, f"picture {os.fspath(picture.path)!r} {reason}"))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Writing what all of the run depends on."""
+        if not self.lock.is_held():
+            raise OutputError(
+                f"{str(self.out)!r} was removed or replaced while a run wrote to it; start the run again")
+        with _writing(self.out):
+            yield
+
+    def _finish(self) -> None:
+        """The parts become the result."""
+        with self._writing():
+            if "relevance" in self.outputs:
+                replace(self.out / RESULT, self._join)
+            for part in reversed(self.parts):  # if this is cut off, it can be taken up again
+                part.unlink()
+
+    def _join(self, path: Path) -> None:
+        """All parts as one file: pictures in their order, so that the bytes are the same however the run was cut up."""
+        import h5py
+
+        numbers = {picture.name: i for i, picture in enumerate(self.pictures)}
+        files = [_read_part(part, self.run_id, ["file"])["file"] for part in self.parts]
+        order = [numbers.get(name, -1) for names in files for name in names]
+        if len(set(order)) < len(order) or min(order) < 0:
+            raise OutputError(f"the parts in {str(self.out)!r} are not of one run; remove them and start it again")
+        rows = np.argsort(np.argsort(order))  # of the result
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
+            write_header(file, self.explainer.context)
+        with open(path, "wb") as plain:
+            plain.write(content.getbuffer())
+            plain.flush()
+            # HDF5 does not survive a full disk: all the space it will need is taken before it writes.
+            needed = len(content.getbuffer()) + sum(part.stat().st_size for part in self.parts) + _SPARE_BYTES
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(plain.fileno(), 0, needed)
+        with h5py.File(path, "r+", locking=False) as file:
+            columns: dict[str, Any] = {}
+            at = 0
+            for part, names in zip(self.parts, files, strict=True):  # one by one: there may be more than can be open
+                found = _read_part(part, self.run_id)
+                columns = columns or {name: _create(file, name, values, len(order)) for name, values in found.items()
+                                      if name not in (_SOURCE, "file")}
+                into = rows[at:at + len(names)]
+                breaks = np.flatnonzero(np.diff(into) != 1) + 1
+                for run in np.split(np.arange(len(names)), breaks):  # rows that lie one beside the other
+                    for name, column in columns.items():
+                        column[into[run[0]]:into[run[-1]] + 1] = found[name][run]
+                at += len(names)
+            names = np.empty(len(order), object)
+            names[rows] = np.concatenate(files)
+            _create(file, "file", names, len(names))[...] = names  # at once: HDF5 puts texts where there is room
+            file.flush()
+            size = file.id.get_filesize()
+        os.truncate(path, size)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -281,6 +400,28 @@ def _writing(out: Path) -> Iterator[None]:
         raise OutputError(
             f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has "
             "free space. Nothing that was reported as done is lost") from None
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[FolderLock]:
+    """The folder `out`, made where it does not exist, for this run alone."""
+    try:
+        with _writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            _require_writable(out)
+            lock = FolderLock(out)
+    except HeldError as holder:
+        raise OutputError(
+            f"another run is writing to {str(out)!r}: {holder}; wait until it has finished, end it, or choose another "
+            "folder") from None
+    with lock:
+        yield lock
+
+
+def _require_writable(out: Path) -> None:
+    """Better to know now than after an hour."""
+    with tempfile.TemporaryFile(dir=out):
+        pass
 
 
 def _part(columns: dict[str, Any], run_id: str) -> memoryview:
@@ -305,60 +446,43 @@ def _create(file: Any, name: str, like: Any, count: int) -> Any:
 
 def _source(picture: Picture) -> str:
     """Tells apart pictures of one name."""
-    return hashlib.sha256(os.fsencode(picture.path.resolve())).hexdigest()
+    return hashlib.sha256(os.fsencode(os.path.realpath(picture.path))).hexdigest()
 
 
 def _done_before(parts: list[Path], run_id: str, pictures: list[Picture]) -> set[str]:
     """Names of the pictures in `parts`."""
-    import h5py
-
     wanted = {(p.name, _source(p)) for p in pictures}
     done: set[str] = set()
     for part in parts:
-        try:
-            with h5py.File(part, "r", locking=False) as file:  # a lock is refused on some network file systems
-                names = list(file["file"].asstr()[...])
-                same = file.attrs["run"] == run_id and wanted.issuperset(
-                    zip(names, file[_SOURCE].asstr()[...], strict=True))
-        except (OSError, KeyError):
-            names, same = [], False
-        if not same:
-            raise OutputError(
-                f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs, "
-                "precision or pictures; finish that one, remove its parts, or choose another folder")
-        done.update(names)
+        found = _read_part(part, run_id, ["file", _SOURCE])
+        if not wanted.issuperset(zip(found["file"], found[_SOURCE], strict=True)):
+            raise _foreign(part)
+        done.update(found["file"])
     return done
 
 
-def _join(path: Path, parts: list[Path], explainer: Explainer) -> None:
-    """All parts as one file, in their order."""
+def _read_part(part: Path, run_id: str, columns: Iterable[str] = ()) -> dict[str, Any]:
+    """Columns, or all of them, of a part of this very run."""
     import h5py
 
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        write_header(file, explainer.context)
-    with open(path, "wb") as plain:
-        plain.write(content.getbuffer())
-        plain.flush()
-        # HDF5 does not survive a full disk: all the space it will need is taken before it writes.
-        needed = len(content.getbuffer()) + sum(part.stat().st_size for part in parts) + _SPARE_BYTES
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(plain.fileno(), 0, needed)
-    with h5py.File(parts[-1], "r", locking=False) as last, h5py.File(path, "r+", locking=False) as file:
-        counts = []
-        for part in parts:
-            with h5py.File(part, "r", locking=False) as one:
-                counts.append(len(one["target"]))
-        columns = {name: _create(file, name, last[name], sum(counts)) for name in last if name != _SOURCE}
-        at = 0
-        for part, count in zip(parts, counts, strict=True):  # one by one: there may be more than can be open at once
-            with h5py.File(part, "r", locking=False) as one:
-                for name, values in columns.items():
-                    values[at:at + count] = one[name][...]
-            at += count
-        file.flush()
-        size = file.id.get_filesize()
-    os.truncate(path, size)
+    try:
+        with open_to_read(part) as content, h5py.File(content, "r") as file:
+            if file.attrs["run"] == run_id:
+                found = {name: file[name].asstr()[...] if h5py.check_string_dtype(file[name].dtype) else file[name][...]
+                         for name in columns or file}
+                if len({len(values) for values in found.values()}) == 1:
+                    return found
+    except FileNotFoundError:
+        raise OutputError(f"{str(part)!r} was removed while a run needed it; start the run again") from None
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError):
+        pass
+    raise _foreign(part)
+
+
+def _foreign(part: Path) -> OutputError:
+    return OutputError(
+        f"{str(part)!r} is left of a run that was cut off, with another model, rules, target, outputs, precision or "
+        "pictures, or is damaged; finish that one, remove its parts, or choose another folder")
 
 
 def _fingerprint(explainer: Explainer, target: Target, outputs: list[str]) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 import fastdtd
 from fastdtd import cli, runner
 from fastdtd import graph as g
+from fastdtd.files import FolderLock
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import save
 from fastdtd.warmup import warm_up
@@ -78,7 +79,7 @@ def test_explain_a_folder_with_bad_pictures(run, place):
     assert status == 1
     assert [line.split("  score")[0] for line in out[:-1]] == ["blue.png  2 n03 blue", "lime.png  1 n02 green",
                                                                "red.png   0 n01 red, scarlet"]
-    assert out[-1] == "3 explained, 2 could not be read; see new/folder/"
+    assert out[-1] == "3 explained, 2 failed; see new/folder/"
     assert len(err) == 2
     assert err[0].startswith("fastdtd: not explained: picture 'pictures/bad.jpg' is damaged, or not in a known format")
     assert err[1].startswith("fastdtd: not explained: picture 'pictures/cut.png' cannot be read")
@@ -369,3 +370,44 @@ def test_ledger(run):
         assert float(share.rstrip("%")) == pytest.approx(100 * float(absorbed) / total, abs=1e-2)
     assert out[-2].split()[0] == "all"
     assert out[-2].split()[-1] == "100.000%"
+
+
+@pytest.mark.parametrize("other", [RuntimeError, OSError, fastdtd.InputError, MemoryError])
+def test_an_interrupt_that_became_another_error(run, monkeypatch, capfd, other):
+    """Libraries that are interrupted where they hold a lock raise what they like."""
+    def interrupted(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise other("in a finally")
+
+    ended = []
+    monkeypatch.setattr(runner, "run", interrupted)
+    monkeypatch.setattr(cli.os, "_exit", lambda status: ended.append(status) or sys.exit(status))
+    status, out, err = run("explain", "net.h5", "pictures")
+    assert (status, ended, out) == (130, [130], [])
+    assert err == ["fastdtd: interrupted; what was reported as done is on disk"]
+
+
+def test_two_runs_into_one_folder(run, place):
+    with FolderLock(place):
+        line = refused(run("explain", "net.h5", "pictures", "-o", "."))
+    assert line.startswith(f"fastdtd: another run is writing to '.': process {os.getpid()} on ")
+    assert line.endswith("; wait until it has finished, end it, or choose another folder")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_named_pipes_are_not_waited_for(run, place):
+    os.mkfifo("pipe.onnx")
+    assert "named pipe" in refused(run("convert", "pipe.onnx", "new.h5"))
+    status, _, err = run("explain", "net.h5", "pipe.onnx")
+    assert (status, len(err)) == (1, 1)
+    assert "named pipe" in err[0]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--threads", "1025"), ("--threads", "0"), ("--threads", "9" * 400),
+                                               ("--memory", "9" * 5000 + "GiB"), ("--memory", "-1"),
+                                               ("--batch", "0"), ("--target", "9" * 5000), ("--device", "\udce9"),
+                                               ("--precision", ""), ("--outputs", ""), ("--rules", "x" * 5000)])
+def test_strange_options(run, option, value):
+    assert len(refused(run("explain", "net.h5", "pictures", option, value))) < 1000

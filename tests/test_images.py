@@ -3,13 +3,20 @@ exception.
 """
 
 import io
+import multiprocessing
+import os
+import socket
 import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fastdtd import images
@@ -71,6 +78,27 @@ def test_grey_of_16_bits(pixels):
 def test_rgb_of_16_bits(pixels):
     row = b"\0" + struct.pack(">6H", 0x1234, 0xFFFF, 0, 0x8000, 0x00FF, 0x0100)
     assert pixels(png(2, 1, 16, 2, row)).tolist() == [[[0x12, 255, 0], [0x80, 0, 1]]]
+
+
+def key(*levels):
+    """A PNG's chunk: the grey or colour that is transparent."""
+    data = struct.pack(f">{len(levels)}H", *levels)
+    return struct.pack(">I", len(data)) + b"tRNS" + data + struct.pack(">I", zlib.crc32(b"tRNS" + data))
+
+
+@pytest.mark.parametrize(("depth", "row", "levels", "shown"), [
+    (16, struct.pack(">3H", 0x1234, 0x1235, 0xFF00), [0x1234], [255, 0x12, 255]),
+    (8, bytes([1, 2, 3]), [2], [1, 255, 3]), (4, bytes([0x25, 0x20]), [5], [34, 255, 34]),
+    (4, bytes([0x25, 0x20]), [2], [255, 85, 255]), (2, bytes([0b00011000]), [1], [0, 255, 170]),
+    (1, bytes([0b01000000]), [0], [255, 255, 255]), (1, bytes([0b01000000]), [1], [0, 255, 0])])
+def test_a_transparent_grey(pixels, depth, row, levels, shown):
+    assert pixels(png(3, 1, depth, 0, b"\0" + row, key(*levels)))[0, :, 0].tolist() == shown
+
+
+def test_a_transparent_colour_of_16_bits(pixels):
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0)
+    shown = pixels(png(2, 1, 16, 2, b"\0" + row, key(0x1234, 0x5678, 0x9ABC)))
+    assert shown[0].tolist() == [[255, 255, 255], [0x12, 0x56, 0]]
 
 
 def test_transparent_parts_are_white(pixels):
@@ -138,6 +166,30 @@ def test_first_frame_of_an_animation(pixels):
     assert np.abs(stereo - np.asarray(corners(), int)).mean() < 5
 
 
+def claiming(kind, width, height):
+    """A picture of 8 x 8 that says it has another size."""
+    image = Image.new("RGB", (8, 8), RED)
+    content = bytearray(encoded(image, kind, **({"save_all": True, "append_images": [Image.new("RGB", (8, 8), BLUE)]}
+                                                if kind == "WEBP" else {})))
+    if kind == "PPM":
+        return content.replace(b"8 8", b"%d %d" % (width, height))
+    at, size = {"GIF": (6, struct.pack("<HH", width, height)), "BMP": (18, struct.pack("<ii", width, height)),
+                "JPEG": (content.find(b"\xff\xc0") + 5, struct.pack(">HH", height, width)),
+                "WEBP": (content.find(b"VP8X") + 12, (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(
+                    3, "little"))}[kind]
+    content[at:at + len(size)] = size
+    return content
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP", "PPM"])
+def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, monkeypatch, kind):
+    path = tmp_path / "picture"
+    path.write_bytes(claiming(kind, 12_000, 12_000))
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("pixels were decoded"))
+    with pytest.raises(PictureError, match=r"12000 x 12000 pixels; 1 to 100000000|too large"):
+        images.open_picture(path)
+
+
 def damaged():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     yield "a text", b"this is no picture", "damaged, or not in a known format"
@@ -167,9 +219,59 @@ def test_refused(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_between_both_limits_no_warning_comes_out(pixels, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns from here, and refuses from twice as many
-    np.testing.assert_array_equal(pixels(encoded(corners())), corners())
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device", "a loop", "a link to none", "a folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # sockets' names are short
+    place, message = Path("picture.png"), f"is {kind}"
+    match kind:
+        case "a named pipe":
+            os.mkfifo(place)
+        case "a socket":
+            socket.socket(socket.AF_UNIX).bind(str(place))
+        case "a device":
+            place.symlink_to("/dev/zero")
+        case "a loop":
+            place.symlink_to("picture.png")
+            message = "symbolic link"
+        case "a link to none":
+            place.symlink_to("none.png")
+            message = "is a link to what does not exist"
+        case "a folder":
+            place.mkdir()
+    with pytest.raises(PictureError, match=message):
+        images.open_picture(place)
+
+
+def test_a_link_to_a_picture(tmp_path):
+    corners().save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    np.testing.assert_array_equal(images.open_picture(tmp_path / "b.png"), corners())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_a_fork_while_others_read(tmp_path):
+    corners((300, 200)).save(tmp_path / "a.png")
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            images.open_picture(tmp_path / "a.png")
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            child = multiprocessing.get_context("fork").Process(target=images.open_picture, args=(tmp_path / "a.png",))
+            child.start()
+            child.join(20)
+            child.kill()
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_no_file(tmp_path):
@@ -201,7 +303,8 @@ def test_arrays(shape):
     np.zeros((0, 6), np.uint8),
     np.zeros((4, 0, 3), np.uint8),
     np.array(["a"]),
-    np.zeros((1, 4, 6, 3), np.uint8)
+    np.zeros((1, 4, 6, 3), np.uint8),
+    np.ma.masked_less(np.zeros((4, 6), np.uint8), 1),
 ], ids=repr)
 def test_other_arrays(array):
     with pytest.raises(PictureError, match=r"the array|of type uint8"):
@@ -228,6 +331,7 @@ def test_damaged_images_of_pillow():
 def test_filters_of_warnings_stay_as_they_are(tmp_path):
     """Though they belong to the whole process, and several threads read."""
     corners((300, 200)).save(tmp_path / "a.png")
+    images.open_picture(tmp_path / "a.png")  # which puts one there that is nothing to others
     before = list(warnings.filters)
     threads = [
         threading.Thread(target=lambda: [images.open_picture(tmp_path / "a.png") for _ in range(30)]) for _ in range(8)
@@ -237,6 +341,21 @@ def test_filters_of_warnings_stay_as_they_are(tmp_path):
     for thread in threads:
         thread.join()
     assert warnings.filters == before
+    with pytest.warns(UserWarning, match="of others"):
+        warnings.warn_explicit("of others", UserWarning, "a.py", 1, module="PIL.Image")
+
+
+def test_no_warning_comes_out(pixels, monkeypatch):
+    """Not even where warnings are errors; nor is one of Pillow's lost that others cause meanwhile."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns from here, and refuses from twice as many
+    damaged = encoded(corners(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12")
+    with warnings.catch_warnings():
+        for _ in range(2):
+            warnings.resetwarnings()
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(pixels(damaged), corners())
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(damaged))
 
 
 def test_order_of_channels():
@@ -260,3 +379,46 @@ def test_stretch_and_crop():
     assert images.visible_part(image, (20, 20), "crop") == (10, 0, 20, 10)
     assert images.visible_part(image, (20, 20), "stretch") == (0, 0, 30, 10)
     assert images.visible_part(image, (10, 60), "crop") == (0, 2.5, 30, 7.5)
+
+
+SIDES = st.one_of(st.integers(1, 4), st.sampled_from([224, 227, 240, 299]), st.integers(1, 400))
+RESIZES = st.sampled_from(["crop", "stretch"])
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.tuples(st.integers(1, 10_000), st.integers(1, 10_000)), st.tuples(SIDES, SIDES), RESIZES)
+@example((600, 450), (224, 224), "crop")
+@example((1, 10_000), (1, 4000), "crop")
+@example((1, 100_000_000), (1, 400), "crop")
+@example((100_000_000, 1), (400, 1), "crop")
+def test_what_is_seen_lies_in_the_picture(size, network, resize):
+    left, top, right, bottom = images.visible_part(SimpleNamespace(size=size), network, resize)
+    for low, high, length in ((left, right, size[0]), (top, bottom, size[1])):
+        assert 0 <= low < high <= length
+        assert np.float32(low) < np.float32(high)  # as Pillow has them
+        assert low + high == pytest.approx(length)  # the centre
+    assert (left, right) == (0, size[0]) or (top, bottom) == (0, size[1])
+    if resize == "crop" and min(right - left, bottom - top) > 1:
+        assert (right - left) * network[0] == pytest.approx((bottom - top) * network[1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.tuples(st.integers(1, 700), st.integers(1, 100)), st.tuples(st.integers(1, 7), st.integers(
+    1, 10_000))), st.booleans(), st.tuples(SIDES, SIDES), RESIZES)
+@example((600, 450), False, (224, 224), "crop")
+@example((10_000, 7), False, (299, 299), "crop")
+@example((7, 10_000), False, (1, 299), "crop")
+def test_every_picture_fits(size, turned, network, resize):
+    image = Image.new("RGB", size[::-1] if turned else size, RED)
+    assert images.fit(image, network, resize).getextrema() == ((255, 255), (0, 0), (0, 0))
+    shown = images.seen_by_network(image, network, resize, 64)
+    assert 1 <= max(shown.size) <= 64
+    assert shown.getextrema() == ((255, 255), (0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("side", [224, 227, 240, 299])
+def test_photographs_of_all_common_proportions_are_cropped(side):
+    for width, height in ((600, 450), (500, 375), (640, 427), (1024, 683), (333, 500), (375, 500), (481, 321)):
+        image = Image.new("RGB", (width, height))
+        assert images.fit(image, (side, side), "crop").size == (side, side)
+        images.seen_by_network(image, (side, side), "crop", 1024)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import sys
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         file.truncate(2**31 + 1)
     with pytest.raises(ConversionError, match="at most 2147483648 are accepted"):
         convert(tmp_path / "net.onnx")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("net.onnx", "net.keras", "net.prototxt"):
+        (tmp_path / name).symlink_to("pipe")
+        with pytest.raises(ConversionError, match=r"cannot be read: it is a named pipe; required: a regular file"):
+            convert(tmp_path / name, *[tmp_path / "pipe"] * (name == "net.prototxt"))
 
 
 @pytest.mark.parametrize(("package", "name", "extra"), [("onnx", "net.onnx", "onnx"),

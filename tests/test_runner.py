@@ -230,6 +230,99 @@ def test_bad_pictures(folder, tmp_path):
     assert list((tmp_path / "none").iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("name", [b"n" * 240 + b".png", b"n" * 251 + b".png", b"\xff" * 60 + b".png",
+                                  b"below/" + b"\xe9" * 251 + b".png"])
+def test_names_that_are_too_long_for_outputs(folder, tmp_path, name):
+    """Bytes that are no UTF-8 are written as six letters each."""
+    os.rename(folder / "5.png", os.path.join(os.fsencode(folder), name))
+    pictures = runner.find_pictures([folder])
+    for _ in range(2):
+        summary = runner.run(explainer(), pictures, tmp_path / "out")
+        assert summary.explained == 9
+        [(path, reason)] = summary.failed
+        assert os.fsencode(path) == os.path.join(os.fsencode(folder), name)
+        assert "cannot be drawn to" in reason
+        assert "File name too long" in reason
+        reason.encode()
+        assert len(read(tmp_path / "out")["file"]) == 9
+        assert left_over(tmp_path / "out") == []
+    assert runner.run(explainer(), pictures, tmp_path / "numbers", outputs=["relevance"]).explained == 10
+
+
+@pytest.mark.parametrize("place", ["5.png.heatmap.png", "5.png.overlay.png", "below"])
+def test_what_is_in_the_way_of_a_drawing(folder, tmp_path, place):
+    out = tmp_path / "out"
+    if place == "below":
+        out.mkdir()
+        (out / place).write_text("no folder")
+    else:
+        (out / place / "full").mkdir(parents=True)
+    summary = runner.run(explainer(), runner.find_pictures([folder]), out, batch=4)
+    names = ["below/0.png", "below/1.png"] if place == "below" else ["5.png"]
+    assert [path for path, _ in summary.failed] == [folder / name for name in names]
+    assert all(f"cannot be drawn to {str(out / place)!r}" in reason for _, reason in summary.failed)
+    assert summary.explained == len(read(out)["file"]) == 10 - len(names)
+    assert not set(names) & set(read(out)["file"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_pictures_that_are_none(folder, model, tmp_path):
+    (folder / "a.png").symlink_to("none")
+    (folder / "b.png").symlink_to("b.png")
+    os.mkfifo(folder / "c.png")
+    (folder / "d.png").symlink_to("below")  # a folder, which is not followed
+    (folder / "below" / "e").symlink_to("..")
+    run = fastdtd("explain", model, folder, "-o", tmp_path / "out")
+    assert run.returncode == 1
+    assert "10 explained, 3 failed" in run.stdout
+    reasons = run.stderr.splitlines()
+    for reason, name, message in zip(reasons, "abc", ["is a link to what does not exist", "symbolic links",
+                                                      "named pipe; required: a regular file"], strict=True):
+        assert reason.startswith(f"fastdtd: not explained: picture {str(folder / name)!r}"[:-1])
+        assert message in reason
+
+
+def test_a_picture_that_vanishes(folder, tmp_path):
+    pictures = runner.find_pictures([folder])
+    (folder / "5.png").unlink()
+    summary = runner.run(explainer(), pictures, tmp_path / "out")
+    assert summary.failed == [(folder / "5.png", f"picture {str(folder / '5.png')!r} does not exist")]
+    assert summary.explained == 9
+
+
+def test_a_folder_that_cannot_be_read(folder, tmp_path, monkeypatch):
+    """Root may read all: so it is simulated."""
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("below"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for sources, count in (([folder], 8), ([folder / "below"], 0)):
+        summary = runner.run(explainer(), runner.find_pictures(sources), tmp_path / "out")
+        place = str(folder / "below")
+        assert summary.failed == [(folder / "below", f"folder {place!r} cannot be read: Permission denied")]
+        assert summary.explained == count
+
+
+def test_a_picture_beyond_float32(folder, tmp_path):
+    """Alone of its batch it is not explained."""
+    small = small_model()
+    conv, *others = small.graph.layers
+    conv = g.Conv2d("conv", ("input", ), np.ones((6, 3, 3, 3)) * 1e38, padding=(1, 1, 1, 1))
+    model = Model(g.Graph((conv, *others), (3, 16, 16), (0, 1)), small.preprocessing)
+    for i in range(10):
+        Image.new("RGB", (16, 16), "white" if i in (3, 5) else "black").save(folder / ("below" if i < 2 else ".")
+                                                                            / f"{i}.png")
+    summary = runner.run(Explainer(model, threads=2), runner.find_pictures([folder]), tmp_path / "out")
+    assert summary.failed == [(folder / name, f"picture {str(folder / name)!r} gives scores or relevance beyond "
+                               "float32") for name in ("3.png", "5.png")]
+    assert summary.explained == len(read(tmp_path / "out")["file"]) == 8
+
+
 def test_clipping_is_told(folder, tmp_path):
     summary = runner.run(explainer(box=(0.0, 0.5)), runner.find_pictures([folder]), tmp_path / "out", batch=3)
     assert "clipped" in summary.clipped
@@ -370,6 +463,132 @@ def test_only_the_same_call_goes_on(folder, tmp_path):
     summary = runner.run(explainer(threads=1), runner.find_pictures([folder]), out, batch=2)
     assert (summary.explained, summary.done_before) == (7, 4)
     assert len(read(out)["file"]) == 11
+
+
+@pytest.mark.parametrize("changed", ["nothing", "mended", "more"])
+def test_the_same_bytes_however_it_was_cut_up(folder, tmp_path, changed):
+    """Pictures that cannot be read, then or later, put others into other batches."""
+    whole = (folder / "3.png").read_bytes()
+    for name in ("3.png", "4.png", "8.png"):
+        (folder / name).write_bytes(b"no picture")
+    cut_off(runner.find_pictures([folder]), tmp_path / "out")
+    if changed == "mended":
+        (folder / "3.png").write_bytes(whole)
+    elif changed == "more":
+        (folder / "0.png").write_bytes(whole)
+    pictures = runner.find_pictures([folder])
+    summary = runner.run(explainer(), pictures, tmp_path / "out", batch=3)
+    assert len(summary.failed) == (2 if changed == "mended" else 3)
+    runner.run(explainer(), pictures, tmp_path / "whole", batch=4)
+    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
+    assert names == sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*"))
+    for name in names:
+        if (tmp_path / "out" / name).is_file():
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert read(tmp_path / "out")["file"].tolist() == sorted(read(tmp_path / "out")["file"])
+
+
+# ---- Several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_one_runs_at_a_time(folder, tmp_path):
+    out = tmp_path / "out"
+    pictures = runner.find_pictures([folder])
+    refused = []
+
+    def start_another(line):
+        with pytest.raises(OutputError, match=rf"another run is writing to '.*out': process {os.getpid()} on"):
+            runner.run(explainer(), pictures, out, target="bee")
+        refused.append(line.name)
+
+    assert runner.run(explainer(), pictures, out, batch=4, on_line=start_another).explained == 10
+    assert len(refused) == 10
+    runner.run(explainer(), pictures, tmp_path / "whole", batch=4)
+    assert (out / runner.RESULT).read_bytes() == (tmp_path / "whole" / runner.RESULT).read_bytes()
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize("how", ["another run's", "a copy", "damaged", "gone"])
+def test_parts_are_checked_before_they_are_joined(folder, tmp_path, how):
+    out, other = tmp_path / "out", tmp_path / "other"
+    pictures = runner.find_pictures([folder])
+    cut_off(pictures, other, target="bee")
+
+    def disturb(line):
+        part, second = out / "explanations.part-000000.h5", out / "explanations.part-000001.h5"
+        if second.exists() and not disturbed:
+            disturbed.append(True)
+            match how:
+                case "another run's":
+                    part.write_bytes((other / part.name).read_bytes())
+                case "a copy":
+                    part.write_bytes(second.read_bytes())
+                case "damaged":
+                    part.write_bytes(part.read_bytes()[:2000])
+                case "gone":
+                    part.unlink()
+
+    disturbed = []
+    with pytest.raises(OutputError, match=r"part-000000.*(another model|was removed)|not of one run"):
+        runner.run(explainer(), pictures, out, batch=4, on_line=disturb)
+    assert not (out / runner.RESULT).exists()
+    assert len(list(out.glob("explanations.part-*.h5"))) == (2 if how == "gone" else 3)
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_an_output_folder_that_is_removed_or_replaced(folder, tmp_path, made_again):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+
+    def move(line):
+        if not moved.exists():
+            out.rename(moved)
+            if made_again:
+                out.mkdir()
+
+    pictures = runner.find_pictures([folder])
+    with pytest.raises(OutputError, match=r"removed or replaced|cannot write to"):
+        runner.run(explainer(), pictures, out, batch=4, on_line=move)
+    if made_again:
+        assert left_over(out) == []
+        assert not (out / runner.RESULT).exists()
+    else:
+        assert not out.exists()
+    assert_done(moved, "2.png  \n3.png  \n4.png  \n5.png  \n")
+    assert runner.run(explainer(), pictures, moved, batch=4).done_before == 4
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_trouble_of_all_stops_the_run(folder, tmp_path, monkeypatch, number):
+    pictures, out = runner.find_pictures([folder]), tmp_path / "out"
+
+    def replace(path, write):
+        if path.name.startswith("6.png"):
+            raise OSError(number, os.strerror(number), str(path))
+        files.replace(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "replace", replace)
+        with pytest.raises(OutputError, match=os.strerror(number)):
+            runner.run(explainer(), pictures, out, batch=3)
+    assert runner.run(explainer(), pictures, out, batch=3).done_before == 3
+
+
+def test_a_folder_that_refuses_all_files_stops_the_run(folder, tmp_path, monkeypatch):
+    """Not one picture after the other."""
+    pictures, out = runner.find_pictures([folder]), tmp_path / "out"
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "here")
+
+    def refuse(*_, **__):
+        raise refused
+
+    with monkeypatch.context() as patch:
+        def close(line):
+            patch.setattr(runner, "replace", refuse)
+            patch.setattr(runner.tempfile, "TemporaryFile", refuse)
+
+        with pytest.raises(OutputError, match="Permission denied"):
+            runner.run(explainer(), pictures, out, batch=3, on_line=close)
+    assert runner.run(explainer(), pictures, out, batch=3).done_before == 3
 
 
 def test_drawings_alone_go_on_too(folder, tmp_path):

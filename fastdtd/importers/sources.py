@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdtd.errors import ConversionError
+from fastdtd.files import as_path, open_to_read
 
 if TYPE_CHECKING:
     from fastdtd.importers.builder import Parsed
@@ -53,6 +54,8 @@ def opened(source: FilePath, weights: FilePath | None = None) -> FilePath | Torc
     ConversionError
         No PyTorch, nothing of that name, code that fails, no module, or a state dict that is none or does not fit.
     """
+    for path in (source, *([] if weights is None else [weights])):
+        as_path(path, ConversionError, "a file, or MODULE:CALLABLE")
     names = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
     if not isinstance(source, str) or not re.fullmatch(f"{names}:{names}", source) or Path(source).exists():
         return source
@@ -130,11 +133,16 @@ def parse_files(files: Sequence[Path], size: tuple[int, int] | None) -> tuple[Pa
 
 
 def read(file: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes."""
     try:
-        if not file.is_file():
-            raise ConversionError(f"there is no file {str(file)!r}")
-        if file.stat().st_size > limit:
-            raise ConversionError(f"{str(file)!r} has {file.stat().st_size} bytes; at most {limit} are accepted")
-        return file.read_bytes()
+        with open_to_read(file) as content:
+            size = os.fstat(content.fileno()).st_size
+            if size > limit:
+                raise ConversionError(f"{str(file)!r} has {size} bytes; at most {limit} are accepted")
+            return content.read(size)
+    except FileNotFoundError:
+        raise ConversionError(f"there is no file {str(file)!r}") from None
     except OSError as error:
         raise ConversionError(f"{str(file)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL in its name
+        raise ConversionError(f"{str(file)!r} cannot be read: {error}") from None

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastdtd.errors import RuleError
+from fastdtd.errors import RuleError, shown
 from fastdtd.graph import (
     INPUT,
     LAYER_TYPES,
@@ -107,23 +107,23 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
 
 def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
     """A preset, and (pattern, rule) of what is to be changed in it, in order."""
-    is_one = isinstance(rules, (str, Mapping)) or not isinstance(rules, Sequence)
+    is_one = isinstance(rules, (str, bytes, bytearray, Mapping)) or not isinstance(rules, Sequence)
     given: list[object] = [rules] if is_one else list(rules)
     preset = given.pop(0) if given and isinstance(given[0], str) else "dtd"
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RuleError(
-            f"rules {preset!r} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to "
+            f"rules {shown(preset)} is unknown; required: {', '.join(map(repr, PRESETS))}, or a mapping from layers to "
             f"rules ({', '.join([*LINEAR_RULES, *POOL_RULES])})")
     changes = []
     for part in given:
         if not isinstance(part, Mapping):
             raise RuleError(
-                f"rules {rules!r} given; required: a preset such as 'dtd', or mappings from layer names or patterns to "
-                "rules")
+                f"rules {shown(rules)} given; required: a preset such as 'dtd', or mappings from layer names or "
+                "patterns to rules")
         for pattern, rule in part.items():
             if not isinstance(pattern, str) or not isinstance(rule, (str, Rule)):
                 raise RuleError(
-                    f"rules {rules!r} given; required: a preset such as 'dtd', or a mapping from layer names or "
+                    f"rules {shown(rules)} given; required: a preset such as 'dtd', or a mapping from layer names or "
                     "patterns to rules, all of them text")
             try:
                 changes.append((pattern, rule if isinstance(rule, Rule) else Rule.parse(rule)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdtd.errors import RuleError
+from fastdtd.errors import RuleError, shown
 from fastdtd.graph import Array
 from fastdtd.kernels import codes
 
@@ -94,9 +94,9 @@ class Rule:
     def __post_init__(self) -> None:
         if self.direction is not None and self.name != "direction":
             raise RuleError(f"rule {self.name!r} has a direction; required: search_direction(function), a rule")
-        if self.direction is None and self.name not in _NAMES:
+        if self.direction is None and (not isinstance(self.name, str) or self.name not in _NAMES):
             raise RuleError(
-                f"rule {self.name!r} is unknown; required: one of {', '.join(_NAMES)}, with parameters as in "
+                f"rule {shown(self.name)} is unknown; required: one of {', '.join(_NAMES)}, with parameters as in "
                 "'epsilon(epsilon=0.25)'")
         own = PARAMETERS.get(self.name, {})
         for key, neutral in _NEUTRAL.items():
@@ -106,18 +106,19 @@ class Rule:
             elif key not in own:
                 raise RuleError(f"rule {self.name!r} has a parameter {key!r}; required: {' or '.join(own) or 'none'}")
             elif key == "bias":
-                if value not in BIASES:
-                    raise RuleError(f"rule {self.name!r} has bias {value!r}; required: one of {', '.join(BIASES)}")
+                if not isinstance(value, str) or value not in BIASES:
+                    raise RuleError(f"rule {self.name!r} has bias {shown(value)}; required: one of {', '.join(BIASES)}")
             else:
                 object.__setattr__(self, key, self._number(key, value))
 
     def _number(self, key: str, value: object) -> float:
         try:
             number = float(value)  # type: ignore[arg-type]  # what it is not is refused here
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
         if not 0 <= number <= _MAX_PARAMETER:
-            raise RuleError(f"rule {self.name!r} has {key} {value!r}; required: a number from 0 to {_MAX_PARAMETER:g}")
+            raise RuleError(
+                f"rule {self.name!r} has {key} {shown(value)}; required: a number from 0 to {_MAX_PARAMETER:g}")
         return number
 
     @classmethod
