@@ -258,8 +258,8 @@ class Explainer:
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
             if lost[i] > largest * max(abs(float(e.explained[i])), turnover):
                 reasons[int(i)] = (
-                    f"loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; its values or "
-                    "the model's weights are too small")
+                    f"loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; its values "
+                    "or the model's weights are too small")
         if reasons:
             raise BeyondFloat32Error(reasons)
 
