@@ -169,7 +169,7 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("Concatenate", "c"), "required: two or more"),
     (layer("Normalization", "n", mean=[1, 2, 3], variance=[1, 2]), "3 means and 2 variances"),
     (layer("Normalization", "n", axis=1, mean=[1], variance=[1]), "axis 1 over 4 axes; required: -1"),
-    (layer("Rescaling", "n", scale=[1, 2], offset=0), "a constant of shape .1, 2, 1, 1. for 3 channels"),
+    (layer("Rescaling", "n", scale=[1, 2], offset=0), "a constant of shape .1, 2, 1, 1. for a tensor"),
     (layer("Rescaling", "n", scale=float("inf"), offset=0), "scale inf; required: a finite number"),
     (layer("Softmax", "s"), "softmax 's' is not the last layer"),
     (layer("Conv2DTranspose", "t", filters=2, kernel_size=3, strides=2, output_padding=2),

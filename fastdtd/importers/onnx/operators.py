@@ -74,7 +74,8 @@ def _padding(node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int]
 def _pool(b: Builder, node: Node) -> Tensor | Squares:
     is_average, moved = node.op == "AveragePool", node.moving()
     if isinstance(moved, Squares) and moved.view.rank == 5:
-        is_plain = is_average and not any(node.integers("pads") or ())
+        is_plain = (is_average and not any(node.integers("pads") or ()) and set(node.integers("dilations") or ()) <= {1}
+                    and node.text("auto_pad", "NOTSET") in ("NOTSET", "VALID", ""))
         return patterns.mean_over_channels(b, moved, node.window("kernel_shape", 3), node.window("strides", 3, 1),
                                            is_plain)
     x, axes = node.image()
@@ -180,11 +181,16 @@ def _bound(value: Any) -> Any:
     return np.where(np.abs(value) >= np.finfo(np.float32).max, np.copysign(np.inf, value), value)[()]
 
 
-def _extreme(b: Builder, node: Node) -> Tensor:
-    """The larger or smaller of a tensor and a number."""
-    if len(node.inputs) != 2:
-        node.refuse(f"compares {len(node.inputs)} tensors; required: two")
-    return patterns.extreme(b, _bound(node.operand(0)), _bound(node.operand(1)), node.op == "Max")
+def _extreme(b: Builder, node: Node) -> Any:
+    """The largest or smallest of a tensor and numbers."""
+    values = [_bound(node.operand(i)) for i in range(len(node.inputs))]
+    computed = [value for value in values if isinstance(value, patterns.COMPUTED)]
+    if len(computed) != 1:
+        node.refuse(f"compares {len(computed)} tensors that are computed; required: one, and numbers")
+    if len(values) == 1:
+        return computed[0]
+    bound = constants.fold(node, [value for value in values if not isinstance(value, patterns.COMPUTED)])
+    return patterns.extreme(b, computed[0], bound, node.op == "Max")
 
 
 def _softmax(b: Builder, node: Node) -> Tensor:
@@ -273,7 +279,7 @@ def _depth_and_space(b: Builder, node: Node) -> Tensor:
     (x, axes), n, mode = node.image(), node.integer("blocksize", 0), node.text("mode", "DCR")
     if axes != 2 or n < 1 or mode not in ("DCR", "CRD") or (node.op == "DepthToSpace" and x.dims[0] % (n * n)):
         node.refuse(f"has blocksize {n} and mode {mode!r} for {x}; required: one that divides it, and DCR or CRD")
-    return b.depth_to_space(x, n, mode == "CRD") if node.op == "DepthToSpace" else b.space_to_depth(x, n, False)
+    return (b.depth_to_space if node.op == "DepthToSpace" else b.space_to_depth)(x, n, mode == "CRD")
 
 
 def _resize(b: Builder, node: Node) -> Tensor:
