@@ -459,7 +459,7 @@ def test_damaged_onnx_files_are_read_or_refused():
         node("Gemm", ["h", "d"], ["e"], alpha=0.5), node("Softmax", ["e"], ["y"]),
     ], {"p": np.array([0, 0, 1, 1] * 2), "w": numbers(4, 3, 3, 3), "b": np.abs(numbers(4)), "f": np.array([-1, 8]),
         "d": numbers(8, 2)})
-    assert isinstance(onnx_importer.parse(content)[0][-1], g.Softmax)
+    assert onnx_importer.parse(content).runtime.builder.ending == "softmax"
     for data in damaged(content, 1000):
         with contextlib.suppress(FastDTDError):
             onnx_importer.parse(data)

@@ -501,7 +501,7 @@ def test_what_is_almost_a_local_response_normalisation(convert_nodes, change, co
     if "divide" in change and "more" in change:
         order = [*(name for name in order if name != "more"), "more"]
     made = {**NORMALISATION, **change}
-    with pytest.raises(ConversionError, match="part of a local response normalisation|divides by"):
+    with pytest.raises(ConversionError, match=r"part of a local response normalisation|divides by"):
         convert_nodes([*(made[name] for name in order if name in made), POOL], {**ITS_CONSTANTS, **constants},
                       ("N", 3, 8, 8))
 

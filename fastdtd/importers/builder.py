@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,21 @@ from fastdtd.importers.moves import Array, Moves
 from fastdtd.importers.tensors import Tensor, layer_shape
 from fastdtd.importers.transposed import transposed_convolution
 
+if TYPE_CHECKING:
+    from fastdtd.importers.verify import Runtime
+
 NO_PADDING = (0, 0, 0, 0)
 
 Padding = tuple[int, int, int, int]  # top, left, bottom, right
-Parsed = tuple[list[Layer], Shape, str]  # what a source is read as: layers, input shape, format
+
+
+class Parsed(NamedTuple):
+    """What a source is read as. runtime: what runs the source itself, where that is known."""
+
+    layers: list[Layer]
+    shape: Shape
+    format: str
+    runtime: Runtime | None = None
 
 
 class Builder(Moves):
@@ -277,10 +288,14 @@ class Builder(Moves):
             self.refuse(f"clips to [{low:g}, {high:g}]; required: a lower bound of 0 or less, and an upper one above 0")
         return self.pointwise(graph.Clip, x, part, low=low, high=high)
 
-    def softmax(self, x: Tensor, axis: int, part: str = "") -> Tensor:
+    def softmax(self, x: Tensor, axis: int, part: str = "", is_log: bool = False) -> Tensor:
         if self.axis(axis, x.rank) != 1:
             self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")
-        return self.add(graph.Softmax, [self.materialize(x)], part)
+        return self.ends_in("log_softmax" if is_log else "softmax", self.materialize(x), part)
+
+    def sigmoid(self, x: Tensor, part: str = "") -> Tensor:
+        """At the end: a binary classifier's score is its logit."""
+        return self.ends_in("sigmoid", x, part)
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

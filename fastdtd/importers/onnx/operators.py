@@ -198,7 +198,7 @@ def _softmax(b: Builder, node: Node) -> Tensor:
     axis = node.integer("axis", 1 if node.opset < 13 else -1)
     if node.opset < 13 and b.axis(axis, x.rank) == 1 and x.elements == math.prod(x.dims[:1]):
         x = b.flatten(x)  # over all axes from there
-    return b.softmax(x, 1 if axis % x.rank == 1 else axis)
+    return b.softmax(x, 1 if axis % x.rank == 1 else axis, is_log=node.op == "LogSoftmax")
 
 
 # Moving elements
@@ -340,7 +340,7 @@ def _if(_: Builder, node: Node) -> list[Any]:
     condition = node.constant(0)
     if condition.size != 1:
         node.refuse(f"has a condition of shape {condition.shape}; required: one value")
-    made = node.reader.read_branch(node, node.graph("then_branch" if condition.any() else "else_branch"))
+    made = node.reader.read_branch(node, "then_branch" if condition.any() else "else_branch")
     if len(made) < len(node.outputs) or any(value is None for value in made):
         node.refuse("has a branch that does not make all outputs; required: one that does")
     return made
@@ -389,7 +389,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
     "Pow": lambda b, node: patterns.power(b, node.moving(), node.single(1, 2.0)), "ReduceMax": _reduce,
     "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
-    "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape, "Sign": lambda _, node: Sign(node.tensor()),
+    "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape,
+    "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Sign": lambda _, node: Sign(node.tensor()),
     "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
     "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
     "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
@@ -399,7 +400,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 _ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"
 _NORMALISATION, _BRANCH = "BatchNormalization, whose values do not depend on the image", "If with a constant condition"
 NEAREST = {
-    **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Sigmoid", "Softplus",
+    **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Softplus",
                      "Softsign", "Swish", "Tanh", "ThresholdedRelu"), _ACTIVATION),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
                      "RMSNormalization", "MeanVarianceNormalization"), _NORMALISATION),

@@ -271,7 +271,7 @@ def _type_as(_: Builder, node: Node) -> Any:
 
 
 def _softmax(b: Builder, node: Node) -> Tensor:
-    return b.softmax(node.tensor(), node.get("dim", 1))
+    return b.softmax(node.tensor(), node.get("dim", 1), is_log="log" in node.op)
 
 
 # Written in place, as a function
@@ -348,7 +348,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
     "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
-    "select_scatter": _scatter, "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
+    "select_scatter": _scatter, "sigmoid": lambda b, node: b.sigmoid(node.tensor()),
+    "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
     "squeeze": moving(_squeeze), "stack": _concat, "sub": _add, "sum": _reduce, "transpose": moving(_permute),
     "type_as": _type_as, "unbind": _split, "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
@@ -362,7 +363,7 @@ IGNORED = {"copy", "device", "half_to_float", "implicit", "layout", "memory_form
            "pin_memory", "requires_grad"}
 
 NEAREST = {
-    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus",
+    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "silu", "softplus",
                      "tanh"), "relu, leaky_relu or clamp"),
     **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
     **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),

@@ -26,6 +26,7 @@ from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import Array
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
 from fastdtd.importers.pytorch.operators import IGNORED, NEAREST, OPERATORS
+from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 
@@ -41,15 +42,12 @@ def parse(module: Any, example: Any) -> Parsed:
         found = f"a tensor of {example.ndim} axes" if is_tensor else f"a {type(example).__name__}"
         raise ConversionError(f"the example is {found}; required: a tensor (N, C, H, W), (N, C, L) or (N, F), as the "
                               "module takes it")
-    modes = {part: part.training for part in module.modules()}
     try:
-        exported = _exported(module.eval(), example)
+        with evaluating(module):
+            exported = _exported(module, example)
     except Exception as error:  # whatever the module's code raises while it is traced
         raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    return parse_exported(exported, example)
+    return parse_exported(exported, example, module)
 
 
 def _exported(module: Any, example: Any) -> Any:
@@ -72,8 +70,8 @@ def _functional(exported: Any) -> Any:
     return exported.run_decompositions({})  # no operator is taken apart
 
 
-def parse_exported(exported: Any, example: Any) -> Parsed:
-    """The same of a torch.export.ExportedProgram."""
+def parse_exported(exported: Any, example: Any, module: Any) -> Parsed:
+    """The same of a torch.export.ExportedProgram without writes in place; module: what it was made of."""
     signature = exported.graph_signature
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
         raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} "
@@ -93,7 +91,17 @@ def parse_exported(exported: Any, example: Any) -> Parsed:
         raise ConversionError("the module's output does not depend on its input")
     with reader.builder.at(Node(reader, output, "output")):
         layers = reader.builder.leading_to(as_tensor(reader.builder, result))
-    return layers, shape, f"torch.export of PyTorch {torch.__version__}"
+    steps = [(str(Node(reader, node, _name_of(node))), node, value)
+             for node, value in reader.values.items() if node.op == "call_function" and isinstance(value, Tensor)]
+    whole = Tensor.whole(INPUT, shape, dims)
+    runtime = TorchRuntime(reader.builder, whole, len(example), steps=steps, module=module, exported=exported,
+                           like=example)
+    return Parsed(layers, shape, f"torch.export of PyTorch {torch.__version__}", runtime)
+
+
+def _name_of(traced: Any) -> str:
+    target = traced.target
+    return str(target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else target.__name__)
 
 
 def _drop_dropout(graph: Any) -> None:
@@ -160,13 +168,6 @@ def input_channels(module: Any) -> int:
     return next((int(part.in_channels) for part in module.modules() if isinstance(part, torch.nn.Conv2d)), 3)
 
 
-def scores(module: Any, batch: Array) -> Array:
-    """What `module` itself gives for a batch (N, C, H, W)."""
-    with torch.inference_mode():
-        made = module(torch.from_numpy(batch))
-    return np.asarray(made.reshape(len(batch), -1).cpu().numpy(), np.float32)
-
-
 class Reader:
     """The values that the nodes read so far have made: tensors, lists of them, and constants."""
 
@@ -186,9 +187,7 @@ class Reader:
         if traced.op == "get_attr":
             self.values[traced] = getattr(self.module, traced.target)
             return
-        target = traced.target
-        name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target.__name__)
-        node = Node(self, traced, name)
+        node = Node(self, traced, _name_of(traced))
         if not any(isinstance(self.values[made], (*COMPUTED, list)) for made in traced.all_input_nodes):
             self.values[traced] = self._of_constants(node)
         elif node.op not in OPERATORS:
