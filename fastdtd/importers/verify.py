@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fastdtd.errors import ConversionError, FastDTDError
-from fastdtd.graph import Conv2d, Dense, Graph, Pool2d
+from fastdtd.graph import INPUT, Conv2d, Dense, Graph, Pool2d
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor
@@ -199,7 +199,8 @@ def _operations(graph: Graph, pool_operations: int) -> int:
 def _first_that_differs(runtime: Runtime, graph: Graph, batch: Array) -> str:
     """A sentence that names the first node of the source whose values differ, by bisection; nothing where it is not
     found."""
-    steps = runtime.steps
+    made = {INPUT, *runtime.builder.layers}  # without what was left out at the end
+    steps = [step for step in runtime.steps if step[2].layer in made]
     first, last = 0, len(steps) - 1
     try:
         if not steps or not _differs(runtime, graph, batch, steps[last]):

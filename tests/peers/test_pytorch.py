@@ -2,6 +2,8 @@
 own scores.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 
 from fastdtd import ConversionError, Explainer, cli, convert, from_torch, load
 from fastdtd import graph as g
+from fastdtd.importers.builder import Builder
 
 
 def scores_agree(module, shape, tolerance=1e-4):
@@ -486,6 +489,62 @@ def test_an_argument_that_no_operator_reads(monkeypatch):
     for low, high in ((0.0, 1.0), (-1.0, 2.0)):
         with pytest.raises(ConversionError, match=r"hardtanh .* has m(in|ax)_val .*, which is not supported; required"):
             scores_of(in_place(lambda h, low=low, high=high: functional.hardtanh(h, low, high)))
+
+
+# ---- The scores of the module itself ---------------------------------------------------------------------------------
+
+
+def small(*ends):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         *ends)
+
+
+@pytest.mark.parametrize("end", [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid()])
+def test_another_network_is_found_out(monkeypatch, end):
+    """A ReLU that is forgotten."""
+    assert from_torch(small(end), torch.zeros(1, 3, 8, 8)).provenance["verified"] == f"PyTorch {torch.__version__}"
+    monkeypatch.setattr(Builder, "relu", lambda self, x, part="": x)
+    with pytest.raises(ConversionError, match=(
+            rf"output \d.* is -?\d\S+, and PyTorch {re.escape(torch.__version__)} gives -?\d\S+; .*"
+            r"What differs first is relu \(node 'relu', in module '1'\)\. Please report this network; verify=False")):
+        from_torch(small(end), torch.zeros(1, 3, 8, 8))
+    assert "verified" not in from_torch(small(end), torch.zeros(1, 3, 8, 8), verify=False).provenance
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer that its scores depend on, and works in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.conv(x).mean((2, 3)) * self.count
+
+
+def test_a_module_that_changes_itself_is_left_as_it_was():
+    module = Counting().train()
+    assert "verified" in from_torch(module, torch.zeros(1, 3, 8, 8), verify=True).provenance
+    assert module.count == 0
+    assert module.training
+
+
+def test_a_module_that_does_not_run(caplog):
+    module = small()
+    module.register_forward_hook(lambda *_: 1 / 0 if not torch.compiler.is_exporting() else None)
+    assert "verified" not in from_torch(module, torch.zeros(1, 3, 8, 8)).provenance
+    assert f"compared with nothing: PyTorch {torch.__version__} cannot run it: division by zero" in caplog.text
+    with pytest.raises(ConversionError, match="cannot run it: division by zero"):
+        from_torch(module, torch.zeros(1, 3, 8, 8), verify=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_modules_of_other_precisions(dtype):
+    assert "verified" in from_torch(small().to(dtype), torch.zeros(1, 3, 8, 8, dtype=dtype), verify=True).provenance
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------
