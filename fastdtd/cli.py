@@ -58,16 +58,19 @@ gives, random ones in torchvision.
 How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD,
 with pixels 0..255 and the channels in the order of COLOR. With a value box (the minimum and the maximum of each
 channel after that) the first layer gets the z^B rule, which explains pixels best; without one it gets w^2.
+
+The scores for two random inputs are compared with the source's own, where what runs it is installed, and nothing is
+written where they differ.
 """
 _CONVERT_EXAMPLES = """\
 examples:
   fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
       --labels names.txt
-  fastdtd convert net.onnx net.h5 --verify                   and compare its scores with onnxruntime's
+  fastdtd convert net.onnx net.h5 --verify                   fail where no onnxruntime is there to compare scores with
   fastdtd convert net.keras net.h5 --box=0,255               from Keras 2 or 3, or net.h5 as they wrote before
   fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
       --box=-104:151,-117:138,-123:132 --labels synset_words.txt
-  fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop --verify
+  fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop
 """
 _SHOW = "Print a network's layers: shape, parameters, the domain of what each reads, and the rule it will get."
 _SHOW_EXAMPLES = """\

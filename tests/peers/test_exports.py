@@ -132,7 +132,7 @@ def test_part(tmp_path, exporter, opset, batch, part):
     example = torch.rand(1, 3, 12, 12)
     module(example)
     path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
-    model = fastdtd.convert(path)
+    model = fastdtd.convert(path, verify=False)
     assert difference(model, path) <= 1e-5
     assert {kind: sum(isinstance(layer, kind) for layer in model.graph) for kind in layers} == layers
 
@@ -146,7 +146,7 @@ def test_weights_beside_the_file(tmp_path):
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.rand(1, 3, 12, 12),), tmp_path / "net.onnx", dynamo=True, verbose=False)
     assert (tmp_path / "net.onnx.data").exists()
-    assert difference(fastdtd.convert(tmp_path / "net.onnx"), tmp_path / "net.onnx") <= 1e-5
+    assert difference(fastdtd.convert(tmp_path / "net.onnx", verify=False), tmp_path / "net.onnx") <= 1e-5
 
 
 NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
@@ -178,7 +178,7 @@ def test_network(tmp_path, name, exporter, opset):
     if name == "alexnet with LRN" and exporter == "older":
         opset, batch = 9, 2
     path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
-    model = fastdtd.convert(path)
+    model = fastdtd.convert(path, verify=False)
     off = difference(model, path)
     path.unlink()
     print(f"{name}, {exporter} exporter: scores within {off:.1e}")
