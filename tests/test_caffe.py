@@ -135,6 +135,16 @@ def test_caffe_joins_and_layers_in_place(convert_text):
         (g.Concat, "k", ("r2", "r")), (g.GlobalAveragePool, "pool", ("k",))]
 
 
+@pytest.mark.parametrize("end", ["Softmax", "Sigmoid"])
+def test_caffe_probabilities(convert_text, end):
+    """Left out at the end, in place or not, and refused elsewhere."""
+    for top in ("pool", "prob"):
+        assert [layer.name for layer in convert_text(layer("r", "ReLU", "x", "t") + GLOBAL
+                                                     + layer("prob", end, "pool", top)).graph] == ["r", "pool"]
+    with pytest.raises(ConversionError, match=f"{end.lower()} 'prob' is not the last layer"):
+        convert_text(layer("prob", end, "x", "t") + GLOBAL)
+
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("weight_of_sums", [0.0, 4.0])
 def test_caffe_batch_norm_and_scale_are_folded(convert_text, old, weight_of_sums):

@@ -47,7 +47,7 @@ def parse(module: Any, example: Any) -> Parsed:
             exported = _exported(module, example)
     except Exception as error:  # whatever the module's code raises while it is traced
         raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
-    return parse_exported(exported, example, module)
+    return _read(exported, example, module)
 
 
 def _exported(module: Any, example: Any) -> Any:
@@ -70,8 +70,8 @@ def _functional(exported: Any) -> Any:
     return exported.run_decompositions({})  # no operator is taken apart
 
 
-def parse_exported(exported: Any, example: Any, module: Any) -> Parsed:
-    """The same of a torch.export.ExportedProgram without writes in place; module: what it was made of."""
+def _read(exported: Any, example: Any, module: Any) -> Parsed:
+    """What the torch.export.ExportedProgram of `module` computes, in which nothing is written in place."""
     signature = exported.graph_signature
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
         raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} "
