@@ -59,16 +59,19 @@ gives, random ones in torchvision.
 How pictures are prepared is not in those files, so say it: the network's input is (pixel * SCALE - MEAN) / STD,
 with pixels 0..255 and the channels in the order of COLOR. With a value box (the minimum and the maximum of each
 channel after that) the first layer gets the z^B rule, which explains pixels best; without one it gets w^2.
+
+The scores for two random inputs are compared with the source's own, where what runs it is installed, and nothing is
+written where they differ.
 """
 _CONVERT_EXAMPLES = """\
 examples:
   fastdtd convert net.onnx net.h5 --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
       --labels names.txt
-  fastdtd convert net.onnx net.h5 --verify                   and compare its scores with onnxruntime's
+  fastdtd convert net.onnx net.h5 --verify                   fail where no onnxruntime is there to compare scores with
   fastdtd convert net.keras net.h5 --box=0,255               from Keras 2 or 3, or net.h5 as they wrote before
   fastdtd convert deploy.prototxt net.caffemodel net.h5 --color bgr --mean 104,117,123 \\
       --box=-104:151,-117:138,-123:132 --labels synset_words.txt
-  fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop --verify
+  fastdtd convert torchvision.models:resnet18 resnet18.pth net.h5 --size 224 --resize crop
 """
 _SHOW = "Print a network's layers: shape, parameters, the domain of what each reads, and the rule it will get."
 _SHOW_EXAMPLES = """\
@@ -102,9 +105,6 @@ in a Dockerfile, for any x86 processor with AVX2 (nearly all since 2015):
   ENV NUMBA_CACHE_DIR=/opt/kernels NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
   RUN fastdtd warmup
 """
-
-
-_MAX_DIFFERENCE = 1e-3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,9 +221,9 @@ def _parser() -> argparse.ArgumentParser:
         "a channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
     convert.add_argument(
-        "--verify", action="store_true", help="compare scores on random inputs with those of onnxruntime, Keras "
-        "(which must be installed: `pip install onnxruntime`, or `keras tensorflow`) or the PyTorch module; nothing "
-        "is written where they differ by more than 0.1 %%")
+        "--verify", action=argparse.BooleanOptionalAction, help="compare scores on random inputs with those of "
+        "onnxruntime (or ONNX's reference, for small networks), Keras or the PyTorch module, and write nothing where "
+        "they differ by more than 0.1 %% (default: where that is installed; --verify: fail where it is not)")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -356,8 +356,7 @@ def _target(text: str | None) -> int | str | None:
 
 def _convert(options: argparse.Namespace) -> int:
     from fastdtd import model_file
-    from fastdtd.errors import ConversionError
-    from fastdtd.importers import convert, opened, runtime_of, verify
+    from fastdtd.importers import convert, opened
 
     def numbers(values: list[float]) -> Any:
         return values if len(values) > 1 else values[0]
@@ -365,14 +364,9 @@ def _convert(options: argparse.Namespace) -> int:
     source = opened(options.source, options.weights)
     model = convert(source, options.weights, color=options.color, size=options.size, resize=options.resize,
                     mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box,
-                    labels=options.labels)
-    if options.verify:
-        difference, runtime = verify(model, source), runtime_of(source)
-        if not difference <= _MAX_DIFFERENCE:
-            raise ConversionError(
-                f"{options.source}: scores differ from {runtime}'s by {difference:.1%} of the largest; nothing was "
-                "written. Please report this network")
-        print(f"{options.source}: scores within {difference:.1e} of {runtime}'s, relative to the largest")
+                    labels=options.labels, verify=options.verify)
+    if "verified" in model.provenance:
+        print(f"{options.source}: the scores are those of {model.provenance['verified']}")
     model_file.save(model, options.model, options.dtype)
     print(f"{options.model}: {len(model.graph.layers)} layers, {_parameters(model.graph):,} parameters; `fastdtd show "
           f"{options.model}` lists them")

@@ -135,6 +135,16 @@ def test_caffe_joins_and_layers_in_place(convert_text):
         (g.Concat, "k", ("r2", "r")), (g.GlobalAveragePool, "pool", ("k",))]
 
 
+@pytest.mark.parametrize("end", ["Softmax", "Sigmoid"])
+def test_caffe_probabilities(convert_text, end):
+    """Left out at the end, in place or not, and refused elsewhere."""
+    for top in ("pool", "prob"):
+        assert [layer.name for layer in convert_text(layer("r", "ReLU", "x", "t") + GLOBAL
+                                                     + layer("prob", end, "pool", top)).graph] == ["r", "pool"]
+    with pytest.raises(ConversionError, match=f"{end.lower()} 'prob' is not the last layer"):
+        convert_text(layer("prob", end, "x", "t") + GLOBAL)
+
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("weight_of_sums", [0.0, 4.0])
 def test_caffe_batch_norm_and_scale_are_folded(convert_text, old, weight_of_sums):
@@ -190,7 +200,7 @@ def test_caffe_weights_in_double_precision_and_pieces(tmp_path):
     parameters = "inner_product_param { num_output: 2 bias_term: false }"
     text = ('input: "x" input_shape { dim: 1 dim: 3 } ' + layer("d", "InnerProduct", more=parameters)
             + layer("e", "InnerProduct", "d", more=parameters))
-    (first, second), shape, file_format = caffe.parse(text.encode(), net.SerializeToString())
+    (first, second), shape, file_format, _ = caffe.parse(text.encode(), net.SerializeToString())
     same(first.weight, weight)
     same(second.weight, weight[:, :2])
     assert (shape, file_format) == ((3, 1, 1), "caffe")
@@ -200,10 +210,10 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
 
 
 @pytest.mark.parametrize(("text", "weights", "message"), [
-    (layer("l", "Sigmoid"), {},
-     r"net\.prototxt: layer 'l' of type Sigmoid \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, "
+    (layer("l", "TanH"), {},
+     r"net\.prototxt: layer 'l' of type TanH \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, "
      r".*Split$"),
-    ('layers { name: "s" type: SIGMOID bottom: "x" top: "s" }', {}, "layer 's' of type SIGMOID .* is not supported"),
+    ('layers { name: "s" type: TANH bottom: "x" top: "s" }', {}, "layer 's' of type TANH .* is not supported"),
     ('layers { layer { name: "r" type: "relu" } bottom: "x" top: "s" }', {}, "Caffe's first version"),
     (layer("d", "Data", "x"), {}, "source of training data"),
     (layer("c", "Convolution", more=CONV), {}, "has 0 blobs of weights in the .caffemodel; required: 2"),

@@ -1,6 +1,7 @@
 """Keras: recorded networks give Keras's scores in both dialects; what is not supported is refused with its name."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import fastdtd
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError
 from fastdtd.explainer import Explainer
-from fastdtd.importers import convert, verify
+from fastdtd.importers import convert
 
 # ---- What Keras wrote ----
 
@@ -141,7 +142,7 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("mylib>Conv2D", "mine"), "'mine' .* somebody's own"),
     (layer("Dense", "mine") | {"registered_name": "mylib>Dense"}, "'mine' .* somebody's own"),
     (layer("Activation", "a", activation="swish"), "activation 'swish'; required: linear, relu"),
-    (layer("Activation", "a", activation="sigmoid"), "activation 'sigmoid'.*save a model without it"),
+    (layer("Activation", "a", activation="sigmoid"), "sigmoid 'a' is not the last layer; required: a sigmoid only"),
     (layer("Activation", "a", activation={"module": "mylib", "class_name": "function", "config": "relu"}),
      "of somebody's own"),
     (layer("Activation", "a", activation=3), "activation is a whole number '3'; required: a text"),
@@ -169,7 +170,7 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("Concatenate", "c"), "required: two or more"),
     (layer("Normalization", "n", mean=[1, 2, 3], variance=[1, 2]), "3 means and 2 variances"),
     (layer("Normalization", "n", axis=1, mean=[1], variance=[1]), "axis 1 over 4 axes; required: -1"),
-    (layer("Rescaling", "n", scale=[1, 2], offset=0), "a constant of shape .1, 2, 1, 1. for 3 channels"),
+    (layer("Rescaling", "n", scale=[1, 2], offset=0), "a constant of shape .1, 2, 1, 1. for a tensor"),
     (layer("Rescaling", "n", scale=float("inf"), offset=0), "scale inf; required: a finite number"),
     (layer("Softmax", "s"), "softmax 's' is not the last layer"),
     (layer("Conv2DTranspose", "t", filters=2, kernel_size=3, strides=2, output_padding=2),
@@ -193,41 +194,73 @@ def explainer_of(path):
 # ---- Verifying ----
 
 
-def test_verifying_compares_with_keras(tmp_path, monkeypatch):
-    """With a Keras that gives what is expected of it: the converted network's own scores, a tenth more of the first."""
+def fake_keras(monkeypatch, load_model):
+    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(__version__="3", models=SimpleNamespace(
+        load_model=load_model)))
+
+
+@pytest.mark.parametrize(("factor", "message"), [
+    (1.0, None), (1.0005, None),
+    (1.25, r"output \d is (-?\d\.\d+), and Keras 3 gives (-?\d\.\d+); required: a difference of at most"),
+    (np.nan, None)])
+def test_scores_are_compared_with_keras(tmp_path, monkeypatch, factor, message):
+    """With a Keras that gives what is expected of it, the converted network's own scores, or others."""
     path = keras_file(tmp_path)
-    model = convert(path)
-    calls = []
+    model, calls = convert(path, verify=False), []
 
     def predict(pictures, verbose):
         calls.append(pictures.shape)
-        return Explainer(model)(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).output * np.float32(1.25)
+        return Explainer(model)(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).output * np.float32(factor)
 
-    network = SimpleNamespace(inputs=[SimpleNamespace(shape=(None, 6, 5, 2))], predict=predict)
-    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(models=SimpleNamespace(load_model=lambda path,
-                                                                                     compile: network)))
-    assert verify(model, path) == pytest.approx(0.2, rel=1e-4)
-    assert calls == [(4, 6, 5, 2)]
+    def load_model(copy, compile):
+        assert Path(copy).read_bytes() == path.read_bytes()
+        assert copy != str(path)  # what was read, whatever has become of the file
+        return SimpleNamespace(predict=predict)
+
+    fake_keras(monkeypatch, load_model)
+    if message is None:
+        assert convert(path).provenance.get("verified") == (None if np.isnan(factor) else "Keras 3")
+    else:
+        with pytest.raises(ConversionError, match=message):
+            convert(path)
+    assert calls == [(1, 6, 5, 2)] * 2
 
 
-def test_verifying_loads_nothing_that_conversion_refuses(tmp_path, monkeypatch):
-    model = convert(keras_file(tmp_path))
+def test_keras_loads_nothing_that_conversion_refuses(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(models=SimpleNamespace(load_model=loaded.append)))
+    fake_keras(monkeypatch, lambda *arguments, **options: loaded.append(arguments))
     with pytest.raises(ConversionError, match="never run"):
-        verify(model, keras_file(tmp_path, layer("Lambda", "code")))
+        convert(keras_file(tmp_path, layer("Lambda", "code")), verify=True)
     assert not loaded
 
 
-def test_verifying_what_keras_cannot_run(tmp_path, monkeypatch):
+def test_what_keras_cannot_run(tmp_path, monkeypatch, caplog):
+    def load_model(path, compile):
+        raise TypeError("no such layer")
+
     path = keras_file(tmp_path)
-    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(models=SimpleNamespace()))
-    with pytest.raises(ConversionError, match=r"Keras cannot run it: .* required: the version that wrote the file"):
-        verify(convert(path), path)
+    fake_keras(monkeypatch, load_model)
+    with pytest.raises(ConversionError, match="cannot be compared with its source's: Keras 3 cannot run it: no such"):
+        convert(path, verify=True)
+    assert "verified" not in convert(path).provenance
+    assert "compared with nothing: Keras 3 cannot run it: no such layer" in caplog.text
 
 
-def test_verifying_without_keras(tmp_path, monkeypatch):
+def test_without_keras(tmp_path, monkeypatch, caplog):
     path = keras_file(tmp_path)
     monkeypatch.setitem(sys.modules, "keras", None)
+    assert "verified" not in convert(path).provenance
+    assert "compared with nothing" in caplog.text
+    assert "pip install keras" in caplog.text
     with pytest.raises(ConversionError, match="pip install keras"):
-        verify(convert(path), path)
+        convert(path, verify=True)
+
+
+def test_a_sigmoid_at_the_end(tmp_path):
+    """Of a convolution, whose mean over the image is then refused: a pool is the last layer of these files."""
+    with pytest.raises(ConversionError, match="sigmoid 'conv/activation' is not the last layer"):
+        convert(keras_file(tmp_path, layer("Conv2D", "conv", filters=3, kernel_size=[2, 2], activation="sigmoid")))
+    config = {"class_name": "Sequential", "config": {"name": "net", "layers": [
+        layer("InputLayer", "x", batch_shape=[None, 4]), layer("Dense", "scores", units=1, activation="sigmoid")]}}
+    weights = {"layers/dense/vars/0": numbers(4, 1), "layers/dense/vars/1": numbers(1)}
+    assert [layer.name for layer in convert(keras_file(tmp_path, weights=weights, config=config)).graph] == ["scores"]

@@ -321,7 +321,7 @@ def test_wrong_types_anywhere(name):
                          ("model.weights.h5", weights))
         try:
             with np.errstate(all="ignore"):
-                layers, shape, _ = keras.parse(content)
+                layers, shape, _, _ = keras.parse(content)
                 Graph(tuple(layers), shape)
             read += 1
         except FastDTDError:
@@ -340,7 +340,7 @@ def test_damaged_files_are_read_or_refused(name):
             damaged[choose.randrange(len(damaged))] = choose.randrange(256)
         try:
             with np.errstate(all="ignore"):
-                layers, shape, _ = keras.parse(bytes(damaged))
+                layers, shape, _, _ = keras.parse(bytes(damaged))
                 Graph(tuple(layers), shape)
         except FastDTDError:
             refused += 1

@@ -183,6 +183,17 @@ X = numbers(2, 4, 6, 5)
     ([node("GlobalLpPool", ["x"], ["t"], p=4)], {}, (X**4).sum((2, 3), keepdims=True)**0.25, 3),
     ([node("Max", ["x", "z"], ["a"]), node("Min", ["c", "a"], ["t"])], {"z": np.float32(0), "c": np.float32(0.5)},
      X.clip(0, 0.5), 2),
+    ([node("Max", ["z", "x", "c"], ["t"])], {"z": np.float32([[-0.5]]), "c": np.float32(-1)}, X.clip(-0.5), 1),
+    ([node("Mul", ["x", "c"], ["a"]), node("Add", ["d", "a"], ["t"])], {"c": X[:1] + 1, "d": X[0, 0]},
+     X * (X[:1] + 1) + X[0, 0], None),
+    ([node("Reshape", ["x", "s"], ["f"]), node("BatchNormalization", ["f", "c", "d", "d", "c"], ["t"])],
+     {"s": ints(0, 120), "c": np.arange(1, 121, dtype=np.float32), "d": X[0].ravel()},
+     (X.reshape(2, 120) - X[0].ravel()) * np.sqrt(np.arange(1, 121)) + X[0].ravel(), None),
+    ([node("Slice", ["x", "a", "b", "c"], ["e"]), node("SpaceToDepth", ["e"], ["t"], blocksize=2, mode="CRD")],
+     {"a": ints(0), "b": ints(4), "c": ints(3)},
+     X[..., :4].reshape(2, 4, 3, 2, 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 16, 3, 2), 1),
+    ([node("Sign", ["x"], ["a"]), node("Abs", ["x"], ["b"]), node("Relu", ["b"], ["c"]),
+      node("Mul", ["c", "a"], ["t"])], {}, X, 0),
     ([node("Cast", ["low"], ["l"], to=1), node("Clip", ["x", "l", "h"], ["t"])],
      {"low": ints(-1), "h": np.float32(0.5)},
      X.clip(-1, 0.5), 1),
@@ -381,10 +392,12 @@ YES = {"yes": np.array(True)}
     ([node("ConvTranspose", ["x", "w"], ["t"], output_padding=[2**40, 0]), POOL], {"w": numbers(3, 2, 2, 2)},
      "makes a tensor of .* elements; at most"),
     ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "brings the network beyond"),
-    ([node("Max", ["x", "x"], ["t"]), POOL], {}, "compares tensors that are computed"),
+    ([node("Max", ["x", "x"], ["t"]), POOL], {}, "compares 2 tensors that are computed"),
+    ([node("Max", ["x", "c", "d"], ["t"]), POOL], {"c": np.float32(0), "d": numbers(8)}, "with several numbers"),
     ([node("PRelu", ["x", "s"], ["t"]), POOL], {"s": np.float32(3)}, "slope 3; required: 0 to 1"),
-    ([node("Mul", ["x", "w"], ["t"]), POOL], {"w": numbers(1, 1, 9, 8)},
-     r"has a constant of shape \(1, 1, 9, 8\) for 3 channels"),
+    ([node("Mul", ["x", "w"], ["t"]), POOL], {"w": numbers(1, 1, 8, 9)},
+     r"has a constant of shape \(1, 1, 8, 9\) for a tensor"),
+    ([node("Mul", ["x", "w"], ["t"]), POOL], {"w": numbers(1, 1, 1, 1, 1)}, "in a shape that broadcasts with it"),
 ])
 def test_hostile_and_unsupported_arithmetic(convert_nodes, nodes, constants, message):
     with pytest.raises(ConversionError, match=message):
@@ -416,3 +429,85 @@ def test_transposes_and_reshapes_cost_nothing(convert_nodes, monkeypatch):
     graph = convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c180"], ["t"]), POOL],
                           {"shape": ints(0, 4096, 4096, 16)}, ("N", 16, 4096, 4096)).graph
     assert [type(layer) for layer in graph] == [g.ReLU, g.ReLU, g.GlobalAveragePool]
+
+
+# ---- Recognisers: exponents, axes, order and indices are part of the pattern ----
+
+
+@pytest.mark.parametrize("magnitude", [
+    [node("Abs", ["x"], ["a"]), node("Slice", ["a", "end", "begin", "axis", "back"], ["m"])],  # flipped
+    [node("Abs", ["x"], ["a"]), node("Slice", ["a", "cut", "end", "axis"], ["p"]),
+     node("Slice", ["a", "zero", "cut", "axis"], ["q"]), node("Concat", ["p", "q"], ["m"], axis=3)],  # rolled
+    [node("Abs", ["x"], ["a"]), node("Transpose", ["a"], ["m"], perm=[0, 1, 3, 2])],
+    [node("Transpose", ["x"], ["a"], perm=[0, 1, 3, 2]), node("Abs", ["a"], ["m"])],
+    [node("Transpose", ["x"], ["a"], perm=[0, 2, 1, 3]), node("Abs", ["a"], ["m"])],
+    [node("Abs", ["x"], ["a"]), node("Pow", ["a", "two"], ["m"])],
+    [node("Abs", ["x"], ["a"]), node("Pow", ["a", "half"], ["m"])],
+    [node("Abs", ["x"], ["a"]), node("Pow", ["a", "half"], ["b"]), node("Abs", ["b"], ["m"])],
+    [node("Pow", ["x", "four"], ["m"])],
+    [node("Relu", ["x"], ["a"]), node("Abs", ["a"], ["m"])],
+    [node("Relu", ["x"], ["m"])],
+    [node("Abs", ["x"], ["a"]), node("Mul", ["a", "two"], ["m"])],
+    [node("Neg", ["x"], ["a"]), node("Abs", ["a"], ["b"]), node("Relu", ["b"], ["m"])],
+])
+def test_a_sign_times_something_else_than_its_magnitude(convert_nodes, magnitude):
+    constants = {"end": ints(4), "begin": ints(-100), "axis": ints(3), "back": ints(-1), "cut": ints(1),
+                 "zero": ints(0), "two": np.float32(2), "half": np.float32(0.5), "four": np.float32(4)}
+    for reads in (["s", "m"], ["m", "s"]):
+        with pytest.raises(ConversionError, match="multiplies two tensors that are computed"):
+            convert_nodes([*magnitude, node("Sign", ["x"], ["s"]), node("Mul", reads, ["t"]), POOL], constants,
+                          ("N", 4, 4, 4))
+
+
+NORMALISATION = {
+    "square": node("Mul", ["x", "x"], ["s"]), "unsqueeze": node("Unsqueeze", ["s", "one"], ["u"]),
+    "pad": node("Pad", ["u", "pads"], ["p"]),
+    "pool": node("AveragePool", ["p"], ["m"], kernel_shape=[3, 1, 1], strides=[1, 1, 1]),
+    "squeeze": node("Squeeze", ["m", "one"], ["q"]), "alpha": node("Mul", ["q", "alpha"], ["a"]),
+    "bias": node("Add", ["a", "bias"], ["b"]), "beta": node("Pow", ["b", "beta"], ["c"]),
+    "divide": node("Div", ["x", "c"], ["t"])}
+ITS_CONSTANTS = {"one": ints(1), "pads": ints(0, 0, 1, 0, 0, 0, 0, 1, 0, 0), "alpha": np.float32(0.3),
+                 "bias": np.float32(1), "beta": np.float32(0.5), "axis": ints(3), "end": ints(8), "begin": ints(-100),
+                 "back": ints(-1)}
+
+
+@pytest.mark.parametrize(("change", "constants"), [
+    ({"bias": node("Pow", ["a", "beta"], ["b"]), "beta": node("Add", ["b", "bias"], ["c"])}, {}),  # raised before
+    ({"alpha": node("Add", ["q", "bias"], ["a"]), "bias": node("Mul", ["a", "alpha"], ["b"])}, {}),  # scaled after
+    ({"alpha": node("Pow", ["q", "beta"], ["a"]), "bias": node("Mul", ["a", "alpha"], ["b"]),
+      "beta": node("Add", ["b", "bias"], ["c"])}, {}),
+    ({}, {"pads": ints(0, 0, 2, 0, 0, 0, 0, 0, 0, 0)}),  # windows that begin elsewhere
+    ({"pool": node("AveragePool", ["p"], ["m"], kernel_shape=[1, 3, 1], strides=[1, 1, 1])},
+     {"pads": ints(0, 0, 0, 1, 0, 0, 0, 0, 1, 0)}),
+    ({"pad": node("Identity", ["u"], ["p"]), "pool": node("AveragePool", ["p"], ["m"], kernel_shape=[3, 1, 1],
+                                                          strides=[1, 1, 1], pads=[1, 0, 0, 1, 0, 0])}, {}),
+    ({"pad": node("Identity", ["u"], ["p"]), "pool": node("AveragePool", ["p"], ["m"], kernel_shape=[3, 1, 1],
+                                                          strides=[1, 1, 1], auto_pad="SAME_UPPER")}, {}),
+    ({"pool": node("AveragePool", ["p"], ["m"], kernel_shape=[3, 1, 1], auto_pad="SAME_LOWER")}, {}),
+    ({"pool": node("MaxPool", ["p"], ["m"], kernel_shape=[3, 1, 1])}, {}),
+    ({"squeeze": node("Squeeze", ["m", "one"], ["z"]), "alpha": node("Transpose", ["z"], ["q"], perm=[0, 1, 3, 2]),
+      "more": node("Mul", ["q", "alpha"], ["a"])}, {}),
+    ({"square": node("Slice", ["x", "end", "begin", "axis", "back"], ["o"]), "again": node("Mul", ["o", "o"], ["s"])},
+     {}),
+    ({"divide": node("Transpose", ["x"], ["o"], perm=[0, 1, 3, 2]), "more": node("Div", ["o", "c"], ["t"])}, {}),
+    ({"divide": node("Div", ["c", "x"], ["t"])}, {}),
+    ({}, {"alpha": np.float32([[[[[0.3]]]]])}),  # one axis more
+    ({}, {"bias": np.float32([[[1]], [[2]], [[3]]])}),
+    ({"beta": node("Pow", ["b", "beta"], ["d"]), "divide": node("Pow", ["d", "beta"], ["c"]),
+      "more": node("Div", ["x", "c"], ["t"])}, {}),
+])
+def test_what_is_almost_a_local_response_normalisation(convert_nodes, change, constants):
+    order = ["square", "again", "unsqueeze", "pad", "pool", "squeeze", "alpha", "more", "bias", "beta", "divide"]
+    if "divide" in change and "more" in change:
+        order = [*(name for name in order if name != "more"), "more"]
+    made = {**NORMALISATION, **change}
+    with pytest.raises(ConversionError, match=r"part of a local response normalisation|divides by"):
+        convert_nodes([*(made[name] for name in order if name in made), POOL], {**ITS_CONSTANTS, **constants},
+                      ("N", 3, 8, 8))
+
+
+def test_a_local_response_normalisation(convert_nodes):
+    graph = convert_nodes([*NORMALISATION.values(), POOL], ITS_CONSTANTS, ("N", 3, 8, 8)).graph
+    norm, = (layer for layer in graph if isinstance(layer, g.LocalResponseNorm))
+    assert (norm.size, norm.bias, norm.beta) == (3, 1, 0.5)
+    assert norm.alpha == pytest.approx(0.3)

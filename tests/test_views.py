@@ -117,10 +117,19 @@ def test_dense_weights_are_moved_and_not_elements():
     assert isinstance(b.layers[b.layers[b.dense(some, weight[:, :40], None).layer].inputs[0]], g.Rearrange)
 
 
+def test_constants_in_padding_alone():
+    b, x = Builder(), Tensor.whole("input", (3, 4, 1))
+    padded = b.affine(b.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0)]), shift=np.array([1.0, 0, 0, 0]).reshape(1, 4, 1, 1))
+    assert padded.shape == (4, 4, 1)
+    assert b.layers[padded.layer].shift.tolist() == [1, 0, 0, 0]
+
+
 def test_constants_that_differ_within_a_channel():
     b, x = Builder(), Tensor.whole("input", (3, 4, 1))
     b.node.layer_name = "layer"
     flat = b.affine(b.flatten(x), np.arange(12.0)[None])  # a Flatten's features are channels
     assert b.layers[flat.layer].scale.tolist() == list(range(12))
-    with pytest.raises(ConversionError, match=r"constant of shape \(1, 3, 4, 1\) for 3 channels"):
-        b.affine(x, np.arange(12.0).reshape(1, 3, 4, 1))
+    image = b.affine(x, np.arange(12.0).reshape(1, 3, 4, 1))
+    assert (image.dims, b.layers[image.layer].scale.tolist()) == ((3, 4, 1), list(range(12)))
+    with pytest.raises(ConversionError, match=r"constant of shape \(1, 4, 1, 1\) for a tensor \(N, 3, 4, 1\)"):
+        b.affine(x, np.ones((1, 4, 1, 1)))

@@ -27,15 +27,16 @@ from fastdtd.importers.sources import (
     pytorch_reader,
     read,
 )
-from fastdtd.importers.verify import runtime_of, verify
+from fastdtd.importers.verify import verified
 from fastdtd.model import Model, Preprocessing
 
-__all__ = ["TorchSource", "convert", "from_torch", "opened", "runtime_of", "verify"]
+__all__ = ["TorchSource", "convert", "from_torch", "opened"]
 
 
 def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, color: str | None = None,
             size: int | tuple[int, int] | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
-            scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None) -> Model:
+            scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None,
+            verify: bool | None = None) -> Model:
     """A network from an ONNX, Keras or Caffe file, or from a PyTorch module's name, and what these do not say.
 
     That is how an image becomes the network's input, and what its outputs mean.
@@ -60,6 +61,11 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
         Bounds of the input's values, after preprocessing. low and high may also be sequences, a value for each channel.
     labels : path or sequence of str, optional
         Names of the outputs: a text file with a line for each, or the names themselves.
+    verify : bool, optional
+        Whether the scores are compared with the source's own, on two random inputs inside the box: the PyTorch
+        module's, Keras's, onnxruntime's, or, where that is not installed and the network is small, those of ONNX's
+        reference. By default they are where they can be; what keeps them from it is said in a line of the log
+        "fastdtd". True: then it is an error. False: nothing is compared. What verified it is in the model's provenance.
 
     Returns
     -------
@@ -69,7 +75,8 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     ------
     ConversionError
         A file that is missing, damaged or of another kind, an operator that is not supported, an option that does not
-        fit the network, or a package that is not installed.
+        fit the network, a package that is not installed, or scores that differ from the source's by more than a
+        thousandth of the largest (somewhat more where the source computes in half precision).
 
     Examples
     --------
@@ -93,12 +100,12 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
         return network, {"source": ", ".join(file.name for file in files),
                          "sha256": ", ".join(hashlib.sha256(content).hexdigest() for content in contents)}
 
-    return _model(str(source), parsed, box, color, labels, resize=resize, mean=mean, std=std, scale=scale)
+    return _model(str(source), parsed, verify, box, color, labels, resize=resize, mean=mean, std=std, scale=scale)
 
 
 def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0,
-               std: Any = 1, scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None
-               ) -> Model:
+               std: Any = 1, scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None,
+               verify: bool | None = None) -> Model:
     """A network from a PyTorch module, through torch.export. PyTorch is needed for this alone.
 
     Parameters
@@ -107,7 +114,7 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
         It is exported in evaluation mode, and left as it is.
     example : torch.Tensor
         (N, C, H, W) or (N, F): an input that the module takes. Its values do not matter.
-    color, resize, mean, std, scale, box, labels
+    color, resize, mean, std, scale, box, labels, verify
         As for `convert`.
 
     Returns
@@ -118,7 +125,7 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
     ------
     ConversionError
         No PyTorch, a module that torch.export cannot export, an operator that is not supported, an option that does not
-        fit the network.
+        fit the network, or scores that differ from the module's.
 
     Examples
     --------
@@ -127,21 +134,22 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
     ...                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # doctest: +SKIP
     """
     pytorch, name = pytorch_reader(), type(module).__name__
-    return _model(name, lambda: (pytorch.parse(module, example), {"source": name}), box, color, labels, resize=resize,
-                  mean=mean, std=std, scale=scale)
+    return _model(name, lambda: (pytorch.parse(module, example), {"source": name}), verify, box, color, labels,
+                  resize=resize, mean=mean, std=std, scale=scale)
 
 
-def _model(name: str, parsed: Callable[[], tuple[Parsed, dict[str, str]]], box: Any, color: str | None,
-           labels: FilePath | Sequence[str] | None, **preprocessing: Any) -> Model:
+def _model(name: str, parsed: Callable[[], tuple[Parsed, dict[str, str]]], verify: bool | None, box: Any,
+           color: str | None, labels: FilePath | Sequence[str] | None, **preprocessing: Any) -> Model:
     """A Model of what `parsed` gives, a network and its provenance; `name` begins the errors."""
     try:
         with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
-            (layers, shape, file_format), provenance = parsed()
-            graph = Graph(tuple(layers), shape, _low_and_high(box, shape[0]))
-            if color is None and shape[1:] != (1, 1):
-                color = {1: "gray", 3: "rgb"}.get(shape[0])
-            return Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
-                         provenance | {"format": file_format})
+            network, provenance = parsed()
+            graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
+            if color is None and network.shape[1:] != (1, 1):
+                color = {1: "gray", 3: "rgb"}.get(network.shape[0])
+            model = Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
+                          provenance | {"format": network.format})
+        return model if verify is False else verified(model, name, network.runtime, is_required=verify is True)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{name}: {error}") from error
 

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,21 @@ from fastdtd.importers.moves import Array, Moves
 from fastdtd.importers.tensors import Tensor, layer_shape
 from fastdtd.importers.transposed import transposed_convolution
 
+if TYPE_CHECKING:
+    from fastdtd.importers.verify import Runtime
+
 NO_PADDING = (0, 0, 0, 0)
 
 Padding = tuple[int, int, int, int]  # top, left, bottom, right
-Parsed = tuple[list[Layer], Shape, str]  # what a source is read as: layers, input shape, format
+
+
+class Parsed(NamedTuple):
+    """What a source is read as. runtime: what runs the source itself, where that is known."""
+
+    layers: list[Layer]
+    shape: Shape
+    format: str
+    runtime: Runtime | None = None
 
 
 class Builder(Moves):
@@ -38,9 +49,8 @@ class Builder(Moves):
 
     def affine(self, x: Tensor, scale: Any = 1.0, shift: Any = 0.0, part: str = "") -> Tensor:
         """scale * x + shift, constants that broadcast with x, batch included."""
+        x = self.materialize(x) if x.has_zeros and np.any(shift) else x
         x, (scales, shifts) = self._by_channel(x, (scale, 1.0), (shift, 0.0))
-        if shifts.any() and x.has_zeros:
-            return self.affine(self.materialize(x), scale, shift, part)
         return self.pointwise(graph.BatchNorm, x, part, scale=scales, shift=shifts)
 
     def scale_channels(self, x: Tensor, scale: Any, shift: Any) -> Tensor:
@@ -55,7 +65,8 @@ class Builder(Moves):
         return self.scale_channels(x, scale, (0.0 if beta is None else beta) - mean.astype(np.float64) * scale)
 
     def _by_channel(self, x: Tensor, *constants: tuple[Any, float]) -> tuple[Tensor, list[Array]]:
-        """Constants as one value for each channel of the layer that x views; x is materialized where that helps.
+        """Constants as one value for each channel of the layer that x views; x is materialized where that helps, and
+        where nothing else does, each element becomes a channel.
 
         constants: (constant, what channels get that x has nothing of)
         """
@@ -64,20 +75,22 @@ class Builder(Moves):
             return x, [values for values in found if values is not None]
         whole = self.materialize(x)
         if whole.layer == x.layer:
-            shape = next(np.shape(value) for (value, _), values in zip(constants, found, strict=True) if values is None)
-            self.refuse(f"has a constant of shape {shape} for {x.shape[0]} channels; "
-                        "required: one value, or one for each channel")
+            for value, _ in constants:
+                if not _broadcasts(np.shape(value), (1, *x.dims)) or not np.isfinite(value).all():
+                    self.refuse(f"has a constant of shape {np.shape(value)} for a tensor {x}; required: finite "
+                                "numbers, in a shape that broadcasts with it")
+            flat = self.materialize(self.with_dims(x, (x.elements,), "/flatten"))
+            whole = self.with_dims(flat, x.dims, "/image")
         return self._by_channel(whole, *constants)
 
     def _one_by_channel(self, x: Tensor, value: Array, rest: float) -> Array | None:
         """None where it differs within a channel, or does not broadcast."""
         channels, pixels = x.shape[0], x.shape[1] * x.shape[2]
+        if not _broadcasts(value.shape, (1, *x.dims)):
+            return None
         if value.size == 1:
             return np.full(channels, value.reshape(()))
-        value = value[(None,) * (x.rank - value.ndim)] if value.ndim < x.rank else value
-        if value.ndim > x.rank or value.shape[0] != 1 or any(
-                n not in (1, own) for n, own in zip(value.shape[1:], x.dims, strict=True)):
-            return None
+        value = value[(None,) * (x.rank - value.ndim)]
         if x.index is None and x.offset == 0 and channels in value.shape and value.size == channels:
             axis = value.shape.index(channels) - 1
             if x.axes[axis] == ((channels, pixels),) and not any(x.pads[axis]):
@@ -275,10 +288,18 @@ class Builder(Moves):
             self.refuse(f"clips to [{low:g}, {high:g}]; required: a lower bound of 0 or less, and an upper one above 0")
         return self.pointwise(graph.Clip, x, part, low=low, high=high)
 
-    def softmax(self, x: Tensor, axis: int, part: str = "") -> Tensor:
+    def softmax(self, x: Tensor, axis: int, part: str = "", is_log: bool = False) -> Tensor:
         if self.axis(axis, x.rank) != 1:
             self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")
-        return self.add(graph.Softmax, [self.materialize(x)], part)
+        return self.ends_in("log_softmax" if is_log else "softmax", self.materialize(x), part)
+
+    def sigmoid(self, x: Tensor, part: str = "") -> Tensor:
+        """At the end: a binary classifier's score is its logit."""
+        return self.ends_in("sigmoid", x, part)
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _sum(a: Padding, b: Padding) -> Padding:

@@ -135,10 +135,10 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
         with builder.at(node):
             made = operator(builder, node)
             if all(last_reader.get(top, node).index <= node.index for top in node.tops):
-                made = builder.materialize(made)  # an output
+                made = builder.scores(made)  # an output
         for top in node.tops if node.kind == "split" else node.tops[:1]:
             blobs[top] = made
-    return list(builder.layers.values()), x.shape, "caffe"
+    return Parsed(builder.finished(builder.layers.values()), x.shape, "caffe")
 
 
 def _value(message: Any, field: str) -> str:
@@ -347,6 +347,6 @@ OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
     "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Deconvolution": _convolution,
     "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten, "InnerProduct": _inner_product, "LRN": _lrn,
     "Pooling": _pooling, "ReLU": lambda b, node: b.leaky_relu(node.tensor(), node.proto.relu_param.negative_slope),
-    "Scale": _scale, "Softmax": _softmax, "Split": _same,
+    "Scale": _scale, "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Softmax": _softmax, "Split": _same,
 }
 _SKIPPED = {"input", "accuracy", "silence", "softmaxwithloss", "softmaxloss"}  # they make no output of the network

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -55,6 +55,8 @@ class Moves:
         self.layers: dict[str, Layer] = {}
         self.node = Node()
         self.squared: dict[Any, Tensor] = {}  # what patterns.Squares are where elements are needed
+        self.ending = ""  # what the source makes of its scores at last, which are kept as they are before it
+        self._endings: dict[str, str] = {}
         self._materialized: dict[Any, tuple[Tensor, Tensor]] = {}
         self._nonnegative: set[str] = set()
         self._weights = self._moved = 0
@@ -73,13 +75,36 @@ class Moves:
 
     def leading_to(self, output: Tensor) -> list[Layer]:
         """The layers that `output` needs, the one that materializes it included."""
-        needed, waiting = set(), [self.materialize(output).layer]
+        needed, waiting = set(), [self.scores(output).layer]
         while waiting:
             name = waiting.pop()
             if name != INPUT and name not in needed:
                 needed.add(name)
                 waiting.extend(self.layers[name].inputs)
-        return [layer for name, layer in self.layers.items() if name in needed]
+        return self.finished(layer for name, layer in self.layers.items() if name in needed)
+
+    def ends_in(self, kind: str, x: Tensor, part: str = "") -> Tensor:
+        """softmax, log_softmax or sigmoid of `x`, by a layer that must be the last, and is left out there."""
+        made = self.pointwise(graph.Softmax, x, part)
+        self._endings[made.layer] = kind
+        return made
+
+    def scores(self, output: Tensor) -> Tensor:
+        """`output` in order, as it is before the probabilities that are made of it."""
+        kind = self._endings.get(output.layer, "")
+        if kind:
+            output = replace(output, layer=self.layers.pop(output.layer).inputs[0])
+            self.ending = kind
+        return self.materialize(output)
+
+    def finished(self, layers: Iterable[Layer]) -> list[Layer]:
+        """All layers of a network, of which none may make probabilities but the last."""
+        found = list(layers)
+        for layer in found:
+            if kind := self._endings.get(layer.name):
+                raise ConversionError(f"{kind} {layer.name!r} is not the last layer; required: a {kind} only at the "
+                                      "end, where it is left out, and the score before it explained")
+        return found
 
     # Layers, and elements in order
 

@@ -33,10 +33,10 @@ class Squares:
     bias: float | None = None
     beta: float | None = None
 
-    @property
-    def is_mean(self) -> bool:
-        """Whether it is averaged, and nothing added yet."""
-        return self.size > 0 and self.bias is None
+    def takes(self, constant: Any) -> bool:
+        """Whether it is averaged, and neither added to nor raised yet, and the constant is one number."""
+        is_number = np.size(constant) == 1 and np.ndim(constant) <= self.view.rank
+        return is_number and self.size > 0 and self.bias is None and self.beta is None
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares:
         other = as_tensor(b, y)
         other = other if factor == 1 else b.affine(other, scale=float(factor), part="/scaled")
         return b.sum([as_tensor(b, x), other])
-    if isinstance(x, Squares) and x.is_mean and np.size(y) == 1:
+    if isinstance(x, Squares) and x.takes(y):
         return replace(x, bias=float(y.item()) * factor)
     return b.affine(as_tensor(b, x), shift=factor * np.asarray(y, np.float64))
 
@@ -142,9 +142,9 @@ def times(b: Builder, x: Any, y: Any) -> Tensor | Squares:
     """x * y: of a tensor and a constant, a square, or what a pool by the p-norm is written with."""
     for one, other in ((x, y), (y, x)):
         if isinstance(other, COMPUTED):
-            if isinstance(one, Sign) and isinstance(other, Tensor) and _is_magnitude(b, other.layer, one.of.layer):
+            if isinstance(one, Sign) and isinstance(other, Tensor) and _is_magnitude(b, other, one.of):
                 return one.of
-        elif isinstance(one, Squares) and one.is_mean and np.size(other) == 1:
+        elif isinstance(one, Squares) and one.takes(other):
             return replace(one, alpha=one.alpha * float(other.item()))
         else:
             return b.affine(as_tensor(b, one), scale=other)
@@ -153,12 +153,13 @@ def times(b: Builder, x: Any, y: Any) -> Tensor | Squares:
     return b.refuse("multiplies two tensors that are computed; required: one, and a constant")
 
 
-def _is_magnitude(b: Builder, layer: str, of: str) -> bool:
-    while isinstance(made := b.layers.get(layer), (ReLU, Power)):
-        if isinstance(made, Power) and made.exponent == 1 and made.inputs[0] == of:
-            return True
-        layer = made.inputs[0]
-    return False
+def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
+    """Whether `x` is |of|, element by element. A ReLU after it, as PyTorch writes one, changes nothing."""
+    layer = b.layers.get(x.layer)
+    while isinstance(layer, ReLU):
+        layer = b.layers.get(layer.inputs[0])
+    is_one = isinstance(layer, Power) and layer.exponent == 1 and layer.inputs[0] == of.layer
+    return is_one and x.has_view_of(of)
 
 
 def divided(b: Builder, x: Any, y: Any) -> Tensor:
@@ -176,9 +177,9 @@ def divided(b: Builder, x: Any, y: Any) -> Tensor:
 def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor:
     """The larger or smaller of a tensor and a constant."""
     x, bound = (x, y) if isinstance(x, COMPUTED) else (y, x)
-    if isinstance(bound, COMPUTED) or np.size(bound) != 1:
+    if isinstance(bound, COMPUTED) or len(np.unique(bound)) != 1:
         b.refuse("compares tensors that are computed, or with several numbers; required: one, and one number")
-    value = float(np.asarray(bound).item())
+    value = float(np.asarray(bound).flat[0])
     return b.clip(as_tensor(b, x), *((value, math.inf) if is_max else (-math.inf, value)))
 
 
@@ -198,7 +199,8 @@ def mean_over_channels(b: Builder, x: Any, kernel: tuple[int, ...], stride: tupl
 
     is_plain: whether it is an average, without zeros of its own
     """
-    if not isinstance(x, Squares) or x.size or kernel[1:] != (1, 1) or stride != (1, 1, 1) or not is_plain:
+    is_plain = is_plain and kernel[1:] == (1, 1) and stride == (1, 1, 1)
+    if not isinstance(x, Squares) or x.size or x.of.rank != 4 or not is_plain:
         b.refuse(f"is no part of a local response normalisation; {_REQUIRED}")
     if kernel[0] % 2 == 0:
         b.refuse(f"belongs to a local response normalisation over {kernel[0]} channels; required: an odd number")

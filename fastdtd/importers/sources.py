@@ -89,7 +89,8 @@ def parse_module(source: TorchSource, size: tuple[int, int] | None, color: str |
     if size is None:
         raise ConversionError("a PyTorch module does not say the size of its input; give size=(height, width)")
     channels = {"gray": 1, "rgb": 3, "bgr": 3}.get(color or "") or pytorch.input_channels(source.module)
-    network = pytorch.parse(source.module, torch.zeros(1, channels, *size))
+    kind = next((weight.dtype for weight in source.module.parameters()), torch.float32)
+    network = pytorch.parse(source.module, torch.zeros(1, channels, *size, dtype=kind))
     if source.weights is None:
         return network, {"source": source.name}
     return network, {"source": f"{source.name}, {source.weights.name}", "sha256": source.digest}

@@ -1,115 +1,233 @@
-"""How far a converted network's scores are from those of its source, run by the source's own runtime."""
+"""A converted network's scores compared with those that its source's own framework gives for random inputs.
+
+A reader says by a `Runtime` how its source is run, and which tensor of the source each of its nodes became. Where
+scores differ, that tells by bisection which node is the first whose values do.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 
-from fastdtd.errors import ConversionError, ModelError
-from fastdtd.importers.sources import KERAS_SUFFIXES, FilePath, TorchSource, parse_files
-from fastdtd.model import Model
+from fastdtd.errors import ConversionError, FastDTDError
+from fastdtd.graph import INPUT, Conv2d, Dense, Graph, Pool2d
+from fastdtd.importers.builder import Builder
+from fastdtd.importers.moves import Array
+from fastdtd.importers.tensors import Tensor
+from fastdtd.model import Model, Preprocessing
+
+TOLERANCE = 1e-3  # of the largest score
+MEMORY = "4GiB"  # for the converted network's activations
+_LEAST_PROBABILITY = 1e-30  # whose logarithm float32 still knows
+_LOG = logging.getLogger("fastdtd")
 
 
-def verify(model: Model, source: FilePath | TorchSource) -> float:
-    """How far a converted network's scores are from those of its source.
+class NotComparedError(Exception):
+    """Why there is nothing to compare with; the text is for the user."""
 
-    What runs the source is onnxruntime or Keras on the file, or PyTorch on the module.
 
-    Parameters
-    ----------
-    model : Model
-    source : path or TorchSource
-        The .onnx, .keras, .h5 or .hdf5 file, or the module as `opened` gives it.
+@dataclass
+class Runtime:
+    """A source as its own framework runs it; each source has its kind.
 
-    Returns
-    -------
-    float
-        The largest difference on four random inputs, relative to the largest score.
+    builder : what made the network's layers
+    input : the source's input, as a view of the network's
+    batch : images that the source takes at a time
+    dtype : of its input
+    tolerance : relative to the largest score; more than `TOLERANCE` where the source computes in half precision
+    steps : in the source's order, for each node what it is called in messages, its key for `run`, and its value
+    """
+
+    builder: Builder
+    input: Tensor
+    batch: int = 1
+    dtype: Any = np.float32
+    tolerance: float = TOLERANCE
+    steps: list[tuple[str, Any, Tensor]] = field(default_factory=list)
+
+    max_operations = 5e10  # in multiply-adds of one image: some seconds
+    pool_operations = 1  # what an output of a pool takes for each element of its window
+
+    def start(self) -> str:
+        """Load the framework; its name and version. NotComparedError where it is not installed."""
+        raise NotImplementedError
+
+    def run(self, images: Array, key: Any = None) -> Array:
+        """What the source gives for `batch` images, or what its node `key` gives."""
+        raise NotImplementedError
+
+    def scores(self, batch: Array, key: Any = None) -> Array:
+        """For each of a batch (N, C, H, W) of the network's own inputs, as (N, elements)."""
+        index = self.input.indices()
+        images = batch.reshape(len(batch), -1)[:, index.ravel()].reshape(-1, *index.shape).astype(self.dtype)
+        made = [self.run(np.repeat(image[None], self.batch, 0), key) for image in images]
+        return np.stack([np.asarray(each, np.float64).reshape(self.batch, -1)[0] for each in made])
+
+
+def verified(model: Model, name: str, runtime: Runtime | None, is_required: bool) -> Model:
+    """`model` with what verified it in its provenance; as it is where nothing could be compared.
+
+    is_required : whether that is an error, and not a line in the log
 
     Raises
     ------
     ConversionError
-        No onnxruntime or Keras, a source of another kind, or one that does not run.
+        Scores that differ, or, if it is required, what keeps them from being compared.
     """
-    runtime = runtime_of(source)
-    runtimes: dict[str, Callable[[Any, Any, Model], Any]] = {
-        "onnxruntime": _onnxruntime_scores, "Keras": _keras_scores, "PyTorch": _torch_scores}
+    try:
+        if runtime is None:
+            raise NotComparedError("there is no runtime here for files of this kind")
+        framework = _compared(model, runtime)
+    except NotComparedError as reason:
+        if is_required:
+            raise ConversionError(f"its scores cannot be compared with its source's: {reason}") from None
+        _LOG.warning("%s: converted, but its scores were compared with nothing: %s", name, reason)
+        return model
+    return dataclasses.replace(model, provenance={**model.provenance, "verified": framework})
+
+
+def _compared(model: Model, runtime: Runtime) -> str:
+    """The framework that gives the same scores."""
+    graph = model.graph
+    count = _operations(graph, runtime.pool_operations)
+    framework = runtime.start()
+    if count > runtime.max_operations:
+        raise NotComparedError(f"an image takes {count:.1e} multiply-adds, and {framework} is given at most "
+                               f"{runtime.max_operations:.0e}")
+    batch = _random_inputs(graph, runtime.dtype)
+    try:
+        with np.errstate(all="ignore"):
+            theirs = runtime.scores(batch)
+    except Exception as error:  # frameworks have many kinds of errors, and none in common
+        raise NotComparedError(f"{framework} cannot run it: {_first_line(error)}") from error
+    if theirs.shape[1] != graph.shapes[graph.output][0]:
+        raise ConversionError(f"{framework} gives {theirs.shape[1]} scores, and the converted network "
+                              f"{graph.shapes[graph.output][0]}; {_ADVICE}")
+    with np.errstate(all="ignore"):
+        ours, theirs = _alike(_own_scores(graph, batch), theirs, runtime.builder.ending)
+    if not np.isfinite(theirs).all():
+        raise NotComparedError(f"{framework} gives scores for random inputs that are not finite")
+    least = 1.0 if runtime.builder.ending else 0.0  # probabilities are compared by their logarithms
+    if _difference(ours, theirs, least) > runtime.tolerance:
+        _refuse(model, runtime, framework, batch, ours, theirs)
+    return framework
+
+
+def _refuse(model: Model, runtime: Runtime, framework: str, batch: Array, ours: Array, theirs: Array) -> NoReturn:
+    with np.errstate(invalid="ignore"):
+        off = np.abs(ours - theirs)
+    image, output = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape)
+    label = model.class_name(int(output))
+    called = f"{output} ({label!r})" if model.classes else label
+    of = {"": "", "sigmoid": ", the logarithm of its sigmoid,"}.get(runtime.builder.ending,
+                                                                    ", the logarithm of its softmax,")
+    first = _first_that_differs(runtime, model.graph, batch)
+    raise ConversionError(
+        f"for a random input, output {called}{of} is {ours[image, output]:.6g}, and {framework} gives "
+        f"{theirs[image, output]:.6g}; required: a difference of at most {runtime.tolerance:.1g} of the largest, "
+        f"{np.abs(theirs).max():.6g}. {first}{_ADVICE[0].upper()}{_ADVICE[1:]}")
+
+
+_ADVICE = "please report this network; verify=False (--no-verify) converts it all the same"
+
+
+def _difference(ours: Array, theirs: Array, least: float) -> float:
+    """The largest, relative to the largest value, or to `least`; infinite where ours are not finite."""
+    if not np.isfinite(ours).all():
+        return math.inf
+    largest = max(float(np.abs(ours).max()), float(np.abs(theirs).max()), least)
+    return float(np.abs(ours - theirs).max()) / largest if largest else 0.0
+
+
+def _alike(ours: Array, theirs: Array, ending: str) -> tuple[Array, Array]:
+    """Scores as they are; or, of a source that ends in probabilities, whose scores the conversion keeps, both as their
+    logarithms."""
+    if not ending:
+        return ours, theirs
+    if ending == "sigmoid":
+        ours = -np.logaddexp(0, -ours)
+    else:
+        ours = ours - ours.max(1, keepdims=True)
+        ours = ours - np.log(np.exp(ours).sum(1, keepdims=True))
+    if ending != "log_softmax":
+        theirs = np.log(theirs)
+    least = np.log(_LEAST_PROBABILITY)
+    return np.maximum(ours, least), np.maximum(theirs, least)
+
+
+def _random_inputs(graph: Graph, dtype: Any) -> Array:
+    """Two, inside the value box, and whole where the source's are."""
+    is_whole = np.dtype(dtype).kind in "iub"
+    low, high = (0.0, 255.0) if is_whole else (-1.0, 1.0)
+    bounds = (low, high) if graph.box is None else tuple(bound[:, None, None] for bound in graph.box)
+    random = np.random.default_rng(0).random((2, *graph.input_shape))
+    batch = np.asarray(bounds[0] + (bounds[1] - bounds[0]) * random, np.float32)
+    return np.trunc(batch) if is_whole else batch
+
+
+def _own_scores(graph: Graph, batch: Array) -> Array:
     from fastdtd.explainer import Explainer
 
-    graph = model.graph
-    low, high = (-1.0, 1.0) if graph.box is None else (bound[:, None, None] for bound in graph.box)
-    batch = np.asarray(low + (high - low) * np.random.default_rng(0).random((4, *graph.input_shape)), np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores that are not positive
-        scores = Explainer(model)(batch).output
+        try:  # what is not finite is an error
+            explainer = Explainer(Model(graph, Preprocessing(None)), memory=MEMORY)
+            return np.asarray(explainer(batch, 0).output, np.float64)
+        except FastDTDError as error:
+            raise NotComparedError(str(error)) from error
+
+
+def _operations(graph: Graph, pool_operations: int) -> int:
+    """Multiply-adds of one image, forward, and what pools take."""
+    total = 0
+    for layer in graph:
+        outputs = math.prod(graph.shapes[layer.name])
+        if isinstance(layer, (Conv2d, Dense)):
+            total += outputs * math.prod(layer.weight.shape[1:])
+        elif isinstance(layer, Pool2d):
+            total += outputs * math.prod(layer.kernel) * pool_operations
+        else:
+            total += outputs
+    return total
+
+
+def _first_that_differs(runtime: Runtime, graph: Graph, batch: Array) -> str:
+    """A sentence that names the first node of the source whose values differ, by bisection; nothing where it is not
+    found."""
+    made = {INPUT, *runtime.builder.layers}  # without what was left out at the end
+    steps = [step for step in runtime.steps if step[2].layer in made]
+    first, last = 0, len(steps) - 1
     try:
-        theirs = runtimes[runtime](source, batch, model)
-    except ModuleNotFoundError as error:
-        packages = "onnxruntime" if runtime == "onnxruntime" else "keras tensorflow"
-        raise ConversionError(f"{error}; `pip install {packages}` installs what verifying takes") from None
-    except (ConversionError, ModelError):
-        raise
-    except Exception as error:  # all have many kinds, and none in common
-        message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        advice = "; required: the version that wrote the file, for Keras 3 reads few files of Keras 2"
-        advice = advice if runtime == "Keras" else ""
-        raise ConversionError(f"{source}: {runtime} cannot run it: {message}{advice}") from error
-    if theirs.shape != scores.shape:
-        raise ConversionError(f"{source}: {runtime} gives {theirs.shape[1]} outputs, the converted network "
-                              f"{scores.shape[1]}")
-    exponents = np.exp(scores - scores.max(1, keepdims=True))
-    probabilities = exponents / exponents.sum(1, keepdims=True)
-    if np.allclose(theirs.sum(1), 1, atol=1e-3) and (theirs >= 0).all():  # after a softmax, which conversion drops
-        scores = probabilities
-    elif np.allclose(np.exp(theirs).sum(1), 1, atol=1e-3):
-        scores = np.log(probabilities)
-    return float(np.abs(scores - theirs).max() / np.abs(theirs).max())
+        if not steps or not _differs(runtime, graph, batch, steps[last]):
+            return ""
+        while first < last:
+            middle = (first + last) // 2
+            if _differs(runtime, graph, batch, steps[middle]):
+                last = middle
+            else:
+                first = middle + 1
+    except Exception:  # of the framework, or of a network that is cut off: the scores differ all the same
+        return ""
+    return f"What differs first is {steps[first][0]}. "
 
 
-def runtime_of(source: FilePath | TorchSource) -> str:
-    """What runs a source to verify it: "onnxruntime", "Keras" or "PyTorch"; ConversionError where there is nothing."""
-    if isinstance(source, TorchSource):
-        return "PyTorch"
-    kind = Path(source).suffix.lower()
-    if kind == ".onnx":
-        return "onnxruntime"
-    if kind in KERAS_SUFFIXES:
-        return "Keras"
-    raise ConversionError(f"{source}: only .onnx files can be verified, by onnxruntime, .keras, .h5 and .hdf5 files, "
-                          "by Keras, and PyTorch modules; there is no runtime here for others")
+def _differs(runtime: Runtime, graph: Graph, batch: Array, step: tuple[str, Any, Tensor]) -> bool:
+    _, key, value = step
+    flat = runtime.builder.with_dims(value, (value.elements,))
+    layers = runtime.builder.leading_to(flat)
+    theirs = runtime.scores(batch, key)
+    if not layers:  # the input itself, moved
+        ours = batch.reshape(len(batch), -1).astype(np.float64)
+    else:
+        ours = _own_scores(Graph(tuple(layers), graph.input_shape, graph.box), batch)
+    return ours.shape != theirs.shape or _difference(ours, theirs, 0.0) > runtime.tolerance
 
 
-def _onnxruntime_scores(source: FilePath, batch: Any, model: Model) -> Any:
-    import onnxruntime
-
-    from fastdtd.importers.onnx import CHANNELS_LAST
-
-    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-    name, output = session.get_inputs()[0], session.get_outputs()[0].name
-    images = {2: batch[:, :, 0, 0], 3: batch[:, :, 0]}.get(len(name.shape), batch)
-    if model.provenance.get("format", "").endswith(CHANNELS_LAST):
-        images = np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-    size = name.shape[0] if isinstance(name.shape[0], int) and name.shape[0] > 0 else 1
-    repeated = [np.repeat(image[None], size, 0) for image in images]
-    return np.concatenate([session.run([output], {name.name: same})[0].reshape(size, -1)[:1] for same in repeated])
-
-
-def _keras_scores(source: FilePath, batch: Any, _: Model) -> Any:
-    import keras
-
-    # Keras runs the code in a file, and this refuses it.
-    parse_files([Path(source)], batch.shape[2:] if batch.shape[2] > 1 else None)
-    network = keras.models.load_model(str(source), compile=False)
-    images = {2: batch[:, :, 0, 0], 3: batch[:, :, 0].transpose(0, 2, 1), 4: batch.transpose(0, 2, 3, 1)}
-    scores = network.predict(images[len(network.inputs[0].shape)], verbose=0)
-    return np.reshape(scores[0] if isinstance(scores, list) else scores, (len(batch), -1))
-
-
-def _torch_scores(source: TorchSource, batch: Any, _: Model) -> Any:
-    from fastdtd.importers import pytorch
-
-    return pytorch.scores(source.module, batch)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -6,6 +6,7 @@ import io
 import warnings
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch_nets  # noqa: F401  # makes torchvision importable
@@ -15,7 +16,6 @@ from torchvision import models
 
 import fastdtd
 from fastdtd import graph as g
-from fastdtd.importers import verify
 
 OLDER = [("older", opset, batch) for opset, batch in ((9, "open"), (11, "open"), (13, 2), (17, "open"), (18, 2),
                                                       (20, "open"))]
@@ -37,6 +37,19 @@ def export(module, example, path, exporter, opset, batch):
         warnings.simplefilter("ignore")  # of what is deprecated in PyTorch
         torch.onnx.export(module.eval(), (example[:1].repeat(2, *[1] * (example.ndim - 1)),), path, **options)
     return path
+
+
+def difference(model, path):
+    """The largest of the scores' from onnxruntime's, which is given the file itself, relative to the largest score."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x = session.get_inputs()[0]
+    size = x.shape[0] if isinstance(x.shape[0], int) else 1
+    batch = np.random.default_rng(1).uniform(-1, 1, (1, *model.graph.input_shape)).astype(np.float32)
+    theirs = session.run(None, {x.name: np.repeat(batch, size, 0)})[0].reshape(size, -1)[:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = fastdtd.Explainer(model)(batch).output
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 class AlexNet(nn.Module):
@@ -119,8 +132,8 @@ def test_part(tmp_path, exporter, opset, batch, part):
     example = torch.rand(1, 3, 12, 12)
     module(example)
     path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
-    model = fastdtd.convert(path)
-    assert verify(model, path) <= 1e-5
+    model = fastdtd.convert(path, verify=False)
+    assert difference(model, path) <= 1e-5
     assert {kind: sum(isinstance(layer, kind) for layer in model.graph) for kind in layers} == layers
 
 
@@ -133,7 +146,7 @@ def test_weights_beside_the_file(tmp_path):
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.rand(1, 3, 12, 12),), tmp_path / "net.onnx", dynamo=True, verbose=False)
     assert (tmp_path / "net.onnx.data").exists()
-    assert verify(fastdtd.convert(tmp_path / "net.onnx"), tmp_path / "net.onnx") <= 1e-5
+    assert difference(fastdtd.convert(tmp_path / "net.onnx", verify=False), tmp_path / "net.onnx") <= 1e-5
 
 
 NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
@@ -165,11 +178,11 @@ def test_network(tmp_path, name, exporter, opset):
     if name == "alexnet with LRN" and exporter == "older":
         opset, batch = 9, 2
     path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
-    model = fastdtd.convert(path)
-    difference = verify(model, path)
+    model = fastdtd.convert(path, verify=False)
+    off = difference(model, path)
     path.unlink()
-    print(f"{name}, {exporter} exporter: scores within {difference:.1e}")
-    assert difference <= 1e-4
+    print(f"{name}, {exporter} exporter: scores within {off:.1e}")
+    assert off <= 1e-4
     assert sum(isinstance(layer, g.LocalResponseNorm) for layer in model.graph) == (2 if "LRN" in name else 0)
 
 

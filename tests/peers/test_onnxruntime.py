@@ -7,7 +7,7 @@ import pytest
 
 import fastdtd
 from fastdtd import cli
-from fastdtd.importers import verify
+from fastdtd.importers import builder
 
 
 def check(path, batch, model):
@@ -42,7 +42,7 @@ def test_verified_on_the_command_line(data, tmp_path, capsys):
     source, model = str(data / "models/squeezenet_v1.1/squeezenet_v1.1.onnx"), str(tmp_path / "net.h5")
     assert cli.main(["convert", source, model, "--verify", "--color", "bgr", "--box=-123:151,-123:151,-123:151"]) == 0
     first, _ = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{source}: scores within ")
+    assert first == f"{source}: the scores are those of onnxruntime {onnxruntime.__version__}"
     assert fastdtd.load(model).graph.input_shape == (3, 227, 227)
 
 
@@ -60,26 +60,44 @@ def network(path, *ends, weight=2.0):
     return path
 
 
-@pytest.mark.parametrize("ends", [(), ("Softmax",), ("LogSoftmax",), ("Relu",)])
+@pytest.mark.parametrize("ends", [(), ("Softmax",), ("LogSoftmax",), ("Sigmoid",), ("Relu",)])
 def test_ends(tmp_path, ends):
-    source = network(tmp_path / "net.onnx", *ends)
-    assert verify(fastdtd.convert(source), source) < 1e-6
+    model = fastdtd.convert(network(tmp_path / "net.onnx", *ends), verify=True)
+    assert model.provenance["verified"] == f"onnxruntime {onnxruntime.__version__}"
+    assert len(model.graph.layers) == 1 + (ends == ("Relu",))
 
 
-def test_another_network_is_found_out(tmp_path, capsys, monkeypatch):
-    one, other = network(tmp_path / "net.onnx"), network(tmp_path / "other.onnx", weight=2.1)
-    model = fastdtd.convert(one)
-    assert verify(model, other) == pytest.approx(0.1 / 2.1, rel=1e-3)
-    monkeypatch.setattr("fastdtd.importers.convert", lambda *_, **__: model)
-    assert cli.main(["convert", str(other), str(tmp_path / "net.h5"), "--verify"]) == 1
-    assert "scores differ from onnxruntime's by 4.8% of the largest; nothing was written" in capsys.readouterr().err
+@pytest.mark.parametrize("end", ["Identity", "Softmax", "LogSoftmax", "Sigmoid"])
+def test_another_network_is_found_out(tmp_path, capsys, monkeypatch, end):
+    """A dense layer that is read with other weights."""
+    original = builder.Builder.dense
+    monkeypatch.setattr(builder.Builder, "dense", lambda self, x, weight, bias: original(self, x, weight * 1.05, bias))
+    source = network(tmp_path / "net.onnx", end)
+    assert cli.main(["convert", str(source), str(tmp_path / "net.h5")]) == 1
+    message = capsys.readouterr().err
+    assert f"and onnxruntime {onnxruntime.__version__} gives " in message
+    assert "What differs first is Gemm 'y' (node 1 of 2, reads 'x', 'w')" in message
     assert not (tmp_path / "net.h5").exists()
 
 
-def test_what_cannot_be_verified(tmp_path):
-    model = fastdtd.convert(network(tmp_path / "net.onnx"))
-    with pytest.raises(fastdtd.ConversionError, match=r"net\.prototxt: only \.onnx files can be verified"):
-        verify(model, "net.prototxt")
-    (tmp_path / "bad.onnx").write_bytes(b"nothing")
-    with pytest.raises(fastdtd.ConversionError, match="onnxruntime cannot run it"):
-        verify(model, tmp_path / "bad.onnx")
+def test_what_onnxruntime_cannot_run(tmp_path, monkeypatch, caplog):
+    def refuse(*arguments, **options):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    source = network(tmp_path / "net.onnx")
+    assert "verified" not in fastdtd.convert(source).provenance
+    assert "cannot run it: out of order" in caplog.text
+    with pytest.raises(fastdtd.ConversionError, match="cannot run it: out of order"):
+        fastdtd.convert(source, verify=True)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float64"])
+def test_other_precisions(tmp_path, kind):
+    source = network(tmp_path / "net.onnx")
+    proto = onnx.load(source)
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    proto.graph.input[0].type.tensor_type.elem_type = proto.graph.output[0].type.tensor_type.elem_type = dtype
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.eye(3, 2, dtype=kind), "w"))
+    onnx.save(proto, source)
+    assert "verified" in fastdtd.convert(source, verify=True).provenance

@@ -2,6 +2,8 @@
 own scores.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 
 from fastdtd import ConversionError, Explainer, cli, convert, from_torch, load
 from fastdtd import graph as g
+from fastdtd.importers.builder import Builder
 
 
 def scores_agree(module, shape, tolerance=1e-4):
@@ -164,13 +167,19 @@ class Computed(nn.Module):
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    (torch.sigmoid, r"Computed: sigmoid \(node 'sigmoid'\) is not supported; nearest: relu, leaky_relu or clamp; "
+    (torch.sigmoid, "sigmoid 'sigmoid' is not the last layer; required: a sigmoid only at the end"),
+    (torch.tanh, r"Computed: tanh \(node 'tanh'\) is not supported; nearest: relu, leaky_relu or clamp; "
      "supported: .*, view"),
     (lambda y: y * y.relu(), "multiplies two tensors"),
     (lambda y: y ** 3, "raises to 3 what can be negative; required: an even power"),
     (lambda y: torch.sign(y) + y, "reads the sign of a tensor"),
+    (lambda y: torch.sign(y) * y.abs().flip(3), "multiplies two tensors"),
+    (lambda y: torch.sign(y) * y.abs().roll(1, 2), "multiplies two tensors"),
+    (lambda y: torch.sign(y) * y.abs().transpose(2, 3), "multiplies two tensors"),
+    (lambda y: torch.sign(y) * y.abs().sqrt(), "multiplies two tensors"),
+    (lambda y: torch.sign(y) * y.relu().abs(), "multiplies two tensors"),
     (lambda y: y / (1 + y * y), "divides by what is computed"),
-    (lambda y: y.flatten(0, 1)[None, :, :, None], "along axis 0"),
+    (lambda y: y.flatten(0, 1)[None, :, :, None], "the batch left in front"),
     (lambda y: functional.pad(y, (1, 1), value=2.0), "has mode 'constant' and value 2.0"),
     (lambda y: functional.hardtanh(y, 1, 2), r"clips to \[1, 2\]"),
     (lambda y: functional.local_response_norm(y, 4), "over 4 channels; required: an odd number"),
@@ -245,11 +254,297 @@ def test_what_moves_numbers_and_more(module, layers):
     assert {kind: sum(isinstance(layer, kind) for layer in graph) for kind in layers} == layers
 
 
+class PerPixel(nn.Module):
+    """Constants that differ within a channel, and a batch norm of elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4 * 36), nn.Linear(4 * 36, 5)
+        self.norm.running_mean = torch.randn(4 * 36)
+        self.register_buffer("scale", torch.randn(1, 4, 6, 6))
+
+    def forward(self, x):
+        x = torch.maximum(self.conv(x), torch.full((4, 1, 1), -0.1))
+        return self.head(functional.relu(self.norm(torch.flatten(x * self.scale + torch.ones(6, 6).triu(), 1))))
+
+
+def test_constants_by_pixel():
+    torch.manual_seed(1)
+    scores_agree(PerPixel(), (3, 8, 8))
+
+
+def test_weights_in_bfloat16():
+    """Scores as of the same weights in float32: bfloat16 has but three digits."""
+    torch.manual_seed(1)
+    module = headed(nn.ReLU(), features=6 * 64).bfloat16()
+    model = from_torch(module, torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16))
+    batch = torch.rand(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = module.float()(batch).numpy()
+    np.testing.assert_allclose(Explainer(model)(batch.numpy()).output, expected, atol=1e-4)
+
+
 def test_weights_that_are_computed():
     torch.manual_seed(1)
     scores_agree(
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                       nn.Flatten()), (3, 8, 8))
+
+
+# ---- What torch.export leaves to be understood -----------------------------------------------------------------------
+
+
+class Headed(nn.Module):
+    """A function of a convolution's output, and a layer that tells all elements of what comes out apart."""
+
+    def __init__(self, function, **buffers):
+        super().__init__()
+        self.function, self.conv, self.norm = function, nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self.head = nn.LazyLinear(5)
+
+    def forward(self, x):
+        return self.head(torch.flatten(self.function(self, x), 1))
+
+
+def in_place(change):
+    """`change` writes into what a convolution made."""
+    def function(module, x):
+        h = module.conv(x)
+        changed = change(h)
+        return h if changed is None else changed
+
+    return function
+
+
+def scores_of(function, **buffers):
+    torch.manual_seed(1)
+    module = Headed(function, **buffers)
+    with torch.no_grad():
+        module(torch.zeros(1, 3, 8, 8))
+    return scores_agree(module, (3, 8, 8))
+
+
+def set_slice(h, key, value):
+    h[key] = value
+
+
+VIEWS = [
+    lambda h: h[:, :2], lambda h: h[:, 1::2], lambda h: h[:, -1], lambda h: h[:, :, 2:4, ::3],
+    lambda h: h.narrow(1, 2, 3), lambda h: h.select(2, 1), lambda h: h.transpose(2, 3)[:, :, 0],
+    lambda h: h.permute(0, 2, 3, 1)[..., 2:], lambda h: h.view(-1, 2, 3, 6, 6)[:, 1],
+    lambda h: h.reshape(-1, 6, 36)[..., 5:], lambda h: h.flatten(1)[:, 7:100], lambda h: h.unsqueeze(1)[:, 0, 1],
+    lambda h: h.unflatten(1, (2, 3))[:, :, 1], lambda h: h.detach()[:, :3],
+    lambda h: functional.dropout(h, 0.5, training=False)[:, :3], lambda h: h.expand(-1, -1, -1, -1)[:, :1],
+    lambda h: h.contiguous()[:, 3:], lambda h: h.unbind(1)[2], lambda h: h.split(2, 1)[1],
+    lambda h: h.to(torch.float32)[:, 1:2]]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("write", [lambda v: v.mul_(0.5), lambda v: v.fill_(-0.3)])
+def test_writing_through_a_view(view, write):
+    def change(h):
+        write(view(h))
+        h[:, 3, 2].mul_(2.0)
+
+    scores_of(in_place(change))
+
+
+@pytest.mark.parametrize("write", [lambda v: v.relu_(), lambda v: v.zero_(), lambda v: v.sub_(0.1),
+                                   lambda v: v.copy_(torch.ones(6)), lambda v: v.clamp_(-0.1, 0.1)])
+def test_other_writes(write):
+    scores_of(in_place(lambda h: (write(h[:, 1::2]), None)[1]))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_of_what_is_written_later(view):
+    def change(h):
+        before = view(h)
+        h.relu_()
+        h[:, 2:4].mul_(2.0)
+        return before
+
+    scores_of(in_place(change))
+
+
+def test_writing_a_tensor_into_another():
+    def change(h):
+        h[:, 1::2] = h[:, ::2] * 2.0
+        h[:, 0] = h[:, 1].relu()
+        h[:, :, 1] = torch.arange(6.0) / 6
+        return h
+
+    scores_of(in_place(change))
+
+
+@pytest.mark.parametrize("start", [torch.zeros, torch.ones])
+def test_writing_into_constants(start):
+    def function(module, x):
+        out = start(len(x), 8, 6, 6)
+        out[:, 1:7] = module.conv(x)
+        return out
+
+    scores_of(function)
+
+
+@pytest.mark.parametrize("change", [lambda h: set_slice(h, h < 0, 0.0), lambda h: h.diagonal(0, 2, 3).zero_()])
+def test_writing_where_it_cannot_be_told(change):
+    with pytest.raises(ConversionError, match=r"(lt|diagonal) .* is not supported"):
+        scores_of(in_place(lambda h: (change(h), None)[1]))
+
+
+def test_what_is_written_into_buffers_and_the_input():
+    def function(module, x):
+        module.count.add_(1)
+        x -= 0.5
+        return module.conv(x) * module.count
+
+    scores_of(function, count=torch.zeros(()))
+
+
+def under(context):
+    def function(module, x):
+        with context():
+            h = module.norm(module.conv(x))
+        return h.relu()
+
+    return function
+
+
+def nested(module, x):
+    with torch.no_grad():
+        h = module.conv(x)
+        with torch.enable_grad():
+            return h.relu()
+
+
+def grad_is_set(module, x):
+    torch.set_grad_enabled(False)
+    h = module.conv(x)
+    torch.set_grad_enabled(True)
+    return h.relu()
+
+
+@pytest.mark.parametrize("function", [
+    under(torch.no_grad), under(torch.inference_mode), under(torch.enable_grad), under(lambda: torch.autocast("cuda")),
+    under(lambda: torch.autocast("cpu", enabled=False)), torch.no_grad()(lambda module, x: module.conv(x)),
+    torch.inference_mode()(lambda module, x: module.conv(x)), nested, grad_is_set])
+def test_under_contexts(function):
+    graph = scores_of(function)
+    assert graph.layers[0].name == "conv"
+
+
+def test_control_flow_is_refused_by_name():
+    def function(module, x):
+        return torch.cond(module.flag > 0, lambda h: h + 1, lambda h: h - 1, (module.conv(x),))
+
+    with pytest.raises(ConversionError, match=r"cond .node 'cond'.* is not supported"):
+        scores_of(function, flag=torch.ones(()))
+
+
+@pytest.mark.parametrize("cast", [
+    lambda h: h.float(), lambda h: h.to(torch.float32), lambda h: h.double().float(), lambda h: h.to("cpu"),
+    lambda h: h.type_as(torch.zeros(())), lambda h: h.to(torch.float64).to(h.dtype),
+    lambda h: torch.relu(h.double()).float(), lambda h: h.to(memory_format=torch.channels_last),
+    lambda h: h.mean(2, dtype=torch.float64).float()])
+def test_casts_between_floating_types(cast):
+    scores_of(in_place(cast))
+
+
+@pytest.mark.parametrize("cast", [lambda h: h.int().float(), lambda h: h.bool().float(),
+                                  lambda h: h.to(torch.uint8).float(), lambda h: h.long() * 1.0])
+def test_casts_to_whole_numbers(cast):
+    with pytest.raises(ConversionError, match=r"_to_copy .* makes (u?int\d+|bool) of what is computed; required: a "
+                                              "floating-point type"):
+        scores_of(in_place(cast))
+
+
+def batch_norm(module, x, **options):
+    return functional.batch_norm(module.conv(x), module.norm.running_mean, module.norm.running_var, **options)
+
+
+@pytest.mark.parametrize(("function", "message"), [
+    (lambda module, x: batch_norm(module, x, training=True), "normalises by the statistics of its batch"),
+    (lambda module, x: functional.batch_norm(module.conv(x), None, None, training=True), "by the statistics of its"),
+    (lambda module, x: functional.instance_norm(module.conv(x)), "instance_norm .* is not supported; nearest: batch_n"),
+    (lambda module, x: functional.dropout(module.conv(x), training=True), "dropout .* is not supported"),
+    (lambda module, x: torch.addmm(torch.zeros(5), module.conv(x).flatten(1), torch.ones(216, 5), beta=0.5),
+     "has factors"),
+    (lambda module, x: functional.avg_pool2d(module.conv(x), 2, divisor_override=3), "has a divisor of its own"),
+    (lambda module, x: functional.avg_pool3d(module.conv(x), 3, ceil_mode=True), "ceil_mode; required: neither"),
+    (lambda module, x: torch.div(module.conv(x), 2.0, rounding_mode="floor"), "rounds"),
+    (lambda module, x: functional.max_pool2d(module.conv(x), 2, return_indices=True)[1].float(), "takes the positions"),
+])
+def test_arguments_that_make_something_else(function, message):
+    with pytest.raises(ConversionError, match=message):
+        scores_of(function)
+
+
+def test_an_argument_that_no_operator_reads(monkeypatch):
+    """Should one be overlooked: it is refused unless it is what it is by default."""
+    from fastdtd.importers.pytorch import reader
+
+    monkeypatch.setitem(reader.OPERATORS, "hardtanh", lambda b, node: b.relu(node.tensor()))
+    for low, high in ((0.0, 1.0), (-1.0, 2.0)):
+        with pytest.raises(ConversionError, match=r"hardtanh .* has m(in|ax)_val .*, which is not supported; required"):
+            scores_of(in_place(lambda h, low=low, high=high: functional.hardtanh(h, low, high)))
+
+
+# ---- The scores of the module itself ---------------------------------------------------------------------------------
+
+
+def small(*ends):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         *ends)
+
+
+@pytest.mark.parametrize("end", [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid()])
+def test_another_network_is_found_out(monkeypatch, end):
+    """A ReLU that is forgotten."""
+    assert from_torch(small(end), torch.zeros(1, 3, 8, 8)).provenance["verified"] == f"PyTorch {torch.__version__}"
+    monkeypatch.setattr(Builder, "relu", lambda self, x, part="": x)
+    with pytest.raises(ConversionError, match=(
+            rf"output \d.* is -?\d\S+, and PyTorch {re.escape(torch.__version__)} gives -?\d\S+; .*"
+            r"What differs first is relu \(node 'relu', in module '1'\)\. Please report this network; verify=False")):
+        from_torch(small(end), torch.zeros(1, 3, 8, 8))
+    assert "verified" not in from_torch(small(end), torch.zeros(1, 3, 8, 8), verify=False).provenance
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer that its scores depend on, and works in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.conv(x).mean((2, 3)) * self.count
+
+
+def test_a_module_that_changes_itself_is_left_as_it_was():
+    module = Counting().train()
+    assert "verified" in from_torch(module, torch.zeros(1, 3, 8, 8), verify=True).provenance
+    assert module.count == 0
+    assert module.training
+
+
+def test_a_module_that_does_not_run(caplog):
+    module = small()
+    module.register_forward_hook(lambda *_: 1 / 0 if not torch.compiler.is_exporting() else None)
+    assert "verified" not in from_torch(module, torch.zeros(1, 3, 8, 8)).provenance
+    assert f"compared with nothing: PyTorch {torch.__version__} cannot run it: division by zero" in caplog.text
+    with pytest.raises(ConversionError, match="cannot run it: division by zero"):
+        from_torch(module, torch.zeros(1, 3, 8, 8), verify=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_modules_of_other_precisions(dtype):
+    assert "verified" in from_torch(small().to(dtype), torch.zeros(1, 3, 8, 8, dtype=dtype), verify=True).provenance
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------
@@ -289,7 +584,7 @@ def failing():
 @pytest.mark.parametrize("weights", ["state.pth", "checkpoint.pth"])
 def test_module_by_name_and_state_dict(project, weights, capsys):
     assert cli.main(["convert", "my_networks:small", weights, "net.h5", "--size", "9,8", "--verify"]) == 0
-    assert "my_networks:small: scores within " in capsys.readouterr().out
+    assert f"my_networks:small: the scores are those of PyTorch {torch.__version__}" in capsys.readouterr().out
     model = load("net.h5")
     assert model.graph.input_shape == (1, 9, 8)
     np.testing.assert_array_equal(model.graph.layers[-1].weight, project[4].weight.detach().numpy())
@@ -299,7 +594,7 @@ def test_module_by_name_and_state_dict(project, weights, capsys):
 
 def test_module_by_name_with_the_weights_it_has(project, capsys):
     assert cli.main(["convert", "my_networks:made", "net.h5", "--size", "9", "--verify"]) == 0
-    assert "of PyTorch's, relative to the largest" in capsys.readouterr().out
+    assert "the scores are those of PyTorch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("source", "weights", "size", "message"), [

@@ -153,10 +153,11 @@ def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
     if name == "leaky_relu":
         return b.leaky_relu(x, 0.2, part)
     if name in ("softmax", "log_softmax"):
-        return b.channels_last(b.softmax(b.channels_first(x), 1, part))
-    advice = "; at the end, save a model without it, whose output is the score" if name == "sigmoid" else ""
+        return b.channels_last(b.softmax(b.channels_first(x), 1, part, is_log=name == "log_softmax"))
+    if name == "sigmoid":
+        return b.sigmoid(x, part)
     return node.refuse(f"has activation {name[:60]!r}; required: linear, relu, relu6, leaky_relu or, at the end, "
-                       f"softmax{advice}")
+                       "softmax or sigmoid")
 
 
 def _relu(b: Builder, node: Node) -> Tensor:

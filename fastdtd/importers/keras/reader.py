@@ -21,6 +21,7 @@ from fastdtd.importers.builder import Builder, Parsed
 from fastdtd.importers.keras import files
 from fastdtd.importers.keras.files import MODELS, expect, is_keras_module
 from fastdtd.importers.keras.operators import INSTEAD, OPERATORS
+from fastdtd.importers.keras.runtime import KerasRuntime
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor, layer_shape
 
@@ -36,8 +37,13 @@ def parse(data: bytes, size: tuple[int, int] | None = None) -> Parsed:
     The format is the version of Keras that wrote it. size: replaces the input size in the file. Raises ConversionError
     and ModelError.
     """
-    (layers, shape), file_format = files.read(data, lambda config, weights: Reader(weights).read(config, size))
-    return layers, shape, file_format
+    def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights) -> tuple[Any, KerasRuntime]:
+        reader = Reader(weights)
+        layers, x = reader.read(config, size)
+        return layers, KerasRuntime(reader.builder, x, content=data)
+
+    (layers, runtime), file_format = files.read(data, read)
+    return Parsed(layers, runtime.input.shape, file_format, runtime)
 
 
 class Node(moves.Node):
@@ -212,7 +218,8 @@ class Reader:
         self.builder = Builder()
         self._depth = self._calls = 0
 
-    def read(self, config: dict[str, Any], size: tuple[int, int] | None) -> tuple[Any, Any]:
+    def read(self, config: dict[str, Any], size: tuple[int, int] | None) -> tuple[list[Any], Tensor]:
+        """The layers, and the input."""
         kind = expect(config.get("class_name"), str, "class_name")
         if kind not in MODELS:
             raise ConversionError(f"the model is of class {kind!r}; required: Sequential or Functional, whose layers "
@@ -230,7 +237,7 @@ class Reader:
             layers = self.builder.leading_to(self.builder.channels_first(output) if output.rank <= 4 else output)
         if not layers:
             raise ConversionError("the network has no layers that compute anything")
-        return layers, x.shape
+        return layers, x
 
     def call(self, node: Node, inputs: list[Tensor]) -> list[Tensor]:
         """The outputs of `node`."""

@@ -1,5 +1,5 @@
 """ONNX files: reader.py takes them apart, constants.py computes what needs no input, operators.py makes layers."""
 
-from fastdtd.importers.onnx.reader import CHANNELS_LAST, parse
+from fastdtd.importers.onnx.reader import parse
 
-__all__ = ["CHANNELS_LAST", "parse"]
+__all__ = ["parse"]

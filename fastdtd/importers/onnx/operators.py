@@ -74,7 +74,8 @@ def _padding(node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int]
 def _pool(b: Builder, node: Node) -> Tensor | Squares:
     is_average, moved = node.op == "AveragePool", node.moving()
     if isinstance(moved, Squares) and moved.view.rank == 5:
-        is_plain = is_average and not any(node.integers("pads") or ())
+        is_plain = (is_average and not any(node.integers("pads") or ()) and set(node.integers("dilations") or ()) <= {1}
+                    and node.text("auto_pad", "NOTSET") in ("NOTSET", "VALID", ""))
         return patterns.mean_over_channels(b, moved, node.window("kernel_shape", 3), node.window("strides", 3, 1),
                                            is_plain)
     x, axes = node.image()
@@ -180,11 +181,16 @@ def _bound(value: Any) -> Any:
     return np.where(np.abs(value) >= np.finfo(np.float32).max, np.copysign(np.inf, value), value)[()]
 
 
-def _extreme(b: Builder, node: Node) -> Tensor:
-    """The larger or smaller of a tensor and a number."""
-    if len(node.inputs) != 2:
-        node.refuse(f"compares {len(node.inputs)} tensors; required: two")
-    return patterns.extreme(b, _bound(node.operand(0)), _bound(node.operand(1)), node.op == "Max")
+def _extreme(b: Builder, node: Node) -> Any:
+    """The largest or smallest of a tensor and numbers."""
+    values = [_bound(node.operand(i)) for i in range(len(node.inputs))]
+    computed = [value for value in values if isinstance(value, patterns.COMPUTED)]
+    if len(computed) != 1:
+        node.refuse(f"compares {len(computed)} tensors that are computed; required: one, and numbers")
+    if len(values) == 1:
+        return computed[0]
+    bound = constants.fold(node, [value for value in values if not isinstance(value, patterns.COMPUTED)])
+    return patterns.extreme(b, computed[0], bound, node.op == "Max")
 
 
 def _softmax(b: Builder, node: Node) -> Tensor:
@@ -192,7 +198,7 @@ def _softmax(b: Builder, node: Node) -> Tensor:
     axis = node.integer("axis", 1 if node.opset < 13 else -1)
     if node.opset < 13 and b.axis(axis, x.rank) == 1 and x.elements == math.prod(x.dims[:1]):
         x = b.flatten(x)  # over all axes from there
-    return b.softmax(x, 1 if axis % x.rank == 1 else axis)
+    return b.softmax(x, 1 if axis % x.rank == 1 else axis, is_log=node.op == "LogSoftmax")
 
 
 # Moving elements
@@ -273,7 +279,7 @@ def _depth_and_space(b: Builder, node: Node) -> Tensor:
     (x, axes), n, mode = node.image(), node.integer("blocksize", 0), node.text("mode", "DCR")
     if axes != 2 or n < 1 or mode not in ("DCR", "CRD") or (node.op == "DepthToSpace" and x.dims[0] % (n * n)):
         node.refuse(f"has blocksize {n} and mode {mode!r} for {x}; required: one that divides it, and DCR or CRD")
-    return b.depth_to_space(x, n, mode == "CRD") if node.op == "DepthToSpace" else b.space_to_depth(x, n, False)
+    return (b.depth_to_space if node.op == "DepthToSpace" else b.space_to_depth)(x, n, mode == "CRD")
 
 
 def _resize(b: Builder, node: Node) -> Tensor:
@@ -334,7 +340,7 @@ def _if(_: Builder, node: Node) -> list[Any]:
     condition = node.constant(0)
     if condition.size != 1:
         node.refuse(f"has a condition of shape {condition.shape}; required: one value")
-    made = node.reader.read_branch(node, node.graph("then_branch" if condition.any() else "else_branch"))
+    made = node.reader.read_branch(node, "then_branch" if condition.any() else "else_branch")
     if len(made) < len(node.outputs) or any(value is None for value in made):
         node.refuse("has a branch that does not make all outputs; required: one that does")
     return made
@@ -383,7 +389,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
     "Pow": lambda b, node: patterns.power(b, node.moving(), node.single(1, 2.0)), "ReduceMax": _reduce,
     "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
-    "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape, "Sign": lambda _, node: Sign(node.tensor()),
+    "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape,
+    "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Sign": lambda _, node: Sign(node.tensor()),
     "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
     "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
     "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
@@ -393,7 +400,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 _ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"
 _NORMALISATION, _BRANCH = "BatchNormalization, whose values do not depend on the image", "If with a constant condition"
 NEAREST = {
-    **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Sigmoid", "Softplus",
+    **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Softplus",
                      "Softsign", "Swish", "Tanh", "ThresholdedRelu"), _ACTIVATION),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
                      "RMSNormalization", "MeanVarianceNormalization"), _NORMALISATION),

@@ -23,12 +23,12 @@ from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
 from fastdtd.importers.onnx.operators import NEAREST, OPERATORS
+from fastdtd.importers.onnx.runtime import OnnxRuntime
 from fastdtd.importers.patterns import Squares, ValueNode, as_tensor
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 MIN_OPSET = 7  # before it, broadcasting was an attribute
 BUDGET = 2**24  # elements that a file's constant arithmetic may make, and eight more for each of its bytes
-CHANNELS_LAST = ", channels last"  # how a format ends whose input is (N, H, W, C)
 _PASSING = {"Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub"}  # what preprocessing is made of
 
 
@@ -88,8 +88,10 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
     x, batch = _input(inputs[0], size, channels_last)
     reader = Reader(Builder(batch or 1), opset, budget, nodes)
     reader.values.update({inputs[0].name: x}, **weights)
+    steps: list[tuple[str, Any, Any]] = []
     for index, proto in nodes:
-        reader.read(proto, index, len(model.graph.node))
+        node = reader.read(proto, index, len(model.graph.node))
+        steps += [(str(node), name, reader.values.get(name)) for name in node.outputs[:1]]
     result = reader.values.get(output)
     if not nodes or not isinstance(result, (Tensor, Squares)):
         raise ConversionError(f"the output {output!r} is not computed from the input by supported operators")
@@ -97,7 +99,20 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
         layers = reader.builder.leading_to(as_tensor(reader.builder, result))
     producer = "".join(c for c in f"{model.producer_name} {model.producer_version}" if c.isprintable()).strip()[:100]
     file_format = f"onnx opset {opset}" + (f" from {producer}" if producer else "")
-    return layers, x.shape, file_format + (CHANNELS_LAST if channels_last else "")
+    steps = [step for step in steps if isinstance(step[2], Tensor)]
+    graph = _only(model.graph, inputs[0], [batch or 1, *x.dims], output, nodes)
+    runtime = OnnxRuntime(reader.builder, x, batch or 1, steps=steps, graph=graph, opset=opset)
+    return Parsed(layers, x.shape, file_format + (", channels last" if channels_last else ""), runtime)
+
+
+def _only(graph: Any, x: Any, shape: Sequence[int], output: str, nodes: Sequence[tuple[int, Any]]) -> Any:
+    """The graph of these nodes alone, with the weights that they read."""
+    used = {name for _, proto in nodes for name in _read_by(proto)}
+    dtype = x.type.tensor_type.elem_type or onnx.TensorProto.FLOAT
+    return onnx.GraphProto(
+        name="network", node=[proto for _, proto in nodes],
+        initializer=[tensor for tensor in graph.initializer if tensor.name in used],
+        input=[onnx.helper.make_tensor_value_info(x.name, dtype, shape)], output=[onnx.ValueInfoProto(name=output)])
 
 
 def _has_channels_last(name: str, nodes: Sequence[Any]) -> bool:
@@ -157,6 +172,13 @@ def _nodes_leading_to(output: str, nodes: Sequence[Any]) -> list[tuple[int, Any]
     return [(index, nodes[index]) for index in sorted(needed)]
 
 
+def _zeros(count: int) -> Any:
+    """A graph of so many outputs, in place of one that is not read."""
+    names = [f"unread/{i}" for i in range(count)]
+    return onnx.GraphProto(name="unread", output=[onnx.ValueInfoProto(name=name) for name in names],
+                           node=[onnx.helper.make_node("Constant", [], [name], value_float=0.0) for name in names])
+
+
 def _read_by(node: Any) -> Iterator[str]:
     """Names of the tensors that a node reads, also within its branches; protobuf limits how deep these go."""
     yield from node.input
@@ -177,7 +199,7 @@ class Reader:
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
         self.budget = budget
 
-    def read(self, proto: Any, index: int, count: int) -> None:
+    def read(self, proto: Any, index: int, count: int) -> Node:
         """Add what a node makes."""
         node = Node(self, proto, index, count)
         is_foreign = node.domain not in ("", "ai.onnx")
@@ -198,9 +220,14 @@ class Reader:
                         f"{', '.join(sorted(OPERATORS))}")
         for name, value in zip(node.outputs, made if isinstance(made, list) else [made], strict=False):
             self.values[name] = value
+        return node
 
-    def read_branch(self, node: Node, branch: Any) -> list[Any]:
-        """What a graph within a node makes, read where the node is."""
+    def read_branch(self, node: Node, name: str) -> list[Any]:
+        """What a graph within a node makes, read where the node is; its other graphs, which are not read, go."""
+        branch = node.graph(name)
+        for other, attribute in node.attributes.items():
+            if attribute.type == onnx.AttributeProto.GRAPH and other != name:
+                attribute.g.CopyFrom(_zeros(len(branch.output)))
         self.values = self.values.new_child({tensor.name: tensor for tensor in branch.initializer})
         try:
             for proto in branch.node:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fastdtd.graph import Power
 from fastdtd.importers import patterns
@@ -78,6 +79,8 @@ def _average_pool(b: Builder, node: Node) -> Tensor:
 
 
 def _mean_over_channels(b: Builder, node: Node) -> Squares:
+    if "divisor_override" in node or node.get("ceil_mode", False):
+        node.refuse("has a divisor of its own, or ceil_mode; required: neither")
     kernel, stride = node.window("kernel_size", 3, 1), node.window("stride", 3, node.window("kernel_size", 3, 1))
     is_plain = not any(node.window("padding", 3, 0)) and bool(node.get("count_include_pad", True))
     return patterns.mean_over_channels(b, node.value("self"), kernel, stride, is_plain)
@@ -118,12 +121,14 @@ def _power(b: Builder, node: Node) -> Tensor | Squares:
     return patterns.power(b, node.moving(), float(exponent))
 
 
-def _batch_norm(b: Builder, node: Node) -> Tensor:
-    mean, variance = node.optional("running_mean"), node.optional("running_var")
-    if mean is None or variance is None:
-        node.refuse("normalises by the batch; required: running mean and variance")
-    return b.batch_norm(node.tensor("input"), mean, variance, node.optional("weight"), node.optional("bias"),
-                        node.get("eps", 1e-5))
+def _batch_norm(b: Builder, node: Node) -> list[Tensor]:
+    made = b.batch_norm(node.tensor("input"), node.weight("running_mean"), node.weight("running_var"),
+                        node.optional("weight"), node.optional("bias"), node.get("eps", 1e-5))
+    return [made]  # the others are what normalised it, or nothing
+
+
+def _batch_statistics(_: Builder, node: Node) -> Any:
+    node.refuse("normalises by the statistics of its batch; required: running mean and variance, in evaluation mode")
 
 
 # Activations
@@ -160,15 +165,6 @@ def _pad(b: Builder, node: Node, x: Tensor) -> Tensor:
     return b.pad(x, [(0, 0)] * (x.rank - len(pairs)) + pairs, modes[mode])
 
 
-def _flatten(b: Builder, node: Node, x: Tensor) -> Tensor:
-    return b.flatten(x, node.get("start_dim", 0), node.get("end_dim", -1))
-
-
-def _unflatten(b: Builder, node: Node, x: Tensor) -> Tensor:
-    own = b.own_axis(x, node.value("dim"))
-    return b.reshape(x, [b.batch, *x.dims[:own], *node.integers("sizes"), *x.dims[own + 1:]])
-
-
 def _view(b: Builder, node: Node, x: Tensor) -> Tensor:
     return b.reshape(x, node.integers("size" if "size" in node else "shape"))
 
@@ -196,19 +192,12 @@ def _slice(b: Builder, node: Node) -> Tensor:
     return b.take(x, axis, part)
 
 
-def _narrow(b: Builder, node: Node) -> Tensor:
-    start = node.get("start", 0)
-    return b.take(node.tensor(), node.value("dim"), slice(start, start + node.value("length")))
-
-
 def _split(b: Builder, node: Node) -> list[Tensor]:
     x, axis = node.tensor(), node.get("dim", 0)
     length = x.dims[b.own_axis(x, axis)]
     if node.op == "unbind":
         return [b.take(x, axis, i) for i in range(length)]
     sizes = node.get("split_sizes", node.value("split_size"))
-    if node.op == "chunk":
-        sizes = -(-length // int(node.get("chunks", 1)))
     if isinstance(sizes, int):
         sizes = [min(sizes, length - start) for start in range(0, length, max(sizes, 1))]
     return b.split(x, axis, [int(n) for n in sizes])
@@ -218,7 +207,9 @@ def _item(_: Builder, node: Node) -> Any:
     values, index = node.reader.values[node.traced.args[0]], node.traced.args[1]
     if not isinstance(values, list) or not isinstance(index, int):
         node.refuse("takes a part of what is no list; required: the outputs of an operator that has several")
-    return values[index] if index < len(values) else None  # where the largest were: nothing, unless it is read
+    if index >= len(values):
+        node.refuse("takes the positions of the largest, or statistics; required: an operator's first output")
+    return values[index]
 
 
 def _concat(b: Builder, node: Node) -> Tensor:
@@ -270,44 +261,109 @@ def _upsample(b: Builder, node: Node) -> Tensor:
 
 
 def _same(_: Builder, node: Node) -> Any:
-    if node.get("train", False):
-        node.refuse("drops at inference; required: a module in evaluation mode")
-    return node.value("input" if "input" in node.arguments else "self")
+    return node.value("self")
+
+
+
+def _type_as(_: Builder, node: Node) -> Any:
+    node.require_floating(node.value("other"))
+    return node.value("self")
+
+
+def _softmax(b: Builder, node: Node) -> Tensor:
+    return b.softmax(node.tensor(), node.get("dim", 1), is_log="log" in node.op)
+
+
+# Written in place, as a function
+
+
+def _fill(b: Builder, node: Node) -> Any:
+    """A number in place of all elements: a constant, whatever the input."""
+    number = node.single("fill_value" if node.op == "full_like" else "value", 0.0)
+    return torch.full((b.batch, *node.tensor().dims), number)
+
+
+def _copy(b: Builder, node: Node) -> Any:
+    """Other elements in place of all."""
+    like, source = node.value("self"), node.value("src")
+    shape = like.shape if isinstance(like, torch.Tensor) else (b.batch, *node.tensor().dims)
+    if isinstance(source, torch.Tensor):
+        return source.expand(shape)
+    x = node.tensor("src")
+    return b.expand(b.unsqueeze(x, range(1, 1 + len(shape) - x.rank)), shape)
+
+
+def _scatter(b: Builder, node: Node) -> Tensor:
+    """Other elements, `src`, in place of those at some positions along an axis; either may be constant."""
+    own, source = node.value("self"), node.value("src")
+    shape = own.shape if isinstance(own, torch.Tensor) else (b.batch, *node.tensor().dims)
+    axis = b.axis(node.get("dim", 0), len(shape))
+    if axis == 0:
+        node.refuse("writes to a part of the batch; required: all of it")
+    is_one = node.op == "select_scatter"  # which has no axis for it
+    positions = np.arange(shape[axis])
+    part = positions[int(node.value("index"))] if is_one else slice(node.value("start"), node.value("end"),
+                                                                    node.get("step", 1))
+    written = np.zeros(shape[axis], bool)
+    written[part] = True
+    along = written.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if isinstance(source, torch.Tensor):
+        values = node.constant("src")[:1]
+        positions[:] = 0
+        positions[written] = np.arange(written.sum())
+        values = np.take(np.expand_dims(values, axis) if is_one else values, positions, axis)
+        return b.affine(node.tensor(), scale=np.where(along, 0, np.ones((1, *shape[1:]))), shift=along * values)
+    x = b.unsqueeze(node.tensor("src"), [axis]) if is_one else node.tensor("src")
+    if isinstance(own, torch.Tensor):
+        positions[:] = written.sum()  # where there is a zero
+        positions[written] = np.arange(written.sum())
+        x = b.pad(x, [(0, int(i == axis)) for i in range(len(shape))])
+        return b.affine(b.take(x, axis, positions), shift=np.where(along, 0, node.constant("self")[:1]))
+    positions[written] = shape[axis] + np.arange(written.sum())
+    return b.take(b.concat([node.tensor(), x], axis), axis, positions)
 
 
 OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
-    "_to_copy": _same, "_unsafe_view": moving(_view),
+    "_log_softmax": _softmax, "_native_batch_norm_legit": _batch_statistics,
+    "_native_batch_norm_legit_functional": _batch_statistics, "_native_batch_norm_legit_no_training": _batch_norm,
+    "_prelu_kernel": _prelu, "_softmax": _softmax, "_to_copy": _same, "_unsafe_view": moving(_view),
     "abs": lambda b, node: b.pointwise(Power, node.tensor(), exponent=1.0), "adaptive_avg_pool1d": _adaptive_pool,
     "adaptive_avg_pool2d": _adaptive_pool, "adaptive_max_pool1d": _adaptive_pool, "adaptive_max_pool2d": _adaptive_pool,
     "add": _add, "addmm": _addmm, "alias": _same, "amax": _reduce, "avg_pool1d": _average_pool,
-    "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels, "batch_norm": _batch_norm, "cat": _concat,
-    "channel_shuffle": _channel_shuffle, "chunk": _split, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
-    "clone": _same, "concat": _concat, "constant_pad_nd": moving(_pad), "contiguous": _same, "conv1d": _conv,
-    "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "detach": _same,
-    "div": _divide, "dropout": _same, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
-    "feature_dropout": _same, "flatten": moving(_flatten), "flip": _flip, "getitem": _item, "hardtanh": _clip,
+    "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels, "cat": _concat,
+    "channel_shuffle": _channel_shuffle, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
+    "clone": _same, "constant_pad_nd": moving(_pad), "conv1d": _conv,
+    "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "copy": _copy,
+    "detach": _same, "div": _divide, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
+    "fill": _fill, "full_like": _fill, "flip": _flip, "getitem": _item, "hardtanh": _clip,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
-    "log_softmax": lambda b, node: b.softmax(node.tensor(), node.get("dim", 1)), "matmul": _matmul,
+    "log_softmax": _softmax, "matmul": _matmul,
     "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool, "maximum": _extreme,
     "mean": _reduce, "minimum": _extreme, "mm": _matmul,
-    "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")), "narrow": _narrow,
+    "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")),
     "neg": lambda b, node: b.affine(node.tensor(), scale=-1.0), "pad": moving(_pad), "permute": moving(_permute),
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_shuffle, "pow": _power, "prelu": _prelu,
     "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
     "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
-    "sign": lambda _, node: Sign(node.tensor()), "slice": _slice,
-    "softmax": lambda b, node: b.softmax(node.tensor(), node.get("dim", 1)), "split": _split,
-    "split_with_sizes": _split, "sqrt": _power, "square": _power, "squeeze": moving(_squeeze), "stack": _concat,
-    "sub": _add, "sum": _reduce, "to": _same, "transpose": moving(_permute), "unbind": _split,
-    "unflatten": moving(_unflatten), "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
-    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view),
+    "select_scatter": _scatter, "sigmoid": lambda b, node: b.sigmoid(node.tensor()),
+    "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
+    "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
+    "squeeze": moving(_squeeze), "stack": _concat, "sub": _add, "sum": _reduce, "transpose": moving(_permute),
+    "type_as": _type_as, "unbind": _split, "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
+    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view), "zero": _fill,
+    "zeros_like": _fill,
 }
 
+# What may be given and need not be read: where and how a tensor lies in memory, what matters in training alone, and
+# copies, for nothing is written in place. Each other argument is read, or must be what it is by default.
+IGNORED = {"copy", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
+           "pin_memory", "requires_grad"}
+
 NEAREST = {
-    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus",
+    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "silu", "softplus",
                      "tanh"), "relu, leaky_relu or clamp"),
     **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
     **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),

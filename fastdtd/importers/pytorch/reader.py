@@ -1,8 +1,10 @@
 """PyTorch module -> nodes of ATen operators, by torch.export, and the values that go between them.
 
 torch.export writes what a module computes for an example as a graph of some hundred operators, whatever Python code
-is behind it. Numbers of axes are followed along the way: the graph makes no difference between (N, C, 1, 1) and (N, C),
-but PyTorch does. What depends on weights alone is computed by PyTorch.
+is behind it. PyTorch then makes functions of them: what is written in place, through whatever view, becomes a new
+tensor, and what stands under `torch.no_grad` or `torch.autocast` stands in the graph itself. Numbers of axes are
+followed along the way: the graph makes no difference between (N, C, 1, 1) and (N, C), but PyTorch does. What depends on
+weights alone is computed by PyTorch.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +25,8 @@ from fastdtd.graph import INPUT
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import Array
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
-from fastdtd.importers.pytorch.operators import NEAREST, OPERATORS
+from fastdtd.importers.pytorch.operators import IGNORED, NEAREST, OPERATORS
+from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 
@@ -38,44 +42,82 @@ def parse(module: Any, example: Any) -> Parsed:
         found = f"a tensor of {example.ndim} axes" if is_tensor else f"a {type(example).__name__}"
         raise ConversionError(f"the example is {found}; required: a tensor (N, C, H, W), (N, C, L) or (N, F), as the "
                               "module takes it")
-    modes = {part: part.training for part in module.modules()}
     try:
-        exported = torch.export.export(module.eval(), (example,))
+        with evaluating(module):
+            exported = _exported(module, example)
     except Exception as error:  # whatever the module's code raises while it is traced
         raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    return parse_exported(exported, example)
+    return _read(exported, example, module)
 
 
-def parse_exported(exported: Any, example: Any) -> Parsed:
-    """The same of a torch.export.ExportedProgram."""
+def _exported(module: Any, example: Any) -> Any:
+    """The module as functions: nothing in them is written in place.
+
+    It is exported without gradients, so that `torch.no_grad` in a module makes no graph of its own, whose nodes would
+    not say their modules; with them only where a module that sets the mode itself cannot be exported so.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is deprecated in PyTorch
+        try:
+            with torch.no_grad():
+                return _functional(torch.export.export(module, (example,)))
+        except Exception:
+            return _functional(torch.export.export(module, (example,)))
+
+
+def _functional(exported: Any) -> Any:
+    _drop_dropout(exported.graph)
+    return exported.run_decompositions({})  # no operator is taken apart
+
+
+def _read(exported: Any, example: Any, module: Any) -> Parsed:
+    """What the torch.export.ExportedProgram of `module` computes, in which nothing is written in place."""
     signature = exported.graph_signature
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
         raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} "
                               "outputs; required: one of each")
     dims = tuple(int(n) for n in example.shape[1:])
     shape = layer_shape(dims)
-    reader = Reader(Builder(len(example)))
-    constants = {**exported.state_dict, **exported.constants}
-    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-               **signature.inputs_to_lifted_tensor_constants}
-    nodes = list(exported.graph.nodes)
-    for node in nodes:
-        if node.op == "placeholder" and node.name in targets:
-            reader.values[node] = constants[targets[node.name]].detach().cpu()
-        elif node.op == "placeholder":
+    reader = Reader(Builder(len(example)), exported)
+    output = next(node for node in exported.graph.nodes if node.name == signature.user_outputs[0])
+    needed = _leading_to(output)
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.user_inputs:
             reader.values[node] = Tensor.whole(INPUT, shape, dims)
-        elif node.op == "call_function":
+        elif node in needed:  # not: assertions, and what is written into buffers or the input
             reader.read(node)
-    output, = next(node for node in nodes if node.op == "output").args[0]
-    result = reader.values.get(output)
+    result = reader.values[output]
     if not isinstance(result, (Tensor, Squares)):
         raise ConversionError("the module's output does not depend on its input")
     with reader.builder.at(Node(reader, output, "output")):
         layers = reader.builder.leading_to(as_tensor(reader.builder, result))
-    return layers, shape, f"torch.export of PyTorch {torch.__version__}"
+    steps = [(str(Node(reader, node, _name_of(node))), node, value)
+             for node, value in reader.values.items() if node.op == "call_function" and isinstance(value, Tensor)]
+    whole = Tensor.whole(INPUT, shape, dims)
+    runtime = TorchRuntime(reader.builder, whole, len(example), steps=steps, module=module, exported=exported,
+                           like=example)
+    return Parsed(layers, shape, f"torch.export of PyTorch {torch.__version__}", runtime)
+
+
+def _name_of(traced: Any) -> str:
+    target = traced.target
+    return str(target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else target.__name__)
+
+
+def _drop_dropout(graph: Any) -> None:
+    """In evaluation mode it returns its input, and not a copy as PyTorch has it where it makes functions."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.dropout.default and not node.args[2]:
+            node.replace_all_uses_with(node.args[0], lambda user: user.op != "output")
+
+
+def _leading_to(output: Any) -> set[Any]:
+    needed, waiting = {output}, [output]
+    while waiting:
+        before = [node for node in waiting.pop().all_input_nodes if node not in needed]
+        needed.update(before)
+        waiting.extend(before)
+    return needed
 
 
 def _first_line(error: Exception) -> str:
@@ -126,26 +168,26 @@ def input_channels(module: Any) -> int:
     return next((int(part.in_channels) for part in module.modules() if isinstance(part, torch.nn.Conv2d)), 3)
 
 
-def scores(module: Any, batch: Array) -> Array:
-    """What `module` itself gives for a batch (N, C, H, W)."""
-    with torch.inference_mode():
-        made = module(torch.from_numpy(batch))
-    return np.asarray(made.reshape(len(batch), -1).cpu().numpy(), np.float32)
-
-
 class Reader:
     """The values that the nodes read so far have made: tensors, lists of them, and constants."""
 
-    def __init__(self, builder: Builder) -> None:
-        self.builder = builder
+    def __init__(self, builder: Builder, exported: Any) -> None:
+        self.builder, self.module = builder, exported.graph_module
         self.values: dict[Any, Any] = {}
+        signature = exported.graph_signature
+        self.targets: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
+                                        **signature.inputs_to_lifted_tensor_constants}
+        self.constants = {**exported.state_dict, **exported.constants}
 
     def read(self, traced: Any) -> None:
         """Add what a node computes."""
-        target = traced.target
-        name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target.__name__)
-        in_place = name.endswith("_") and not name.endswith("__")
-        node = Node(self, traced, name.rstrip("_") if in_place else name)
+        if traced.op == "placeholder":
+            self.values[traced] = self.constants[self.targets[traced.name]].detach().cpu()
+            return
+        if traced.op == "get_attr":
+            self.values[traced] = getattr(self.module, traced.target)
+            return
+        node = Node(self, traced, _name_of(traced))
         if not any(isinstance(self.values[made], (*COMPUTED, list)) for made in traced.all_input_nodes):
             self.values[traced] = self._of_constants(node)
         elif node.op not in OPERATORS:
@@ -153,9 +195,9 @@ class Reader:
                         f"{', '.join(sorted(OPERATORS))}")
         else:
             with self.builder.at(node):
+                node.require_floating(node.value("dtype"))
                 self.values[traced] = OPERATORS[node.op](self.builder, node)
-        if in_place:
-            self.values[traced.args[0]] = self.values[traced]
+            node.check_arguments()
 
     def _of_constants(self, node: Node) -> Any:
         """What PyTorch makes of weights alone, such as their normalisation."""
@@ -176,10 +218,11 @@ class Node(ValueNode):
     def __init__(self, reader: Reader, traced: Any, op: str) -> None:
         self.reader, self.builder, self.traced, self.op = reader, reader.builder, traced, op
         schema = getattr(traced.target, "_schema", None)
-        known = [argument.name for argument in schema.arguments] if schema is not None else []
-        self.arguments: dict[str, Any] = dict(zip(known, traced.args, strict=False)) | dict(traced.kwargs)
+        self.parameters = {} if schema is None else {argument.name: argument for argument in schema.arguments}
+        self._arguments: dict[str, Any] = dict(zip(self.parameters, traced.args, strict=False)) | dict(traced.kwargs)
+        self._read: set[str] = set()
         stack = list((traced.meta.get("nn_module_stack") or {}).values())
-        self.module = str(stack[-1][0]) if stack else ""
+        self.module = (str(stack[-1][0]) if stack else "") or self._owner()
         name = self.module or str(traced.name)  # the module that computes it, or else the node
         is_taken = name in self.builder.layers or name == INPUT
         self.layer_name = f"{name}/{traced.name}" if self.module and is_taken else name
@@ -187,18 +230,48 @@ class Node(ValueNode):
     def __str__(self) -> str:
         return f"{self.op} (node {self.traced.name!r}{f', in module {self.module!r}' if self.module else ''})"
 
+    def _owner(self) -> str:
+        """The module whose parameters it reads: what stands under `torch.no_grad` no longer says its own."""
+        names = (self.reader.targets.get(node.name, "") for node in self.traced.all_input_nodes)
+        return next((owner for owner in (name.rpartition(".")[0] for name in names) if owner), "")
+
+    def check_arguments(self) -> None:
+        """Refuse what was given and not read, unless it is what is computed without it."""
+        for name, value in self._arguments.items():
+            if name in self._read or name in IGNORED:
+                continue
+            parameter = self.parameters.get(name)
+            default = parameter.default_value if parameter is not None and parameter.has_default_value() else None
+            if value is not None and value != default:
+                self.refuse(f"has {name} {value}, which is not supported; required: "
+                            + ("none" if default is None else str(default)))
+
+    def _argument(self, name: str) -> Any:
+        self._read.add(name)
+        return self._arguments.get(name)
+
     def __contains__(self, name: str) -> bool:
-        return self.arguments.get(name) is not None
+        return self._argument(name) is not None
 
     def value(self, key: str) -> Any:
-        value = self.arguments.get(key)
+        value = self._argument(key)
         return self.reader.values[value] if isinstance(value, torch.fx.Node) else value
 
     def label(self, key: str) -> str:
         return key
 
+    def require_floating(self, like: Any) -> None:
+        """A type, or a tensor's, that leaves values as they are but for their rounding."""
+        dtype = getattr(like, "dtype", like)
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            self.refuse(f"makes {str(dtype).removeprefix('torch.')} of what is computed; required: a floating-point "
+                        "type, for whole numbers and truth values have no relevance")
+
     def array(self, value: Any) -> Array:
-        return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        if not isinstance(value, torch.Tensor):
+            return np.asarray(value)
+        value = value.detach().cpu()
+        return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).numpy())  # NumPy has no bfloat16
 
     def get(self, key: str, default: Any) -> Any:
         """A plain value, such as a number or a list."""
@@ -223,7 +296,7 @@ class Node(ValueNode):
 
     def tensors(self, key: str) -> list[Tensor]:
         """A list of tensors."""
-        values = self.arguments.get(key) or []
+        values = self._argument(key) or []
         is_list = isinstance(values, (list, tuple))
         made = [self.reader.values[node] for node in values] if is_list else list(self.value(key))
         if not made or not all(isinstance(x, (Tensor, Squares)) for x in made):

@@ -1,0 +1,92 @@
+"""A network in an ONNX file as onnxruntime runs it or, where that is not installed, onnx's own reference.
+
+They get no file, and of it no more than the nodes that the reader has read and accepted: no other operators, no
+branches that are not taken, no weights in files of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fastdtd.importers.moves import Array
+from fastdtd.importers.verify import NotComparedError, Runtime
+
+_IR_VERSION = 8  # that every onnxruntime of today takes
+_HALF_TOLERANCE = 1e-2  # some units in the last place of float16
+
+
+@dataclass
+class OnnxRuntime(Runtime):
+    """graph: nodes that lead to the output, their weights, one input and one output; opset: theirs."""
+
+    graph: Any = None
+    opset: int = 0
+    _sessions: dict[str, Any] = field(default_factory=dict)
+
+    def start(self) -> str:
+        for tensor in _tensors(self.graph):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+                raise NotComparedError("it names weights in another file that were not read")
+            if tensor.data_type == onnx.TensorProto.FLOAT16:
+                self.tolerance = _HALF_TOLERANCE
+        self.dtype = onnx.helper.tensor_dtype_to_np_dtype(self.graph.input[0].type.tensor_type.elem_type)
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            self.max_operations, self.pool_operations = 2e9, 500  # it is NumPy, and loops over windows
+            return f"onnx {onnx.__version__}'s reference"
+        return f"onnxruntime {onnxruntime.__version__}"
+
+    def run(self, images: Array, key: Any = None) -> Array:
+        output = key or self.graph.output[0].name
+        if output not in self._sessions:
+            self._sessions[output] = self._session(output)
+        return np.asarray(self._sessions[output]({self.graph.input[0].name: images}))
+
+    def _session(self, output: str) -> Any:
+        model = onnx.ModelProto(ir_version=_IR_VERSION, graph=self.graph,
+                                opset_import=[onnx.helper.make_opsetid("", self.opset)])
+        if output != model.graph.output[0].name:
+            del model.graph.output[:]
+            model.graph.output.append(onnx.ValueInfoProto(name=output))
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            from onnx.reference import ReferenceEvaluator
+
+            for node in model.graph.node:
+                _mend_for_reference(node)
+            reference = ReferenceEvaluator(model)
+            return lambda inputs: reference.run([output], inputs)[0]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as it is written
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return lambda inputs: session.run([output], inputs)[0]
+
+
+def _mend_for_reference(node: Any) -> None:
+    """Without what onnx's reference (1.23) computes otherwise than the specification: below opset 14 batch norms mix
+    the batch's statistics in, but for this momentum; max-pools that pad the beginning more are a row short."""
+    if node.op_type == "BatchNormalization":
+        kept = [attribute for attribute in node.attribute if attribute.name != "momentum"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute("momentum", 1.0)])
+    if node.op_type == "MaxPool" and any(attribute.s == b"SAME_LOWER" for attribute in node.attribute):
+        raise NotComparedError("onnx's reference does not know the auto_pad SAME_LOWER; `pip install onnxruntime` does")
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from attribute.tensors
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _tensors(attribute.g)

@@ -1,0 +1,73 @@
+"""A PyTorch module as PyTorch runs it; its nodes one by one where the scores differ."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdtd.importers.moves import Array
+from fastdtd.importers.verify import TOLERANCE, Runtime
+
+
+@contextlib.contextmanager
+def evaluating(module: Any) -> Iterator[Any]:
+    """`module` in evaluation mode; afterwards each of its modules in its own again."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield module.eval()
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@dataclass
+class TorchRuntime(Runtime):
+    """exported: what was read of `module`; like: a tensor of the input's kind."""
+
+    module: Any = None
+    exported: Any = None
+    like: Any = None
+
+    def start(self) -> str:
+        values = (node.meta.get("val") for node in self.exported.graph.nodes)
+        types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+        self.tolerance = max(TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in types))
+        return f"PyTorch {torch.__version__}"
+
+    def run(self, images: Array, key: Any = None) -> Array:
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.like)
+        with torch.no_grad():
+            made = self._module(x) if key is None else _Until(self.exported, key).value(x)
+        return np.asarray(made.cpu().double().numpy())
+
+    def _module(self, x: Any) -> Any:
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}  # which it may write to
+        with evaluating(self.module):
+            return torch.func.functional_call(self.module, buffers, (x,))
+
+
+class _Until(torch.fx.Interpreter):  # type: ignore[misc]
+    """Runs an exported program as far as a node."""
+
+    def __init__(self, exported: Any, last: Any) -> None:
+        super().__init__(exported.graph_module)
+        self._exported, self._last, self._found = exported, last, None
+
+    def value(self, x: Any) -> Any:
+        signature, constants = self._exported.graph_signature, {**self._exported.state_dict, **self._exported.constants}
+        targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
+                   **signature.inputs_to_lifted_tensor_constants}
+        inputs = [node.name for node in self._exported.graph.nodes if node.op == "placeholder"]
+        self.run(*(constants[targets[name]] if name in targets else x for name in inputs))
+        return self._found
+
+    def run_node(self, n: Any) -> Any:
+        value = super().run_node(n)
+        if n is self._last:
+            self._found = value
+        return value
