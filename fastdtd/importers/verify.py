@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from fastdtd.cost import multiply_adds
 from fastdtd.errors import ConversionError, FastDTDError
-from fastdtd.graph import INPUT, Conv2d, Dense, Graph, Pool2d
+from fastdtd.graph import INPUT, Graph, Pool2d
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor
@@ -184,17 +185,8 @@ def _own_scores(graph: Graph, batch: Array) -> Array:
 
 
 def _operations(graph: Graph, pool_operations: int) -> int:
-    """Multiply-adds of one image, forward, and what pools take."""
-    total = 0
-    for layer in graph:
-        outputs = math.prod(graph.shapes[layer.name])
-        if isinstance(layer, (Conv2d, Dense)):
-            total += outputs * math.prod(layer.weight.shape[1:])
-        elif isinstance(layer, Pool2d):
-            total += outputs * math.prod(layer.kernel) * pool_operations
-        else:
-            total += outputs
-    return total
+    """Multiply-adds of one image, forward, where pools take more."""
+    return sum(multiply_adds(layer, graph) * (pool_operations if isinstance(layer, Pool2d) else 1) for layer in graph)
 
 
 def _first_that_differs(runtime: Runtime, graph: Graph, batch: Array) -> str:
