@@ -135,6 +135,7 @@ class Explainer:
                 f"an image takes {count:.2e} multiply-adds, and {max_multiply_adds:.2g} are accepted; required: a "
                 "network that takes fewer, or a higher max_multiply_adds (--max-multiply-adds)")
         self.model = model
+        self._arguments = model, rules, device, threads, memory, precision, max_multiply_adds
         self._assignment = assign(model.graph, rules)
         self.rules = self._assignment.rules
         rules_as_text = {name: str(rule.rule) for name, rule in self.rules.items()}
@@ -143,6 +144,10 @@ class Explainer:
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
         self._executor = Executor(model.graph, self._assignment, found, self.threads, limit, memory)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is what it was made of; where it is unpickled, weights are packed again."""
+        return Explainer, self._arguments
 
     @property
     def batch(self) -> int:

@@ -15,7 +15,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastdtd.errors import FastDTDError, shown
 
@@ -38,7 +38,7 @@ def as_path(given: object, error: type[FastDTDError], required: str) -> Path:
     return Path(text)
 
 
-def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
+def open_to_read(path: str | os.PathLike[str]) -> io.BufferedReader:
     """A regular file, for reading; a link leads to what it names.
 
     What is none is not opened: a named pipe would block until somebody writes, and some devices act when opened.

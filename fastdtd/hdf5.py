@@ -19,6 +19,7 @@ import numpy as np
 
 from fastdtd import hdf5_storage
 from fastdtd.errors import ModelError
+from fastdtd.files import open_to_read
 from fastdtd.hdf5_storage import Content
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]
     with contextlib.ExitStack() as stack:
         with errors(required):  # and what is done with the file later is the caller's
             if isinstance(source, Path):
-                stream: io.RawIOBase | io.BytesIO = stack.enter_context(open(source, "rb", buffering=0))
+                stream: io.BufferedIOBase = stack.enter_context(_opened(source))
             else:
                 stream = io.BytesIO(source) if isinstance(source, bytes) else source
             stream.seek(0)
@@ -70,6 +71,13 @@ def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]
             if file.id.get_create_plist().get_sizes() != (8, 8):
                 raise ModelError(f"does not use 8-byte HDF5 addresses; required: {required}")
         yield Object(file, content)
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    try:
+        return open_to_read(path)
+    except OSError as error:
+        raise ModelError(f"cannot be opened: {error.strerror or error}; required: a file that can be read") from None
 
 
 @contextlib.contextmanager

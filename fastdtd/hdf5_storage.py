@@ -37,7 +37,7 @@ Raw = npt.NDArray[Any]
 class Content:
     """The bytes of a file, and the strings in its global heaps."""
 
-    def __init__(self, stream: io.RawIOBase | io.BytesIO) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream = stream
         self.size = stream.seek(0, os.SEEK_END)
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}  # by address: index -> start, length

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import hdf5
-from fastdtd.errors import InputError, ModelError, OutputError
-from fastdtd.files import replace
+from fastdtd.errors import InputError, ModelError, OutputError, shown
+from fastdtd.files import as_path, replace
 from fastdtd.graph import (
     LAYER_TYPES,
     MAX_LAYERS,
@@ -77,7 +77,7 @@ def load(source: str | os.PathLike[str]) -> Model:
     >>> fastdtd.load("squeezenet1_1").class_name(285)
     'Egyptian cat'
     """
-    path = _locate(os.fsdecode(source))
+    path = _locate(str(as_path(source, ModelError, "the path of a model file or the name of a bundled model")))
     try:
         return _read(path)
     except ModelError as error:
@@ -111,10 +111,13 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
     >>> import fastdtd
     >>> fastdtd.save(fastdtd.load("squeezenet1_1"), "net.h5", dtype="float16")
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; required: one of {', '.join(DTYPES)}")
-    if compression not in COMPRESSIONS:
-        raise InputError(f"compression is {compression!r}; required: 'gzip', 'lzf' or None")
+    if not isinstance(model, Model):
+        raise InputError(f"the model is {shown(model)}, of type {type(model).__name__}; required: a Model")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"dtype is {shown(dtype)}; required: one of {', '.join(DTYPES)}")
+    if compression is not None and (not isinstance(compression, str) or compression not in COMPRESSIONS):
+        raise InputError(f"compression is {shown(compression)}; required: 'gzip', 'lzf' or None")
+    file = as_path(path, OutputError, "the path of the file to write")
     image = io.BytesIO()  # HDF5 does not recover from a full disk; plain writing does
     try:
         _write(model, image, np.dtype(dtype).newbyteorder("<"), compression)
@@ -122,23 +125,20 @@ def save(model: Model, path: str | os.PathLike[str], dtype: str = "float32", com
     except ModelError as error:
         raise ModelError(f"the model cannot be saved: {error}") from error
     try:
-        replace(Path(path), lambda beside: beside.write_bytes(image.getbuffer()))
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        replace(file, lambda beside: beside.write_bytes(image.getbuffer()))
+    except (OSError, ValueError) as error:  # ValueError: a name that the system cannot write
         raise OutputError(
-            f"cannot write {str(path)!r}: {error}; required: a folder that can be written and has free space"
+            f"cannot write {str(file)!r}: {error}; required: a folder that can be written and has free space"
         ) from error
 
 
 def _locate(source: str) -> Path:
-    if os.path.isfile(source):
-        return Path(source)
     bundled = MODELS / (source + _BUNDLED_SUFFIX)
     is_bare = Path(source).name == source and not Path(source).suffix
-    if is_bare and os.path.isfile(bundled):
+    if is_bare and not os.path.isfile(source) and os.path.isfile(bundled):
         return bundled
-    if os.path.exists(source):
-        what = "a directory" if os.path.isdir(source) else "no regular file"
-        raise ModelError(f"model file {source!r} is {what}; required: a model file")
+    if os.path.lexists(source):
+        return Path(source)
     names = ", ".join(sorted(p.stem for p in MODELS.glob("*" + _BUNDLED_SUFFIX))) or "none"
     raise ModelError(
         f"model file {source!r} does not exist; required: the path of a model file or the name of a bundled model "

@@ -74,6 +74,12 @@ CALLS = {
     "layers": lambda x: g.Graph(x, (3, 4, 4)),
     "input_shape": lambda x: g.Graph(MODEL.graph.layers, x),
     "box": lambda x: g.Graph(MODEL.graph.layers, (3, 4, 4), x),
+    "load": fastdtd.load,
+    "model to save": lambda x: fastdtd.save(x, "net.h5"),
+    "path to save": lambda x: fastdtd.save(MODEL, x),
+    "dtype": lambda x: fastdtd.save(MODEL, "net.h5", x),
+    "compression": lambda x: fastdtd.save(MODEL, "net.h5", compression=x),
+    "max_multiply_adds": lambda x: fastdtd.Explainer(MODEL, threads=1, max_multiply_adds=x),
     "source": fastdtd.convert,
     "weights": lambda x: fastdtd.convert("net.prototxt", x),
 }

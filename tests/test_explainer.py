@@ -322,6 +322,18 @@ def test_evenly_coloured_areas_have_their_first_values_win():
     assert not losers.any()
 
 
+@pytest.mark.parametrize("rules", ["dtd", {"conv": "w2"}, ["zennit.epsilon_plus", {"scores": "flat"}]])
+def test_explainers_are_pickled(rules):
+    model = Model(small(), Preprocessing(None), ("n01 cat, house cat", "dog", "cat fish"), {"source": "numbers"})
+    made = Explainer(model, rules, threads=2, memory="100MiB")
+    again = pickle.loads(pickle.dumps(made))
+    batch = images(model.graph, 3, seed=0)
+    np.testing.assert_array_equal(again(batch, "dog").relevance, made(batch, "dog").relevance)
+    assert (again.rules, again.threads, again.batch) == (made.rules, made.threads, made.batch)
+    assert again.model.classes == model.classes
+    assert again.model.provenance == model.provenance
+
+
 def test_targets():
     made = Explainer(Model(small(), Preprocessing(None), ("n01 cat, house cat", "dog", "cat fish")))
     batch = images(made.model.graph, 3)

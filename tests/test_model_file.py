@@ -262,12 +262,12 @@ def test_many_names_of_variable_length(path):
 def test_no_model_file(tmp_path, path):
     with pytest.raises(ModelError, match="does not exist; required: the path"):
         load(path)
-    with pytest.raises(ModelError, match="is a directory; required: a model file"):
+    with pytest.raises(ModelError, match="cannot be opened: Is a directory; required: a file"):
         load(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ModelError, match="is no regular file"):
+    with pytest.raises(ModelError, match="cannot be opened: it is a named pipe; required: a regular file"):
         load(tmp_path / "pipe")
-    with pytest.raises(ModelError, match="does not exist"):
+    with pytest.raises(ModelError, match="required: the path of a model file or the name of a bundled model"):
         load("zero\0byte")
 
 
@@ -366,10 +366,11 @@ def test_what_cannot_be_stored(model, path, key, value, message):
 
 def test_unwritable_folders(model, tmp_path):
     (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "missing" / "m.h5", tmp_path / "file" / "m.h5", tmp_path /
-                  ("x"*300), tmp_path / "zero\0byte"):
+    for place in (tmp_path, tmp_path / "missing" / "m.h5", tmp_path / "file" / "m.h5", tmp_path / ("x" * 300)):
         with pytest.raises(OutputError, match=r"cannot write .*required: a folder"):
             save(model, place)
+    with pytest.raises(OutputError, match="required: the path of the file to write"):
+        save(model, tmp_path / "zero\0byte")
     assert os.listdir(tmp_path) == ["file"]
 
 
