@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "%% of what is free)")
     explain.add_argument(
         "--max-multiply-adds", metavar="N", type=float,
-        help="refuse a network of which one picture takes more, forward; `fastdtd show` says how many (default: 3e11)")
+        help="refuse a network of which one picture takes more; `fastdtd show` says how many (default: 5e11)")
     explain.add_argument(
         "--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
@@ -405,8 +405,8 @@ def _show(options: argparse.Namespace) -> int:
     print(f"classes   {len(model.classes) or 'unnamed'}")
     takes = cost(graph)
     print(f"weights   {_parameters(graph):,} parameters, {decimal(takes.weight_bytes)}B")
-    print(f"cost      {decimal(takes.multiply_adds).strip()} multiply-adds forward, {decimal(takes.activation_bytes)}B "
-          "of activations, for one picture")
+    print(f"cost      {decimal(takes.forward).strip()} multiply-adds forward and {decimal(takes.backward).strip()} "
+          f"backward, {decimal(takes.activation_bytes)}B of activations, for one picture")
     for key, value in model.provenance.items():
         print(f"{key:<9} {value}")
     return 0

@@ -241,7 +241,7 @@ def test_show(run):
     assert out[2].split() == ["conv", "Conv2d", "input", "3x8x8", "9", "box", "zB"]
     assert "input     3x8x8, rgb, stretch, (pixel * 0.00392157 - 0) / 1" in out
     assert "weights   18 parameters, 72 B" in out
-    assert "cost      969 multiply-adds forward, 2.33 kB of activations, for one picture" in out
+    assert "cost      969 multiply-adds forward and 969 backward, 2.33 kB of activations, for one picture" in out
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from explaining import explainer, many, small
 from graphs import graphs
@@ -26,16 +27,25 @@ def test_counts_what_windows_and_weights_say(graph):
         else:
             assert multiply_adds(layer, graph) >= math.prod(shape) > 0
     found = cost(graph)
-    assert found.multiply_adds == sum(multiply_adds(layer, graph) for layer in graph)
+    assert found.forward == sum(multiply_adds(layer, graph) for layer in graph)
+    assert found.backward >= sum(math.prod(graph.shapes[layer.inputs[0]]) for layer in graph)
     assert found.activation_bytes == 4 * sum(math.prod(shape) for shape in graph.shapes.values())
     assert found.weight_bytes == 4 * graph.parameters
+
+
+def test_a_large_window_costs_most_on_the_way_back():
+    """It has few positions, but each input lies in all of them."""
+    conv = g.Conv2d("conv", (g.INPUT,), np.ones((2, 1, 30, 30)))
+    graph = g.Graph((conv, g.GlobalAveragePool("scores", ("conv",))), (1, 32, 32), (0, 1))
+    assert cost(graph).forward == 2 * 9 * 900 + 2 * 9
+    assert cost(graph).backward == 2 * 1024 * 900 + 2 * 9
 
 
 def test_a_network_that_takes_too_much_is_refused_before_it_begins():
     """A large window at every position: hours, from a file of a few bytes."""
     layers = g.MaxPool2d("pool", (g.INPUT,), (4096, 4096), (1, 1)), g.GlobalAveragePool("scores", ("pool",))
     graph = g.Graph(layers, (1, 8192, 8192), (0, 1))
-    with pytest.raises(InputError, match=r"an image takes 2\.8.e\+14 multiply-adds, and 3e\+11 are accepted.*higher"):
+    with pytest.raises(InputError, match=r"an image takes 2\.8.e\+14 multiply-adds, and 5e\+11 are accepted.*higher"):
         explainer(graph)
     Explainer(Model(small(), Preprocessing(None)), max_multiply_adds=math.inf)
     with pytest.raises(InputError, match="multiply-adds, and 10 are accepted"):

@@ -2,6 +2,7 @@
 the same bits).
 """
 
+import math
 import pickle
 import warnings
 from dataclasses import replace
@@ -28,6 +29,7 @@ from fastdtd import graph as g
 from fastdtd.errors import FastDTDError, InputError, RuleError
 from fastdtd.explainer import Explainer
 from fastdtd.inputs import ExplanationWarning
+from fastdtd.lowering import pooling
 from fastdtd.model import Model, Preprocessing
 from fastdtd.rules import search_direction
 
@@ -306,6 +308,52 @@ def test_same_bits_whatever_the_batch_and_the_threads(graph):
 
 def test_the_first_of_equals_wins():
     assert_first_of_equals_wins(explainer)
+
+
+@many
+@given(st.data())
+def test_large_max_pools_are_split_and_have_the_same_winners(data):
+    size = [data.draw(st.integers(1, 12)) for _ in range(2)]
+    kernel = tuple(data.draw(st.integers(1, n)) for n in size)
+    padding = tuple(data.draw(st.integers(0, kernel[i % 2] - 1)) for i in range(4))
+    stride, ceil_mode = tuple(data.draw(st.integers(1, 4)) for _ in range(2)), data.draw(st.booleans())
+    pool = g.MaxPool2d("pool", ("conv",), kernel, stride, padding, ceil_mode)
+    rng = np.random.default_rng(0)
+    _, *pooled = pool.output_shape([(4, *size)])
+    layers = (g.Conv2d("conv", (g.INPUT,), rng.standard_normal((4, 2, 1, 1))), pool, g.Flatten("flat", ("pool",)),
+              g.Dense("scores", ("flat",), rng.standard_normal((3, 4 * math.prod(pooled)))))
+    graph = g.Graph(layers, (2, *size), (-1, 1))
+    batch = np.round(images(graph, 2) * 3) / np.float32(3)  # with many equal values
+    rules = {"scores": data.draw(st.sampled_from(["z+", "epsilon", "gradient"]))}
+    rules = "gradient" if "gradient" in rules.values() else rules
+    at_once = explain(explainer(graph, rules), batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "_ALWAYS_SPLIT_FROM", 0)
+        split = explainer(graph, rules)
+    assert ("pool/rows" in split._executor.devices[0][1]._network.graph.shapes) == (min(kernel) > 1)
+    # The same winners; what one wins in several windows is added up in another order.
+    np.testing.assert_array_equal(explain(split, batch).output, at_once.output)
+    np.testing.assert_allclose(explain(split, batch).at("conv"), at_once.at("conv"), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(explain(split, batch).at("pool"), at_once.at("pool"))
+
+
+def test_windows_of_thousands_of_elements():
+    """Tables, and the time, grow by rows and columns, not by their product."""
+    size = 400
+    pool = g.MaxPool2d("pool/rows", (g.INPUT,), (size - 3, size - 2))
+    layers = pool, g.MaxPool2d("pool", ("pool/rows",), (4, 3)), g.Flatten("scores", ("pool",))
+    image = np.random.default_rng(0).random((1, 1, size, size), np.float32)
+    e = explain(explainer(g.Graph(layers, (1, size, size), (0, 1))), image)
+    assert e.relevance[0, 0].argmax() == image[0, 0].argmax()
+    assert e.relevance.sum() == image.max()
+    for layer in (g.AveragePool2d("pool", (g.INPUT,), (size - 3, size - 2)),
+                  g.Conv2d("pool", (g.INPUT,), np.ones((1, 1, size - 3, size - 2)))):
+        graph = g.Graph((layer, g.GlobalAveragePool("scores", ("pool",))), (1, size, size), (0, 1))
+        with pytest.raises(InputError, match=r"'pool' .* has a window of 397x398; at most 65536 elements are accepted"):
+            explainer(graph)
+    whole = g.AveragePool2d("pool", (g.INPUT,), (size, size))
+    e = explain(explainer(g.Graph((whole, g.Flatten("scores", ("pool",))), (1, size, size), (0, 1))), image)
+    assert e.sum[0] == pytest.approx(image.mean(), rel=1e-5)
 
 
 def test_evenly_coloured_areas_have_their_first_values_win():

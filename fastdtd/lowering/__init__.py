@@ -8,6 +8,7 @@ input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from fastdtd import graph as g
+from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Graph, Layer
 from fastdtd.kernels import codes
 from fastdtd.lowering import convolution, dense, normalization, pointwise, pooling
 from fastdtd.lowering.aliasing import Location, fused_activations, locations, separate_locations
+from fastdtd.lowering.blocks import MAX_TAPS
 from fastdtd.lowering.builder import Builder
 from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment
@@ -88,8 +91,12 @@ class Lowered:
 def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int = codes.TF32) -> Lowered:
     """Pack the network's weights as the kernels read them; the current device gets them.
 
-    precision: of products on tensor cores (fastdtd.kernels.codes), where there are any.
+    precision: of products on tensor cores (fastdtd.kernels.codes), where there are any. Raises InputError for a window
+    that is too large.
     """
+    graph, assignment = pooling.split_large(graph, assignment)
+    for layer in graph:
+        _check_window(layer, graph)
     weights: dict[str, Any] = {}
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the scores or the relevance
         for layer in graph:
@@ -102,6 +109,20 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
                 case g.Rearrange():
                     weights[layer.name] = pointwise.rearrange_pack(layer, graph, kernels)
     return Lowered(graph, assignment, kernels, weights, fused_activations(graph), locations(graph))
+
+
+def _check_window(layer: Layer, graph: Graph) -> None:
+    match layer:
+        case g.Conv2d():
+            window = layer.weight.shape[2:]
+        case g.Pool2d() if not pooling.holds_all(layer, graph):
+            window = layer.kernel
+        case _:
+            return
+    if math.prod(window) > MAX_TAPS:
+        raise InputError(
+            f"layer {layer.name!r} ({type(layer).__name__}) has a window of {window[0]}x{window[1]}; at most "
+            f"{MAX_TAPS} elements are accepted, but for pools of the whole input. A dense layer has no such limit")
 
 
 def _observe(b: Builder, name: str, result: str) -> None:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from fastdtd.lowering.builder import read_only
 from fastdtd.protocols import BlockedDevice
 
+MAX_TAPS = 2**16  # of a window: tables have an entry for each
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,49 @@ from fastdtd.graph import Array
 from fastdtd.lowering import linear
 from fastdtd.lowering.blocks import Blocks, blocks_of, int_table
 from fastdtd.lowering.builder import Builder, read_only
-from fastdtd.rules import Term
+from fastdtd.rules import Assignment, Term
 
 Pool = g.Pool2d | g.GlobalAveragePool
+
+_SPLIT_FROM, _ALWAYS_SPLIT_FROM = 64, 4096  # values of a window
+
+
+def split_large(graph: g.Graph, assignment: Assignment) -> tuple[g.Graph, Assignment]:
+    """Max-pools by winner over large windows as two: over the windows' rows, and over columns of what these gave.
+
+    A window then takes as many comparisons as it has rows and columns, not their product. The first of the largest
+    values is in the first row that has one, and the first there, so the winner is the same.
+    """
+    layers: list[g.Layer] = []
+    rules, carriers, signed = dict(assignment.rules), set(assignment.carriers), set(assignment.signed)
+    for layer in graph:
+        rule = rules.get(layer.name)
+        if isinstance(layer, g.MaxPool2d) and rule is not None and not rule.terms and _pays_to_split(layer, graph):
+            (down, across), (stride_h, stride_w), (top, left, bottom, right) = layer.kernel, layer.stride, layer.padding
+            rows = f"{layer.name}/rows"
+            while rows in graph.shapes:
+                rows += "'"
+            layers.append(g.MaxPool2d(rows, layer.inputs, (1, across), (1, stride_w), (0, left, 0, right),
+                                      layer.ceil_mode))
+            layers.append(g.MaxPool2d(layer.name, (rows,), (down, 1), (stride_h, 1), (top, 0, bottom, 0),
+                                      layer.ceil_mode))
+            rules[rows] = rule
+            for names in (carriers, signed):
+                names.update({rows} if layer.name in names else ())
+        else:
+            layers.append(layer)
+    if len(layers) == len(graph.layers):
+        return graph, assignment
+    return (g.Graph(tuple(layers), graph.input_shape, graph.box),
+            replace(assignment, rules=rules, carriers=frozenset(carriers), signed=frozenset(signed)))
+
+
+def _pays_to_split(layer: g.MaxPool2d, graph: g.Graph) -> bool:
+    (down, across), height = layer.kernel, graph.shapes[layer.inputs[0]][1]
+    _, rows, columns = graph.shapes[layer.name]
+    at_once, split = rows * columns * down * across, height * columns * across + rows * columns * down
+    return min(down, across) > 1 and (down * across > _ALWAYS_SPLIT_FROM
+                                      or (down * across >= _SPLIT_FROM and 2 * split <= at_once))
 
 
 def forward(b: Builder, layer: Pool) -> None:
@@ -37,6 +78,12 @@ def backward(b: Builder, layer: Pool) -> None:
     c_in, c = b.factor(source), b.factor(layer.name)
     b.step(b.kernels.max_pool2d_redistribute, b.batch * c_in.channels, c_in=c_in, c=c, winner=b.saved(layer).view,
            c_in_channel=c_in.channel, c_channel=c.channel, accumulate=accumulate, optional=_geometry(b, layer))
+
+
+def holds_all(layer: Pool, graph: g.Graph) -> bool:
+    """Whether the one window is the whole input."""
+    shape = graph.shapes[layer.inputs[0]][1:]
+    return isinstance(layer, g.GlobalAveragePool) or (layer.kernel == shape and not any(layer.padding))
 
 
 def _by_winner(b: Builder, layer: Pool) -> bool:
@@ -79,9 +126,7 @@ def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
     if b.kernels.POOLING != "blocked":
         return None, {}
     kernel, stride, padding, _ = _window(b, layer)
-    is_whole = kernel == b.graph.shapes[layer.inputs[0]][1:] and b.graph.shapes[layer.name][1:] == (
-        1, 1) and not any(padding)
-    if is_whole and not _by_winner(b, layer):
+    if holds_all(layer, b.graph) and not _by_winner(b, layer):
         blocks = Blocks(int_table([], 2), [], 1, 1, 0, 0)
     else:
         taps = [(i - padding[0], j - padding[1]) for i in range(kernel[0]) for j in range(kernel[1])]
