@@ -37,17 +37,16 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Object:
-    """What a file holds, most often a group or a dataset, and the bytes of the file."""
+    """What a file holds, most often a group or a dataset.
 
-    h5: Any  # as h5py gives it
+    h5 : as h5py gives it
+    content : the bytes of the file
+    address : where its header is in the file, the same for all links that lead to it
+    """
+
+    h5: Any
     content: Content
-
-    @property
-    def address(self) -> int:
-        """Where its header is in the file: the same for all links that lead to it."""
-        from h5py import h5o
-
-        return int(h5o.get_info(self.h5.id).addr)
+    address: int
 
 
 @contextlib.contextmanager
@@ -70,7 +69,8 @@ def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]
             file = stack.enter_context(h5py.File(stream, "r", locking=False))
             if file.id.get_create_plist().get_sizes() != (8, 8):
                 raise ModelError(f"does not use 8-byte HDF5 addresses; required: {required}")
-        yield Object(file, content)
+            root = Object(file, content, int(h5py.h5o.get_info(file.id).addr))
+        yield root
 
 
 def _opened(path: Path) -> io.BufferedReader:
@@ -106,7 +106,8 @@ def children(group: Object, where: str, limit: int, known: Iterable[str] | None 
         require_known(names, known, where, "member")
     if len(links) > limit:
         raise ModelError(f"{where} holds more than {limit} objects; required: at most {limit}")
-    for link, name in zip(links, names, strict=True):
+    found = {}
+    for name, link in sorted(zip(names, links, strict=True)):
         info = group.h5.id.links.get_info(link)
         if info.type != h5py.h5l.TYPE_HARD:
             raise ModelError(
@@ -115,7 +116,8 @@ def children(group: Object, where: str, limit: int, known: Iterable[str] | None 
         if hdf5_storage.is_virtual(group.content, info.u):
             raise ModelError(f"{where} holds {name!r} as a virtual dataset, whose data are in other files; required: "
                              "data in this file (h5repack brings it in)")
-    return {name: Object(group.h5[link], group.content) for name, link in sorted(zip(names, links, strict=True))}
+        found[name] = Object(group.h5[link], group.content, info.u)
+    return found
 
 
 def group(child: Object, where: str) -> Object:
