@@ -250,6 +250,7 @@ def _lzf(packed: bytes | bytearray, largest: int) -> bytes:
 
 _LAYOUT, _ATTRIBUTE, _CONTINUATION = 0x08, 0x0C, 0x10  # types of messages
 _VIRTUAL = 3
+_PREFIX = 512  # bytes that are read at once, in which most headers end
 
 
 def is_virtual(content: Content, address: int) -> bool:
@@ -276,14 +277,15 @@ def attribute_references(content: Content, address: int, name: bytes) -> bytes:
 
 def _messages(content: Content, address: int) -> Iterator[tuple[int, bool, bytes]]:
     """Type, whether it is kept elsewhere, and body of each message in an object's header."""
-    if content.read(address, 4) == b"OHDR":
-        flags = content.read(address + 5, 1)[0]
-        at = address + 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
+    prefix = content.read(address, min(_PREFIX, content.size - address))
+    if prefix.startswith(b"OHDR"):
+        flags = prefix[5]
+        at = 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
         width = 1 << (flags & 3)
-        blocks = [(at + width, int.from_bytes(content.read(at, width), "little"))]
+        blocks = [(address + at + width, int.from_bytes(prefix[at:at + width], "little"))]
         head, is_new = 4 + 2 * bool(flags & 4), True
     else:
-        blocks = [(address + 16, int.from_bytes(content.read(address + 8, 4), "little"))]
+        blocks = [(address + 16, int.from_bytes(prefix[8:12], "little"))]
         head, is_new = 8, False
     left = content.size  # blocks that lead round in circles end here
     while blocks:
@@ -291,7 +293,9 @@ def _messages(content: Content, address: int) -> Iterator[tuple[int, bool, bytes
         left -= max(size, head)
         if left < 0:
             raise ModelError("has a damaged object header")
-        block, at = content.read(start, size), 0
+        is_read = address <= start <= start + size <= address + len(prefix)
+        block = prefix[start - address:start - address + size] if is_read else content.read(start, size)
+        at = 0
         while at + head <= len(block):
             kind = block[at] if is_new else int.from_bytes(block[at:at + 2], "little")
             at_size = at + (1 if is_new else 2)
