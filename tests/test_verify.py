@@ -143,3 +143,10 @@ def test_caffe_has_nothing_to_compare_with(data, caplog):
     assert "compared with nothing: there is no runtime here for files of this kind" in caplog.text
     with pytest.raises(ConversionError, match="cannot be compared with its source's: there is no runtime"):
         convert(*names, verify=True)
+
+
+def test_tensors_that_are_views_here_and_memory_there(convert_nodes, monkeypatch, caplog):
+    monkeypatch.setattr(verify.Runtime, "max_elements", 10)
+    with caplog.at_level(logging.WARNING, "fastdtd"):
+        assert "verified" not in convert_nodes(NETWORK, WEIGHTS).provenance
+    assert "its tensors have 3.8e+02 elements, and onnx" in caplog.text

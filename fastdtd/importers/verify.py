@@ -53,6 +53,7 @@ class Runtime:
     steps: list[tuple[str, Any, Tensor]] = field(default_factory=list)
 
     max_operations = 5e10  # in multiply-adds of one image: some seconds
+    max_elements = 2**30  # of all tensors of one image together, which the framework may keep
     pool_operations = 1  # what an output of a pool takes for each element of its window
 
     def start(self) -> str:
@@ -101,6 +102,10 @@ def _compared(model: Model, runtime: Runtime) -> str:
     if count > runtime.max_operations:
         raise NotComparedError(f"an image takes {count:.1e} multiply-adds, and {framework} is given at most "
                                f"{runtime.max_operations:.0e}")
+    elements = runtime.batch * sum(value.elements for _, _, value in runtime.steps)
+    if elements > runtime.max_elements:
+        raise NotComparedError(f"its tensors have {elements:.1e} elements, and {framework} is given at most "
+                               f"{runtime.max_elements:.0e}")
     batch = _random_inputs(graph, runtime.dtype)
     try:
         with np.errstate(all="ignore"):
