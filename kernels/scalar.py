@@ -47,7 +47,7 @@ from numba.core.errors import NumbaError
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 MIN_DENOMINATOR = np.float32(1e-30)  # a smaller sum counts as zero: 1 / z and its products stay within float32
 ROUNDING = np.float32(1e-6)  # of P: a smaller Q, which is found as P - t, is what rounding left
-TIE = np.float32(2.0**-20)  # of a value's size: what a sum, and Winograd's transforms, round off
+TIE = np.float32(0.75 * 2.0**-23)  # of a value's size: what rounds to its last bit
 LOWEST = np.finfo(np.float32).min
 _THREE_QUARTERS = np.float32(0.75)
 

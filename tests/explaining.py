@@ -50,8 +50,8 @@ def assert_first_of_equals_wins(make):
     """Also where rounding alone made them unequal; make: graph -> explainer."""
     graph = g.Graph((g.MaxPool2d("pool", (g.INPUT,), (2, 2), (2, 2)), g.Flatten("flat", ("pool",)),
                      g.Dense("scores", ("flat",), np.ones((1, 2)))), (1, 2, 4), (0.0, 1.0))
-    for factor, wins in ((1 + 2**-23, 0), (1 + 2**-21, 0), (1 + 2**-19, 1)):
-        last = np.float32(0.7 * factor)
+    almost = np.nextafter(np.float32(0.7), np.float32(1))
+    for last, wins in ((almost, 0), (np.float32(0.7 * (1 + 2**-20)), 1)):
         e = make(graph)(np.float32([[[0.1, 0.7, 0.2, 0.3], [0.7, last, 0.3, 0.3]]]))
         expected = [[False, not wins, False, True], [False, wins, False, False]]
         np.testing.assert_array_equal(e.relevance[0, 0] > 0, expected)

@@ -356,20 +356,6 @@ def test_windows_of_thousands_of_elements():
     assert e.sum[0] == pytest.approx(image.mean(), rel=1e-5)
 
 
-def test_evenly_coloured_areas_have_their_first_values_win():
-    """Whatever Winograd's algorithm rounds, which depends on the position in a tile."""
-    rng = np.random.default_rng(0)
-    weights = [np.abs(rng.standard_normal(shape)) for shape in ((64, 3, 3, 3), (64, 64, 3, 3))]  # no sum cancels
-    layers = (g.Conv2d("a", (g.INPUT,), weights[0], padding=(1, 1, 1, 1)), g.ReLU("b", ("a",)),
-              g.Conv2d("c", ("b",), weights[1], padding=(1, 1, 1, 1)), g.ReLU("d", ("c",)),
-              g.MaxPool2d("e", ("d",), (2, 2), (2, 2)), g.GlobalAveragePool("f", ("e",)),
-              g.Dense("scores", ("f",), np.ones((1, 64))))
-    e = explain(explainer(g.Graph(layers, (3, 24, 24), (0, 1))), np.full((1, 3, 24, 24), 0.3, np.float32), 0)
-    losers = e.at("d")[0, :, 2:-2, 2:-2].copy()  # at the edges windows are not even
-    losers[:, ::2, ::2] = 0
-    assert not losers.any()
-
-
 @pytest.mark.parametrize("rules", ["dtd", {"conv": "w2"}, ["zennit.epsilon_plus", {"scores": "flat"}]])
 def test_explainers_are_pickled(rules):
     model = Model(small(), Preprocessing(None), ("n01 cat, house cat", "dog", "cat fish"), {"source": "numbers"})

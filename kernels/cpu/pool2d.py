@@ -58,8 +58,8 @@ def _find_winners(typing_context, x, winner, block, offsets, positions, taps, co
     """x <- the largest value of each window, winner (int32) <- its position: `count` windows.
 
     Window i reads block[offsets[t] + i] for each tap t; that value's position is first + i * step + positions[t].
-    offsets, positions: int32. A value has to exceed those before it by more than rounding explains, or the first of
-    them wins.
+    offsets, positions: int32. A value has to exceed those before it by more than the last bit, or the first of them
+    wins.
     """
     def codegen(context, builder, signature, arguments):
         p_x, p_winner, p_block, p_offsets, p_places = pointers(builder, arguments[:5], F32, I32, F32, I32, I32)
