@@ -452,13 +452,13 @@ def test_garbage(tmp_path, content):
 def test_damaged_onnx_files_are_read_or_refused():
     content = onnx_file([
         node("Pad", ["x", "p"], ["q"]), node("Conv", ["q", "w", "b"], ["c"], strides=[2, 2], auto_pad="SAME_UPPER"),
-        node("BatchNormalization", ["c", "b", "b", "b", "b"], ["n"]), node("Clip", ["n"], ["r"], min=0.0),
+        node("BatchNormalization", ["c", "b", "b", "b", "b"], ["n"]), node("Clip", ["n", "z"], ["r"]),
         node("MaxPool", ["r"], ["m"], kernel_shape=[2, 2], ceil_mode=1), node("Sum", ["m", "m"], ["s"]),
         node("Concat", ["s", "m"], ["k"], axis=1), node("ReduceMean", ["k"], ["g"], axes=[2, 3]),
         node("Reshape", ["g", "f"], ["h"]),
         node("Gemm", ["h", "d"], ["e"], alpha=0.5), node("Softmax", ["e"], ["y"]),
     ], {"p": np.array([0, 0, 1, 1] * 2), "w": numbers(4, 3, 3, 3), "b": np.abs(numbers(4)), "f": np.array([-1, 8]),
-        "d": numbers(8, 2)})
+        "d": numbers(8, 2), "z": np.float32(0)})
     assert onnx_importer.parse(content).runtime.builder.ending == "softmax"
     for data in damaged(content, 1000):
         with contextlib.suppress(FastDTDError):

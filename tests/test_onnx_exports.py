@@ -189,9 +189,6 @@ X = numbers(2, 4, 6, 5)
     ([node("Reshape", ["x", "s"], ["f"]), node("BatchNormalization", ["f", "c", "d", "d", "c"], ["t"])],
      {"s": ints(0, 120), "c": np.arange(1, 121, dtype=np.float32), "d": X[0].ravel()},
      (X.reshape(2, 120) - X[0].ravel()) * np.sqrt(np.arange(1, 121)) + X[0].ravel(), None),
-    ([node("Slice", ["x", "a", "b", "c"], ["e"]), node("SpaceToDepth", ["e"], ["t"], blocksize=2, mode="CRD")],
-     {"a": ints(0), "b": ints(4), "c": ints(3)},
-     X[..., :4].reshape(2, 4, 3, 2, 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 16, 3, 2), 1),
     ([node("Sign", ["x"], ["a"]), node("Abs", ["x"], ["b"]), node("Relu", ["b"], ["c"]),
       node("Mul", ["c", "a"], ["t"])], {}, X, 0),
     ([node("Cast", ["low"], ["l"], to=1), node("Clip", ["x", "l", "h"], ["t"])],
@@ -215,6 +212,110 @@ def test_what_moves_numbers_and_more(convert_nodes, nodes, constants, expected, 
         assert sum(not isinstance(layer, (g.Flatten, g.Dense)) for layer in graph) == layers
     alone = convert_nodes([*nodes, node("Flatten", ["t"], ["y"])], constants, ("N", *X.shape[1:])).graph
     np.testing.assert_allclose(scores(alone, X), expected.reshape(2, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 28, reason="this onnx does not know the attribute")
+def test_space_to_depth_in_the_other_order(convert_nodes):
+    graph = convert_nodes([node("Slice", ["x", "a", "b", "c"], ["e"]),
+                           node("SpaceToDepth", ["e"], ["t"], blocksize=2, mode="CRD"), node("Flatten", ["t"], ["y"])],
+                          {"a": ints(0), "b": ints(4), "c": ints(3)}, ("N", *X.shape[1:]), 28).graph
+    expected = X[..., :4].reshape(2, 4, 3, 2, 2, 2).transpose(0, 1, 3, 5, 2, 4)
+    np.testing.assert_array_equal(scores(graph, X), expected.reshape(2, -1))
+
+
+# ---- What is said and not read ----
+
+
+WEIGHTS = {"w": numbers(4, 4, 2, 2), "c": np.abs(numbers(4))}
+END = [node("GlobalAveragePool", ["t"], ["y"])]
+
+
+@pytest.mark.parametrize(("nodes", "opset", "message"), [
+    ([node("SpaceToDepth", ["x"], ["t"], blocksize=1, mode="CRD")], 13,
+     "SpaceToDepth 't' .* has an attribute 'mode' that it has not in opset 13, .*required: one of its own .blocksize."),
+    ([node("Relu", ["x"], ["t"], alpha=0.5)], 13, "has an attribute 'alpha' .*required: one of its own .none."),
+    ([node("Clip", ["x"], ["t"], min=0.0)], 11, "has an attribute 'min'"),
+    ([node("Relu", ["x", "c"], ["t"])], 13, "has 2 inputs; required: at most 1"),
+    ([node("Reciprocal", ["c", "c"], ["r"]), node("Conv", ["x", "w", "r"], ["t"])], 13, "has 2 inputs; required"),
+    ([node("CastLike", ["x", "c"], ["t"])], 13, "is no operator of ONNX's opset 13"),
+    ([node("Conv", ["x", "w"], ["t"], auto_pad="SAME_UPPER", pads=[1, 1, 0, 0])], 13,
+     r"has pads \(1, 1, 0, 0\) and auto_pad SAME_UPPER, which makes \(0, 0, 1, 1\); required: one of them"),
+    ([node("ConvTranspose", ["x", "w"], ["t"], kernel_shape=[3, 3])], 13, r"required: kernel_shape \(3, 3\)"),
+    ([node("BatchNormalization", ["x", "c", "c", "c", "c"], ["t", "mean"])], 9, "as in training; required: one output"),
+    ([node("Constant", [], ["v"], value_float=1.0, value_ints=[2]), node("Mul", ["x", "v"], ["t"])], 13,
+     r"has value_ints \[2\], which is not supported; required: none"),
+    ([node("Resize", ["x", "", "f", "s"], ["t"])], 13, "has 's' as its sizes, which is not supported; required: none"),
+    ([node("MaxPool", ["x"], ["m", "t"], kernel_shape=[2, 2])], 13, "reads 't', which no node before it makes"),
+    ([node("Relu", ["x"], ["w"]), node("Relu", ["w"], ["t"])], 13, "a node makes the tensor 'w', which is an input or"),
+])
+def test_what_would_not_be_read_is_refused(convert_nodes, nodes, opset, message):
+    constants = {**WEIGHTS, "f": np.float32([1, 1, 2, 2]), "s": ints(1, 4, 12, 10)}
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes([*nodes, *END], constants, ("N", *X.shape[1:]), opset)
+
+
+def test_attributes_that_mean_nothing_must_be_known(convert_nodes, monkeypatch):
+    pool = [node("MaxPool", ["x"], ["t"], kernel_shape=[2, 2], storage_order=1), *END]
+    assert len(convert_nodes(pool).graph.layers) == 2
+    monkeypatch.setattr("fastdtd.importers.onnx.reader.IGNORED", set())
+    with pytest.raises(ConversionError, match="has storage_order 1, which is not supported; required: 0"):
+        convert_nodes(pool)
+    assert convert_nodes([node("MaxPool", ["x"], ["t"], kernel_shape=[2, 2], storage_order=0), *END]).graph
+
+
+def test_attributes_by_their_names(convert_nodes):
+    def again(model):
+        model.graph.node[0].attribute.append(helper.make_attribute("axis", 2))
+
+    def of_a_function(model):
+        del model.graph.node[0].attribute[:]
+        model.graph.node[0].attribute.add(name="axis", type=onnx.AttributeProto.INT, ref_attr_name="a")
+
+    nodes = [node("Concat", ["x", "x"], ["t"], axis=1), *END]
+    for change, message in ((again, "has an attribute twice"), (of_a_function, "takes its axis from a function")):
+        with pytest.raises(ConversionError, match=message):
+            convert_nodes(nodes, change=change)
+
+
+def test_a_function_in_the_place_of_an_operator(convert_nodes):
+    def other(model):
+        model.functions.append(helper.make_function("", "Relu", ["a"], ["b"], [node("Neg", ["a"], ["b"])],
+                                                    [helper.make_opsetid("", 13)]))
+
+    with pytest.raises(ConversionError, match=r"Relu 't' .* is a function of the file's own"):
+        convert_nodes([node("Relu", ["x"], ["t"]), *END], change=other)
+
+
+def test_pads_that_say_the_same_twice(convert_nodes):
+    conv, *_ = convert_nodes([node("Conv", ["x", "w"], ["t"], auto_pad="SAME_UPPER", pads=[0, 0, 1, 1]), *END], WEIGHTS,
+                             ("N", *X.shape[1:])).graph
+    assert conv.padding == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("attributes", [{}, {"noop_with_empty_axes": 0}, {"noop_with_empty_axes": 1}])
+@pytest.mark.parametrize("axes", [[], ["none"]])
+def test_empty_axes_are_all_axes(convert_nodes, attributes, axes):
+    """Of constants, and of what is computed, where that would be the batch, too."""
+    is_noop, value = bool(attributes.get("noop_with_empty_axes")), numbers(4, 1, 1)
+    constants = {"c": value, "none": np.zeros(0, np.int64)}
+    add, *_ = convert_nodes([node("ReduceSum", ["c", *axes], ["s"], **attributes), node("Add", ["x", "s"], ["t"]),
+                             *END], constants, ("N", *X.shape[1:])).graph
+    np.testing.assert_allclose(add.bias, value.ravel() if is_noop else np.full(4, value.sum()), rtol=1e-6)
+    nodes = [node("ReduceSum", ["x", *axes], ["t"], **attributes), *END]
+    if is_noop:
+        assert len(convert_nodes(nodes, constants).graph.layers) == 1
+    else:
+        with pytest.raises(ConversionError, match="over all axes, the batch too"):
+            convert_nodes(nodes, constants)
+
+
+def test_a_newer_opset_than_was_tested(convert_nodes, monkeypatch, caplog):
+    monkeypatch.setattr("fastdtd.importers.onnx.reader.NEWEST_OPSET", 12)
+    assert convert_nodes([node("Relu", ["x"], ["t"]), *END], opset=13).graph
+    assert "written for ONNX opset 13; 12 is the newest that this version was tested with" in caplog.text
+    caplog.clear()
+    assert convert_nodes([node("Relu", ["x"], ["t"]), *END], opset=12).graph
+    assert "opset" not in caplog.text
 
 
 @pytest.mark.parametrize(("attributes", "size"), [
@@ -354,7 +455,6 @@ YES = {"yes": np.array(True)}
     ([node("Slice", ["x", "a", "b", "c", "d"], ["t"]), POOL], {"a": ints(0), "b": ints(1), "c": ints(1), "d": ints(0)},
      "a step other than 0"),
     ([node("Split", ["x", "s"], ["t", "u"], axis=1), POOL], {"s": ints(1, 1)}, "required: sizes from 1 that add up"),
-    ([node("Split", ["x"], ["t"], axis=1, num_outputs=2**40), POOL], {}, "splits into 1099511627776 parts"),
     ([node("DepthToSpace", ["x"], ["t"], blocksize=2), POOL], {}, "required: one that divides it"),
     ([node("DepthToSpace", ["x"], ["t"], blocksize=0), POOL], {}, "has blocksize 0"),
     ([node("Mod", ["s", "z"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1), "z": ints(0)},
@@ -402,6 +502,11 @@ YES = {"yes": np.array(True)}
 def test_hostile_and_unsupported_arithmetic(convert_nodes, nodes, constants, message):
     with pytest.raises(ConversionError, match=message):
         convert_nodes(nodes, constants)
+
+
+def test_a_split_into_more_parts_than_there_can_be(convert_nodes):
+    with pytest.raises(ConversionError, match="splits into 1099511627776 parts"):
+        convert_nodes([node("Split", ["x"], ["t"], axis=1, num_outputs=2**40), POOL], opset=18)
 
 
 def test_constants_that_double_and_double(convert_nodes):

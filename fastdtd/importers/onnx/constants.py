@@ -116,7 +116,6 @@ def _broadcast_size(*values: Any) -> int:
 
 def _elementwise(function: Callable[..., Any]) -> Fold:
     def make(node: Node, inputs: list[Any]) -> Any:
-        inputs = inputs[:MIN_INPUTS.get(node.op, 1)]  # NumPy would write into one more
         node.spend(_broadcast_size(*inputs))
         return function(*inputs)
 
@@ -137,11 +136,10 @@ def _chained(function: Callable[[Any, Any], Any]) -> Fold:
 
 def _reduced(function: Callable[..., Any]) -> Fold:
     def make(node: Node, inputs: list[Any]) -> Any:
-        axes = axes_of(node, inputs)
-        if not axes and node.integer("noop_with_empty_axes", 0):
+        axes, keep = axes_of(node, inputs), bool(node.integer("keepdims", 1))
+        if node.integer("noop_with_empty_axes", 0) and not axes:
             return inputs[0]
         node.spend(inputs[0].size)
-        keep = bool(node.integer("keepdims", 1))
         return function(inputs[0], axis=axes or None, keepdims=keep).astype(inputs[0].dtype)
 
     return make
