@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from fastdtd.inputs import (
     checked_start,
     checked_targets,
     factors,
+    memory_size,
     pictures_of,
 )
 from fastdtd.lowering.aliasing import fused_activations
@@ -35,13 +35,10 @@ from fastdtd.model import Model
 from fastdtd.plan import Plan
 from fastdtd.rules import Rules, assign
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
 # What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
 # range; and with the 11 bits of a factor on tensor cores.
 _LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2
 _MAX_THREADS = 1024
-_MAX_BYTES = 2**63 - 1  # of a limit of memory
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Explainer:
@@ -126,7 +123,7 @@ class Explainer:
             raise InputError(
                 f"threads is {shown(threads)}; required: a whole number from 1 to {_MAX_THREADS}, or None for all "
                 "processors")
-        limit = math.inf if memory is None else _bytes(memory)
+        limit = math.inf if memory is None else memory_size(memory)
         if isinstance(max_multiply_adds, bool) or not isinstance(max_multiply_adds, (int, float)):
             raise InputError(f"max_multiply_adds is {shown(max_multiply_adds)}; required: a number")
         count = cost(model.graph).multiply_adds
@@ -309,20 +306,6 @@ class Explainer:
 
         self._executor.observe(explain, layers, self._executor.devices_for(images)[0])
         return found
-
-
-def _bytes(memory: str | int) -> int:
-    """A limit of memory as a number of bytes."""
-    size = 0.0
-    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
-        size = memory
-    elif isinstance(memory, str) and (match := _SIZE.fullmatch(memory)):
-        size = float(match[1]) * _UNITS[match[2].lower()]
-    if not 1 <= size <= _MAX_BYTES:
-        raise InputError(
-            f"memory is {shown(memory)}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in "
-            "'2GiB', or a whole number of bytes, in all at most 2**63 - 1")
-    return int(size)
 
 
 def _usable_processors() -> int:

@@ -24,7 +24,7 @@ from keras_models import (
 
 from fastdtd.errors import ConversionError, FastDTDError
 from fastdtd.graph import Graph
-from fastdtd.importers import convert, keras, moves
+from fastdtd.importers import convert, keras
 from fastdtd.importers.keras import files
 
 # ---- Weights ----
@@ -276,16 +276,15 @@ def test_a_string_that_is_too_long(tmp_path, monkeypatch):
         convert(legacy_file(tmp_path, CONV_WEIGHTS))
 
 
-def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(moves, "MAX_WEIGHT_ELEMENTS", 60)
+def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path):
     entries = copy.deepcopy(FUNCTIONAL)
     square = CONVOLUTION | {"config": CONVOLUTION["config"] | {"filters": 2, "padding": "same"}}
     entries["config"]["layers"][1:] = [square | {"inbound_nodes": [[["x", 0, 0]],
                                                                    *([["conv", i, 0]] for i in range(4))]}]
     entries["config"]["output_layers"] = [["conv", 4, 0]]
     weights = {"layers/conv2d/vars/0": numbers(2, 2, 2, 2), "layers/conv2d/vars/1": numbers(2)}
-    with pytest.raises(ConversionError, match="brings the network beyond 60 weights"):
-        convert(keras_file(tmp_path, config=entries, weights=weights))
+    with pytest.raises(ConversionError, match=r"Conv2D 'conv' .* at most 48KiB are accepted"):
+        convert(keras_file(tmp_path, config=entries, weights=weights), max_constants="48KiB")
 
 
 def replaced(config, path, value):

@@ -15,7 +15,6 @@ from fastdtd.importers import convert
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
 
-from fastdtd.importers import moves  # noqa: E402  # after importorskip
 from fastdtd.importers import onnx as onnx_importer  # noqa: E402  # after importorskip
 
 
@@ -433,12 +432,11 @@ def test_a_shape_beyond_the_content_allocates_nothing(convert_nodes, dims):
         convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1)}, change=grow)
 
 
-def test_shared_weights_do_not_grow_without_bound(convert_nodes, monkeypatch):
-    monkeypatch.setattr(moves, "MAX_WEIGHT_ELEMENTS", 20)
-    with pytest.raises(ConversionError, match="beyond 20 weights"):
+def test_shared_weights_do_not_grow_without_bound(convert_nodes):
+    with pytest.raises(ConversionError, match=r"Conv 't' .* at most 26KiB are accepted"):
         convert_nodes([node("Conv", ["x", "w"], ["a"]), node("Conv", ["a", "w"], ["b"]),
                        node("Conv", ["b", "w"], ["t"]), POOL],
-                      {"w": numbers(3, 3, 1, 1)})
+                      {"w": numbers(3, 3, 1, 1)}, max_constants="26KiB")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage, not a model", bytes(1000), b"\x08\x08:\x7f"])

@@ -10,8 +10,6 @@ from fastdtd.errors import ConversionError
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
 
-from fastdtd.importers import moves  # noqa: E402  # after importorskip
-
 POOL = node("GlobalAveragePool", ["t"], ["y"], name="pool")  # makes any image 't' an output
 
 
@@ -396,25 +394,25 @@ YES = {"yes": np.array(True)}
 
 @pytest.mark.parametrize(("nodes", "constants", "message"), [
     ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": HUGE},
-     "makes a constant of 1099511627776 elements"),
+     "makes 1099511627776 elements"),
     ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": ints(-1)}, r"a shape \[-1\]"),
     ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": ints(*[1] * 40)},
      "at most 32 integers"),
     ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
      {"a": np.int64(0), "b": np.int64(2**62), "c": np.int64(1)},
-     "makes a constant of 4611686018427387904 elements"),
+     "makes 4611686018427387904 elements"),
     ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
      {"a": np.int64(0), "b": np.int64(5), "c": np.int64(0)},
      "Range 'r' .* cannot be computed from constants of shapes"),
     ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
      {"a": np.float32(0), "b": np.float32(np.inf), "c": np.float32(1)}, "cannot be computed"),
     ([node("Expand", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"a": np.float32(1), "s": HUGE},
-     "makes a constant of"),
+     "makes"),
     ([node("Expand", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL],
      {"a": np.float32(1), "s": ints(2**62, 2**62, 2**62)},
      "broadcast dimensions too large"),
     ([node("Tile", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"a": numbers(2, 2), "s": HUGE},
-     "makes a constant of"),
+     "makes"),
     ([node("Expand", ["x", "s"], ["t"]), POOL], {"s": ints(1, 3, 2**31, 8)}, "required: axes of length 1"),
     ([node("Tile", ["x", "s"], ["t"]), POOL], {"s": ints(1, 2**20, 2**20, 1)},
      "makes a tensor of 237494511599616 elements"),
@@ -485,13 +483,13 @@ YES = {"yes": np.array(True)}
     ([node("ConvTranspose", ["x", "w"], ["t"], strides=[2**20, 1]), POOL], {"w": numbers(3, 2, 2, 2)},
      "required: strides from 1 to 256"),
     ([node("ConvTranspose", ["x", "w"], ["t"], dilations=[2**30, 2**30]), POOL], {"w": numbers(3, 2, 2, 2)},
-     "brings the network beyond"),
+     "are accepted for a source of this size"),
     ([node("ConvTranspose", ["x", "w", "b"], ["t"]), POOL], {"w": numbers(3, 2, 2, 2), "b": numbers(3)},
      r"and bias \(2,\)"),
     ([node("ConvTranspose", ["x", "w"], ["t"], pads=[100] * 4), POOL], {"w": numbers(3, 2, 2, 2)}, "leaves nothing"),
     ([node("ConvTranspose", ["x", "w"], ["t"], output_padding=[2**40, 0]), POOL], {"w": numbers(3, 2, 2, 2)},
      "makes a tensor of .* elements; at most"),
-    ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "brings the network beyond"),
+    ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "are accepted for a source of this size"),
     ([node("Max", ["x", "x"], ["t"]), POOL], {}, "compares 2 tensors that are computed"),
     ([node("Max", ["x", "c", "d"], ["t"]), POOL], {"c": np.float32(0), "d": numbers(8)}, "with several numbers"),
     ([node("PRelu", ["x", "s"], ["t"]), POOL], {"s": np.float32(3)}, "slope 3; required: 0 to 1"),
@@ -511,28 +509,83 @@ def test_a_split_into_more_parts_than_there_can_be(convert_nodes):
 
 def test_constants_that_double_and_double(convert_nodes):
     nodes = [node("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0) for i in range(60)]
-    with pytest.raises(ConversionError, match="larger than is accepted for a file of this size"):
-        convert_nodes([*nodes, node("Add", ["x", "c60"], ["t"]), POOL], {"c0": numbers(1024)})
+    with pytest.raises(ConversionError, match="are accepted for a source of this size"):
+        convert_nodes([*nodes, node("Add", ["x", "c60"], ["t"]), POOL], {"c0": numbers(1024)}, max_constants="50MiB")
 
 
-def test_tensors_moved_again_and_again(convert_nodes, monkeypatch):
-    monkeypatch.setattr(moves, "MAX_MOVED", 10_000)
+def many(op, count, constants=(), **attributes):
+    """The same operator again and again, on a constant `c0`, and a sum with what comes out."""
+    nodes = [node(op, [f"c{i}", *constants], [f"c{i + 1}"], **attributes) for i in range(count)]
+    return [*nodes, node("ReduceMean", [f"c{count}"], ["m"]), node("Add", ["x", "m"], ["t"]), POOL]
+
+
+EXPANDED = node("Expand", ["small", "large"], ["c0"])  # 10**6 elements, of which one is in memory
+
+
+@pytest.mark.parametrize("nodes", [
+    many("Reshape", 40, ["turned"]), many("Flatten", 40, axis=0), many("Reshape", 40, ["flat"]), many("Relu", 40),
+    many("Cast", 40, to=11), many("Identity", 40)])
+def test_what_is_small_in_the_file_and_made_again_and_again(convert_nodes, nodes):
+    """Views cost little, copies their size, and a larger limit lets them through."""
+    constants = {"small": np.float32(1), "large": ints(1000, 1000), "turned": ints(10, 100_000), "flat": ints(-1)}
+    if nodes[0].op_type != "Identity":
+        with pytest.raises(ConversionError, match=(
+                r"\(node \d\d? of 44, .* makes \d+ elements; with them, .* come to \d+MiB, and at most 100MiB are "
+                r"accepted for a source of this size; max_constants= \(--max-constants SIZE\) sets another limit, such "
+                r"as \d+MiB")):
+            convert_nodes([EXPANDED, *nodes], constants, max_constants="100MiB")
+        assert convert_nodes([EXPANDED, *nodes], constants, max_constants=2**29).graph
+    else:
+        assert convert_nodes([EXPANDED, *nodes], constants, max_constants="100MiB").graph
+
+
+def test_a_constant_that_is_larger_than_the_file(convert_nodes):
+    nodes = [node("ConstantOfShape", ["large"], ["c0"]), *many("Identity", 1)]
+    constants = {"large": ints(2**12, 2**12)}
+    assert convert_nodes(nodes, constants).graph
+    with pytest.raises(ConversionError, match="makes 16777216 elements"):
+        convert_nodes(nodes, constants, max_constants="100 MiB")
+    with pytest.raises(ConversionError, match="max_constants is 'much'; required: a number with one of the units"):
+        convert_nodes(nodes, constants, max_constants="much")
+
+
+def test_steps_count_though_they_make_nothing(convert_nodes):
+    """Thirty nodes that make 300,000 views."""
+    nodes = []
+    for i in range(30):
+        nodes += [node("Split", [f"x{i}" if i else "x"], [f"s{i}_{j}" for j in range(10_000)], axis=1),
+                  node("Identity", [f"s{i}_0"], [f"x{i + 1}"])]
+        nodes[-1] = node("Identity", ["x"], [f"x{i + 1}"])
+    parts = [node("Sum", [f"s{i}_9999" for i in range(30)], ["t"])]
+    with pytest.raises(ConversionError, match="are accepted for a source of this size"):
+        convert_nodes([*nodes, *parts, POOL], shape=("N", 10_000, 1, 1), max_constants="200MiB")
+
+
+def test_where_the_machine_has_no_memory(convert_nodes, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("fastdtd.importers.onnx.reader._parse", fail)
+    with pytest.raises(ConversionError, match=r"net\.onnx: the machine has no memory left"):
+        convert_nodes([node("Relu", ["x"], ["t"]), POOL])
+
+
+def test_tensors_moved_again_and_again(convert_nodes):
     nodes = [node("Gather", [f"c{i}", "turned"], [f"c{i + 1}"], axis=3) for i in range(60)]
-    with pytest.raises(ConversionError, match="at most 10000 are accepted in all of a network"):
+    with pytest.raises(ConversionError, match="at most 300KiB are accepted"):
         convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c60"], ["t"]), POOL],
-                      {"turned": ints(*range(8))[::-1]})
+                      {"turned": ints(*range(8))[::-1]}, max_constants="300KiB")
 
 
-def test_transposes_and_reshapes_cost_nothing(convert_nodes, monkeypatch):
+def test_transposes_and_reshapes_cost_nothing(convert_nodes):
     """However large the tensor, for no index is made."""
-    monkeypatch.setattr(moves, "MAX_MOVED", 0)
     nodes = []
     for i in range(60):
         nodes += [node("Transpose", [f"c{3 * i}"], [f"c{3 * i + 1}"], perm=[0, 2, 3, 1]),
                   node("Reshape", [f"c{3 * i + 1}", "shape"], [f"c{3 * i + 2}"]),
                   node("Transpose", [f"c{3 * i + 2}"], [f"c{3 * i + 3}"], perm=[0, 3, 1, 2])]
     graph = convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c180"], ["t"]), POOL],
-                          {"shape": ints(0, 4096, 4096, 16)}, ("N", 16, 4096, 4096)).graph
+                          {"shape": ints(0, 4096, 4096, 16)}, ("N", 16, 4096, 4096), max_constants="2MiB").graph
     assert [type(layer) for layer in graph] == [g.ReLU, g.ReLU, g.GlobalAveragePool]
 
 

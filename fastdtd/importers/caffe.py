@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT
 from fastdtd.importers import moves
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor, layer_shape
@@ -104,10 +105,10 @@ def _message_class() -> Any:
 NetParameter = _message_class()
 
 
-def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = None) -> Parsed:
+def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
     """The network in Caffe's files, as it is in its test phase.
 
-    size: replaces the input size in the .prototxt. Raises ConversionError and ModelError.
+    size: replaces the input size in the .prototxt. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
     """
     try:
         net = text_format.Parse(prototxt.decode(), NetParameter(), allow_unknown_field=True)
@@ -123,7 +124,8 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
 
     protos = [proto for proto in (*net.layers, *net.layer) if _is_in_test_phase(proto)]
     name, x = _input(net, protos, size)
-    builder, blobs = Builder(), {name: x}  # blobs as they are now: a layer may write over what it reads
+    builder = Builder(Budget(len(prototxt) + len(caffemodel), limit))
+    blobs = {name: x}  # blobs as they are now: a layer may write over what it reads
     nodes = [Node(proto, i, len(protos), weights.get(proto.name, ()), blobs) for i, proto in enumerate(protos)]
     nodes = [node for node in nodes if node.kind not in _SKIPPED]
     last_reader = {bottom: node for node in nodes for bottom in node.bottoms}

@@ -17,6 +17,7 @@ from fastdtd import hdf5
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS
 from fastdtd.importers import moves
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed
 from fastdtd.importers.keras import files
 from fastdtd.importers.keras.files import MODELS, expect, is_keras_module
@@ -31,14 +32,14 @@ _DTYPES = {"float16", "float32", "float64", "bfloat16", "mixed_float16", "mixed_
 Reference = tuple[str, int, int]  # a layer's name, which of its calls, which of its outputs
 
 
-def parse(data: bytes, size: tuple[int, int] | None = None) -> Parsed:
+def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
     """The network in a .keras or .h5 file: its first output, and the layers that lead to it.
 
-    The format is the version of Keras that wrote it. size: replaces the input size in the file. Raises ConversionError
-    and ModelError.
+    The format is the version of Keras that wrote it. size: replaces the input size in the file. limit: bytes, see
+    `Budget`. Raises ConversionError and ModelError.
     """
     def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights) -> tuple[Any, KerasRuntime]:
-        reader = Reader(weights)
+        reader = Reader(weights, Budget(len(data), limit))
         layers, x = reader.read(config, size)
         return layers, KerasRuntime(reader.builder, x, content=data)
 
@@ -120,6 +121,7 @@ class Node(moves.Node):
                 stored = hdf5.dataset(data, f"{self} {name}", tuple(range(5)), MAX_WEIGHT_ELEMENTS).shape
                 if stored != shape:
                     self.refuse(f"has {name} of shape {stored}; required by its settings and its input: {shape}")
+                self.reader.builder.spend(math.prod(shape))
                 arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS))
         return arrays
 
@@ -213,9 +215,9 @@ class Node(moves.Node):
 class Reader:
     """Calls layers, and models of layers, one after the other."""
 
-    def __init__(self, weights: files.NumberedWeights | files.NamedWeights) -> None:
+    def __init__(self, weights: files.NumberedWeights | files.NamedWeights, budget: Budget) -> None:
         self.weights = weights
-        self.builder = Builder()
+        self.builder = Builder(budget)
         self._depth = self._calls = 0
 
     def read(self, config: dict[str, Any], size: tuple[int, int] | None) -> tuple[list[Any], Tensor]:

@@ -326,6 +326,7 @@ def _resize(b: Builder, node: Node) -> Tensor:
     if coordinates not in _COORDINATES or rounding not in _ROUNDINGS:
         node.refuse(f"has coordinate_transformation_mode {coordinates!r} and nearest_mode {rounding!r}; required: one "
                     f"of {', '.join(_COORDINATES)}, and one of {', '.join(_ROUNDINGS)}")
+    b.spend(8 * sum(wanted))
     positions = []
     for axis in range(1, x.rank):
         at = _COORDINATES[coordinates](np.arange(wanted[axis], dtype=np.float64), steps[axis], own[axis], wanted[axis])

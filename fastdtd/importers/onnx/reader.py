@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
@@ -30,22 +31,22 @@ from fastdtd.importers.tensors import Tensor, layer_shape
 
 MIN_OPSET = 7  # before it, broadcasting was an attribute
 NEWEST_OPSET = 28  # whose operators' attributes and inputs tests go through
-BUDGET = 2**24  # elements that a file's constant arithmetic may make, and eight more for each of its bytes
 _PASSING = {"Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub"}  # what preprocessing is made of
 _DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
 _LOG = logging.getLogger("fastdtd")
 
 
-def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None) -> Parsed:
+def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None,
+          limit: int | None = None) -> Parsed:
     """The network in an ONNX file: its first output, and the layers that lead to it. The format is opset and producer.
 
     size: replaces the input size in the file. others: by name, files that may hold weights of this one. It names where
-    in them, but no file that is not given is read. Raises ConversionError and ModelError.
+    in them, but no file that is not given is read. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
     """
     try:
         model = onnx.ModelProto.FromString(data)
         _embed(model, others or {})
-        return _parse(model, size, BUDGET + 8 * (len(data) + sum(map(len, (others or {}).values()))))
+        return _parse(model, size, Budget(len(data) + sum(map(len, (others or {}).values())), limit))
     except DecodeError:
         raise ConversionError("damaged, or no ONNX file") from None
     except UnicodeDecodeError:
@@ -74,7 +75,7 @@ def _embed(model: Any, others: Mapping[str, bytes]) -> None:
         tensor.ClearField("external_data")
 
 
-def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
+def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     if not model.graph.node or not model.graph.output:
         raise ConversionError("damaged, or no ONNX file: it holds no network")
     opset = max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=1)
@@ -94,7 +95,7 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
     channels_last = _has_channels_last(inputs[0].name, [proto for _, proto in nodes])
     x, batch = _input(inputs[0], size, channels_last)
     functions = {function.name for function in model.functions if function.domain in _DOMAINS}
-    reader = Reader(Builder(batch or 1), opset, budget, nodes, functions)
+    reader = Reader(Builder(budget, batch or 1), opset, nodes, functions)
     reader.values.update({inputs[0].name: x}, **weights)
     steps: list[tuple[str, Any, Any]] = []
     for index, proto in nodes:
@@ -207,16 +208,20 @@ def _value(attribute: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
+def _widened(tensor: Any) -> Array:
+    """A bfloat16 tensor as float32, of which it is the upper half."""
+    upper = np.frombuffer(tensor.raw_data, "<u2") if tensor.raw_data else np.array(tensor.int32_data, np.uint16)
+    return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
 class Reader:
     """The values that the nodes read so far have made: tensors, and constants, which are arrays or TensorProtos."""
 
-    def __init__(self, builder: Builder, opset: int, budget: int, nodes: Sequence[tuple[int, Any]],
-                 functions: Set[str]) -> None:
+    def __init__(self, builder: Builder, opset: int, nodes: Sequence[tuple[int, Any]], functions: Set[str]) -> None:
         self.builder, self.opset, self.functions = builder, opset, functions
         self.values: ChainMap[str, Any] = ChainMap({})
         times = Counter(proto.name for _, proto in nodes)
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
-        self.budget = budget
 
     def read(self, proto: Any, index: int, count: int) -> Node:
         """Add what a node makes."""
@@ -232,6 +237,7 @@ class Reader:
         if not node.outputs:
             node.refuse("has no output")
         node.check_known(proto)
+        self.builder.budget.take(node, 0)
         is_computed = any(isinstance(self.values.get(name), COMPUTED) for name in node.inputs)
         if node.op in constants.OPERATORS and not is_computed:
             made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])
@@ -282,11 +288,8 @@ class Node(ValueNode):
         return f"{self.op} {name} (node {self.index + 1} of {self.count}, reads {reads})"
 
     def spend(self, count: int) -> None:
-        """Refuse a constant that is too large."""
-        self.reader.budget -= count
-        if self.reader.budget < 0:
-            self.refuse(f"makes a constant of {count} elements; with it, constants are larger than is accepted for a "
-                        "file of this size")
+        """Ask for a constant of `count` elements before it is made."""
+        self.builder.budget.take(self, count)
 
     # What is read
 
@@ -349,11 +352,14 @@ class Node(ValueNode):
             self.refuse(f"has its constant {tensor.name!r} in another file; required: weights inside the .onnx file, "
                         "in NAME.onnx.data beside it, or in a second file that is given")
         if tensor.data_type not in constants.TYPES:
-            self.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: float16, "
-                        "float32, float64, int32, int64 or bool")
+            self.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: "
+                        f"{constants.TYPES_TEXT}")
+        self.builder.budget.take(self, tensor.ByteSize(), 1)  # it may be read again and again
         try:
             if min(tensor.dims, default=0) < 0:
                 raise ValueError
+            if tensor.data_type == onnx.TensorProto.BFLOAT16:
+                return _widened(tensor).reshape(tuple(tensor.dims))
             return np.asarray(numpy_helper.to_array(tensor))  # a view: dims beyond the file's bytes allocate nothing
         except (ValueError, TypeError):
             self.refuse(f"has a damaged constant {tensor.name!r}: its shape {tuple(tensor.dims)} does not fit its "
