@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fastdtd import devices
 from fastdtd.cost import MAX_MULTIPLY_ADDS, cost
-from fastdtd.errors import InputError, shown
+from fastdtd.errors import InputError, out_of_memory, shown
 from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
 from fastdtd.graph import Array
@@ -32,13 +32,14 @@ from fastdtd.inputs import (
 )
 from fastdtd.lowering.aliasing import fused_activations
 from fastdtd.model import Model
-from fastdtd.plan import Plan
+from fastdtd.plan import OutOfMemoryError, Plan
 from fastdtd.rules import Rules, assign
 
 # What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
 # range; and with the 11 bits of a factor on tensor cores.
 _LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2
 _MAX_THREADS = 1024
+_ADVICE = "fewer images at a time, fewer threads or memory= (--memory SIZE) take less"
 
 
 class Explainer:
@@ -112,6 +113,7 @@ class Explainer:
     Decomposition. Pattern Recognition 65:211-222, 2017.
     """
 
+    @out_of_memory(OutOfMemoryError, _ADVICE)
     def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
                  memory: str | int | None = None, precision: str | None = None,
                  max_multiply_adds: float = MAX_MULTIPLY_ADDS) -> None:
@@ -153,6 +155,7 @@ class Explainer:
         where = f"GPUs in {self.precision}" if self.precision else f"{self.threads} threads"
         return f"<Explainer of {self.model.graph!r}: rules for {len(self.rules)} of them, on {where}>"
 
+    @out_of_memory(OutOfMemoryError, _ADVICE)
     def __call__(self, batch: Any, target: Target = None, start: npt.ArrayLike | None = None) -> Explanation:
         """Explain each image of a batch.
 
@@ -282,6 +285,7 @@ class Explainer:
         plan.backward(submit)
         return scores, target, explained
 
+    @out_of_memory(OutOfMemoryError, _ADVICE)
     def _observed(self, images: Array, targets: npt.NDArray[np.int64], begins: Array | None,
                   layers: Sequence[str]) -> dict[str, Array]:
         """Relevance of some tensors, one image after the other: a plan that keeps it is large."""

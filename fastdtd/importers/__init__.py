@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdtd.errors import ConversionError, InputError, ModelError
+from fastdtd.errors import ConversionError, InputError, ModelError, out_of_memory
 from fastdtd.graph import Graph
 from fastdtd.importers.builder import Parsed
 from fastdtd.importers.sources import (
@@ -146,19 +146,17 @@ def _model(name: str, parsed: Callable[[], tuple[Parsed, dict[str, str]]], verif
            color: str | None, labels: FilePath | Sequence[str] | None, **preprocessing: Any) -> Model:
     """A Model of what `parsed` gives, a network and its provenance; `name` begins the errors."""
     try:
-        with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
-            network, provenance = parsed()
-            graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
-            if color is None and network.shape[1:] != (1, 1):
-                color = {1: "gray", 3: "rgb"}.get(network.shape[0])
-            model = Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
-                          provenance | {"format": network.format})
-        return model if verify is False else verified(model, name, network.runtime, is_required=verify is True)
+        with out_of_memory(ConversionError, "max_constants= (--max-constants SIZE) limits what conversion takes"):
+            with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
+                network, provenance = parsed()
+                graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
+                if color is None and network.shape[1:] != (1, 1):
+                    color = {1: "gray", 3: "rgb"}.get(network.shape[0])
+                model = Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
+                              provenance | {"format": network.format})
+            return model if verify is False else verified(model, name, network.runtime, is_required=verify is True)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{name}: {error}") from error
-    except MemoryError:
-        raise ConversionError(f"{name}: the machine has no memory left for it; max_constants= (--max-constants SIZE) "
-                              "limits what conversion takes") from None
 
 
 def _limit(max_constants: str | int | None) -> int | None:
