@@ -245,7 +245,7 @@ class Explainer:
             warnings.warn(
                 f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
                 f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
-                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
+                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=3)  # past out_of_memory
         return e
 
     def _check_balance(self, e: Explanation, sums: npt.NDArray[np.float64]) -> None:

@@ -117,7 +117,7 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
         warnings.warn(
             f"{int(beyond.any((1, 2, 3)).sum())} of {len(images)} images have values beyond the model's value box "
             f"{box[0].tolist()}..{box[1].tolist()}; they were clipped to it. Was model.preprocess used?",
-            ExplanationWarning, stacklevel=3)
+            ExplanationWarning, stacklevel=4)  # past Explainer.__call__ and its decorator
     return clipped
 
 

@@ -447,3 +447,11 @@ def test_where_the_machine_has_no_memory(monkeypatch, tmp_path):
             patched.setattr(f"{owner}.{name}", fail)
             with pytest.raises(FastDTDError, match="the machine has no memory left for it"):
                 call()
+
+
+def test_warnings_name_the_line_that_called():
+    graph = two_layers((0.0, 1.0))
+    batch = np.full((1, *graph.input_shape), 2, np.float32)
+    with pytest.warns(ExplanationWarning) as found:
+        Explainer(Model(graph, Preprocessing(None)))(batch)
+    assert {warning.filename for warning in found} == {__file__}

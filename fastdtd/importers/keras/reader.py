@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import graphlib
 import heapq
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,13 @@ MAX_NESTING = 16  # models in models
 _DTYPES = {"float16", "float32", "float64", "bfloat16", "mixed_float16", "mixed_bfloat16"}
 
 Reference = tuple[str, int, int]  # a layer's name, which of its calls, which of its outputs
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What an operation is called on beside tensors, as it stands in the file: a number, an array, or an index."""
+
+    value: Any
 
 
 def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
@@ -63,7 +72,7 @@ class Node(moves.Node):
         self.where = f"{self.kind} {self.layer_name!r} (layer {index + 1} of {count})"
         self.location: Any = None  # of its weights
         self.reader: Reader
-        self.inputs: list[Tensor] = []
+        self.inputs: list[Tensor | Constant] = []
         if not is_keras_module(entry.get("module")) or ">" in str(entry.get("registered_name")) or ">" in self.kind:
             self.refuse("is a class of somebody's own, whose code is not in the file and would not be run; required: "
                         "Keras's own layers")
@@ -83,15 +92,67 @@ class Node(moves.Node):
 
     def tensor(self) -> Tensor:
         """The only input."""
-        if len(self.inputs) != 1:
-            self.refuse(f"has {len(self.inputs)} inputs; required: one")
-        return self.inputs[0]
+        found = self._only_tensors()
+        if len(found) != 1:
+            self.refuse(f"has {len(found)} inputs; required: one")
+        return found[0]
 
     def tensors(self) -> list[Tensor]:
-        if len(self.inputs) < 2 or len({x.rank for x in self.inputs}) > 1:
-            self.refuse(f"reads tensors of {[x.rank for x in self.inputs]} axes; required: two or more of one number "
-                        "of axes")
-        return self.inputs
+        found = self._only_tensors()
+        if len(found) < 2 or len({x.rank for x in found}) > 1:
+            self.refuse(f"reads tensors of {[x.rank for x in found]} axes; required: two or more of one number of "
+                        "axes")
+        return found
+
+    def _only_tensors(self) -> list[Tensor]:
+        found = [x for x in self.inputs if isinstance(x, Tensor)]
+        if len(found) < len(self.inputs):
+            self.refuse("is called on a constant; required: nothing but tensors")
+        return found
+
+    def operands(self) -> list[Tensor | Array]:
+        """Two inputs, of which one may be a number or an array."""
+        if len(self.inputs) != 2:
+            self.refuse(f"has {len(self.inputs)} inputs; required: two")
+        return [x if isinstance(x, Tensor) else self._array(x) for x in self.inputs]
+
+    def _array(self, constant: Constant) -> Array:
+        value = constant.value
+        if isinstance(value, dict) and value.get("class_name") in ("__tensor__", "__numpy__"):
+            value = expect(value.get("config"), dict, f"{self}: constant").get("value")
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of different lengths
+            array = np.asarray(None)
+        if array.dtype.kind not in "iuf":
+            self.refuse(f"is called on {str(constant.value)[:60]}; required: a tensor, a number or an array of numbers")
+        return array
+
+    def index(self) -> tuple[Tensor, list[int | slice | None]]:
+        """A tensor and its index, with a slice for what an ellipsis leaves out."""
+        x, *rest = self.inputs
+        if not isinstance(x, Tensor) or len(rest) != 1 or not isinstance(rest[0], Constant):
+            self.refuse("is not called on a tensor and an index; required: both")
+        entries = rest[0].value if isinstance(rest[0].value, list) else [rest[0].value]
+        kinds = [entry.get("class_name") if isinstance(entry, dict) else "" for entry in entries]
+        others = sum(entry is not None and kind != "__ellipsis__" for entry, kind in zip(entries, kinds, strict=True))
+        if kinds.count("__ellipsis__") > 1 or others > x.rank:
+            self.refuse(f"has an index of {others} axes, or two ellipses; required: at most {x.rank}, and one")
+        found: list[int | slice | None] = []
+        where = f"{self}: index"
+        for entry, kind in zip(entries, kinds, strict=True):
+            if kind == "__ellipsis__":
+                found += [slice(None)] * (x.rank - others)
+            elif kind == "__slice__":
+                ends = expect(entry.get("config"), dict, where)
+                start, stop, step = (None if ends.get(key) is None else expect(ends[key], int, where)
+                                     for key in ("start", "stop", "step"))
+                if step == 0:
+                    self.refuse("has a step of 0; required: another")
+                found.append(slice(start, stop, step))
+            else:
+                found.append(None if entry is None else expect(entry, int, where))
+        return x, found
 
     def image(self) -> tuple[Tensor, int]:
         """The only input, with its channels first, and how many spatial axes the layer is for."""
@@ -241,15 +302,15 @@ class Reader:
             raise ConversionError("the network has no layers that compute anything")
         return layers, x
 
-    def call(self, node: Node, inputs: list[Tensor]) -> list[Tensor]:
+    def call(self, node: Node, inputs: Sequence[Tensor | Constant]) -> list[Tensor]:
         """The outputs of `node`."""
         self._calls += 1
         if self._calls > MAX_LAYERS:
             node.refuse(f"is called as number {self._calls}; at most {MAX_LAYERS} calls of layers are accepted")
+        node.reader, node.inputs = self, list(inputs)
         if node.kind in MODELS:
-            return self._call_model(node, inputs)
+            return self._call_model(node, [x for x in inputs if isinstance(x, Tensor)])
         node.check_type()
-        node.reader, node.inputs = self, inputs
         with self.builder.at(node):
             return [OPERATORS[node.kind](self.builder, node)]
 
@@ -322,14 +383,14 @@ class _Calls:
         self.nodes = {node.name: node for node in nodes}
         self.inputs = self._ends("input_layers")
         self.outputs = self._ends("output_layers")
-        self.reads: dict[tuple[str, int], list[Reference]] = {}
+        self.reads: dict[tuple[str, int], list[Reference | Constant]] = {}
         for node in nodes:
             entries = expect(node.entry.get("inbound_nodes", []), list, f"{node}: inbound_nodes")
             for i, entry in enumerate(entries):
                 self.reads[node.name, i] = _references(node, entry)
         # Keras counts from 1 the calls of a model that is called already when it is made.
         first: dict[str, int] = {}
-        everything = [*self.outputs, *self.inputs, *(reference for call in self.reads.values() for reference in call)]
+        everything = [*self.outputs, *self.inputs, *itertools.chain(*map(_only_references, self.reads.values()))]
         for name, i, _ in everything:
             first[name] = min(i, first.get(name, i))
         self.offset = {name: 1 if i == 1 and self.nodes[name].kind in MODELS else 0
@@ -353,7 +414,8 @@ class _Calls:
         values = {(name, 0): [x] for (name, _, _), x in zip(self.inputs, inputs, strict=True)}
         for call in self._order(set(values)):
             node = self.nodes[call[0]]
-            values[call] = reader.call(node, [self._value(values, reference, node) for reference in self.reads[call]])
+            values[call] = reader.call(node, [x if isinstance(x, Constant) else self._value(values, x, node)
+                                              for x in self.reads[call]])
         return [self._value(values, reference, self.model) for reference in self.outputs]
 
     def _order(self, given: set[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -369,7 +431,7 @@ class _Calls:
             if call not in self.reads:
                 self.nodes[call[0]].refuse(f"is read as called {call[1] + 1} times, which it is not, or is an input "
                                            "that the model does not list; required: inbound_nodes for each call")
-            before = [self._call(reference, self.nodes[call[0]]) for reference in self.reads[call]]
+            before = [self._call(reference, self.nodes[call[0]]) for reference in _only_references(self.reads[call])]
             sorter.add(call, *before)
             waiting.extend(before)
         try:
@@ -410,8 +472,12 @@ def _reference(entry: Any, where: str) -> Reference:
     return expect(name, str, where), expect(call, int, where), expect(output, int, where)
 
 
-def _references(node: Node, entry: Any) -> list[Reference]:
-    """What one call of `node` reads, in either dialect."""
+def _only_references(arguments: Sequence[Reference | Constant]) -> list[Reference]:
+    return [x for x in arguments if not isinstance(x, Constant)]
+
+
+def _references(node: Node, entry: Any) -> list[Reference | Constant]:
+    """What one call of `node` is given, in either dialect."""
     where = f"{node}: inbound_nodes"
     if isinstance(entry, list):  # Keras 2: [[layer, call, output, further arguments], ...]
         entries: Sequence[Any] = [entry] if entry and isinstance(entry[0], str) else entry
@@ -420,17 +486,32 @@ def _references(node: Node, entry: Any) -> list[Reference]:
                 _check_arguments(node, expect(each[3], dict, where))
         return [_reference(each, where) for each in entries]
     entry = expect(entry, dict, where)
-    found: list[Reference] = []
+    found: list[Reference | Constant] = []
     waiting = list(reversed(expect(entry.get("args"), list, where)))
     while waiting:
         value = waiting.pop()
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(x, list) or _is_tensor(x) for x in value):
             waiting.extend(reversed(value))
-            continue
-        settings = expect(expect(value, dict, where).get("config"), dict, where)
-        found.append(_reference(settings.get("keras_history"), where))
+        elif _is_tensor(value):
+            settings = expect(value.get("config"), dict, where)
+            found.append(_reference(settings.get("keras_history"), where))
+        else:
+            found.append(Constant(value))
+    if node.kind in ("Add", "Subtract", "Multiply", "Negative") and all(map(_is_whole, entry["args"])):
+        node.refuse("computes with whole numbers, which may be too large for their type; required: floating point. "
+                    "Divide them first, or cast the input")
     _check_arguments(node, expect(entry.get("kwargs", {}), dict, where))
     return found
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a tensor or constant has whole numbers."""
+    settings = value.get("config") if isinstance(value, dict) else None
+    return isinstance(value, int) or (isinstance(settings, dict) and "int" in str(settings.get("dtype")))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("class_name") == "__keras_tensor__"
 
 
 def _check_arguments(node: Node, arguments: dict[str, Any]) -> None:
