@@ -115,6 +115,37 @@ def test_relu(tmp_path, settings, expected):
     assert [type(one) for one in graph if one.name in ("r", "r/clip")] == expected
 
 
+BATCH_NORM = {f"layers/batch_normalization/vars/{i}": np.abs(numbers(3, seed=i)) + 1 for i in range(4)}
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"renorm": False, "momentum": 0.9, "gamma_initializer": "ones", "beta_constraint": "any", "synchronized": True,
+      "trainable": False, "axis": [-1]}, None),
+    ({"renorm": True}, "has renorm True, which is not supported; required: False"),
+    ({"mode": 1}, "has mode 1, which is not supported; required: none"),
+    ({"axis": [1]}, "has axis 1 over 4 axes; required: -1"), ({"mode": None}, None),
+])
+def test_settings_of_a_batch_norm(tmp_path, settings, message):
+    path = keras_file(tmp_path, CONVOLUTION, layer("BatchNormalization", "n", **settings), weights=WEIGHTS | BATCH_NORM)
+    if message is None:
+        assert convert(path).graph
+    else:
+        with pytest.raises(ConversionError, match=message):
+            convert(path)
+
+
+@pytest.mark.parametrize(("groups", "is_taken"), [(1, True), (2, False), (None, True)])
+def test_groups_where_there_are_none(tmp_path, groups, is_taken):
+    weights = WEIGHTS | {"layers/depthwise_conv2d/vars/0": numbers(1, 1, 3, 1)}
+    path = keras_file(tmp_path, CONVOLUTION,
+                      layer("DepthwiseConv2D", "d", kernel_size=1, groups=groups, use_bias=False), weights=weights)
+    if is_taken:
+        assert convert(path).graph
+    else:
+        with pytest.raises(ConversionError, match="has groups 2, which is not supported; required: 1"):
+            convert(path)
+
+
 def test_gaps_in_the_numbers_of_groups(tmp_path):
     """Keras 2.12 skips numbers where it meets a layer twice."""
     second = layer("Conv2D", "conv2", filters=3, kernel_size=[1, 1], use_bias=False)
@@ -160,6 +191,16 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
      "of somebody's own"),
     (layer("Activation", "a", activation=3), "activation is a whole number '3'; required: a text"),
     (layer("ReLU", "r", threshold=1.0), "threshold 1; required: 0"),
+    # settings that nothing reads
+    (layer("ReLU", "r", slope=0.5), "ReLU 'r' .* has slope 0.5, which is not supported; required: none"),
+    (layer("ReLU", "r", slope=0), "has slope 0, which is not supported"),
+    (layer("LeakyReLU", "r", negative_slope=0.1, alpha=0.2), "has alpha 0.2, which is not supported"),
+    (layer("MaxPooling2D", "p", dilation_rate=2), "has dilation_rate 2, which is not supported; required: none"),
+    (layer("ZeroPadding2D", "p", value=1.0), "has value 1.0, which is not supported; required: none"),
+    (layer("GlobalMaxPooling2D", "p", keepdims=True, axis=1), "has axis 1, which is not supported"),
+    (layer("Softmax", "s", dtype="float32", temperature=2), "has temperature 2, which is not supported"),
+    (layer("Activation", "a", activation={"module": "keras.layers", "class_name": "ReLU", "config": {"shift": 1}}),
+     "has shift 1, which is not supported"),
     (layer("LeakyReLU", "r", alpha=2.0), "slope 2; required: 0 to 1"),
     (layer("Dense", "d", units=2, dtype={"class_name": "QuantizedDTypePolicy",
                                          "config": {"name": "int8_from_float32"}}), "computes in"),

@@ -96,7 +96,7 @@ KERAS_TENSOR = {"class_name": "__keras_tensor__", "config": {"keras_history": ["
     (3, [3], "inbound_nodes is a whole number '3'; required: an object"),
     (3, [[["sum", 0, 0, {"training": True}]]], "is called with training=True"),
     (3, [{"args": [KERAS_TENSOR], "kwargs": {"mask": KERAS_TENSOR}}], "is called with mask="),
-    (3, [{"args": [3.0], "kwargs": {}}], "inbound_nodes is a number '3.0'; required: an object"),
+    (3, [{"args": [3.0], "kwargs": {}}], "is called on a constant; required: nothing but tensors"),
     (3, [{"kwargs": {}}], "inbound_nodes is null; required: a list"),
     (3, [[["sum", 0, 0], ["conv", 0, 0]]], "has 2 inputs; required: one"),
 ])

@@ -133,7 +133,7 @@ def _global_pool(b: Builder, node: Node) -> Tensor:
 
 def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
     """What the setting `activation` makes of `x`: a name, a function's name in an object, or a layer."""
-    value = node.settings.get("activation")
+    value = node.setting("activation")
     part, where = "" if node.kind == "Activation" else "/activation", f"{node}: activation"
     if isinstance(value, dict):
         kind = expect(value.get("class_name"), str, where)
@@ -142,7 +142,9 @@ def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
         if kind in ("ReLU", "LeakyReLU", "Softmax"):
             inner = node.inner(kind, value.get("config"), part, x)
             with b.at(inner):
-                return OPERATORS[kind](b, inner)
+                made = OPERATORS[kind](b, inner)
+            inner.check_read()
+            return made
         value = value.get("config") if kind == "function" else kind
     name = "linear" if value is None else expect(value, str, where)
     if name == "linear":
@@ -200,7 +202,7 @@ def _scaled(b: Builder, x: Tensor, scale: Array, shift: Array) -> Tensor:
 
 
 def _normalization(b: Builder, node: Node) -> Tensor:
-    x, axis = node.tensor(), node.settings.get("axis", -1)
+    x, axis = node.tensor(), node.setting("axis", -1)
     if axis not in (None, []):
         node.require_last_axis(x)
     if node.has("mean"):
@@ -311,30 +313,41 @@ def _stack(b: Builder, node: Node) -> Tensor:
     return b.concat([b.unsqueeze(x, [axis]) for x in node.tensors()], axis)
 
 
-def _same(_: Builder, node: Node) -> Tensor:
+def unchanged(_: Builder, node: Node) -> Tensor:
+    """What a layer makes that does something in training alone, whatever its settings."""
     return node.tensor()
 
 
 OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
-    "Activation": lambda b, node: _activated(b, node, node.tensor()), "ActivityRegularization": _same,
-    "Add": _add, "AlphaDropout": _same, "AveragePooling1D": _pool,
+    "Activation": lambda b, node: _activated(b, node, node.tensor()), "ActivityRegularization": unchanged,
+    "Add": _add, "AlphaDropout": unchanged, "AveragePooling1D": _pool,
     "AveragePooling2D": _pool, "BatchNormalization": _batch_norm, "BatchNormalizationV1": _batch_norm,
     "Concatenate": _concatenate, "Conv1D": _conv, "Conv1DTranspose": _conv_transpose, "Conv2D": _conv,
     "Conv2DTranspose": _conv_transpose, "Cropping1D": _cropping, "Cropping2D": _cropping, "Dense": _dense,
-    "DepthwiseConv1D": _depthwise, "DepthwiseConv2D": _depthwise, "Divide": _divide, "Dropout": _same,
-    "Flatten": _flatten, "GaussianDropout": _same, "GaussianNoise": _same, "GetItem": _get_item,
+    "DepthwiseConv1D": _depthwise, "DepthwiseConv2D": _depthwise, "Divide": _divide, "Dropout": unchanged,
+    "Flatten": _flatten, "GaussianDropout": unchanged, "GaussianNoise": unchanged, "GetItem": _get_item,
     "GlobalAveragePooling1D": _global_pool, "GlobalAveragePooling2D": _global_pool,
     "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
-    "Identity": _same, "InputLayer": _same, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool, "MaxPooling2D": _pool,
+    "Identity": unchanged, "InputLayer": unchanged, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
+    "MaxPooling2D": _pool,
     "Multiply": _multiply, "Negative": lambda b, node: b.affine(node.tensor(), scale=-1.0),
-    "Normalization": _normalization, "Permute": _permute, "RandomBrightness": _same, "RandomContrast": _same,
-    "RandomFlip": _same, "RandomRotation": _same, "RandomTranslation": _same, "RandomZoom": _same, "ReLU": _relu,
+    "Normalization": _normalization, "Permute": _permute, "RandomBrightness": unchanged, "RandomContrast": unchanged,
+    "RandomFlip": unchanged, "RandomRotation": unchanged, "RandomTranslation": unchanged, "RandomZoom": unchanged,
+    "ReLU": _relu,
     "Rescaling": lambda b, node: _scaled(b, node.tensor(), node.numbers("scale"), node.numbers("offset")),
     "Reshape": _reshape, "SeparableConv1D": _depthwise, "SeparableConv2D": _depthwise, "Softmax": _softmax,
-    "SpatialDropout1D": _same, "SpatialDropout2D": _same, "Stack": _stack, "Subtract": _subtract,
+    "SpatialDropout1D": unchanged, "SpatialDropout2D": unchanged, "Stack": _stack, "Subtract": _subtract,
     "TrueDivide": _divide, "UpSampling1D": _upsampling, "UpSampling2D": _upsampling,
     "ZeroPadding1D": _zero_padding, "ZeroPadding2D": _zero_padding,
 }
+
+# Settings that may be given and need not be read: names, shapes that are followed anyway, and what works in training
+# alone. Each other one is read, or has here the value that is computed.
+IGNORED = {"name", "trainable", "autocast", "batch_input_shape", "batch_shape", "build_input_shape", "input_dim",
+           "input_dtype", "input_length", "input_shape", "momentum", "renorm_clipping", "renorm_momentum",
+           "synchronized", "fused", "virtual_batch_size"}
+IGNORED_ENDINGS = ("_initializer", "_regularizer", "_constraint")
+UNREAD = {"groups": 1, "renorm": False, "data_format": "channels_last", "implementation": 1}
 
 INSTEAD = {
     "Lambda": "a layer of Keras's own, Rescaling say; the code in a Lambda is never run",

@@ -23,7 +23,7 @@ from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed
 from fastdtd.importers.keras import files
 from fastdtd.importers.keras.files import MODELS, expect, is_keras_module
-from fastdtd.importers.keras.operators import INSTEAD, OPERATORS
+from fastdtd.importers.keras.operators import IGNORED, IGNORED_ENDINGS, INSTEAD, OPERATORS, UNREAD, unchanged
 from fastdtd.importers.keras.runtime import KerasRuntime
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor, layer_shape
@@ -64,6 +64,7 @@ class Node(moves.Node):
         entry = expect(entry, dict, where)
         self.kind: str = expect(entry.get("class_name"), str, f"{where}: class_name")
         self.entry, self.settings = entry, entry.get("config")
+        self._read: set[str] = set()
         name = entry.get("name")
         if name is None and isinstance(self.settings, dict):
             name = self.settings.get("name")
@@ -165,7 +166,7 @@ class Node(moves.Node):
         return self.reader.builder.channels_first(x), axes
 
     def require_last_axis(self, x: Tensor) -> None:
-        axis = self.settings.get("axis", -1)
+        axis = self.setting("axis", -1)
         axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
         if axis not in (-1, x.rank - 1) or isinstance(axis, bool):
             self.refuse(f"has axis {str(axis)[:40]} over {x.rank} axes; required: -1, the channels or features")
@@ -192,12 +193,25 @@ class Node(moves.Node):
 
     # Settings
 
+    def setting(self, key: str, default: Any = None) -> Any:
+        """As it stands in the file."""
+        self._read.add(key)
+        return self.settings.get(key, default)
+
+    def check_read(self) -> None:
+        """Refuse what was given and not read, unless it is what is computed without it."""
+        for key, value in self.settings.items():
+            is_known = key in self._read or key in IGNORED or key.endswith(IGNORED_ENDINGS)
+            if not is_known and value is not None and value != (default := UNREAD.get(key)):
+                self.refuse(f"has {key[:60]} {str(value)[:60]}, which is not supported; required: "
+                            + ("none" if default is None else str(default)))
+
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.settings.get(key)
+        value = self.setting(key)
         return default if value is None and default is not None else expect(value, kind, f"{self}: {key}")
 
     def has(self, key: str) -> bool:
-        return self.settings.get(key) is not None
+        return self.setting(key) is not None
 
     def integer(self, key: str, default: int | None = None) -> int:
         value: int = self.get(key, int, default)
@@ -206,7 +220,7 @@ class Node(moves.Node):
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.settings.get(key)
+        value = self.setting(key)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         return self._finite(default if value is None and default is not None else value, key)
@@ -223,7 +237,7 @@ class Node(moves.Node):
     def numbers(self, key: str) -> Array:
         """One number, or lists of them, as one axis."""
         flat: list[float] = []
-        waiting = [self.settings.get(key)]
+        waiting = [self.setting(key)]
         while waiting:
             value = waiting.pop()
             if isinstance(value, list):
@@ -234,7 +248,7 @@ class Node(moves.Node):
 
     def integers(self, key: str, count: int, low: int = 1, default: Any = None) -> tuple[int, ...]:
         """`count` whole numbers from `low`; one stands for all."""
-        value = self.settings.get(key)
+        value = self.setting(key)
         value = default if value is None else value
         values: list[Any] = [value] * count if isinstance(value, int) else expect(value, list, f"{self}: {key}")
         checked = [expect(v, int, f"{self}: {key}") for v in values]
@@ -247,7 +261,7 @@ class Node(moves.Node):
         if axes == 1:
             before, after = self.integers(key, 2, 0, default)
             return [(before, after)]
-        value = self.settings.get(key)
+        value = self.setting(key)
         value = default if value is None else value
         both: list[Any] = [value, value] if isinstance(value, int) else expect(value, list, f"{self}: {key}")
         pairs: list[list[Any]] = [[v, v] if isinstance(v, int) else expect(v, list, f"{self}: {key}") for v in both]
@@ -261,7 +275,7 @@ class Node(moves.Node):
             known = f"supported: {', '.join(sorted((*OPERATORS, 'Functional', 'Sequential')))}"
             self.refuse("is of a class that is not supported; "
                         + (f"what works: {INSTEAD[self.kind]}" if self.kind in INSTEAD else known))
-        policy = self.settings.get("dtype")
+        policy = self.setting("dtype")
         kind = policy.get("class_name") if isinstance(policy, dict) else None
         if isinstance(policy, dict):
             policy = policy["config"].get("name") if isinstance(policy.get("config"), dict) else kind
@@ -312,7 +326,10 @@ class Reader:
             return self._call_model(node, [x for x in inputs if isinstance(x, Tensor)])
         node.check_type()
         with self.builder.at(node):
-            return [OPERATORS[node.kind](self.builder, node)]
+            made = OPERATORS[node.kind](self.builder, node)
+        if OPERATORS[node.kind] is not unchanged:
+            node.check_read()
+        return [made]
 
     def _call_model(self, model: Node, inputs: list[Tensor]) -> list[Tensor]:
         self._depth += 1
