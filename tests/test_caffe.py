@@ -178,7 +178,8 @@ def test_caffe_power(convert_text, parameters, expected):
     (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 10 dim: 9 dim: 0 dim: 3 } }"), None),
     (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 10 dim: 8 dim: 0 dim: 3 } }"), X.reshape(8, 9, 3)),
     (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 3 dim: 0 dim: 1 } axis: 1 num_axes: 1 } "), None),
-    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 4 dim: 18 } axis: -3 }"), X.reshape(3, 4, 18)),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 9 dim: 24 dim: -1 } axis: -4 }"),
+     X.reshape(9, 24, 1)),
     (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 27 dim: 1 } axis: 1 num_axes: 2 }"),
      X.reshape(27, 1, 8)),
     (layer("s", "Slice", "x", 'a" top: "b', "slice_param { axis: 2 slice_point: 2 }")

@@ -276,6 +276,24 @@ def test_a_string_that_is_too_long(tmp_path, monkeypatch):
         convert(legacy_file(tmp_path, CONV_WEIGHTS))
 
 
+@pytest.mark.parametrize("says", ["bfloat16", "float8", None])
+def test_weights_in_bfloat16(tmp_path, says):
+    """As Keras writes them: two bytes that HDF5 has no name for, and an attribute."""
+    values = np.float32([[1.5, -2], [0.25, 3]]).reshape(1, 1, 2, 2)
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        data = file.create_dataset("layers/conv2d/vars/0", data=(values.view(np.uint32) >> 16).astype("<u2").view("V2"))
+        if says:
+            data.attrs["dtype"] = says
+    conv = layer("Conv2D", "conv", filters=2, kernel_size=[1, 1], use_bias=False, dtype="bfloat16")
+    path = keras_file(tmp_path, conv, weights=image.getvalue())
+    if says == "bfloat16":
+        np.testing.assert_array_equal(convert(path).graph.layers[0].weight, values.transpose(3, 2, 0, 1))
+    else:
+        with pytest.raises(ConversionError, match=r"Opaque .2 bytes.; required: IEEE"):
+            convert(path)
+
+
 def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path):
     entries = copy.deepcopy(FUNCTIONAL)
     square = CONVOLUTION | {"config": CONVOLUTION["config"] | {"filters": 2, "padding": "same"}}

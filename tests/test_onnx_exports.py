@@ -236,6 +236,7 @@ END = [node("GlobalAveragePool", ["t"], ["y"])]
     ([node("Relu", ["x", "c"], ["t"])], 13, "has 2 inputs; required: at most 1"),
     ([node("Reciprocal", ["c", "c"], ["r"]), node("Conv", ["x", "w", "r"], ["t"])], 13, "has 2 inputs; required"),
     ([node("CastLike", ["x", "c"], ["t"])], 13, "is no operator of ONNX's opset 13"),
+    ([node("CastLike", ["x", "s"], ["t"])], 15, "casts what is computed to int64; required: a floating-point type"),
     ([node("Conv", ["x", "w"], ["t"], auto_pad="SAME_UPPER", pads=[1, 1, 0, 0])], 13,
      r"has pads \(1, 1, 0, 0\) and auto_pad SAME_UPPER, which makes \(0, 0, 1, 1\); required: one of them"),
     ([node("ConvTranspose", ["x", "w"], ["t"], kernel_shape=[3, 3])], 13, r"required: kernel_shape \(3, 3\)"),
@@ -669,3 +670,50 @@ def test_a_local_response_normalisation(convert_nodes):
     norm, = (layer for layer in graph if isinstance(layer, g.LocalResponseNorm))
     assert (norm.size, norm.bias, norm.beta) == (3, 1, 0.5)
     assert norm.alpha == pytest.approx(0.3)
+
+
+# ---- bfloat16 ----
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("cast", [True, False])
+def test_weights_in_bfloat16(convert_nodes, raw, cast):
+    values = np.float32([1.5, -2, 0.25, 3, -1e-20, 1e30, 0, -0.125]).reshape(2, 4, 1, 1)
+    upper = (values.view(np.uint32) >> 16).ravel()
+    tensor = onnx.TensorProto(name="w", data_type=TensorProto.BFLOAT16, dims=values.shape)
+    if raw:
+        tensor.raw_data = upper.astype("<u2").tobytes()
+    else:
+        tensor.int32_data.extend(upper.tolist())
+    kept = (upper.astype(np.uint32) << 16).view(np.float32).reshape(values.shape)
+    nodes = [node("Cast", ["w"], ["v"], to=TensorProto.FLOAT), node("Conv", ["x", "v" if cast else "w"], ["t"]), *END]
+    conv, _ = convert_nodes(nodes[not cast:], shape=("N", *X.shape[1:]), opset=22, verify=False,
+                            change=lambda model: model.graph.initializer.append(tensor)).graph
+    np.testing.assert_array_equal(conv.weight, kept)
+
+
+def test_constants_rounded_to_bfloat16(convert_nodes):
+    """To the nearest, and to the even one of two."""
+    values = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-12, 1]).reshape(4, 1, 1)
+    nodes = [node("Cast", ["c"], ["d"], to=TensorProto.BFLOAT16), node("Cast", ["d"], ["e"], to=TensorProto.FLOAT),
+             node("Mul", ["x", "e"], ["t"]), *END]
+    scale, _ = convert_nodes(nodes, {"c": values}, ("N", *X.shape[1:])).graph
+    np.testing.assert_array_equal(scale.weight.ravel(), [1, 1 + 2**-6, -1 - 2**-7, 1])
+
+
+def test_a_constant_cast_like_another(convert_nodes):
+    nodes = [node("CastLike", ["c", "x0"], ["d"]), node("Mul", ["x", "d"], ["t"]), *END]
+    scale, _ = convert_nodes(nodes, {"c": ints(1, 2, 3, 4).reshape(4, 1, 1), "x0": np.float32(0)}, ("N", *X.shape[1:]),
+                             15).graph
+    np.testing.assert_array_equal(scale.weight.ravel(), [1, 2, 3, 4])
+    nodes[0] = node("CastLike", ["c", "x"], ["d"])  # like what is computed
+    scale, _ = convert_nodes(nodes, {"c": ints(1, 2, 3, 4).reshape(4, 1, 1)}, ("N", *X.shape[1:]), 15).graph
+    np.testing.assert_array_equal(scale.weight.ravel(), [1, 2, 3, 4])
+
+
+def test_the_largest_of_constants(convert_nodes):
+    """Folded among themselves first, whatever the order."""
+    for names in (["a", "b", "x"], ["x", "b", "a"], ["b", "x", "a"]):
+        clip, _ = convert_nodes([node("Min", names, ["t"]), *END], {"a": np.float32(3), "b": np.float32([[2]])},
+                                ("N", *X.shape[1:])).graph
+        assert (clip.low, clip.high) == (-np.inf, 2)

@@ -184,7 +184,7 @@ class Node(moves.Node):
                 if stored != shape:
                     self.refuse(f"has {name} of shape {stored}; required by its settings and its input: {shape}")
                 self.reader.builder.spend(math.prod(shape))
-                arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS))
+                arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS, bfloat16=True))
         return arrays
 
     def bias(self, outputs: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -374,6 +374,12 @@ def _cast(_: Builder, node: Node) -> Any:
     if node.op == "Cast" and node.integer("to", 0) not in _FLOATS:
         node.refuse(f"casts what is computed to element type {node.integer('to', 0)}; required: float16, float32 or "
                     "float64")
+    if node.op == "CastLike":
+        like = node.value(1)
+        if not isinstance(like, patterns.COMPUTED) and node.constant(1).dtype.kind != "f":
+            node.refuse(f"casts what is computed to {node.constant(1).dtype}; required: a floating-point type")
+        if not isinstance(node.value(0), patterns.COMPUTED):  # like what is computed
+            return node.constant(0).astype(np.float32)
     return node.moving()
 
 
