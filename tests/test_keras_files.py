@@ -13,6 +13,7 @@ from importing import numbers
 from keras_models import (
     CONVOLUTION,
     FUNCTIONAL,
+    POOL,
     RECORDED,
     WEIGHTS,
     keras_file,
@@ -292,6 +293,21 @@ def test_weights_in_bfloat16(tmp_path, says):
     else:
         with pytest.raises(ConversionError, match=r"Opaque .2 bytes.; required: IEEE"):
             convert(path)
+
+
+def test_models_that_are_called_again_and_again(tmp_path):
+    """A model of which one layer is used, and 3,000 are read each time."""
+    entry = layer("InputLayer", "z", batch_shape=[None, 6, 5, 2]) | {"inbound_nodes": []}
+    unused = [layer("ReLU", f"r{i}") | {"inbound_nodes": [[["z", 0, 0]]]} for i in range(3000)]
+    inner = {"class_name": "Functional", "name": "inner", "config": {
+        "name": "inner", "layers": [entry, *unused], "input_layers": [["z", 0, 0]], "output_layers": [["r0", 0, 0]]}}
+    calls = [[["x", 0, 0]], *([["inner", i, 0]] for i in range(1, 100))]
+    config = copy.deepcopy(FUNCTIONAL)
+    config["config"]["layers"][1:] = [inner | {"inbound_nodes": calls},
+                                      POOL | {"inbound_nodes": [[["inner", 100, 0]]]}]
+    config["config"]["output_layers"] = [["pool", 0, 0]]
+    with pytest.raises(ConversionError, match="are accepted for a source of this size"):
+        convert(keras_file(tmp_path, config=config), max_constants="500MiB")
 
 
 def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path):

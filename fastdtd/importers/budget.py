@@ -33,6 +33,14 @@ class Budget:
     def take(self, node: Node, count: int, size: int = 8) -> None:
         """Count an array of `count` elements of `size` bytes, and a step; ConversionError where it is too much."""
         self._made += count * size + STEP
+        self._check(node, count)
+
+    def step(self, node: Node, count: int) -> None:
+        """Count so many steps, which make nothing."""
+        self._made += count * STEP
+        self._check(node, count)
+
+    def _check(self, node: Node, count: int) -> None:
         if self._made > self.limit:
             node.refuse(f"makes {count} elements; with them, constants, weights and moved elements come to "
                         f"{_size(self._made)}, and at most {_size(self.limit)} are accepted for a source of this size; "

@@ -206,7 +206,7 @@ class Moves:
             self.spend_index(max(count, x.elements))
             moved = x.with_index(np.ascontiguousarray(change(x.indices()), np.int32), "")
         else:
-            self.spend(0)
+            self.budget.step(self.node, 1)
         return replace(moved, name=self.node.layer_name)
 
     def with_dims(self, x: Tensor, dims: Sequence[int], part: str = "") -> Tensor:

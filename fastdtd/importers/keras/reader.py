@@ -336,6 +336,7 @@ class Reader:
         if self._depth > MAX_NESTING:
             model.refuse(f"lies in {self._depth} other models; at most {MAX_NESTING} are accepted")
         nodes = _nodes(model, model.layer_name)
+        self.builder.budget.step(model, len(nodes))  # for a model may be called again and again
         self.weights.locate(model, nodes)
         is_sequential = model.kind == "Sequential"
         outputs = [self._run(nodes, inputs)] if is_sequential else _Calls(model, nodes).run(self, inputs)

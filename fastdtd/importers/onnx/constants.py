@@ -202,6 +202,7 @@ def _split(node: Node, inputs: list[Any]) -> Any:
     sizes = split_sizes(node, inputs[0].shape[axis], inputs)
     if min(sizes, default=0) < 0 or sum(sizes) != inputs[0].shape[axis]:
         raise ValueError(f"parts of {sizes} elements")
+    node.builder.budget.step(node, len(sizes))
     return np.split(inputs[0], np.cumsum(sizes)[:-1].tolist(), axis)
 
 

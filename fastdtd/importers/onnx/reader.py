@@ -110,7 +110,8 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     file_format = f"onnx opset {opset}" + (f" from {producer}" if producer else "")
     steps = [step for step in steps if isinstance(step[2], Tensor)]
     graph = _only(model.graph, inputs[0], [batch or 1, *x.dims], output, nodes)
-    runtime = OnnxRuntime(reader.builder, x, batch or 1, steps=steps, graph=graph, opset=opset)
+    runtime = OnnxRuntime(reader.builder, x, batch or 1, elements=reader.elements, steps=steps, graph=graph,
+                          opset=opset)
     return Parsed(layers, x.shape, file_format + (", channels last" if channels_last else ""), runtime)
 
 
@@ -220,6 +221,7 @@ class Reader:
     def __init__(self, builder: Builder, opset: int, nodes: Sequence[tuple[int, Any]], functions: Set[str]) -> None:
         self.builder, self.opset, self.functions = builder, opset, functions
         self.values: ChainMap[str, Any] = ChainMap({})
+        self.elements = 0  # of all that was made, as a runtime would
         times = Counter(proto.name for _, proto in nodes)
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
 
@@ -237,7 +239,7 @@ class Reader:
         if not node.outputs:
             node.refuse("has no output")
         node.check_known(proto)
-        self.builder.budget.take(node, 0)
+        self.builder.budget.step(node, 1)
         is_computed = any(isinstance(self.values.get(name), COMPUTED) for name in node.inputs)
         if node.op in constants.OPERATORS and not is_computed:
             made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])
@@ -250,6 +252,10 @@ class Reader:
         node.check_read()
         for name, value in zip(node.outputs, made if isinstance(made, list) else [made], strict=False):
             self.values[name] = value
+            if isinstance(value, (Tensor, Squares)):
+                self.elements += self.builder.batch * (value.view if isinstance(value, Squares) else value).elements
+            elif isinstance(value, np.ndarray):
+                self.elements += value.size
         return node
 
     def read_branch(self, node: Node, name: str) -> list[Any]:
