@@ -307,7 +307,7 @@ def test_models_that_are_called_again_and_again(tmp_path):
                                       POOL | {"inbound_nodes": [[["inner", 100, 0]]]}]
     config["config"]["output_layers"] = [["pool", 0, 0]]
     with pytest.raises(ConversionError, match="are accepted for a source of this size"):
-        convert(keras_file(tmp_path, config=config), max_constants="500MiB")
+        convert(keras_file(tmp_path, config=config), max_constants="100MiB")
 
 
 def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path):
@@ -317,8 +317,8 @@ def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_p
                                                                    *([["conv", i, 0]] for i in range(4))]}]
     entries["config"]["output_layers"] = [["conv", 4, 0]]
     weights = {"layers/conv2d/vars/0": numbers(2, 2, 2, 2), "layers/conv2d/vars/1": numbers(2)}
-    with pytest.raises(ConversionError, match=r"Conv2D 'conv' .* at most 48KiB are accepted"):
-        convert(keras_file(tmp_path, config=entries, weights=weights), max_constants="48KiB")
+    with pytest.raises(ConversionError, match=r"Conv2D 'conv' .* at most 96KiB are accepted"):
+        convert(keras_file(tmp_path, config=entries, weights=weights), max_constants="96KiB")
 
 
 def replaced(config, path, value):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 BASE, TIMES = 2**30, 32  # bytes that any source may make, and more for each byte that it holds
 INDEX = 16  # bytes for each element of an index: it is moved, compared and kept
-STEP = 4096  # bytes that a step counts as, for it takes time even where it makes nothing
+STEP = 8192  # bytes that a step counts as, for it takes time even where it makes nothing
 
 
 class Budget:
