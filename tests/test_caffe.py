@@ -237,6 +237,7 @@ def test_caffe_fields_that_change_nothing(convert_text, text):
     ('layers { name: "r" type: RELU bottom: "x" top: "t" relu_param { slope: 1 } }',
      "layer 'r' .* has relu_param.slope"),
     (layer("d", "Dropout", "x", "t", "dropout_param { scale_train: false }"), "dropout_param.scale_train"),
+    (layer("r", "ReLU", "x", "t", "relu_param # {\n { slope # '\n : 1 }"), "relu_param.slope"),
     (layer("p", "Pooling", "x", "t", "pooling_param { kernel_size: 2 ceil_mode: false }"), "pooling_param.ceil_mode"),
     (layer("p", "Pooling", "x", "t", "pooling_param { global_pooling: true kernel_size: 2 }"),
      "global and has a kernel"),

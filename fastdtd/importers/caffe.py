@@ -146,6 +146,9 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
         raise ConversionError(f"the .prototxt has a state, phase {_value(net.state, 'phase')}, level {net.state.level} "
                               f"and stages {list(net.state.stage)}; required: the test phase alone")
     unread = _unread_fields(prototxt.decode())
+    if (len(unread["layers"]), len(unread["layer"])) != (len(net.layers), len(net.layer)):
+        raise ConversionError("the .prototxt is written in a way in which its layers cannot be told apart; required: a "
+                              "layer { ... } each, as Caffe writes them")
     found = [(proto, fields) for proto, fields in zip((*net.layers, *net.layer), unread["layers"] + unread["layer"],
                                                       strict=True) if _is_in_test_phase(proto)]
     name, x, batch = _input(net, [proto for proto, _ in found], size)
@@ -179,17 +182,17 @@ def _unread_fields(text: str) -> dict[str, list[list[str]]]:
     found: dict[str, list[list[str]]] = {"layer": [], "layers": []}
     stack: list[tuple[str, Any]] = [("", NetParameter.DESCRIPTOR)]  # messages that are open, and what they are called
     name, unread = "", list[str]()
-    for token in _TOKEN.findall(text):
+    for token in _TOKEN.findall(_NO_FIELDS.sub(" ", text)):
         if token in "{<":
             described = stack[-1][1].fields_by_name.get(name) if stack[-1][1] is not None else None
             if len(stack) == 1 and name in found:
                 unread = []
                 found[name].append(unread)
             stack.append((name, None if described is None else described.message_type))
-        elif token in "}>":
+        elif token in "}>" and len(stack) > 1:
             name, _ = stack.pop()  # of the next one, in a list
-        elif token[0].isalpha() or token[0] == "_":
-            name = token.rstrip(": \t\r\n")
+        elif token not in "}>":
+            name = token
             holder, described = stack[-1]
             is_known = described is None or name in described.fields_by_name or name in IGNORED
             if len(stack) > 1 and not is_known:
@@ -197,8 +200,8 @@ def _unread_fields(text: str) -> dict[str, list[list[str]]]:
     return found
 
 
-# Texts and comments, which hold what looks like the rest; braces; names of fields, before a colon or a brace.
-_TOKEN = re.compile(r"""\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|\#[^\n]*|[{}<>]|[A-Za-z_]\w*(?=\s*[:{<])""")
+_NO_FIELDS = re.compile(r'''"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*''')  # texts and comments
+_TOKEN = re.compile(r"[{}<>]|[A-Za-z_]\w*(?=\s*[:{<])")  # braces, and names of fields
 
 
 def _value(message: Any, field: str) -> str:
