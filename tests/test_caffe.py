@@ -385,6 +385,15 @@ def test_refused_caffe_layers(convert_text, text, weights, message):
         convert_text(text, weights)
 
 
+def test_a_caffe_network_that_makes_too_much(convert_text):
+    text = "".join(layer(f"s{i}", "PReLU", f"s{i - 1}" if i else "x") for i in range(9))
+    text += layer("t", "ReLU", "s8") + GLOBAL
+    weights = {f"s{i}": [np.full(3, 0.5)] for i in range(9)}
+    assert convert_text(text, weights, max_constants="1MB").graph
+    with pytest.raises(ConversionError, match=r"layer 's\d' .* at most 50KiB are accepted"):
+        convert_text(text, weights, max_constants="50KiB")
+
+
 def test_refused_caffe_inputs(convert_text):
     for head, options, message in [("", {}, "has 0 inputs"), ('input: "x" ', {}, "of 0 shapes"),
                                    ('input: "x" input_shape { dim: 1 dim: 3 dim: 0 dim: 4 } ', {},

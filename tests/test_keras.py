@@ -330,6 +330,18 @@ def test_refused_operations(tmp_path, refused, message):
         convert(keras_file(tmp_path, config=functional(refused)))
 
 
+def test_functions_of_keras_2(tmp_path):
+    """Their constants are no reason, they are."""
+    entries = [layer("InputLayer", "x", batch_shape=[None, 6, 5, 2]) | {"inbound_nodes": []},
+               layer("TFOpLambda", "tf.math.truediv", function="math.truediv")
+               | {"inbound_nodes": [["x", 0, 0, {"y": 127.5, "name": None}]]},
+               POOL | {"inbound_nodes": [[["tf.math.truediv", 0, 0, {}]]]}]
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": entries, "input_layers": [["x", 0, 0]],
+                                                     "output_layers": [["pool", 0, 0]]}}
+    with pytest.raises(ConversionError, match="is of a class that is not supported; what works: layers in place of"):
+        convert(keras_file(tmp_path, config=config))
+
+
 # ---- Verifying ----
 
 

@@ -535,5 +535,7 @@ def _is_tensor(value: Any) -> bool:
 def _check_arguments(node: Node, arguments: dict[str, Any]) -> None:
     for key, value in arguments.items():
         if value is not None and not (key == "training" and value is False):
+            if node.kind not in MODELS:
+                node.check_type()  # says more of what is not supported at all
             node.refuse(f"is called with {key}={str(value)[:40]}; required: nothing but tensors, and training=False at "
                         "most")
