@@ -5,7 +5,7 @@ import pytest
 from importing import converter_of_nodes, ints, node, numbers, of_type, scores
 
 from fastdtd import graph as g
-from fastdtd.errors import ConversionError
+from fastdtd.errors import ConversionError, FastDTDError
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
@@ -717,3 +717,27 @@ def test_the_largest_of_constants(convert_nodes):
         clip, _ = convert_nodes([node("Min", names, ["t"]), *END], {"a": np.float32(3), "b": np.float32([[2]])},
                                 ("N", *X.shape[1:])).graph
         assert (clip.low, clip.high) == (-np.inf, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_s_own_cases_hold_nothing_that_is_not_read():
+    """Every attribute and input of every operator in them is read, ignored for a reason, or refused for its value."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    from fastdtd.importers.onnx import constants, operators, parse, reader
+
+    known = operators.OPERATORS.keys() | constants.OPERATORS.keys()
+    parsed, refused = 0, {}
+    for case in collect_testcases(""):
+        if case.model is None or not {node.op_type for node in case.model.graph.node} <= known:
+            continue
+        assert max(entry.version for entry in case.model.opset_import if not entry.domain) <= reader.NEWEST_OPSET
+        try:
+            parse(case.model.SerializeToString())
+            parsed += 1
+        except FastDTDError as error:
+            refused[case.name] = str(error)
+    assert parsed > 100
+    unread = ("which is not supported; required", "that it has not in opset")
+    assert not {name: text for name, text in refused.items() if any(part in text for part in unread)}
