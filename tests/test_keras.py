@@ -134,6 +134,13 @@ def test_settings_of_a_batch_norm(tmp_path, settings, message):
             convert(path)
 
 
+@pytest.mark.parametrize("scale", [[1, 2, 4], {"class_name": "__numpy__", "config": {"value": [1, 2, 4],
+                                                                                     "dtype": "float32"}}])
+def test_rescaling_by_an_array(tmp_path, scale):
+    scaled, _ = convert(keras_file(tmp_path, layer("Rescaling", "r", scale=scale, offset=0.5), shape=(6, 5, 3))).graph
+    np.testing.assert_array_equal(scaled.weight.ravel(), [1, 2, 4])
+
+
 @pytest.mark.parametrize(("groups", "is_taken"), [(1, True), (2, False), (None, True)])
 def test_groups_where_there_are_none(tmp_path, groups, is_taken):
     weights = WEIGHTS | {"layers/depthwise_conv2d/vars/0": numbers(1, 1, 3, 1)}

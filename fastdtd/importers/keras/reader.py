@@ -118,11 +118,8 @@ class Node(moves.Node):
         return [x if isinstance(x, Tensor) else self._array(x) for x in self.inputs]
 
     def _array(self, constant: Constant) -> Array:
-        value = constant.value
-        if isinstance(value, dict) and value.get("class_name") in ("__tensor__", "__numpy__"):
-            value = expect(value.get("config"), dict, f"{self}: constant").get("value")
         try:
-            array = np.asarray(value)
+            array = np.asarray(_without_type(constant.value))
         except ValueError:  # lists of different lengths
             array = np.asarray(None)
         if array.dtype.kind not in "iuf":
@@ -237,7 +234,7 @@ class Node(moves.Node):
     def numbers(self, key: str) -> Array:
         """One number, or lists of them, as one axis."""
         flat: list[float] = []
-        waiting = [self.setting(key)]
+        waiting = [_without_type(self.setting(key))]
         while waiting:
             value = waiting.pop()
             if isinstance(value, list):
@@ -520,6 +517,14 @@ def _references(node: Node, entry: Any) -> list[Reference | Constant]:
                     "Divide them first, or cast the input")
     _check_arguments(node, expect(entry.get("kwargs", {}), dict, where))
     return found
+
+
+def _without_type(value: Any) -> Any:
+    """The numbers of an array, which Keras 3 writes with its type; anything else as it is."""
+    if isinstance(value, dict) and value.get("class_name") in ("__tensor__", "__numpy__"):
+        settings = value.get("config")
+        return settings.get("value") if isinstance(settings, dict) else value
+    return value
 
 
 def _is_whole(value: Any) -> bool:
