@@ -33,18 +33,18 @@ class Budget:
     def take(self, node: Node, count: int, size: int = 8) -> None:
         """Count an array of `count` elements of `size` bytes, and a step; ConversionError where it is too much."""
         self._made += count * size + STEP
-        self._check(node, count)
+        self._check(node, f"makes {count} elements")
 
     def step(self, node: Node, count: int) -> None:
         """Count so many steps, which make nothing."""
         self._made += count * STEP
-        self._check(node, count)
+        self._check(node, f"takes {count} steps more")
 
-    def _check(self, node: Node, count: int) -> None:
+    def _check(self, node: Node, what: str) -> None:
         if self._made > self.limit:
-            node.refuse(f"makes {count} elements; with them, constants, weights and moved elements come to "
-                        f"{_size(self._made)}, and at most {_size(self.limit)} are accepted for a source of this size; "
-                        f"max_constants= (--max-constants SIZE) sets another limit, such as {_size(2 * self._made)}")
+            node.refuse(f"{what}; with them, constants, weights, moved elements and steps come to {_size(self._made)}, "
+                        f"and at most {_size(self.limit)} are accepted for a source of this size; max_constants= "
+                        f"(--max-constants SIZE) sets another limit, such as {_size(2 * self._made)}")
 
 
 def _size(count: int) -> str:
