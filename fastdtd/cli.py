@@ -224,6 +224,9 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action=argparse.BooleanOptionalAction, help="compare scores on random inputs with those of "
         "onnxruntime (or ONNX's reference, for small networks), Keras or the PyTorch module, and write nothing where "
         "they differ by more than 0.1 %% (default: where that is installed; --verify: fail where it is not)")
+    convert.add_argument(
+        "--max-constants", metavar="SIZE", help="what constants, weights and moved elements may come to while the "
+        "network is read, as in 4GiB (default: 1GiB and 32 bytes for each of the source's own)")
     convert.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32",
                          help="precision of the weights in MODEL.h5 (default: %(default)s)")
 
@@ -364,7 +367,7 @@ def _convert(options: argparse.Namespace) -> int:
     source = opened(options.source, options.weights)
     model = convert(source, options.weights, color=options.color, size=options.size, resize=options.resize,
                     mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box,
-                    labels=options.labels, verify=options.verify)
+                    labels=options.labels, verify=options.verify, max_constants=options.max_constants)
     if "verified" in model.provenance:
         print(f"{options.source}: the scores are those of {model.provenance['verified']}")
     model_file.save(model, options.model, options.dtype)

@@ -3,6 +3,9 @@
 Every message says what was found, what is required, and what to do.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class FastDTDError(Exception):
     """Base of every error that fastdtd raises on purpose."""
@@ -34,6 +37,15 @@ class PictureError(FastDTDError):
 
 class OutputError(FastDTDError):
     """A file or folder that results cannot be written to."""
+
+
+@contextlib.contextmanager
+def out_of_memory(kind: type[FastDTDError], advice: str) -> Iterator[None]:
+    """Where the machine has no memory left, an error of `kind`; a decorator, too."""
+    try:
+        yield
+    except MemoryError as error:
+        raise kind(f"the machine has no memory left for it ({str(error) or 'MemoryError'}); {advice}") from None
 
 
 _SHOWN = 80  # characters of a value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from fastdtd import devices
 from fastdtd.cost import MAX_MULTIPLY_ADDS, cost
-from fastdtd.errors import InputError, shown
+from fastdtd.errors import InputError, out_of_memory, shown
 from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
 from fastdtd.graph import Array
@@ -28,20 +27,19 @@ from fastdtd.inputs import (
     checked_start,
     checked_targets,
     factors,
+    memory_size,
     pictures_of,
 )
 from fastdtd.lowering.aliasing import fused_activations
 from fastdtd.model import Model
-from fastdtd.plan import Plan
+from fastdtd.plan import OutOfMemoryError, Plan
 from fastdtd.rules import Rules, assign
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
 # What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
 # range; and with the 11 bits of a factor on tensor cores.
 _LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2
 _MAX_THREADS = 1024
-_MAX_BYTES = 2**63 - 1  # of a limit of memory
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_ADVICE = "fewer images at a time, fewer threads or memory= (--memory SIZE) take less"
 
 
 class Explainer:
@@ -115,6 +113,7 @@ class Explainer:
     Decomposition. Pattern Recognition 65:211-222, 2017.
     """
 
+    @out_of_memory(OutOfMemoryError, _ADVICE)
     def __init__(self, model: Model, rules: Rules = "dtd", device: str = "cpu", threads: int | None = None,
                  memory: str | int | None = None, precision: str | None = None,
                  max_multiply_adds: float = MAX_MULTIPLY_ADDS) -> None:
@@ -126,7 +125,7 @@ class Explainer:
             raise InputError(
                 f"threads is {shown(threads)}; required: a whole number from 1 to {_MAX_THREADS}, or None for all "
                 "processors")
-        limit = math.inf if memory is None else _bytes(memory)
+        limit = math.inf if memory is None else memory_size(memory)
         if isinstance(max_multiply_adds, bool) or not isinstance(max_multiply_adds, (int, float)):
             raise InputError(f"max_multiply_adds is {shown(max_multiply_adds)}; required: a number")
         count = cost(model.graph).multiply_adds
@@ -161,6 +160,7 @@ class Explainer:
         where = f"GPUs in {self.precision}" if self.precision else f"{self.threads} threads"
         return f"<Explainer of {self.model.graph!r}: rules for {len(self.rules)} of them, on {where}>"
 
+    @out_of_memory(OutOfMemoryError, _ADVICE)
     def __call__(self, batch: Any, target: Target = None, start: npt.ArrayLike | None = None) -> Explanation:
         """Explain each image of a batch.
 
@@ -250,7 +250,7 @@ class Explainer:
             warnings.warn(
                 f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
                 f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
-                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=2)
+                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=3)  # past out_of_memory
         return e
 
     def _check_balance(self, e: Explanation, sums: npt.NDArray[np.float64]) -> None:
@@ -290,6 +290,7 @@ class Explainer:
         plan.backward(submit)
         return scores, target, explained
 
+    @out_of_memory(OutOfMemoryError, _ADVICE)
     def _observed(self, images: Array, targets: npt.NDArray[np.int64], begins: Array | None,
                   layers: Sequence[str]) -> dict[str, Array]:
         """Relevance of some tensors, one image after the other: a plan that keeps it is large."""
@@ -314,20 +315,6 @@ class Explainer:
 
         self._executor.observe(explain, layers, self._executor.devices_for(images)[0])
         return found
-
-
-def _bytes(memory: str | int) -> int:
-    """A limit of memory as a number of bytes."""
-    size = 0.0
-    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
-        size = memory
-    elif isinstance(memory, str) and (match := _SIZE.fullmatch(memory)):
-        size = float(match[1]) * _UNITS[match[2].lower()]
-    if not 1 <= size <= _MAX_BYTES:
-        raise InputError(
-            f"memory is {shown(memory)}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in "
-            "'2GiB', or a whole number of bytes, in all at most 2**63 - 1")
-    return int(size)
 
 
 def _usable_processors() -> int:

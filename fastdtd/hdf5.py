@@ -173,8 +173,9 @@ def _elements(child: Object, where: str) -> hdf5_storage.Raw:
                          "writes them anew)") from None
 
 
-def array(child: Object, where: str, ranks: tuple[int, ...], limit: int, integers: bool = False) -> Any:
-    """float32, or int32 if `integers`."""
+def array(child: Object, where: str, ranks: tuple[int, ...], limit: int, integers: bool = False,
+          bfloat16: bool = False) -> Any:
+    """float32, or int32 if `integers`. bfloat16: whether numbers may be of that, as Keras writes them."""
     from h5py import h5t
 
     data = dataset(child, where, ranks, limit)
@@ -183,6 +184,10 @@ def array(child: Object, where: str, ranks: tuple[int, ...], limit: int, integer
         if not (kind.equal(h5t.STD_I32LE) or kind.equal(h5t.STD_I32BE)):
             raise ModelError(f"{where} is of type {data.dtype}; required: integers of 32 bits")
         return np.asarray(_elements(child, where), np.int32)
+    is_opaque = bfloat16 and kind.get_class() == h5t.OPAQUE and kind.get_size() == 2
+    if is_opaque and attributes(child, where, ("dtype",)).get("dtype") == ["bfloat16"]:
+        upper = np.frombuffer(_elements(child, where).tobytes(), "<u2")  # half of a float32
+        return (upper.astype(np.uint32) << 16).view(np.float32).reshape(data.shape)
     accepted = (h5t.IEEE_F16LE, h5t.IEEE_F16BE, h5t.IEEE_F32LE, h5t.IEEE_F32BE, h5t.IEEE_F64LE, h5t.IEEE_F64BE)
     if not any(kind.equal(one) for one in accepted):
         found = type(kind).__name__.removeprefix("Type").removesuffix("ID")

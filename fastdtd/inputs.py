@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from fastdtd.model import Model
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
+_MAX_BYTES = 2**63 - 1  # of a limit of memory
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 
 
@@ -113,7 +117,7 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
         warnings.warn(
             f"{int(beyond.any((1, 2, 3)).sum())} of {len(images)} images have values beyond the model's value box "
             f"{box[0].tolist()}..{box[1].tolist()}; they were clipped to it. Was model.preprocess used?",
-            ExplanationWarning, stacklevel=3)
+            ExplanationWarning, stacklevel=4)  # past Explainer.__call__ and its decorator
     return clipped
 
 
@@ -172,3 +176,17 @@ def factors(relevance: Array, scores: Array, first: int) -> Array:
             "score that can be redistributed")
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
         return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)
+
+
+def memory_size(size: str | int, name: str = "memory") -> int:
+    """A limit of memory as a number of bytes; `name` is the option's."""
+    count = 0.0
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        count = size
+    elif isinstance(size, str) and (match := _SIZE.fullmatch(size)):
+        count = float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= count <= _MAX_BYTES:
+        raise InputError(
+            f"{name} is {shown(size)}; required: a number with one of the units KiB, MiB, GiB, KB, MB, GB, as in "
+            "'2GiB', or a whole number of bytes, in all at most 2**63 - 1")
+    return int(count)

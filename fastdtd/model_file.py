@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import hdf5
-from fastdtd.errors import InputError, ModelError, OutputError, shown
+from fastdtd.errors import InputError, ModelError, OutputError, out_of_memory, shown
 from fastdtd.files import as_path, replace
 from fastdtd.graph import (
     LAYER_TYPES,
@@ -79,7 +79,8 @@ def load(source: str | os.PathLike[str]) -> Model:
     """
     path = _locate(str(as_path(source, ModelError, "the path of a model file or the name of a bundled model")))
     try:
-        return _read(path)
+        with out_of_memory(ModelError, "required: a machine with more, or a smaller network"):
+            return _read(path)
     except ModelError as error:
         raise ModelError(f"model file {str(path)!r}: {error}") from error
 

@@ -80,3 +80,23 @@ def zipped(*members, method=zipfile.ZIP_STORED):
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return image.getvalue()
+
+
+def tensor(name, dtype="float32"):
+    """What an operation of Keras 3 is called on: the output of the layer or operation `name`."""
+    return {"class_name": "__keras_tensor__", "config": {"shape": [None, 6, 5, 3], "dtype": dtype,
+                                                         "keras_history": [name, 0, 0]}}
+
+
+def operation(kind, name, *arguments, **config):
+    """A function of Keras 3 in a functional model, such as x / 127.5."""
+    return {"module": "keras.src.ops.numpy", "class_name": kind, "config": {"name": name, **config},
+            "registered_name": kind, "name": name, "inbound_nodes": [{"args": list(arguments), "kwargs": {}}]}
+
+
+def functional(*operations, shape=(6, 5, 3), dtype="float32"):
+    """The configuration of a model: operations on "x", and of the last a mean over the image."""
+    entries = [layer("InputLayer", "x", batch_shape=[None, *shape], dtype=dtype) | {"inbound_nodes": []}, *operations,
+               POOL | {"name": "pool", "inbound_nodes": [{"args": [tensor(operations[-1]["name"])], "kwargs": {}}]}]
+    return {"class_name": "Functional", "config": {"name": "net", "layers": entries, "input_layers": ["x", 0, 0],
+                                                   "output_layers": ["pool", 0, 0]}}

@@ -145,6 +145,125 @@ def test_caffe_probabilities(convert_text, end):
         convert_text(layer("prob", end, "x", "t") + GLOBAL)
 
 
+X = numbers(3, 9, 8, seed=2)
+
+
+def made(graph):
+    """What a network makes of X before its pool."""
+    name = graph.layers[-1].inputs[0]
+    return naive.forward(graph, X)[name].reshape(graph.shapes[name])
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_caffe_prelu(convert_text, is_shared):
+    slope = np.float32(0.25) if is_shared else np.float32([0.5, 0, 2])
+    more = f"prelu_param {{ channel_shared: {str(is_shared).lower()} filler {{ value: 0.1 }} }}"
+    graph = convert_text(layer("p", "PReLU", "x", "t", more) + GLOBAL, {"p": [np.asarray(slope)]}).graph
+    np.testing.assert_allclose(made(graph), np.where(X > 0, X, X * slope.reshape(-1, 1, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("parameters", "expected"), [
+    ("power: 2 scale: 0.5 shift: 1", (1 + 0.5 * X)**2), ("scale: 0.5", X / 2), ("shift: -3", X - 3), ("power: 2", X**2),
+    ("", X)])
+def test_caffe_power(convert_text, parameters, expected):
+    text = layer("p", "Power", "x", "t", f"power_param {{ {parameters} }}") + layer("r", "ReLU", "t", "t") + GLOBAL
+    np.testing.assert_allclose(made(convert_text(text).graph), np.maximum(expected, 0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (layer("p", "Permute", "x", "t", "permute_param { order: 0 order: 2 }"), X.transpose(1, 0, 2)),
+    (layer("p", "Permute", "x", "t", "permute_param { order: [0, 3, 1, 2] }"), X.transpose(2, 0, 1)),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 0 dim: -1 dim: 3 dim: 6 } }"),
+     X.reshape(12, 3, 6)),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 10 dim: 9 dim: 0 dim: 3 } }"), None),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 10 dim: 8 dim: 0 dim: 3 } }"), X.reshape(8, 9, 3)),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 3 dim: 0 dim: 1 } axis: 1 num_axes: 1 } "), None),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 9 dim: 24 dim: -1 } axis: -4 }"),
+     X.reshape(9, 24, 1)),
+    (layer("s", "Reshape", "x", "t", "reshape_param { shape { dim: 27 dim: 1 } axis: 1 num_axes: 2 }"),
+     X.reshape(27, 1, 8)),
+    (layer("s", "Slice", "x", 'a" top: "b', "slice_param { axis: 2 slice_point: 2 }")
+     + layer("k", "Concat", "b a", "t", "concat_param { axis: 1 }"), None),
+    (layer("s", "Slice", "x", 'a" top: "b" top: "c', "") + layer("k", "Concat", "c a b", "t"), X[[2, 0, 1]]),
+    (layer("s", "Slice", "x", 'a" top: "b', "slice_param { slice_dim: 1 slice_point: 1 }")
+     + layer("k", "Concat", "b a", "t"), X[[1, 2, 0]]),
+    (layer("s", "Slice", "x", 'a" top: "b', "slice_param { axis: 3 }") + layer("k", "Eltwise", "a b", "t"),
+     X[..., :4] + X[..., 4:]),
+])
+def test_caffe_moves(convert_text, text, expected):
+    if expected is None:
+        with pytest.raises(ConversionError, match=r"required: (a shape of as many|axes that|tensors that differ)"):
+            convert_text(text + GLOBAL)
+        return
+    graph = convert_text(text + layer("r", "ReLU", "t", "r") + GLOBAL.replace('"t"', '"r"')).graph
+    np.testing.assert_allclose(made(graph), np.maximum(expected, 0), rtol=1e-6)
+
+
+def test_caffe_moves_in_the_older_layout(convert_text):
+    text = ('layers { name: "s" type: SLICE bottom: "x" top: "a" top: "b" top: "c" }'
+            'layers { name: "p" type: POWER bottom: "b" top: "p" power_param { scale: 3 } }'
+            'layers { name: "k" type: CONCAT bottom: "c" bottom: "a" bottom: "p" top: "t" }'
+            'layers { name: "r" type: RELU bottom: "t" top: "t" }'
+            'layers { name: "g" type: POOLING bottom: "t" top: "g" pooling_param { pool: AVE global_pooling: true } }')
+    np.testing.assert_allclose(made(convert_text(text).graph), np.maximum(X[[2, 0, 1]] * [[[1]], [[1]], [[3]]], 0),
+                               rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", [
+    layer("r", "ReLU", "x", "t", 'relu_param { engine: CUDNN } param { lr_mult: 1 name: "a{" } # relu { six: 6 }\n'),
+    'layer: [ { name: "r" type: "ReLU" bottom: "x" top: "t" loss_weight: 0 }, '
+    '{ name: "d" type: "Dropout" bottom: "t" top: "t" dropout_param { dropout_ratio: 0.5 } } ]\n',
+    layer("r", "ReLU", "x", "t", "include < phase: TEST >")
+     + layer("a", "Accuracy", "t l", "a", "accuracy_param { k: 1 }")
+    + layer("s", "SoftmaxWithLoss", "t l", "s", "loss_param { valid: false } softmax_loss { a: 1 }"),
+    layer("r", "ReLU", "x", "t", "propagate_down: false") + layer("e", "Data", "", "e", "include { phase: TRAIN } "
+                                                                  "data_param { source: 'x' batch_size: 3 }"),
+    "force_backward: true state { phase: TEST } " + layer("r", "ReLU", "x", "t", "phase: TEST"),
+])
+def test_caffe_fields_that_change_nothing(convert_text, text):
+    assert [layer.name for layer in convert_text(text + GLOBAL).graph] == ["r", "pool"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (layer("r", "ReLU", "x", "t", "relu_param { max_value: 6 }"),
+     "layer 'r' .* has relu_param.max_value, which is not"),
+    (layer("r", "ReLU", "x", "t", "relu6_param { a { b: 6 } }"),
+     "layer 'r' .* has relu6_param, which is not supported"),
+    (layer("a", "ReLU", "x", "s") + layer("r", "ReLU", "s", "t", "relu_param: { name: 'a' }"),
+     "layer 'r' .*relu_param.name"),
+    ('layer: [{ name: "a" type: "ReLU" bottom: "x" top: "s" }, '
+     '{ name: "r" type: "ReLU" bottom: "s" top: "t" slope: 1 }]',
+     "layer 'r' .* has slope, which is not supported"),
+    ('layers { name: "r" type: RELU bottom: "x" top: "t" relu_param { slope: 1 } }',
+     "layer 'r' .* has relu_param.slope"),
+    (layer("d", "Dropout", "x", "t", "dropout_param { scale_train: false }"), "dropout_param.scale_train"),
+    (layer("r", "ReLU", "x", "t", "relu_param # {\n { slope # '\n : 1 }"), "relu_param.slope"),
+    (layer("p", "Pooling", "x", "t", "pooling_param { kernel_size: 2 ceil_mode: false }"), "pooling_param.ceil_mode"),
+    (layer("p", "Pooling", "x", "t", "pooling_param { global_pooling: true kernel_size: 2 }"),
+     "global and has a kernel"),
+    (layer("p", "Pooling", "x", "t", "pooling_param { global_pooling: true pad: 1 }"), "global and has a kernel"),
+    (layer("p", "Pooling", "x", "t", "pooling_param { kernel_size: 2 kernel_h: 3 kernel_w: 3 }"),
+     "has kernel_size and kernel_h or kernel_w; required: one of them"),
+    (layer("k", "Concat", "x x", "t", "concat_param { axis: 1 concat_dim: 1 }"), "axis and concat_dim"),
+    (layer("s", "Slice", "x", 't" top: "b', "slice_param { axis: 1 slice_dim: 1 slice_point: 1 }"),
+     "axis and slice_dim"),
+    (layer("s", "Slice", "x", 't" top: "b', "slice_param { slice_point: 1 }"), "has a top 'b' that nothing reads"),
+    (layer("s", "Slice", "x", 't" top: "b', ""), "slice points .. for 2 tops and a length of 3"),
+    (layer("s", "Slice", "x", 't" top: "b', "slice_param { slice_point: 1 slice_point: 2 }"), "one less than tops"),
+    (layer("s", "Slice", "x", 't" top: "b', "slice_param { slice_point: 3 }"), "required: sizes from 1 that add up"),
+    (layer("n", "BatchNorm", "x", "t", "batch_norm_param { fused_relu: true }"), "batch_norm_param.fused_relu"),
+    (layer("p", "Permute", "x", "t", "permute_param { order: 1 }"), "moves the batch"),
+    (layer("p", "Permute", "x", "t", "permute_param { order: 0 order: 0 }"), "has the order"),
+    (layer("p", "Power", "x", "t", "power_param { power: 0.5 }"), "raises to 0.5 what can be negative"),
+    (layer("r", "ReLU", "x", "t", "phase: TRAIN"), "has phase TRAIN"),
+    ("state { stage: 'deploy' } " + layer("r", "ReLU", "x", "t"),
+     "has a state, phase TEST, level 0 and stages .'deploy'."),
+])
+def test_caffe_fields_that_would_not_be_read(convert_text, text, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_text(text + GLOBAL)
+
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("weight_of_sums", [0.0, 4.0])
 def test_caffe_batch_norm_and_scale_are_folded(convert_text, old, weight_of_sums):
@@ -264,6 +383,15 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
 def test_refused_caffe_layers(convert_text, text, weights, message):
     with pytest.raises(ConversionError, match=message):
         convert_text(text, weights)
+
+
+def test_a_caffe_network_that_makes_too_much(convert_text):
+    text = "".join(layer(f"s{i}", "PReLU", f"s{i - 1}" if i else "x") for i in range(9))
+    text += layer("t", "ReLU", "s8") + GLOBAL
+    weights = {f"s{i}": [np.full(3, 0.5)] for i in range(9)}
+    assert convert_text(text, weights, max_constants="1MB").graph
+    with pytest.raises(ConversionError, match=r"layer 's\d' .* at most 50KiB are accepted"):
+        convert_text(text, weights, max_constants="50KiB")
 
 
 def test_refused_caffe_inputs(convert_text):

@@ -25,6 +25,7 @@ from graphs import graphs, graphs_and_rules, images
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+import fastdtd
 from fastdtd import graph as g
 from fastdtd.errors import FastDTDError, InputError, RuleError
 from fastdtd.explainer import Explainer
@@ -474,3 +475,29 @@ def test_a_mean_that_is_rounded_beyond_its_bound_makes_no_negative_relevance():
 def test_bad_options(options):
     with pytest.raises(InputError):
         Explainer(Model(small(), Preprocessing(None)), **options)
+
+
+def test_where_the_machine_has_no_memory(monkeypatch, tmp_path):
+    """Whatever finds that out, the error is ours."""
+    def fail(*arguments):
+        raise MemoryError
+
+    graph = two_layers(None)
+    made, batch = Explainer(Model(graph, Preprocessing(None))), np.zeros((1, *graph.input_shape), np.float32)
+    path = tmp_path / "net.h5"
+    fastdtd.save(made.model, path)
+    for owner, name, call in (("fastdtd.explainer.Explainer", "_run", lambda: made(batch)),
+                              ("fastdtd.explainer", "Executor", lambda: Explainer(made.model)),
+                              ("fastdtd.model_file", "_read", lambda: fastdtd.load(path))):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{owner}.{name}", fail)
+            with pytest.raises(FastDTDError, match="the machine has no memory left for it"):
+                call()
+
+
+def test_warnings_name_the_line_that_called():
+    graph = two_layers((0.0, 1.0))
+    batch = np.full((1, *graph.input_shape), 2, np.float32)
+    with pytest.warns(ExplanationWarning) as found:
+        Explainer(Model(graph, Preprocessing(None)))(batch)
+    assert {warning.filename for warning in found} == {__file__}

@@ -6,8 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from importing import numbers
-from keras_models import CONVOLUTION, FILES, POOL, RECORDED, WEIGHTS, keras_file, layer, legacy_file, recorded
+from importing import numbers, scores
+from keras_models import (
+    CONVOLUTION,
+    FILES,
+    POOL,
+    RECORDED,
+    WEIGHTS,
+    functional,
+    keras_file,
+    layer,
+    legacy_file,
+    operation,
+    recorded,
+    tensor,
+)
 
 import fastdtd
 from fastdtd import graph as g
@@ -102,6 +115,44 @@ def test_relu(tmp_path, settings, expected):
     assert [type(one) for one in graph if one.name in ("r", "r/clip")] == expected
 
 
+BATCH_NORM = {f"layers/batch_normalization/vars/{i}": np.abs(numbers(3, seed=i)) + 1 for i in range(4)}
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"renorm": False, "momentum": 0.9, "gamma_initializer": "ones", "beta_constraint": "any", "synchronized": True,
+      "trainable": False, "axis": [-1]}, None),
+    ({"renorm": True}, "has renorm True, which is not supported; required: False"),
+    ({"mode": 1}, "has mode 1, which is not supported; required: none"),
+    ({"axis": [1]}, "has axis 1 over 4 axes; required: -1"), ({"mode": None}, None),
+])
+def test_settings_of_a_batch_norm(tmp_path, settings, message):
+    path = keras_file(tmp_path, CONVOLUTION, layer("BatchNormalization", "n", **settings), weights=WEIGHTS | BATCH_NORM)
+    if message is None:
+        assert convert(path).graph
+    else:
+        with pytest.raises(ConversionError, match=message):
+            convert(path)
+
+
+@pytest.mark.parametrize("scale", [[1, 2, 4], {"class_name": "__numpy__", "config": {"value": [1, 2, 4],
+                                                                                     "dtype": "float32"}}])
+def test_rescaling_by_an_array(tmp_path, scale):
+    scaled, _ = convert(keras_file(tmp_path, layer("Rescaling", "r", scale=scale, offset=0.5), shape=(6, 5, 3))).graph
+    np.testing.assert_array_equal(scaled.weight.ravel(), [1, 2, 4])
+
+
+@pytest.mark.parametrize(("groups", "is_taken"), [(1, True), (2, False), (None, True)])
+def test_groups_where_there_are_none(tmp_path, groups, is_taken):
+    weights = WEIGHTS | {"layers/depthwise_conv2d/vars/0": numbers(1, 1, 3, 1)}
+    path = keras_file(tmp_path, CONVOLUTION,
+                      layer("DepthwiseConv2D", "d", kernel_size=1, groups=groups, use_bias=False), weights=weights)
+    if is_taken:
+        assert convert(path).graph
+    else:
+        with pytest.raises(ConversionError, match="has groups 2, which is not supported; required: 1"):
+            convert(path)
+
+
 def test_gaps_in_the_numbers_of_groups(tmp_path):
     """Keras 2.12 skips numbers where it meets a layer twice."""
     second = layer("Conv2D", "conv2", filters=3, kernel_size=[1, 1], use_bias=False)
@@ -147,6 +198,16 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
      "of somebody's own"),
     (layer("Activation", "a", activation=3), "activation is a whole number '3'; required: a text"),
     (layer("ReLU", "r", threshold=1.0), "threshold 1; required: 0"),
+    # settings that nothing reads
+    (layer("ReLU", "r", slope=0.5), "ReLU 'r' .* has slope 0.5, which is not supported; required: none"),
+    (layer("ReLU", "r", slope=0), "has slope 0, which is not supported"),
+    (layer("LeakyReLU", "r", negative_slope=0.1, alpha=0.2), "has alpha 0.2, which is not supported"),
+    (layer("MaxPooling2D", "p", dilation_rate=2), "has dilation_rate 2, which is not supported; required: none"),
+    (layer("ZeroPadding2D", "p", value=1.0), "has value 1.0, which is not supported; required: none"),
+    (layer("GlobalMaxPooling2D", "p", keepdims=True, axis=1), "has axis 1, which is not supported"),
+    (layer("Softmax", "s", dtype="float32", temperature=2), "has temperature 2, which is not supported"),
+    (layer("Activation", "a", activation={"module": "keras.layers", "class_name": "ReLU", "config": {"shift": 1}}),
+     "has shift 1, which is not supported"),
     (layer("LeakyReLU", "r", alpha=2.0), "slope 2; required: 0 to 1"),
     (layer("Dense", "d", units=2, dtype={"class_name": "QuantizedDTypePolicy",
                                          "config": {"name": "int8_from_float32"}}), "computes in"),
@@ -189,6 +250,103 @@ def explainer_of(path):
         return Explainer(convert(path))  # a softmax in the middle is refused when the network is made canonical
     except fastdtd.ModelError as error:
         raise ConversionError(str(error)) from error
+
+
+# ---- Operations: functions of Keras 3 in a functional model ----
+
+X = tensor("x")
+REST = {"class_name": "__ellipsis__", "config": {}}
+
+
+def part(start, stop, step=None):
+    return {"class_name": "__slice__", "config": {"start": start, "stop": stop, "step": step}}
+
+
+def array(value, kind="__tensor__", dtype="float32"):
+    return {"class_name": kind, "config": {"value": np.asarray(value).tolist(), "dtype": dtype}}
+
+
+MEAN = np.array([103.939, 116.779, 123.68])
+IMAGES = np.random.default_rng(3).uniform(0, 255, (2, 6, 5, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("operations", "expected"), [
+    ([operation("TrueDivide", "a", X, 127.5), operation("Subtract", "b", tensor("a"), 1.0)], IMAGES / 127.5 - 1),
+    ([operation("Subtract", "a", 1, X)], 1 - IMAGES), ([operation("Negative", "a", X)], -IMAGES),
+    ([operation("Multiply", "a", 0.5, X), operation("Add", "b", 3, tensor("a"))], 0.5 * IMAGES + 3),
+    ([operation("Divide", "a", X, array([1, 2, 4], "__numpy__"))], IMAGES / [1, 2, 4]),
+    ([operation("Multiply", "a", X, array(IMAGES[:1] + 1))], IMAGES * (IMAGES[:1] + 1)),
+    ([operation("Add", "a", X, X)], 2 * IMAGES),
+    ([operation("Multiply", "h", X, 2.0), operation("Subtract", "a", tensor("h"), X)], IMAGES),
+    # keras.applications' preprocess_input, in its modes "tf", "torch" and "caffe"
+    ([operation("TrueDivide", "a", X, 255.0), operation("Add", "b", tensor("a"), array([[[[-0.485, -0.456, -0.406]]]])),
+      operation("TrueDivide", "c", tensor("b"), array([0.229, 0.224, 0.225]))],
+     (IMAGES / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]),
+    ([*(operation("GetItem", f"i{i}", X, [REST, i]) for i in (2, 1, 0)),
+      operation("Stack", "s", [tensor("i2"), tensor("i1"), tensor("i0")], axis=-1),
+      operation("Add", "a", tensor("s"), array(-MEAN.reshape(1, 1, 1, 3)))], IMAGES[..., ::-1] - MEAN),
+    ([operation("GetItem", "a", X, [REST, part(None, None, -1)]), operation("Subtract", "b", tensor("a"), array(MEAN))],
+     IMAGES[..., ::-1] - MEAN),
+    # slices
+    ([operation("GetItem", "a", X, [part(None, None), part(1, 5, 2), part(-2, None), REST])], IMAGES[:, 1:5:2, -2:]),
+    ([operation("GetItem", "a", X, part(None, None))], IMAGES),
+    ([operation("GetItem", "a", X, [REST, 1, None])], IMAGES[..., 1, None]),
+    ([operation("GetItem", "a", X, [part(None, None), -1, None])], IMAGES[:, -1, None]),
+])
+def test_operations(tmp_path, operations, expected):
+    graph = convert(keras_file(tmp_path, config=functional(*operations))).graph
+    found = scores(graph, np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2)))
+    np.testing.assert_allclose(found, expected.mean((1, 2)), rtol=1e-5, atol=1e-4)
+
+
+def test_arithmetic_with_constants_is_one_layer(tmp_path):
+    operations = [operation("TrueDivide", "a", X, 127.5), operation("Subtract", "b", tensor("a"), 1.0)]
+    scale, _ = convert(keras_file(tmp_path, config=functional(*operations))).graph
+    np.testing.assert_allclose(scale.weight.ravel(), [1 / 127.5] * 3, rtol=1e-6)
+    np.testing.assert_array_equal(scale.bias, [-1] * 3)
+
+
+@pytest.mark.parametrize(("refused", "message"), [
+    (operation("Multiply", "a", X, X), "Multiply 'a' .*squeeze-and-excitation"),
+    (operation("TrueDivide", "a", 1.0, X), "TrueDivide 'a' .*divides by what is computed"),
+    (operation("TrueDivide", "a", X, 0), "by zero"),
+    (operation("Subtract", "a", X), "has 1 inputs; required: two"),
+    (operation("Subtract", "a", X, "much"), "is called on much; required: a tensor, a number or an array of numbers"),
+    (operation("Subtract", "a", X, True), "is called on True; required"),
+    (operation("Subtract", "a", X, {"class_name": "__numpy__", "config": {"value": [[1, 2], [3]]}}),
+     "required: a tensor, a number or an array"),
+    (operation("Add", "a", X, array([1, 2])), r"has a constant of shape \(2,\) for a tensor \(N, 6, 5, 3\)"),
+    (operation("Add", "a", tensor("x", "uint8"), 200), "computes with whole numbers.*Divide them first"),
+    (operation("Add", "a", tensor("x", "uint8"), array([200], dtype="uint8")), "computes with whole numbers"),
+    (operation("GetItem", "a", X, [0]), r"works along axis 0 of \(N, 6, 5, 3\), the batch"),
+    (operation("GetItem", "a", X, [part(1, None)]), "takes a part of the batch"),
+    (operation("GetItem", "a", X, [REST, 3]), "takes elements 3 to 3 of an axis of length 3"),
+    (operation("GetItem", "a", X, [REST, REST]), "or two ellipses"),
+    (operation("GetItem", "a", X, [1] * 5), "has an index of 5 axes"),
+    (operation("GetItem", "a", X, [REST, part(0, 3, 0)]), "has a step of 0"),
+    (operation("GetItem", "a", X, [REST, part(2, 1)]), "leaves nothing"),
+    (operation("GetItem", "a", X, [REST, "1"]), "index is a text '1'; required: a whole number"),
+    (operation("GetItem", "a", X, X), "is not called on a tensor and an index"),
+    (operation("Stack", "a", X, axis=1), "two or more of one number of axes"),
+    (operation("ReLU", "a", X, 0.5), "is called on a constant; required: nothing but tensors"),
+    (operation("Maximum", "a", X, 0.5), "Maximum 'a' .* is of a class that is not supported"),
+    (operation("Sqrt", "a", X), "Sqrt 'a' .* supported: Activation, "),
+])
+def test_refused_operations(tmp_path, refused, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(keras_file(tmp_path, config=functional(refused)))
+
+
+def test_functions_of_keras_2(tmp_path):
+    """Their constants are no reason, they are."""
+    entries = [layer("InputLayer", "x", batch_shape=[None, 6, 5, 2]) | {"inbound_nodes": []},
+               layer("TFOpLambda", "tf.math.truediv", function="math.truediv")
+               | {"inbound_nodes": [["x", 0, 0, {"y": 127.5, "name": None}]]},
+               POOL | {"inbound_nodes": [[["tf.math.truediv", 0, 0, {}]]]}]
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": entries, "input_layers": [["x", 0, 0]],
+                                                     "output_layers": [["pool", 0, 0]]}}
+    with pytest.raises(ConversionError, match="is of a class that is not supported; what works: layers in place of"):
+        convert(keras_file(tmp_path, config=config))
 
 
 # ---- Verifying ----

@@ -13,6 +13,7 @@ from importing import numbers
 from keras_models import (
     CONVOLUTION,
     FUNCTIONAL,
+    POOL,
     RECORDED,
     WEIGHTS,
     keras_file,
@@ -24,7 +25,7 @@ from keras_models import (
 
 from fastdtd.errors import ConversionError, FastDTDError
 from fastdtd.graph import Graph
-from fastdtd.importers import convert, keras, moves
+from fastdtd.importers import convert, keras
 from fastdtd.importers.keras import files
 
 # ---- Weights ----
@@ -96,7 +97,7 @@ KERAS_TENSOR = {"class_name": "__keras_tensor__", "config": {"keras_history": ["
     (3, [3], "inbound_nodes is a whole number '3'; required: an object"),
     (3, [[["sum", 0, 0, {"training": True}]]], "is called with training=True"),
     (3, [{"args": [KERAS_TENSOR], "kwargs": {"mask": KERAS_TENSOR}}], "is called with mask="),
-    (3, [{"args": [3.0], "kwargs": {}}], "inbound_nodes is a number '3.0'; required: an object"),
+    (3, [{"args": [3.0], "kwargs": {}}], "is called on a constant; required: nothing but tensors"),
     (3, [{"kwargs": {}}], "inbound_nodes is null; required: a list"),
     (3, [[["sum", 0, 0], ["conv", 0, 0]]], "has 2 inputs; required: one"),
 ])
@@ -276,16 +277,48 @@ def test_a_string_that_is_too_long(tmp_path, monkeypatch):
         convert(legacy_file(tmp_path, CONV_WEIGHTS))
 
 
-def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(moves, "MAX_WEIGHT_ELEMENTS", 60)
+@pytest.mark.parametrize("says", ["bfloat16", "float8", None])
+def test_weights_in_bfloat16(tmp_path, says):
+    """As Keras writes them: two bytes that HDF5 has no name for, and an attribute."""
+    values = np.float32([[1.5, -2], [0.25, 3]]).reshape(1, 1, 2, 2)
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        data = file.create_dataset("layers/conv2d/vars/0", data=(values.view(np.uint32) >> 16).astype("<u2").view("V2"))
+        if says:
+            data.attrs["dtype"] = says
+    conv = layer("Conv2D", "conv", filters=2, kernel_size=[1, 1], use_bias=False, dtype="bfloat16")
+    path = keras_file(tmp_path, conv, weights=image.getvalue())
+    if says == "bfloat16":
+        np.testing.assert_array_equal(convert(path).graph.layers[0].weight, values.transpose(3, 2, 0, 1))
+    else:
+        with pytest.raises(ConversionError, match=r"Opaque .2 bytes.; required: IEEE"):
+            convert(path)
+
+
+def test_models_that_are_called_again_and_again(tmp_path):
+    """A model of which one layer is used, and 3,000 are read each time."""
+    entry = layer("InputLayer", "z", batch_shape=[None, 6, 5, 2]) | {"inbound_nodes": []}
+    unused = [layer("ReLU", f"r{i}") | {"inbound_nodes": [[["z", 0, 0]]]} for i in range(3000)]
+    inner = {"class_name": "Functional", "name": "inner", "config": {
+        "name": "inner", "layers": [entry, *unused], "input_layers": [["z", 0, 0]], "output_layers": [["r0", 0, 0]]}}
+    calls = [[["x", 0, 0]], *([["inner", i, 0]] for i in range(1, 100))]
+    config = copy.deepcopy(FUNCTIONAL)
+    config["config"]["layers"][1:] = [inner | {"inbound_nodes": calls},
+                                      POOL | {"inbound_nodes": [[["inner", 100, 0]]]}]
+    config["config"]["output_layers"] = [["pool", 0, 0]]
+    with pytest.raises(ConversionError, match="are accepted for a source of this size"):
+        convert(keras_file(tmp_path, config=config), max_constants="100MiB")
+
+
+def test_weights_that_are_called_again_and_again_do_not_grow_without_bound(tmp_path):
     entries = copy.deepcopy(FUNCTIONAL)
     square = CONVOLUTION | {"config": CONVOLUTION["config"] | {"filters": 2, "padding": "same"}}
     entries["config"]["layers"][1:] = [square | {"inbound_nodes": [[["x", 0, 0]],
                                                                    *([["conv", i, 0]] for i in range(4))]}]
     entries["config"]["output_layers"] = [["conv", 4, 0]]
     weights = {"layers/conv2d/vars/0": numbers(2, 2, 2, 2), "layers/conv2d/vars/1": numbers(2)}
-    with pytest.raises(ConversionError, match="brings the network beyond 60 weights"):
-        convert(keras_file(tmp_path, config=entries, weights=weights))
+    with pytest.raises(ConversionError, match=r"Conv2D 'conv' .* at most 96KiB are accepted"):
+        convert(keras_file(tmp_path, config=entries, weights=weights), max_constants="96KiB")
 
 
 def replaced(config, path, value):

@@ -15,7 +15,6 @@ from fastdtd.importers import convert
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
 
-from fastdtd.importers import moves  # noqa: E402  # after importorskip
 from fastdtd.importers import onnx as onnx_importer  # noqa: E402  # after importorskip
 
 
@@ -433,12 +432,10 @@ def test_a_shape_beyond_the_content_allocates_nothing(convert_nodes, dims):
         convert_nodes([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 3, 1, 1)}, change=grow)
 
 
-def test_shared_weights_do_not_grow_without_bound(convert_nodes, monkeypatch):
-    monkeypatch.setattr(moves, "MAX_WEIGHT_ELEMENTS", 20)
-    with pytest.raises(ConversionError, match="beyond 20 weights"):
-        convert_nodes([node("Conv", ["x", "w"], ["a"]), node("Conv", ["a", "w"], ["b"]),
-                       node("Conv", ["b", "w"], ["t"]), POOL],
-                      {"w": numbers(3, 3, 1, 1)})
+def test_shared_weights_do_not_grow_without_bound(convert_nodes):
+    with pytest.raises(ConversionError, match=r"Conv 't' .* at most 700KiB are accepted"):
+        convert_nodes([node("Conv", [source, "w"], [made], pads=[32] * 4) for source, made in ("xa", "ab", "bt")]
+                      + [POOL], {"w": numbers(3, 3, 65, 65)}, max_constants="700KiB")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage, not a model", bytes(1000), b"\x08\x08:\x7f"])
@@ -452,13 +449,13 @@ def test_garbage(tmp_path, content):
 def test_damaged_onnx_files_are_read_or_refused():
     content = onnx_file([
         node("Pad", ["x", "p"], ["q"]), node("Conv", ["q", "w", "b"], ["c"], strides=[2, 2], auto_pad="SAME_UPPER"),
-        node("BatchNormalization", ["c", "b", "b", "b", "b"], ["n"]), node("Clip", ["n"], ["r"], min=0.0),
+        node("BatchNormalization", ["c", "b", "b", "b", "b"], ["n"]), node("Clip", ["n", "z"], ["r"]),
         node("MaxPool", ["r"], ["m"], kernel_shape=[2, 2], ceil_mode=1), node("Sum", ["m", "m"], ["s"]),
         node("Concat", ["s", "m"], ["k"], axis=1), node("ReduceMean", ["k"], ["g"], axes=[2, 3]),
         node("Reshape", ["g", "f"], ["h"]),
         node("Gemm", ["h", "d"], ["e"], alpha=0.5), node("Softmax", ["e"], ["y"]),
     ], {"p": np.array([0, 0, 1, 1] * 2), "w": numbers(4, 3, 3, 3), "b": np.abs(numbers(4)), "f": np.array([-1, 8]),
-        "d": numbers(8, 2)})
+        "d": numbers(8, 2), "z": np.float32(0)})
     assert onnx_importer.parse(content).runtime.builder.ending == "softmax"
     for data in damaged(content, 1000):
         with contextlib.suppress(FastDTDError):

@@ -5,12 +5,10 @@ import pytest
 from importing import converter_of_nodes, ints, node, numbers, of_type, scores
 
 from fastdtd import graph as g
-from fastdtd.errors import ConversionError
+from fastdtd.errors import ConversionError, FastDTDError
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after importorskip
-
-from fastdtd.importers import moves  # noqa: E402  # after importorskip
 
 POOL = node("GlobalAveragePool", ["t"], ["y"], name="pool")  # makes any image 't' an output
 
@@ -189,9 +187,6 @@ X = numbers(2, 4, 6, 5)
     ([node("Reshape", ["x", "s"], ["f"]), node("BatchNormalization", ["f", "c", "d", "d", "c"], ["t"])],
      {"s": ints(0, 120), "c": np.arange(1, 121, dtype=np.float32), "d": X[0].ravel()},
      (X.reshape(2, 120) - X[0].ravel()) * np.sqrt(np.arange(1, 121)) + X[0].ravel(), None),
-    ([node("Slice", ["x", "a", "b", "c"], ["e"]), node("SpaceToDepth", ["e"], ["t"], blocksize=2, mode="CRD")],
-     {"a": ints(0), "b": ints(4), "c": ints(3)},
-     X[..., :4].reshape(2, 4, 3, 2, 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 16, 3, 2), 1),
     ([node("Sign", ["x"], ["a"]), node("Abs", ["x"], ["b"]), node("Relu", ["b"], ["c"]),
       node("Mul", ["c", "a"], ["t"])], {}, X, 0),
     ([node("Cast", ["low"], ["l"], to=1), node("Clip", ["x", "l", "h"], ["t"])],
@@ -215,6 +210,111 @@ def test_what_moves_numbers_and_more(convert_nodes, nodes, constants, expected, 
         assert sum(not isinstance(layer, (g.Flatten, g.Dense)) for layer in graph) == layers
     alone = convert_nodes([*nodes, node("Flatten", ["t"], ["y"])], constants, ("N", *X.shape[1:])).graph
     np.testing.assert_allclose(scores(alone, X), expected.reshape(2, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 28, reason="this onnx does not know the attribute")
+def test_space_to_depth_in_the_other_order(convert_nodes):
+    graph = convert_nodes([node("Slice", ["x", "a", "b", "c"], ["e"]),
+                           node("SpaceToDepth", ["e"], ["t"], blocksize=2, mode="CRD"), node("Flatten", ["t"], ["y"])],
+                          {"a": ints(0), "b": ints(4), "c": ints(3)}, ("N", *X.shape[1:]), 28).graph
+    expected = X[..., :4].reshape(2, 4, 3, 2, 2, 2).transpose(0, 1, 3, 5, 2, 4)
+    np.testing.assert_array_equal(scores(graph, X), expected.reshape(2, -1))
+
+
+# ---- What is said and not read ----
+
+
+WEIGHTS = {"w": numbers(4, 4, 2, 2), "c": np.abs(numbers(4))}
+END = [node("GlobalAveragePool", ["t"], ["y"])]
+
+
+@pytest.mark.parametrize(("nodes", "opset", "message"), [
+    ([node("SpaceToDepth", ["x"], ["t"], blocksize=1, mode="CRD")], 13,
+     "SpaceToDepth 't' .* has an attribute 'mode' that it has not in opset 13, .*required: one of its own .blocksize."),
+    ([node("Relu", ["x"], ["t"], alpha=0.5)], 13, "has an attribute 'alpha' .*required: one of its own .none."),
+    ([node("Clip", ["x"], ["t"], min=0.0)], 11, "has an attribute 'min'"),
+    ([node("Relu", ["x", "c"], ["t"])], 13, "has 2 inputs; required: at most 1"),
+    ([node("Reciprocal", ["c", "c"], ["r"]), node("Conv", ["x", "w", "r"], ["t"])], 13, "has 2 inputs; required"),
+    ([node("CastLike", ["x", "c"], ["t"])], 13, "is no operator of ONNX's opset 13"),
+    ([node("CastLike", ["x", "s"], ["t"])], 15, "casts what is computed to int64; required: a floating-point type"),
+    ([node("Conv", ["x", "w"], ["t"], auto_pad="SAME_UPPER", pads=[1, 1, 0, 0])], 13,
+     r"has pads \(1, 1, 0, 0\) and auto_pad SAME_UPPER, which makes \(0, 0, 1, 1\); required: one of them"),
+    ([node("ConvTranspose", ["x", "w"], ["t"], kernel_shape=[3, 3])], 13, r"required: kernel_shape \(3, 3\)"),
+    ([node("BatchNormalization", ["x", "c", "c", "c", "c"], ["t", "mean"])], 9, "as in training; required: one output"),
+    ([node("Constant", [], ["v"], value_float=1.0, value_ints=[2]), node("Mul", ["x", "v"], ["t"])], 13,
+     r"has value_ints \[2\], which is not supported; required: none"),
+    ([node("Resize", ["x", "", "f", "s"], ["t"])], 13, "has 's' as its sizes, which is not supported; required: none"),
+    ([node("MaxPool", ["x"], ["m", "t"], kernel_shape=[2, 2])], 13, "reads 't', which no node before it makes"),
+    ([node("Relu", ["x"], ["w"]), node("Relu", ["w"], ["t"])], 13, "a node makes the tensor 'w', which is an input or"),
+])
+def test_what_would_not_be_read_is_refused(convert_nodes, nodes, opset, message):
+    constants = {**WEIGHTS, "f": np.float32([1, 1, 2, 2]), "s": ints(1, 4, 12, 10)}
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes([*nodes, *END], constants, ("N", *X.shape[1:]), opset)
+
+
+def test_attributes_that_mean_nothing_must_be_known(convert_nodes, monkeypatch):
+    pool = [node("MaxPool", ["x"], ["t"], kernel_shape=[2, 2], storage_order=1), *END]
+    assert len(convert_nodes(pool).graph.layers) == 2
+    monkeypatch.setattr("fastdtd.importers.onnx.reader.IGNORED", set())
+    with pytest.raises(ConversionError, match="has storage_order 1, which is not supported; required: 0"):
+        convert_nodes(pool)
+    assert convert_nodes([node("MaxPool", ["x"], ["t"], kernel_shape=[2, 2], storage_order=0), *END]).graph
+
+
+def test_attributes_by_their_names(convert_nodes):
+    def again(model):
+        model.graph.node[0].attribute.append(helper.make_attribute("axis", 2))
+
+    def of_a_function(model):
+        del model.graph.node[0].attribute[:]
+        model.graph.node[0].attribute.add(name="axis", type=onnx.AttributeProto.INT, ref_attr_name="a")
+
+    nodes = [node("Concat", ["x", "x"], ["t"], axis=1), *END]
+    for change, message in ((again, "has an attribute twice"), (of_a_function, "takes its axis from a function")):
+        with pytest.raises(ConversionError, match=message):
+            convert_nodes(nodes, change=change)
+
+
+def test_a_function_in_the_place_of_an_operator(convert_nodes):
+    def other(model):
+        model.functions.append(helper.make_function("", "Relu", ["a"], ["b"], [node("Neg", ["a"], ["b"])],
+                                                    [helper.make_opsetid("", 13)]))
+
+    with pytest.raises(ConversionError, match=r"Relu 't' .* is a function of the file's own"):
+        convert_nodes([node("Relu", ["x"], ["t"]), *END], change=other)
+
+
+def test_pads_that_say_the_same_twice(convert_nodes):
+    conv, *_ = convert_nodes([node("Conv", ["x", "w"], ["t"], auto_pad="SAME_UPPER", pads=[0, 0, 1, 1]), *END], WEIGHTS,
+                             ("N", *X.shape[1:])).graph
+    assert conv.padding == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("attributes", [{}, {"noop_with_empty_axes": 0}, {"noop_with_empty_axes": 1}])
+@pytest.mark.parametrize("axes", [[], ["none"]])
+def test_empty_axes_are_all_axes(convert_nodes, attributes, axes):
+    """Of constants, and of what is computed, where that would be the batch, too."""
+    is_noop, value = bool(attributes.get("noop_with_empty_axes")), numbers(4, 1, 1)
+    constants = {"c": value, "none": np.zeros(0, np.int64)}
+    add, *_ = convert_nodes([node("ReduceSum", ["c", *axes], ["s"], **attributes), node("Add", ["x", "s"], ["t"]),
+                             *END], constants, ("N", *X.shape[1:])).graph
+    np.testing.assert_allclose(add.bias, value.ravel() if is_noop else np.full(4, value.sum()), rtol=1e-6)
+    nodes = [node("ReduceSum", ["x", *axes], ["t"], **attributes), *END]
+    if is_noop:
+        assert len(convert_nodes(nodes, constants).graph.layers) == 1
+    else:
+        with pytest.raises(ConversionError, match="over all axes, the batch too"):
+            convert_nodes(nodes, constants)
+
+
+def test_a_newer_opset_than_was_tested(convert_nodes, monkeypatch, caplog):
+    monkeypatch.setattr("fastdtd.importers.onnx.reader.NEWEST_OPSET", 12)
+    assert convert_nodes([node("Relu", ["x"], ["t"]), *END], opset=13).graph
+    assert "written for ONNX opset 13; 12 is the newest that this version was tested with" in caplog.text
+    caplog.clear()
+    assert convert_nodes([node("Relu", ["x"], ["t"]), *END], opset=12).graph
+    assert "opset" not in caplog.text
 
 
 @pytest.mark.parametrize(("attributes", "size"), [
@@ -295,25 +395,25 @@ YES = {"yes": np.array(True)}
 
 @pytest.mark.parametrize(("nodes", "constants", "message"), [
     ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": HUGE},
-     "makes a constant of 1099511627776 elements"),
+     "makes 1099511627776 elements"),
     ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": ints(-1)}, r"a shape \[-1\]"),
     ([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"s": ints(*[1] * 40)},
      "at most 32 integers"),
     ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
      {"a": np.int64(0), "b": np.int64(2**62), "c": np.int64(1)},
-     "makes a constant of 4611686018427387904 elements"),
+     "makes 4611686018427387904 elements"),
     ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
      {"a": np.int64(0), "b": np.int64(5), "c": np.int64(0)},
      "Range 'r' .* cannot be computed from constants of shapes"),
     ([node("Range", ["a", "b", "c"], ["r"]), node("Add", ["x", "r"], ["t"]), POOL],
      {"a": np.float32(0), "b": np.float32(np.inf), "c": np.float32(1)}, "cannot be computed"),
     ([node("Expand", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"a": np.float32(1), "s": HUGE},
-     "makes a constant of"),
+     "makes"),
     ([node("Expand", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL],
      {"a": np.float32(1), "s": ints(2**62, 2**62, 2**62)},
      "broadcast dimensions too large"),
     ([node("Tile", ["a", "s"], ["c"]), node("Add", ["x", "c"], ["t"]), POOL], {"a": numbers(2, 2), "s": HUGE},
-     "makes a constant of"),
+     "makes"),
     ([node("Expand", ["x", "s"], ["t"]), POOL], {"s": ints(1, 3, 2**31, 8)}, "required: axes of length 1"),
     ([node("Tile", ["x", "s"], ["t"]), POOL], {"s": ints(1, 2**20, 2**20, 1)},
      "makes a tensor of 237494511599616 elements"),
@@ -354,7 +454,6 @@ YES = {"yes": np.array(True)}
     ([node("Slice", ["x", "a", "b", "c", "d"], ["t"]), POOL], {"a": ints(0), "b": ints(1), "c": ints(1), "d": ints(0)},
      "a step other than 0"),
     ([node("Split", ["x", "s"], ["t", "u"], axis=1), POOL], {"s": ints(1, 1)}, "required: sizes from 1 that add up"),
-    ([node("Split", ["x"], ["t"], axis=1, num_outputs=2**40), POOL], {}, "splits into 1099511627776 parts"),
     ([node("DepthToSpace", ["x"], ["t"], blocksize=2), POOL], {}, "required: one that divides it"),
     ([node("DepthToSpace", ["x"], ["t"], blocksize=0), POOL], {}, "has blocksize 0"),
     ([node("Mod", ["s", "z"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL], {"s": ints(1), "z": ints(0)},
@@ -385,13 +484,13 @@ YES = {"yes": np.array(True)}
     ([node("ConvTranspose", ["x", "w"], ["t"], strides=[2**20, 1]), POOL], {"w": numbers(3, 2, 2, 2)},
      "required: strides from 1 to 256"),
     ([node("ConvTranspose", ["x", "w"], ["t"], dilations=[2**30, 2**30]), POOL], {"w": numbers(3, 2, 2, 2)},
-     "brings the network beyond"),
+     "are accepted for a source of this size"),
     ([node("ConvTranspose", ["x", "w", "b"], ["t"]), POOL], {"w": numbers(3, 2, 2, 2), "b": numbers(3)},
      r"and bias \(2,\)"),
     ([node("ConvTranspose", ["x", "w"], ["t"], pads=[100] * 4), POOL], {"w": numbers(3, 2, 2, 2)}, "leaves nothing"),
     ([node("ConvTranspose", ["x", "w"], ["t"], output_padding=[2**40, 0]), POOL], {"w": numbers(3, 2, 2, 2)},
      "makes a tensor of .* elements; at most"),
-    ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "brings the network beyond"),
+    ([node("LpPool", ["x"], ["t"], kernel_shape=[2**20, 2**20]), POOL], {}, "are accepted for a source of this size"),
     ([node("Max", ["x", "x"], ["t"]), POOL], {}, "compares 2 tensors that are computed"),
     ([node("Max", ["x", "c", "d"], ["t"]), POOL], {"c": np.float32(0), "d": numbers(8)}, "with several numbers"),
     ([node("PRelu", ["x", "s"], ["t"]), POOL], {"s": np.float32(3)}, "slope 3; required: 0 to 1"),
@@ -404,30 +503,90 @@ def test_hostile_and_unsupported_arithmetic(convert_nodes, nodes, constants, mes
         convert_nodes(nodes, constants)
 
 
+def test_a_split_into_more_parts_than_there_can_be(convert_nodes):
+    with pytest.raises(ConversionError, match="splits into 1099511627776 parts"):
+        convert_nodes([node("Split", ["x"], ["t"], axis=1, num_outputs=2**40), POOL], opset=18)
+
+
 def test_constants_that_double_and_double(convert_nodes):
     nodes = [node("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0) for i in range(60)]
-    with pytest.raises(ConversionError, match="larger than is accepted for a file of this size"):
-        convert_nodes([*nodes, node("Add", ["x", "c60"], ["t"]), POOL], {"c0": numbers(1024)})
+    with pytest.raises(ConversionError, match="are accepted for a source of this size"):
+        convert_nodes([*nodes, node("Add", ["x", "c60"], ["t"]), POOL], {"c0": numbers(1024)}, max_constants="50MiB")
 
 
-def test_tensors_moved_again_and_again(convert_nodes, monkeypatch):
-    monkeypatch.setattr(moves, "MAX_MOVED", 10_000)
+def many(op, count, constants=(), **attributes):
+    """The same operator again and again, on a constant `c0`, and a sum with what comes out."""
+    nodes = [node(op, [f"c{i}", *constants], [f"c{i + 1}"], **attributes) for i in range(count)]
+    return [*nodes, node("ReduceMean", [f"c{count}"], ["m"]), node("Add", ["x", "m"], ["t"]), POOL]
+
+
+EXPANDED = node("Expand", ["small", "large"], ["c0"])  # 10**6 elements, of which one is in memory
+
+
+@pytest.mark.parametrize("nodes", [
+    many("Reshape", 40, ["turned"]), many("Flatten", 40, axis=0), many("Reshape", 40, ["flat"]), many("Relu", 40),
+    many("Cast", 40, to=11), many("Identity", 40)])
+def test_what_is_small_in_the_file_and_made_again_and_again(convert_nodes, nodes):
+    """Views cost little, copies their size, and a larger limit lets them through."""
+    constants = {"small": np.float32(1), "large": ints(1000, 1000), "turned": ints(10, 100_000), "flat": ints(-1)}
+    if nodes[0].op_type != "Identity":
+        with pytest.raises(ConversionError, match=(
+                r"\(node \d\d? of 44, .* makes \d+ elements; with them, .* come to \d+MiB, and at most 100MiB are "
+                r"accepted for a source of this size; max_constants= \(--max-constants SIZE\) sets another limit, such "
+                r"as \d+MiB")):
+            convert_nodes([EXPANDED, *nodes], constants, max_constants="100MiB")
+        assert convert_nodes([EXPANDED, *nodes], constants, max_constants=2**29).graph
+    else:
+        assert convert_nodes([EXPANDED, *nodes], constants, max_constants="100MiB").graph
+
+
+def test_a_constant_that_is_larger_than_the_file(convert_nodes):
+    nodes = [node("ConstantOfShape", ["large"], ["c0"]), *many("Identity", 1)]
+    constants = {"large": ints(2**12, 2**12)}
+    assert convert_nodes(nodes, constants).graph
+    with pytest.raises(ConversionError, match="makes 16777216 elements"):
+        convert_nodes(nodes, constants, max_constants="100 MiB")
+    with pytest.raises(ConversionError, match="max_constants is 'much'; required: a number with one of the units"):
+        convert_nodes(nodes, constants, max_constants="much")
+
+
+def test_steps_count_though_they_make_nothing(convert_nodes):
+    """Thirty nodes that make 300,000 views."""
+    nodes = []
+    for i in range(30):
+        nodes += [node("Split", [f"x{i}" if i else "x"], [f"s{i}_{j}" for j in range(10_000)], axis=1),
+                  node("Identity", [f"s{i}_0"], [f"x{i + 1}"])]
+        nodes[-1] = node("Identity", ["x"], [f"x{i + 1}"])
+    parts = [node("Sum", [f"s{i}_9999" for i in range(30)], ["t"])]
+    with pytest.raises(ConversionError, match="are accepted for a source of this size"):
+        convert_nodes([*nodes, *parts, POOL], shape=("N", 10_000, 1, 1), max_constants="200MiB")
+
+
+def test_where_the_machine_has_no_memory(convert_nodes, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("fastdtd.importers.onnx.reader._parse", fail)
+    with pytest.raises(ConversionError, match=r"net\.onnx: the machine has no memory left"):
+        convert_nodes([node("Relu", ["x"], ["t"]), POOL])
+
+
+def test_tensors_moved_again_and_again(convert_nodes):
     nodes = [node("Gather", [f"c{i}", "turned"], [f"c{i + 1}"], axis=3) for i in range(60)]
-    with pytest.raises(ConversionError, match="at most 10000 are accepted in all of a network"):
+    with pytest.raises(ConversionError, match="at most 600KiB are accepted"):
         convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c60"], ["t"]), POOL],
-                      {"turned": ints(*range(8))[::-1]})
+                      {"turned": ints(*range(8))[::-1]}, max_constants="600KiB")
 
 
-def test_transposes_and_reshapes_cost_nothing(convert_nodes, monkeypatch):
+def test_transposes_and_reshapes_cost_nothing(convert_nodes):
     """However large the tensor, for no index is made."""
-    monkeypatch.setattr(moves, "MAX_MOVED", 0)
     nodes = []
     for i in range(60):
         nodes += [node("Transpose", [f"c{3 * i}"], [f"c{3 * i + 1}"], perm=[0, 2, 3, 1]),
                   node("Reshape", [f"c{3 * i + 1}", "shape"], [f"c{3 * i + 2}"]),
                   node("Transpose", [f"c{3 * i + 2}"], [f"c{3 * i + 3}"], perm=[0, 3, 1, 2])]
     graph = convert_nodes([node("Relu", ["x"], ["c0"]), *nodes, node("Relu", ["c180"], ["t"]), POOL],
-                          {"shape": ints(0, 4096, 4096, 16)}, ("N", 16, 4096, 4096)).graph
+                          {"shape": ints(0, 4096, 4096, 16)}, ("N", 16, 4096, 4096), max_constants="4MiB").graph
     assert [type(layer) for layer in graph] == [g.ReLU, g.ReLU, g.GlobalAveragePool]
 
 
@@ -511,3 +670,74 @@ def test_a_local_response_normalisation(convert_nodes):
     norm, = (layer for layer in graph if isinstance(layer, g.LocalResponseNorm))
     assert (norm.size, norm.bias, norm.beta) == (3, 1, 0.5)
     assert norm.alpha == pytest.approx(0.3)
+
+
+# ---- bfloat16 ----
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("cast", [True, False])
+def test_weights_in_bfloat16(convert_nodes, raw, cast):
+    values = np.float32([1.5, -2, 0.25, 3, -1e-20, 1e30, 0, -0.125]).reshape(2, 4, 1, 1)
+    upper = (values.view(np.uint32) >> 16).ravel()
+    tensor = onnx.TensorProto(name="w", data_type=TensorProto.BFLOAT16, dims=values.shape)
+    if raw:
+        tensor.raw_data = upper.astype("<u2").tobytes()
+    else:
+        tensor.int32_data.extend(upper.tolist())
+    kept = (upper.astype(np.uint32) << 16).view(np.float32).reshape(values.shape)
+    nodes = [node("Cast", ["w"], ["v"], to=TensorProto.FLOAT), node("Conv", ["x", "v" if cast else "w"], ["t"]), *END]
+    conv, _ = convert_nodes(nodes[not cast:], shape=("N", *X.shape[1:]), opset=22, verify=False,
+                            change=lambda model: model.graph.initializer.append(tensor)).graph
+    np.testing.assert_array_equal(conv.weight, kept)
+
+
+def test_constants_rounded_to_bfloat16(convert_nodes):
+    """To the nearest, and to the even one of two."""
+    values = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-12, 1]).reshape(4, 1, 1)
+    nodes = [node("Cast", ["c"], ["d"], to=TensorProto.BFLOAT16), node("Cast", ["d"], ["e"], to=TensorProto.FLOAT),
+             node("Mul", ["x", "e"], ["t"]), *END]
+    scale, _ = convert_nodes(nodes, {"c": values}, ("N", *X.shape[1:])).graph
+    np.testing.assert_array_equal(scale.weight.ravel(), [1, 1 + 2**-6, -1 - 2**-7, 1])
+
+
+def test_a_constant_cast_like_another(convert_nodes):
+    nodes = [node("CastLike", ["c", "x0"], ["d"]), node("Mul", ["x", "d"], ["t"]), *END]
+    scale, _ = convert_nodes(nodes, {"c": ints(1, 2, 3, 4).reshape(4, 1, 1), "x0": np.float32(0)}, ("N", *X.shape[1:]),
+                             15).graph
+    np.testing.assert_array_equal(scale.weight.ravel(), [1, 2, 3, 4])
+    nodes[0] = node("CastLike", ["c", "x"], ["d"])  # like what is computed
+    scale, _ = convert_nodes(nodes, {"c": ints(1, 2, 3, 4).reshape(4, 1, 1)}, ("N", *X.shape[1:]), 15).graph
+    np.testing.assert_array_equal(scale.weight.ravel(), [1, 2, 3, 4])
+
+
+def test_the_largest_of_constants(convert_nodes):
+    """Folded among themselves first, whatever the order."""
+    for names in (["a", "b", "x"], ["x", "b", "a"], ["b", "x", "a"]):
+        clip, _ = convert_nodes([node("Min", names, ["t"]), *END], {"a": np.float32(3), "b": np.float32([[2]])},
+                                ("N", *X.shape[1:])).graph
+        assert (clip.low, clip.high) == (-np.inf, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_s_own_cases_hold_nothing_that_is_not_read():
+    """Every attribute and input of every operator in them is read, ignored for a reason, or refused for its value."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    from fastdtd.importers.onnx import constants, operators, parse, reader
+
+    known = operators.OPERATORS.keys() | constants.OPERATORS.keys()
+    parsed, refused = 0, {}
+    for case in collect_testcases(""):
+        if case.model is None or not {node.op_type for node in case.model.graph.node} <= known:
+            continue
+        assert max(entry.version for entry in case.model.opset_import if not entry.domain) <= reader.NEWEST_OPSET
+        try:
+            parse(case.model.SerializeToString())
+            parsed += 1
+        except FastDTDError as error:
+            refused[case.name] = str(error)
+    assert parsed > 100
+    unread = ("which is not supported; required", "that it has not in opset")
+    assert not {name: text for name, text in refused.items() if any(part in text for part in unread)}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdtd.errors import ConversionError, ModelError
+from fastdtd.errors import ConversionError, InputError, ModelError, out_of_memory
 from fastdtd.graph import Graph
 from fastdtd.importers.builder import Parsed
 from fastdtd.importers.sources import (
@@ -28,6 +28,7 @@ from fastdtd.importers.sources import (
     read,
 )
 from fastdtd.importers.verify import verified
+from fastdtd.inputs import memory_size
 from fastdtd.model import Model, Preprocessing
 
 __all__ = ["TorchSource", "convert", "from_torch", "opened"]
@@ -36,7 +37,7 @@ __all__ = ["TorchSource", "convert", "from_torch", "opened"]
 def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, color: str | None = None,
             size: int | tuple[int, int] | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
             scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None,
-            verify: bool | None = None) -> Model:
+            verify: bool | None = None, max_constants: str | int | None = None) -> Model:
     """A network from an ONNX, Keras or Caffe file, or from a PyTorch module's name, and what these do not say.
 
     That is how an image becomes the network's input, and what its outputs mean.
@@ -66,6 +67,9 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
         module's, Keras's, onnxruntime's, or, where that is not installed and the network is small, those of ONNX's
         reference. By default they are where they can be; what keeps them from it is said in a line of the log
         "fastdtd". True: then it is an error. False: nothing is compared. What verified it is in the model's provenance.
+    max_constants : str or int, optional
+        Bytes that constants, weights and the indices of moved elements may come to in all while the network is read,
+        as in "4GiB". Default: 1 GiB, and 32 bytes for each of the source's own; more is taken for an attack.
 
     Returns
     -------
@@ -87,16 +91,16 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     ...                 box=[(-104, 151), (-117, 138), (-123, 132)])  # doctest: +SKIP
     """
     source = opened(source, weights) if not isinstance(source, TorchSource) else source
-    size = _checked_size(size)
+    size, limit = _checked_size(size), _limit(max_constants)
 
     def parsed() -> tuple[Parsed, dict[str, str]]:
         if isinstance(source, TorchSource):
-            return parse_module(source, size, color)
+            return parse_module(source, size, color, limit)
         files = [Path(source)] + ([] if weights is None else [Path(weights)])
         beside = Path(f"{files[0]}.data")
         if weights is None and files[0].suffix.lower() == ".onnx" and beside.is_file() and not beside.is_symlink():
             files.append(beside)  # where PyTorch puts the weights; an .onnx file may name no other on its own
-        network, contents = parse_files(files, size)
+        network, contents = parse_files(files, size, limit)
         return network, {"source": ", ".join(file.name for file in files),
                          "sha256": ", ".join(hashlib.sha256(content).hexdigest() for content in contents)}
 
@@ -105,7 +109,7 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
 
 def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0,
                std: Any = 1, scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None,
-               verify: bool | None = None) -> Model:
+               verify: bool | None = None, max_constants: str | int | None = None) -> Model:
     """A network from a PyTorch module, through torch.export. PyTorch is needed for this alone.
 
     Parameters
@@ -114,7 +118,7 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
         It is exported in evaluation mode, and left as it is.
     example : torch.Tensor
         (N, C, H, W) or (N, F): an input that the module takes. Its values do not matter.
-    color, resize, mean, std, scale, box, labels, verify
+    color, resize, mean, std, scale, box, labels, verify, max_constants
         As for `convert`.
 
     Returns
@@ -133,8 +137,8 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
     >>> model = fastdtd.from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255,
     ...                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # doctest: +SKIP
     """
-    pytorch, name = pytorch_reader(), type(module).__name__
-    return _model(name, lambda: (pytorch.parse(module, example), {"source": name}), verify, box, color, labels,
+    pytorch, name, limit = pytorch_reader(), type(module).__name__, _limit(max_constants)
+    return _model(name, lambda: (pytorch.parse(module, example, limit), {"source": name}), verify, box, color, labels,
                   resize=resize, mean=mean, std=std, scale=scale)
 
 
@@ -142,16 +146,24 @@ def _model(name: str, parsed: Callable[[], tuple[Parsed, dict[str, str]]], verif
            color: str | None, labels: FilePath | Sequence[str] | None, **preprocessing: Any) -> Model:
     """A Model of what `parsed` gives, a network and its provenance; `name` begins the errors."""
     try:
-        with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
-            network, provenance = parsed()
-            graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
-            if color is None and network.shape[1:] != (1, 1):
-                color = {1: "gray", 3: "rgb"}.get(network.shape[0])
-            model = Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
-                          provenance | {"format": network.format})
-        return model if verify is False else verified(model, name, network.runtime, is_required=verify is True)
+        with out_of_memory(ConversionError, "max_constants= (--max-constants SIZE) limits what conversion takes"):
+            with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
+                network, provenance = parsed()
+                graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
+                if color is None and network.shape[1:] != (1, 1):
+                    color = {1: "gray", 3: "rgb"}.get(network.shape[0])
+                model = Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
+                              provenance | {"format": network.format})
+            return model if verify is False else verified(model, name, network.runtime, is_required=verify is True)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{name}: {error}") from error
+
+
+def _limit(max_constants: str | int | None) -> int | None:
+    try:
+        return None if max_constants is None else memory_size(max_constants, "max_constants")
+    except InputError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _checked_size(size: Any) -> tuple[int, int] | None:

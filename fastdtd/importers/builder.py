@@ -49,7 +49,8 @@ class Builder(Moves):
 
     def affine(self, x: Tensor, scale: Any = 1.0, shift: Any = 0.0, part: str = "") -> Tensor:
         """scale * x + shift, constants that broadcast with x, batch included."""
-        x = self.materialize(x) if x.has_zeros and np.any(shift) else x
+        if np.any(shift) and self.has_zeros(x):
+            x = self.materialize(x)
         x, (scales, shifts) = self._by_channel(x, (scale, 1.0), (shift, 0.0))
         return self.pointwise(graph.BatchNorm, x, part, scale=scales, shift=shifts)
 
@@ -95,7 +96,7 @@ class Builder(Moves):
             axis = value.shape.index(channels) - 1
             if x.axes[axis] == ((channels, pixels),) and not any(x.pads[axis]):
                 return value.ravel()
-        self._count_moved(math.prod(x.shape) + x.elements)
+        self.spend_index(math.prod(x.shape) + x.elements)
         full, index = np.broadcast_to(value[0], x.dims).ravel(), x.indices().ravel()
         each = np.full(math.prod(x.shape), np.nan)
         each[index[index >= 0]] = full[index >= 0]
@@ -111,9 +112,7 @@ class Builder(Moves):
         total = terms[0]
         for i, term in enumerate(terms[1:], 1):
             part = "" if i == len(terms) - 1 else f"/{i}"
-            if total.index is not term.index:
-                self._count_moved(total.elements)  # for they are compared
-            if total.has_view_of(term):
+            if self.have_one_view(total, term):
                 total = replace(total, layer=self.add(graph.Add, [total.base, term.base], part).layer)
             else:
                 both = self.add(graph.Add, [self.materialize(total), self.materialize(term)], part)
@@ -174,8 +173,8 @@ class Builder(Moves):
         if any(sizes[i] <= cut[i] + cut[i + 2] for i in (0, 1)):
             self.refuse(f"leaves nothing of a tensor {x}")
         taps = math.prod(dilation[i] * (kernel[i] - 1) // stride[i] + 1 for i in (0, 1))
-        self.count_weights(weight.shape[0] * weight.shape[1] * math.prod(stride) * taps)
-        self._count_moved(outputs * math.prod(sizes))
+        self.spend(weight.shape[0] * weight.shape[1] * math.prod(stride) * taps, 4)
+        self.spend_index(outputs * math.prod(sizes))
         fields, index = transposed_convolution(weight, bias, shape, stride, cut, dilation, groups, extra)
         is_convolution = stride == (1, 1) and not any(cut)
         phases = self.add(graph.Conv2d, [self.materialize(x)], "" if is_convolution else "/phases", **fields)
@@ -205,7 +204,7 @@ class Builder(Moves):
     def norm_pool(self, x: Tensor, exponent: float, kernel: Sequence[int], stride: Sequence[int],
                   padding: Sequence[int]) -> Tensor:
         """The p-norm of each window."""
-        self.count_weights(x.dims[0] * math.prod(kernel))
+        self.spend(x.dims[0] * math.prod(kernel), 4)
         powers = self.pointwise(graph.Power, x, "/power", exponent=exponent)
         ones = np.ones((x.dims[0], 1, *kernel), np.float32)
         sums = self.conv(powers, ones, None, stride, padding, (1,) * len(kernel), x.dims[0], "/sum")
@@ -255,7 +254,7 @@ class Builder(Moves):
             made = self.add(graph.Conv2d, [self.materialize(first)], weight=weight[:, :, None, None], bias=bias)
             return self.channels_last(Tensor.whole(made.layer, made.shape, (len(weight), *first.dims[1:])))
         if not x.is_whole and x.elements == math.prod(x.shape) and not x.is_padded:
-            self._count_moved(x.elements)
+            self.spend_index(x.elements)
             order = np.argsort(x.indices())
             if np.array_equal(x.indices()[order], np.arange(x.elements)):
                 weight, x = weight[:, order], Tensor.whole(x.layer, x.shape, x.dims, x.name)

@@ -1,13 +1,16 @@
 """Caffe -> layers: the network from its .prototxt, the weights from its .caffemodel, matched by layer name.
 
-Of Caffe's message types, what is needed is spelled out below with Caffe's own field numbers; protobuf skips what it
-does not know. Both ways to write a network are read: `layer` with types as text, and the older `layers` with types as
-an enumeration. The table OPERATORS at the end has a function for each type.
+Of Caffe's message types, what is read is spelled out below with Caffe's own field numbers. Protobuf skips what it does
+not know; what a layer of the .prototxt says besides is refused, unless it is among IGNORED. Both ways to write a
+network are read: `layer` with types as text, and the older `layers` with types as an enumeration. The table OPERATORS
+at the end has a function for each type.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +20,8 @@ from google.protobuf.message import DecodeError
 
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT
-from fastdtd.importers import moves
+from fastdtd.importers import moves, patterns
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor, layer_shape
@@ -28,38 +32,55 @@ _MESSAGES = """
 BlobShape: dim 1 int64*
 BlobProto: num 1 int32, channels 2 int32, height 3 int32, width 4 int32, data 5 bytes*, shape 7 BlobShape, \
 double_data 8 bytes*
+NetState: phase 1 Phase = TEST, level 2 int32, stage 3 string*
 NetStateRule: phase 1 Phase, min_level 2 int32, max_level 3 int32, stage 4 string*, not_stage 5 string*
 BatchNormParameter: use_global_stats 1 bool = true, eps 3 float = 1e-5
 ConcatParameter: concat_dim 1 uint32 = 1, axis 2 int32 = 1
 ConvolutionParameter: num_output 1 uint32, bias_term 2 bool = true, pad 3 uint32*, kernel_size 4 uint32*, \
 group 5 uint32 = 1, stride 6 uint32*, pad_h 9 uint32, pad_w 10 uint32, kernel_h 11 uint32, kernel_w 12 uint32, \
 stride_h 13 uint32, stride_w 14 uint32, axis 16 int32 = 1, dilation 18 uint32*
+DropoutParameter: dropout_ratio 1 float
 EltwiseParameter: operation 1 EltwiseOp = SUM, coeff 2 float*
 FlattenParameter: axis 1 int32 = 1, end_axis 2 int32 = -1
 InnerProductParameter: num_output 1 uint32, bias_term 2 bool = true, axis 5 int32 = 1, transpose 6 bool
 InputParameter: shape 1 BlobShape*
 LRNParameter: local_size 1 uint32 = 5, alpha 2 float = 1, beta 3 float = 0.75, norm_region 4 NormRegion, k 5 float = 1
+PReLUParameter: channel_shared 2 bool
+PermuteParameter: order 1 uint32*
 PoolingParameter: pool 1 PoolMethod, kernel_size 2 uint32, stride 3 uint32 = 1, pad 4 uint32, kernel_h 5 uint32, \
 kernel_w 6 uint32, stride_h 7 uint32, stride_w 8 uint32, pad_h 9 uint32, pad_w 10 uint32, global_pooling 12 bool, \
 round_mode 13 RoundMode
+PowerParameter: power 1 float = 1, scale 2 float = 1, shift 3 float
 ReLUParameter: negative_slope 1 float
+ReshapeParameter: shape 1 BlobShape, axis 2 int32, num_axes 3 int32 = -1
 ScaleParameter: axis 1 int32 = 1, num_axes 2 int32 = 1, bias_term 4 bool
+SigmoidParameter:
+SliceParameter: slice_dim 1 uint32 = 1, slice_point 2 uint32*, axis 3 int32 = 1
 SoftmaxParameter: axis 2 int32 = 1
 LayerParameter: name 1 string, type 2 string, bottom 3 string*, top 4 string*, blobs 7 BlobProto*, \
-include 8 NetStateRule*, exclude 9 NetStateRule*, concat_param 104 ConcatParameter, \
-convolution_param 106 ConvolutionParameter, eltwise_param 110 EltwiseParameter, \
+include 8 NetStateRule*, exclude 9 NetStateRule*, phase 10 Phase = TEST, concat_param 104 ConcatParameter, \
+convolution_param 106 ConvolutionParameter, dropout_param 108 DropoutParameter, \
+eltwise_param 110 EltwiseParameter, \
 inner_product_param 117 InnerProductParameter, lrn_param 118 LRNParameter, pooling_param 121 PoolingParameter, \
-relu_param 123 ReLUParameter, softmax_param 125 SoftmaxParameter, flatten_param 135 FlattenParameter, \
-batch_norm_param 139 BatchNormParameter, scale_param 142 ScaleParameter, input_param 143 InputParameter
+power_param 122 PowerParameter, relu_param 123 ReLUParameter, softmax_param 125 SoftmaxParameter, \
+slice_param 126 SliceParameter, prelu_param 131 PReLUParameter, sigmoid_param 124 SigmoidParameter, \
+reshape_param 133 ReshapeParameter, flatten_param 135 FlattenParameter, batch_norm_param 139 BatchNormParameter, \
+scale_param 142 ScaleParameter, input_param 143 InputParameter, permute_param 202 PermuteParameter
 V0LayerParameter:
 V1LayerParameter: layer 1 V0LayerParameter, bottom 2 string*, top 3 string*, name 4 string, type 5 LayerType, \
 blobs 6 BlobProto*, concat_param 9 ConcatParameter, convolution_param 10 ConvolutionParameter, \
-inner_product_param 17 InnerProductParameter, lrn_param 18 LRNParameter, pooling_param 19 PoolingParameter, \
-eltwise_param 24 EltwiseParameter, relu_param 30 ReLUParameter, include 32 NetStateRule*, exclude 33 NetStateRule*, \
-softmax_param 39 SoftmaxParameter
-NetParameter: name 1 string, layers 2 V1LayerParameter*, input 3 string*, input_dim 4 int32*, \
+dropout_param 12 DropoutParameter, inner_product_param 17 InnerProductParameter, lrn_param 18 LRNParameter, \
+pooling_param 19 PoolingParameter, power_param 21 PowerParameter, eltwise_param 24 EltwiseParameter, \
+relu_param 30 ReLUParameter, slice_param 31 SliceParameter, include 32 NetStateRule*, exclude 33 NetStateRule*, \
+sigmoid_param 38 SigmoidParameter, softmax_param 39 SoftmaxParameter
+NetParameter: name 1 string, layers 2 V1LayerParameter*, input 3 string*, input_dim 4 int32*, state 6 NetState, \
 input_shape 8 BlobShape*, layer 100 LayerParameter*
 """
+# Fields of a layer, and within it, that may be given and need not be read: what matters in training alone, how weights
+# began, and which of Caffe's programs computes it.
+IGNORED = {"bias_filler", "blob_share_mode", "blobs_lr", "engine", "filler",
+           "force_nd_im2col", "loss_param", "loss_weight", "moving_average_fraction", "param", "propagate_down",
+           "stable_prod_grad", "transform_param", "weight_decay", "weight_filler"}
 _ENUMS = {  # each value's number is its position
     "Phase": "TRAIN TEST",
     "EltwiseOp": "PROD SUM MAX",
@@ -104,10 +125,10 @@ def _message_class() -> Any:
 NetParameter = _message_class()
 
 
-def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = None) -> Parsed:
+def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
     """The network in Caffe's files, as it is in its test phase.
 
-    size: replaces the input size in the .prototxt. Raises ConversionError and ModelError.
+    size: replaces the input size in the .prototxt. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
     """
     try:
         net = text_format.Parse(prototxt.decode(), NetParameter(), allow_unknown_field=True)
@@ -121,10 +142,20 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
     if not weights:
         raise ConversionError("the .caffemodel holds no weights: it is damaged, or none of Caffe's")
 
-    protos = [proto for proto in (*net.layers, *net.layer) if _is_in_test_phase(proto)]
-    name, x = _input(net, protos, size)
-    builder, blobs = Builder(), {name: x}  # blobs as they are now: a layer may write over what it reads
-    nodes = [Node(proto, i, len(protos), weights.get(proto.name, ()), blobs) for i, proto in enumerate(protos)]
+    if net.state.level or net.state.stage or _value(net.state, "phase") != "TEST":
+        raise ConversionError(f"the .prototxt has a state, phase {_value(net.state, 'phase')}, level {net.state.level} "
+                              f"and stages {list(net.state.stage)}; required: the test phase alone")
+    unread = _unread_fields(prototxt.decode())
+    if (len(unread["layers"]), len(unread["layer"])) != (len(net.layers), len(net.layer)):
+        raise ConversionError("the .prototxt is written in a way in which its layers cannot be told apart; required: a "
+                              "layer { ... } each, as Caffe writes them")
+    found = [(proto, fields) for proto, fields in zip((*net.layers, *net.layer), unread["layers"] + unread["layer"],
+                                                      strict=True) if _is_in_test_phase(proto)]
+    name, x, batch = _input(net, [proto for proto, _ in found], size)
+    builder = Builder(Budget(len(prototxt) + len(caffemodel), limit), batch)
+    blobs = {name: x}  # blobs as they are now: a layer may write over what it reads
+    nodes = [Node(proto, fields, i, len(found), weights.get(proto.name, ()), blobs)
+             for i, (proto, fields) in enumerate(found)]
     nodes = [node for node in nodes if node.kind not in _SKIPPED]
     last_reader = {bottom: node for node in nodes for bottom in node.bottoms}
     for node in nodes:
@@ -134,11 +165,43 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
                         "has")
         with builder.at(node):
             made = operator(builder, node)
-            if all(last_reader.get(top, node).index <= node.index for top in node.tops):
+            is_unread = [last_reader.get(top, node).index <= node.index for top in node.tops]
+            if isinstance(made, list):
+                if any(is_unread):
+                    node.refuse(f"has a top {node.tops[is_unread.index(True)]!r} that nothing reads; required: one "
+                                "output. Remove it")
+            elif all(is_unread):
                 made = builder.scores(made)  # an output
-        for top in node.tops if node.kind == "split" else node.tops[:1]:
-            blobs[top] = made
+        several = made if isinstance(made, list) else [made] * (len(node.tops) if node.kind == "split" else 1)
+        blobs.update(zip(node.tops, several, strict=False))
     return Parsed(builder.finished(builder.layers.values()), x.shape, "caffe")
+
+
+def _unread_fields(text: str) -> dict[str, list[list[str]]]:
+    """For each of the text's layers, under `layer` and `layers`, which of its fields are neither read nor IGNORED."""
+    found: dict[str, list[list[str]]] = {"layer": [], "layers": []}
+    stack: list[tuple[str, Any]] = [("", NetParameter.DESCRIPTOR)]  # messages that are open, and what they are called
+    name, unread = "", list[str]()
+    for token in _TOKEN.findall(_NO_FIELDS.sub(" ", text)):
+        if token in "{<":
+            described = stack[-1][1].fields_by_name.get(name) if stack[-1][1] is not None else None
+            if len(stack) == 1 and name in found:
+                unread = []
+                found[name].append(unread)
+            stack.append((name, None if described is None else described.message_type))
+        elif token in "}>" and len(stack) > 1:
+            name, _ = stack.pop()  # of the next one, in a list
+        elif token not in "}>":
+            name = token
+            holder, described = stack[-1]
+            is_known = described is None or name in described.fields_by_name or name in IGNORED
+            if len(stack) > 1 and not is_known:
+                unread.append(name if len(stack) == 2 else f"{holder}.{name}")
+    return found
+
+
+_NO_FIELDS = re.compile(r'''"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*''')  # texts and comments
+_TOKEN = re.compile(r"[{}<>]|[A-Za-z_]\w*(?=\s*[:{<])")  # braces, and names of fields
 
 
 def _value(message: Any, field: str) -> str:
@@ -154,8 +217,8 @@ def _is_in_test_phase(proto: Any) -> bool:
     return any(map(holds, proto.include)) if proto.include else not any(map(holds, proto.exclude))
 
 
-def _input(net: Any, protos: Sequence[Any], size: tuple[int, int] | None) -> tuple[str, Tensor]:
-    """Name of the network's input, and the input itself."""
+def _input(net: Any, protos: Sequence[Any], size: tuple[int, int] | None) -> tuple[str, Tensor, int]:
+    """Name of the network's input, the input itself, and how many there are at a time."""
     names, shapes = list(net.input), [list(shape.dim) for shape in net.input_shape]
     if net.input_dim:
         shapes = [list(net.input_dim)]
@@ -172,13 +235,15 @@ def _input(net: Any, protos: Sequence[Any], size: tuple[int, int] | None) -> tup
         raise ConversionError(f"the input {names[0]!r} has shape {shape}" + (f" and size {size} is given" if size else
                               "") + "; required: (N, C, H, W), or (N, F) and no size")
     dims = [shape[1], *(size or shape[2:])]
-    return names[0], Tensor.whole(INPUT, layer_shape(dims), dims)
+    return names[0], Tensor.whole(INPUT, layer_shape(dims), dims), shape[0]
 
 
 class Node(moves.Node):
     """A layer of the .prototxt with its weights, and the blobs made so far."""
 
-    def __init__(self, proto: Any, index: int, count: int, weights: Sequence[Any], blobs: dict[str, Tensor]) -> None:
+    def __init__(self, proto: Any, unread: Sequence[str], index: int, count: int, weights: Sequence[Any],
+                 blobs: dict[str, Tensor]) -> None:
+        self._unread = unread
         self.proto, self.index, self.count, self._weights, self._blobs = proto, index, count, weights, blobs
         self.layer_name, self.bottoms, self.tops = str(proto.name), list(proto.bottom), list(proto.top)
         is_old = proto.DESCRIPTOR.name == "V1LayerParameter"
@@ -192,7 +257,7 @@ class Node(moves.Node):
         reads = ", ".join(map(repr, self.bottoms[:10])) or "nothing"
         return f"layer {self.layer_name!r} of type {self.type} (number {self.index + 1} of {self.count}, reads {reads})"
 
-    def operator(self) -> Callable[[Builder, Node], Tensor]:
+    def operator(self) -> Callable[[Builder, Node], Tensor | list[Tensor]]:
         found = next((function for name, function in OPERATORS.items() if name.lower() == self.kind), None)
         if found is None:
             is_data = self.kind.endswith("data")
@@ -200,6 +265,10 @@ class Node(moves.Node):
                         f"is not supported; supported: {', '.join(sorted(OPERATORS))}")
         if not self.tops:
             self.refuse("has no top")
+        if self._unread:
+            self.refuse(f"has {self._unread[0]}, which is not supported; required: none")
+        if getattr(self.proto, "phase", 1) != 1:
+            self.refuse("has phase TRAIN; required: TEST")
         return found
 
     def tensor(self) -> Tensor:
@@ -238,12 +307,18 @@ class Node(moves.Node):
         """Height and width: given apart, as one number for both, or as a list of one or two."""
         apart = [f"{name.removesuffix('_size')}_{side}" for side in "hw"]
         if apart[0] in parameter.DESCRIPTOR.fields_by_name and any(map(parameter.HasField, apart)):
+            if self.is_given(parameter, name):
+                self.refuse(f"has {name} and {apart[0]} or {apart[1]}; required: one of them")
             return getattr(parameter, apart[0]), getattr(parameter, apart[1])
         value = getattr(parameter, name)
         values = [value] if isinstance(value, int) else list(value) or [default]
         if len(values) > 2:
             self.refuse(f"has {name} {values}; required: two dimensions")
         return values[0], values[-1]
+
+    @staticmethod
+    def is_given(parameter: Any, *names: str) -> bool:
+        return any(field.name in names for field, _ in parameter.ListFields())
 
     def require_axis(self, axis: int, what: str = "") -> None:
         if axis != 1:
@@ -281,6 +356,8 @@ def _pooling(b: Builder, node: Node) -> Tensor:
         node.refuse("pools at random; required: MAX or AVE")
     is_average = method == "AVE"
     if p.global_pooling:
+        if any(field.name not in ("pool", "global_pooling", "round_mode") for field, _ in p.ListFields()):
+            node.refuse("is global and has a kernel, a stride or pads; required: none")
         return b.reduce(x, "mean" if is_average else "max", range(2, 4), keep=True)
     return b.pool(x, is_average, node.pair(p, "kernel_size"), node.pair(p, "stride"), node.pair(p, "pad") * 2,
                   ceil_mode=_value(p, "round_mode") == "CEIL", include_pad=True)
@@ -297,6 +374,8 @@ def _lrn(b: Builder, node: Node) -> Tensor:
 
 def _concat(b: Builder, node: Node) -> Tensor:
     p = node.proto.concat_param
+    if p.HasField("axis") and p.HasField("concat_dim"):
+        node.refuse("has axis and concat_dim; required: one of them")
     node.require_axis(p.axis if p.HasField("axis") else p.concat_dim, ", the channels")
     return b.concat(node.tensors(), 1)
 
@@ -339,14 +418,59 @@ def _softmax(b: Builder, node: Node) -> Tensor:
     return b.softmax(node.tensor(), 1)
 
 
+def _prelu(b: Builder, node: Node) -> Tensor:
+    x, is_shared = node.tensor(), node.proto.prelu_param.channel_shared
+    slope, = node.weights(() if is_shared else x.dims[:1])
+    return b.prelu(x, slope.reshape(1, -1, *(1,) * (x.rank - 2)))
+
+
+def _power(b: Builder, node: Node) -> Tensor:
+    """(shift + scale * x) ** power."""
+    x, p = node.tensor(), node.proto.power_param
+    if (p.scale, p.shift) != (1, 0):
+        x = b.affine(x, p.scale, p.shift, "" if p.power == 1 else "/scaled")
+    return patterns.as_tensor(b, patterns.power(b, x, p.power))
+
+
+def _permute(b: Builder, node: Node) -> Tensor:
+    x, order = node.tensor(), list(node.proto.permute_param.order)
+    return b.transpose(x, order + [axis for axis in range(x.rank) if axis not in order])
+
+
+def _slice(b: Builder, node: Node) -> list[Tensor]:
+    x, p = node.tensor(), node.proto.slice_param
+    if p.HasField("axis") and p.HasField("slice_dim"):
+        node.refuse("has axis and slice_dim; required: one of them")
+    axis, points, count = p.axis if p.HasField("axis") else p.slice_dim, list(p.slice_point), len(node.tops)
+    length = x.dims[b.own_axis(x, axis)]
+    if (points and len(points) != count - 1) or (not points and length % count):
+        node.refuse(f"has slice points {points} for {count} tops and a length of {length}; required: one less than "
+                    "tops, or none and equal parts")
+    ends = [0, *points, length] if points else range(0, length + 1, length // count)
+    return b.split(x, axis, [after - before for before, after in itertools.pairwise(ends)])
+
+
+def _reshape(b: Builder, node: Node) -> Tensor:
+    x, p = node.tensor(), node.proto.reshape_param
+    own, wanted = (b.batch, *x.dims), list(p.shape.dim)
+    start = p.axis if p.axis >= 0 else x.rank + 1 + p.axis
+    stop = x.rank if p.num_axes == -1 else start + p.num_axes
+    if not 0 <= start <= stop <= x.rank or any(n == 0 and start + i >= x.rank for i, n in enumerate(wanted)):
+        node.refuse(f"replaces axes {start} to {stop} of {x} by {wanted}; required: axes that there are")
+    shape = [own[start + i] if n == 0 else n for i, n in enumerate(wanted)]
+    return b.reshape(x, [*own[:start], *shape, *own[stop:]])
+
+
 def _same(_: Builder, node: Node) -> Tensor:
     return node.tensor()
 
 
-OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
+OPERATORS: dict[str, Callable[[Builder, Node], Tensor | list[Tensor]]] = {
     "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Deconvolution": _convolution,
     "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten, "InnerProduct": _inner_product, "LRN": _lrn,
-    "Pooling": _pooling, "ReLU": lambda b, node: b.leaky_relu(node.tensor(), node.proto.relu_param.negative_slope),
-    "Scale": _scale, "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Softmax": _softmax, "Split": _same,
+    "PReLU": _prelu, "Permute": _permute, "Pooling": _pooling, "Power": _power,
+    "ReLU": lambda b, node: b.leaky_relu(node.tensor(), node.proto.relu_param.negative_slope),
+    "Reshape": _reshape, "Scale": _scale, "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Slice": _slice,
+    "Softmax": _softmax, "Split": _same,
 }
 _SKIPPED = {"input", "accuracy", "silence", "softmaxwithloss", "softmaxloss"}  # they make no output of the network

@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from fastdtd import graph
 from fastdtd.errors import ConversionError
-from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Layer, Shape
+from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS, Layer, Shape
+from fastdtd.importers.budget import INDEX, Budget
 from fastdtd.importers.tensors import Index, Tensor, layer_shape
 
 MAX_AXES = 32  # what NumPy 1 holds
-MAX_MOVED = 2**28  # elements of all indices that one network may take: 1 GiB, most of it for a moment
 
 Array = npt.NDArray[Any]
 
@@ -48,10 +48,11 @@ class Moves:
 
     node : the one that is being read; it names the layers that are made, and the errors
     batch : the batch size in the source's own shapes
+    budget : what may be made
     """
 
-    def __init__(self, batch: int = 1) -> None:
-        self.batch = batch
+    def __init__(self, budget: Budget, batch: int = 1) -> None:
+        self.budget, self.batch = budget, batch
         self.layers: dict[str, Layer] = {}
         self.node = Node()
         self.squared: dict[Any, Tensor] = {}  # what patterns.Squares are where elements are needed
@@ -59,7 +60,6 @@ class Moves:
         self._endings: dict[str, str] = {}
         self._materialized: dict[Any, tuple[Tensor, Tensor]] = {}
         self._nonnegative: set[str] = set()
-        self._weights = self._moved = 0
 
     @contextlib.contextmanager
     def at(self, node: Node) -> Iterator[None]:
@@ -110,8 +110,7 @@ class Moves:
 
     def add(self, layer_type: type[Layer], inputs: Sequence[Tensor], part: str = "", **fields: Any) -> Tensor:
         """The output of a new layer that reads whole tensors. part: marks one of several layers that one node needs."""
-        for value in fields.values():
-            self.count_weights(value.size if isinstance(value, np.ndarray) else 0)
+        self.spend(sum(value.size for value in fields.values() if isinstance(value, np.ndarray)), 4)
         name = self._unused(self.node.layer_name + part)
         layer = layer_type(name, tuple(x.layer for x in inputs), **fields)
         shape = layer.output_shape([x.shape for x in inputs])
@@ -125,21 +124,20 @@ class Moves:
             name += "_"
         return name
 
-    def count_weights(self, count: int) -> None:
-        """Keep a small file from becoming a large network: nodes may share weights, but their layers do not."""
-        self._weights += count
-        if self._weights > MAX_WEIGHT_ELEMENTS:
-            self.refuse(f"brings the network beyond {MAX_WEIGHT_ELEMENTS} weights")
+    def spend(self, count: int, size: int = 8) -> None:
+        """Ask for an array of `count` elements of `size` bytes before it is made: nodes may share weights, say, but
+        their layers do not.
+        """
+        self.budget.take(self.node, count, size)
 
     def check_size(self, count: int) -> None:
         if count > MAX_TENSOR_ELEMENTS:
             self.refuse(f"makes a tensor of {count} elements; at most {MAX_TENSOR_ELEMENTS} are accepted")
 
-    def _count_moved(self, count: int) -> None:
+    def spend_index(self, count: int) -> None:
+        """Ask for an index of `count` elements, or to compare two."""
         self.check_size(count)
-        self._moved += count
-        if self._moved > MAX_MOVED:
-            self.refuse(f"moves {count} elements; at most {MAX_MOVED} are accepted in all of a network")
+        self.spend(count, INDEX)
 
     def _is_nonnegative(self, layer: Layer) -> bool:
         """Whether no element can be negative that `layer` makes."""
@@ -170,7 +168,7 @@ class Moves:
             if x.is_whole and shape[1:] == (1, 1):
                 self.layers[name] = graph.Flatten(name, (x.layer,))
             else:
-                self._count_moved(math.prod(shape))
+                self.spend_index(math.prod(shape))
                 self.layers[name] = graph.Rearrange(name, (x.layer,), x.indices().reshape(shape))
             if x.layer in self._nonnegative:
                 self._nonnegative.add(name)
@@ -181,6 +179,22 @@ class Moves:
         """A layer that maps each element alone, and zero to zero: it can come before whatever moves elements."""
         return replace(x, layer=self.add(layer_type, [x.base], part, **fields).layer)
 
+    def has_zeros(self, x: Tensor) -> bool:
+        """Whether padding is among the elements of `x`."""
+        if x.index is not None:
+            self.spend(x.elements, 1)  # for it is gone through
+        return x.has_zeros
+
+    def have_one_view(self, x: Tensor, y: Tensor) -> bool:
+        """Whether both take the same elements of their layers."""
+        if x.index is not y.index:
+            self.spend_index(x.elements)  # for they are compared
+        return x.has_view_of(y)
+
+    def are_same(self, x: Tensor, y: Tensor) -> bool:
+        """Whether both are the same elements of one layer in the same order."""
+        return x.layer == y.layer and self.have_one_view(x, y)
+
     # Moving elements
 
     def move(self, x: Tensor, count: int, change: Callable[[Index], Any], moved: Tensor | None = None) -> Tensor:
@@ -189,8 +203,10 @@ class Moves:
             self.refuse(f"leaves nothing of a tensor {x}")
         self.check_size(count)
         if moved is None:
-            self._count_moved(max(count, x.elements))
+            self.spend_index(max(count, x.elements))
             moved = x.with_index(np.ascontiguousarray(change(x.indices()), np.int32), "")
+        else:
+            self.budget.step(self.node, 1)
         return replace(moved, name=self.node.layer_name)
 
     def with_dims(self, x: Tensor, dims: Sequence[int], part: str = "") -> Tensor:

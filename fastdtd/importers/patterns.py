@@ -148,7 +148,7 @@ def times(b: Builder, x: Any, y: Any) -> Tensor | Squares:
             return replace(one, alpha=one.alpha * float(other.item()))
         else:
             return b.affine(as_tensor(b, one), scale=other)
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.equals(y):
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and b.are_same(x, y):
         return Squares(x, x)
     return b.refuse("multiplies two tensors that are computed; required: one, and a constant")
 
@@ -159,13 +159,13 @@ def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
     while isinstance(layer, ReLU):
         layer = b.layers.get(layer.inputs[0])
     is_one = isinstance(layer, Power) and layer.exponent == 1 and layer.inputs[0] == of.layer
-    return is_one and x.has_view_of(of)
+    return is_one and b.have_one_view(x, of)
 
 
 def divided(b: Builder, x: Any, y: Any) -> Tensor:
     """x / y, by a constant or by what a local response normalisation divides by."""
     if isinstance(x, Tensor) and isinstance(y, Squares):
-        if not y.size or y.bias is None or not y.of.equals(x) or not y.view.equals(x):
+        if not y.size or y.bias is None or not b.are_same(y.of, x) or not b.are_same(y.view, x):
             b.refuse(f"divides by squares; {_REQUIRED}")
         beta = 1.0 if y.beta is None else y.beta
         return b.local_response_norm(x, size=y.size, alpha=y.alpha, beta=beta, bias=y.bias)
@@ -177,7 +177,7 @@ def divided(b: Builder, x: Any, y: Any) -> Tensor:
 def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor:
     """The larger or smaller of a tensor and a constant."""
     x, bound = (x, y) if isinstance(x, COMPUTED) else (y, x)
-    if isinstance(bound, COMPUTED) or len(np.unique(bound)) != 1:
+    if isinstance(bound, COMPUTED) or not bound.size or (bound != bound.flat[0]).any():
         b.refuse("compares tensors that are computed, or with several numbers; required: one, and one number")
     value = float(np.asarray(bound).flat[0])
     return b.clip(as_tensor(b, x), *((value, math.inf) if is_max else (-math.inf, value)))
@@ -205,6 +205,6 @@ def mean_over_channels(b: Builder, x: Any, kernel: tuple[int, ...], stride: tupl
     if kernel[0] % 2 == 0:
         b.refuse(f"belongs to a local response normalisation over {kernel[0]} channels; required: an odd number")
     half, inner = kernel[0] // 2, b.with_dims(x.of, (1, *x.of.dims))
-    if not x.view.equals(b.pad(inner, [(0, 0), (0, 0), (half, half), *[(0, 0)] * (len(x.of.dims) - 1)])):
+    if not b.are_same(x.view, b.pad(inner, [(0, 0), (0, 0), (half, half), *[(0, 0)] * (len(x.of.dims) - 1)])):
         b.refuse(f"is no part of a local response normalisation; {_REQUIRED}")
     return replace(x, view=inner, size=kernel[0])

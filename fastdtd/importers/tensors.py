@@ -114,10 +114,6 @@ class Tensor:
             return (self.axes, self.pads, self.offset) == (other.axes, other.pads, other.offset)
         return self.index is other.index or np.array_equal(self.indices(), other.indices())
 
-    def equals(self, other: Tensor) -> bool:
-        """Whether both are the same elements in the same order."""
-        return self.layer == other.layer and self.has_view_of(other)
-
     def transposed(self, order: Sequence[int]) -> Tensor | None:
         if self.index is not None:
             return None

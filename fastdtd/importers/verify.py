@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastdtd.cost import multiply_adds
+from fastdtd.cost import cost, multiply_adds
 from fastdtd.errors import ConversionError, FastDTDError
 from fastdtd.graph import INPUT, Graph, Pool2d
 from fastdtd.importers.builder import Builder
@@ -24,7 +24,8 @@ from fastdtd.importers.tensors import Tensor
 from fastdtd.model import Model, Preprocessing
 
 TOLERANCE = 1e-3  # of the largest score
-MEMORY = "4GiB"  # for the converted network's activations
+MEMORY = "4GiB"  # for the converted network's activations, and MAX_ELEMENTS for those of the source
+MAX_ELEMENTS = 2**30  # float32: 4 GiB
 _LEAST_PROBABILITY = 1e-30  # whose logarithm float32 still knows
 _LOG = logging.getLogger("fastdtd")
 
@@ -42,6 +43,7 @@ class Runtime:
     batch : images that the source takes at a time
     dtype : of its input
     tolerance : relative to the largest score; more than `TOLERANCE` where the source computes in half precision
+    elements : of all that its nodes make for a batch, where that is known; what is a view here may be an array there
     steps : in the source's order, for each node what it is called in messages, its key for `run`, and its value
     """
 
@@ -50,10 +52,11 @@ class Runtime:
     batch: int = 1
     dtype: Any = np.float32
     tolerance: float = TOLERANCE
+    elements: int = 0
     steps: list[tuple[str, Any, Tensor]] = field(default_factory=list)
 
     max_operations = 5e10  # in multiply-adds of one image: some seconds
-    max_elements = 2**30  # of all tensors of one image together, which the framework may keep
+    max_elements = MAX_ELEMENTS  # of all tensors together, which the framework may keep
     pool_operations = 1  # what an output of a pool takes for each element of its window
 
     def start(self) -> str:
@@ -102,10 +105,10 @@ def _compared(model: Model, runtime: Runtime) -> str:
     if count > runtime.max_operations:
         raise NotComparedError(f"an image takes {count:.1e} multiply-adds, and {framework} is given at most "
                                f"{runtime.max_operations:.0e}")
-    elements = runtime.batch * sum(value.elements for _, _, value in runtime.steps)
+    elements = max(runtime.elements, runtime.batch * cost(graph).activation_bytes // 4)
     if elements > runtime.max_elements:
-        raise NotComparedError(f"its tensors have {elements:.1e} elements, and {framework} is given at most "
-                               f"{runtime.max_elements:.0e}")
+        raise NotComparedError(f"its nodes make {elements} elements for {runtime.batch} images, and at most "
+                               f"{runtime.max_elements} are computed to compare them")
     batch = _random_inputs(graph, runtime.dtype)
     try:
         with np.errstate(all="ignore"):

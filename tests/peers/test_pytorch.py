@@ -614,3 +614,11 @@ def test_module_by_name_with_the_weights_it_has(project, capsys):
 def test_refused_names_and_weights(project, source, weights, size, message):
     with pytest.raises(ConversionError, match=message):
         convert(source, weights, size=size)
+
+
+def test_a_module_that_makes_too_much():
+    module = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(9)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    example = torch.rand(1, 3, 8, 8)
+    assert from_torch(module, example, max_constants="1MB").graph
+    with pytest.raises(ConversionError, match=r"in module '\d'\) .* at most 50KiB are accepted"):
+        from_torch(module, example, max_constants="50KiB")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.keras.files import expect, is_keras_module
 from fastdtd.importers.moves import Array
@@ -132,7 +133,7 @@ def _global_pool(b: Builder, node: Node) -> Tensor:
 
 def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
     """What the setting `activation` makes of `x`: a name, a function's name in an object, or a layer."""
-    value = node.settings.get("activation")
+    value = node.setting("activation")
     part, where = "" if node.kind == "Activation" else "/activation", f"{node}: activation"
     if isinstance(value, dict):
         kind = expect(value.get("class_name"), str, where)
@@ -141,7 +142,9 @@ def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
         if kind in ("ReLU", "LeakyReLU", "Softmax"):
             inner = node.inner(kind, value.get("config"), part, x)
             with b.at(inner):
-                return OPERATORS[kind](b, inner)
+                made = OPERATORS[kind](b, inner)
+            inner.check_read()
+            return made
         value = value.get("config") if kind == "function" else kind
     name = "linear" if value is None else expect(value, str, where)
     if name == "linear":
@@ -199,7 +202,7 @@ def _scaled(b: Builder, x: Tensor, scale: Array, shift: Array) -> Tensor:
 
 
 def _normalization(b: Builder, node: Node) -> Tensor:
-    x, axis = node.tensor(), node.settings.get("axis", -1)
+    x, axis = node.tensor(), node.setting("axis", -1)
     if axis not in (None, []):
         node.require_last_axis(x)
     if node.has("mean"):
@@ -213,6 +216,36 @@ def _normalization(b: Builder, node: Node) -> Tensor:
     if node.get("invert", bool, False):
         return _scaled(b, x, deviation, mean)
     return _scaled(b, x, 1 / deviation, -mean / deviation)
+
+
+def _add(b: Builder, node: Node) -> Tensor:
+    """The layer, of any number of tensors, or the operation, of two of which one may be constant."""
+    if len(node.inputs) != 2:
+        return b.sum(node.tensors())
+    x, y = node.operands()
+    return _computed(b, patterns.plus(b, x, y))
+
+
+def _subtract(b: Builder, node: Node) -> Tensor:
+    x, y = node.operands()
+    return _computed(b, patterns.plus(b, x, y, -1.0))
+
+
+def _multiply(b: Builder, node: Node) -> Tensor:
+    if len(node.inputs) != 2 or all(isinstance(x, Tensor) for x in node.inputs):
+        node.refuse("multiplies tensors, as in squeeze-and-excitation; required: one, and a constant, for products of "
+                    "two have no rule")
+    x, y = node.operands()
+    return _computed(b, patterns.times(b, x, y))
+
+
+def _divide(b: Builder, node: Node) -> Tensor:
+    x, y = node.operands()
+    return patterns.divided(b, x, y)
+
+
+def _computed(b: Builder, made: Tensor | patterns.Squares) -> Tensor:
+    return patterns.as_tensor(b, made)
 
 
 def _concatenate(b: Builder, node: Node) -> Tensor:
@@ -263,36 +296,64 @@ def _permute(b: Builder, node: Node) -> Tensor:
     return b.transpose(x, [0, *node.integers("dims", x.rank - 1)])
 
 
-def _same(_: Builder, node: Node) -> Tensor:
+def _get_item(b: Builder, node: Node) -> Tensor:
+    x, index = node.index()
+    axis = 0
+    for entry in index:
+        if entry is None:
+            x = b.unsqueeze(x, [axis])
+        elif entry != slice(None):
+            x = b.take(x, axis, entry)
+        axis += not isinstance(entry, int)
+    return x
+
+
+def _stack(b: Builder, node: Node) -> Tensor:
+    axis = node.get("axis", int, 0)
+    return b.concat([b.unsqueeze(x, [axis]) for x in node.tensors()], axis)
+
+
+def unchanged(_: Builder, node: Node) -> Tensor:
+    """What a layer makes that does something in training alone, whatever its settings."""
     return node.tensor()
 
 
 OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
-    "Activation": lambda b, node: _activated(b, node, node.tensor()), "ActivityRegularization": _same,
-    "Add": lambda b, node: b.sum(node.tensors()), "AlphaDropout": _same, "AveragePooling1D": _pool,
+    "Activation": lambda b, node: _activated(b, node, node.tensor()), "ActivityRegularization": unchanged,
+    "Add": _add, "AlphaDropout": unchanged, "AveragePooling1D": _pool,
     "AveragePooling2D": _pool, "BatchNormalization": _batch_norm, "BatchNormalizationV1": _batch_norm,
     "Concatenate": _concatenate, "Conv1D": _conv, "Conv1DTranspose": _conv_transpose, "Conv2D": _conv,
     "Conv2DTranspose": _conv_transpose, "Cropping1D": _cropping, "Cropping2D": _cropping, "Dense": _dense,
-    "DepthwiseConv1D": _depthwise, "DepthwiseConv2D": _depthwise, "Dropout": _same, "Flatten": _flatten,
-    "GaussianDropout": _same, "GaussianNoise": _same, "GlobalAveragePooling1D": _global_pool,
-    "GlobalAveragePooling2D": _global_pool, "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
-    "Identity": _same, "InputLayer": _same, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool, "MaxPooling2D": _pool,
-    "Normalization": _normalization, "Permute": _permute, "RandomBrightness": _same, "RandomContrast": _same,
-    "RandomFlip": _same, "RandomRotation": _same, "RandomTranslation": _same, "RandomZoom": _same, "ReLU": _relu,
+    "DepthwiseConv1D": _depthwise, "DepthwiseConv2D": _depthwise, "Divide": _divide, "Dropout": unchanged,
+    "Flatten": _flatten, "GaussianDropout": unchanged, "GaussianNoise": unchanged, "GetItem": _get_item,
+    "GlobalAveragePooling1D": _global_pool, "GlobalAveragePooling2D": _global_pool,
+    "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
+    "Identity": unchanged, "InputLayer": unchanged, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
+    "MaxPooling2D": _pool,
+    "Multiply": _multiply, "Negative": lambda b, node: b.affine(node.tensor(), scale=-1.0),
+    "Normalization": _normalization, "Permute": _permute, "RandomBrightness": unchanged, "RandomContrast": unchanged,
+    "RandomFlip": unchanged, "RandomRotation": unchanged, "RandomTranslation": unchanged, "RandomZoom": unchanged,
+    "ReLU": _relu,
     "Rescaling": lambda b, node: _scaled(b, node.tensor(), node.numbers("scale"), node.numbers("offset")),
     "Reshape": _reshape, "SeparableConv1D": _depthwise, "SeparableConv2D": _depthwise, "Softmax": _softmax,
-    "SpatialDropout1D": _same, "SpatialDropout2D": _same, "UpSampling1D": _upsampling, "UpSampling2D": _upsampling,
+    "SpatialDropout1D": unchanged, "SpatialDropout2D": unchanged, "Stack": _stack, "Subtract": _subtract,
+    "TrueDivide": _divide, "UpSampling1D": _upsampling, "UpSampling2D": _upsampling,
     "ZeroPadding1D": _zero_padding, "ZeroPadding2D": _zero_padding,
 }
+
+# Settings that may be given and need not be read: names, shapes that are followed anyway, and what works in training
+# alone. Each other one is read, or has here the value that is computed.
+IGNORED = {"name", "trainable", "autocast", "batch_input_shape", "batch_shape", "build_input_shape", "input_dim",
+           "input_dtype", "input_length", "input_shape", "momentum", "renorm_clipping", "renorm_momentum",
+           "synchronized", "fused", "virtual_batch_size"}
+IGNORED_ENDINGS = ("_initializer", "_regularizer", "_constraint")
+UNREAD = {"groups": 1, "renorm": False, "data_format": "channels_last", "implementation": 1}
 
 INSTEAD = {
     "Lambda": "a layer of Keras's own, Rescaling say; the code in a Lambda is never run",
     "TFOpLambda": "layers in place of TensorFlow's functions, Rescaling in place of preprocess_input's arithmetic say",
-    "SlicingOpLambda": "Cropping2D in place of slices", "TrueDivide": "a Rescaling layer",
-    "Subtract": "a Rescaling layer, where what is subtracted is constant",
-    "Multiply": "Rescaling, where one factor is constant; products of two tensors, as in squeeze-and-excitation, have "
-                "no rule",
-    "Average": "Add, and Rescaling after it", "Maximum": "MaxPooling2D over what lies side by side",
+    "SlicingOpLambda": "Cropping2D in place of slices", "Average": "Add, and Rescaling after it",
+    "Maximum": "MaxPooling2D over what lies side by side",
     "PReLU": "LeakyReLU", "ELU": "ReLU or LeakyReLU", "LocallyConnected2D": "Conv2D", "Conv3D": "Conv2D",
     "LayerNormalization": "BatchNormalization", "GroupNormalization": "BatchNormalization",
     "UnitNormalization": "BatchNormalization",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import graphlib
 import heapq
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from fastdtd import hdf5
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS
 from fastdtd.importers import moves
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed
 from fastdtd.importers.keras import files
 from fastdtd.importers.keras.files import MODELS, expect, is_keras_module
-from fastdtd.importers.keras.operators import INSTEAD, OPERATORS
+from fastdtd.importers.keras.operators import IGNORED, IGNORED_ENDINGS, INSTEAD, OPERATORS, UNREAD, unchanged
 from fastdtd.importers.keras.runtime import KerasRuntime
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor, layer_shape
@@ -31,14 +34,21 @@ _DTYPES = {"float16", "float32", "float64", "bfloat16", "mixed_float16", "mixed_
 Reference = tuple[str, int, int]  # a layer's name, which of its calls, which of its outputs
 
 
-def parse(data: bytes, size: tuple[int, int] | None = None) -> Parsed:
+@dataclass(frozen=True)
+class Constant:
+    """What an operation is called on beside tensors, as it stands in the file: a number, an array, or an index."""
+
+    value: Any
+
+
+def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
     """The network in a .keras or .h5 file: its first output, and the layers that lead to it.
 
-    The format is the version of Keras that wrote it. size: replaces the input size in the file. Raises ConversionError
-    and ModelError.
+    The format is the version of Keras that wrote it. size: replaces the input size in the file. limit: bytes, see
+    `Budget`. Raises ConversionError and ModelError.
     """
     def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights) -> tuple[Any, KerasRuntime]:
-        reader = Reader(weights)
+        reader = Reader(weights, Budget(len(data), limit))
         layers, x = reader.read(config, size)
         return layers, KerasRuntime(reader.builder, x, content=data)
 
@@ -54,6 +64,7 @@ class Node(moves.Node):
         entry = expect(entry, dict, where)
         self.kind: str = expect(entry.get("class_name"), str, f"{where}: class_name")
         self.entry, self.settings = entry, entry.get("config")
+        self._read: set[str] = set()
         name = entry.get("name")
         if name is None and isinstance(self.settings, dict):
             name = self.settings.get("name")
@@ -62,7 +73,7 @@ class Node(moves.Node):
         self.where = f"{self.kind} {self.layer_name!r} (layer {index + 1} of {count})"
         self.location: Any = None  # of its weights
         self.reader: Reader
-        self.inputs: list[Tensor] = []
+        self.inputs: list[Tensor | Constant] = []
         if not is_keras_module(entry.get("module")) or ">" in str(entry.get("registered_name")) or ">" in self.kind:
             self.refuse("is a class of somebody's own, whose code is not in the file and would not be run; required: "
                         "Keras's own layers")
@@ -82,15 +93,64 @@ class Node(moves.Node):
 
     def tensor(self) -> Tensor:
         """The only input."""
-        if len(self.inputs) != 1:
-            self.refuse(f"has {len(self.inputs)} inputs; required: one")
-        return self.inputs[0]
+        found = self._only_tensors()
+        if len(found) != 1:
+            self.refuse(f"has {len(found)} inputs; required: one")
+        return found[0]
 
     def tensors(self) -> list[Tensor]:
-        if len(self.inputs) < 2 or len({x.rank for x in self.inputs}) > 1:
-            self.refuse(f"reads tensors of {[x.rank for x in self.inputs]} axes; required: two or more of one number "
-                        "of axes")
-        return self.inputs
+        found = self._only_tensors()
+        if len(found) < 2 or len({x.rank for x in found}) > 1:
+            self.refuse(f"reads tensors of {[x.rank for x in found]} axes; required: two or more of one number of "
+                        "axes")
+        return found
+
+    def _only_tensors(self) -> list[Tensor]:
+        found = [x for x in self.inputs if isinstance(x, Tensor)]
+        if len(found) < len(self.inputs):
+            self.refuse("is called on a constant; required: nothing but tensors")
+        return found
+
+    def operands(self) -> list[Tensor | Array]:
+        """Two inputs, of which one may be a number or an array."""
+        if len(self.inputs) != 2:
+            self.refuse(f"has {len(self.inputs)} inputs; required: two")
+        return [x if isinstance(x, Tensor) else self._array(x) for x in self.inputs]
+
+    def _array(self, constant: Constant) -> Array:
+        try:
+            array = np.asarray(_without_type(constant.value))
+        except ValueError:  # lists of different lengths
+            array = np.asarray(None)
+        if array.dtype.kind not in "iuf":
+            self.refuse(f"is called on {str(constant.value)[:60]}; required: a tensor, a number or an array of numbers")
+        return array
+
+    def index(self) -> tuple[Tensor, list[int | slice | None]]:
+        """A tensor and its index, with a slice for what an ellipsis leaves out."""
+        x, *rest = self.inputs
+        if not isinstance(x, Tensor) or len(rest) != 1 or not isinstance(rest[0], Constant):
+            self.refuse("is not called on a tensor and an index; required: both")
+        entries = rest[0].value if isinstance(rest[0].value, list) else [rest[0].value]
+        kinds = [entry.get("class_name") if isinstance(entry, dict) else "" for entry in entries]
+        others = sum(entry is not None and kind != "__ellipsis__" for entry, kind in zip(entries, kinds, strict=True))
+        if kinds.count("__ellipsis__") > 1 or others > x.rank:
+            self.refuse(f"has an index of {others} axes, or two ellipses; required: at most {x.rank}, and one")
+        found: list[int | slice | None] = []
+        where = f"{self}: index"
+        for entry, kind in zip(entries, kinds, strict=True):
+            if kind == "__ellipsis__":
+                found += [slice(None)] * (x.rank - others)
+            elif kind == "__slice__":
+                ends = expect(entry.get("config"), dict, where)
+                start, stop, step = (None if ends.get(key) is None else expect(ends[key], int, where)
+                                     for key in ("start", "stop", "step"))
+                if step == 0:
+                    self.refuse("has a step of 0; required: another")
+                found.append(slice(start, stop, step))
+            else:
+                found.append(None if entry is None else expect(entry, int, where))
+        return x, found
 
     def image(self) -> tuple[Tensor, int]:
         """The only input, with its channels first, and how many spatial axes the layer is for."""
@@ -103,7 +163,7 @@ class Node(moves.Node):
         return self.reader.builder.channels_first(x), axes
 
     def require_last_axis(self, x: Tensor) -> None:
-        axis = self.settings.get("axis", -1)
+        axis = self.setting("axis", -1)
         axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
         if axis not in (-1, x.rank - 1) or isinstance(axis, bool):
             self.refuse(f"has axis {str(axis)[:40]} over {x.rank} axes; required: -1, the channels or features")
@@ -120,7 +180,8 @@ class Node(moves.Node):
                 stored = hdf5.dataset(data, f"{self} {name}", tuple(range(5)), MAX_WEIGHT_ELEMENTS).shape
                 if stored != shape:
                     self.refuse(f"has {name} of shape {stored}; required by its settings and its input: {shape}")
-                arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS))
+                self.reader.builder.spend(math.prod(shape))
+                arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS, bfloat16=True))
         return arrays
 
     def bias(self, outputs: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -129,12 +190,25 @@ class Node(moves.Node):
 
     # Settings
 
+    def setting(self, key: str, default: Any = None) -> Any:
+        """As it stands in the file."""
+        self._read.add(key)
+        return self.settings.get(key, default)
+
+    def check_read(self) -> None:
+        """Refuse what was given and not read, unless it is what is computed without it."""
+        for key, value in self.settings.items():
+            is_known = key in self._read or key in IGNORED or key.endswith(IGNORED_ENDINGS)
+            if not is_known and value is not None and value != (default := UNREAD.get(key)):
+                self.refuse(f"has {key[:60]} {str(value)[:60]}, which is not supported; required: "
+                            + ("none" if default is None else str(default)))
+
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.settings.get(key)
+        value = self.setting(key)
         return default if value is None and default is not None else expect(value, kind, f"{self}: {key}")
 
     def has(self, key: str) -> bool:
-        return self.settings.get(key) is not None
+        return self.setting(key) is not None
 
     def integer(self, key: str, default: int | None = None) -> int:
         value: int = self.get(key, int, default)
@@ -143,7 +217,7 @@ class Node(moves.Node):
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.settings.get(key)
+        value = self.setting(key)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         return self._finite(default if value is None and default is not None else value, key)
@@ -160,7 +234,7 @@ class Node(moves.Node):
     def numbers(self, key: str) -> Array:
         """One number, or lists of them, as one axis."""
         flat: list[float] = []
-        waiting = [self.settings.get(key)]
+        waiting = [_without_type(self.setting(key))]
         while waiting:
             value = waiting.pop()
             if isinstance(value, list):
@@ -171,7 +245,7 @@ class Node(moves.Node):
 
     def integers(self, key: str, count: int, low: int = 1, default: Any = None) -> tuple[int, ...]:
         """`count` whole numbers from `low`; one stands for all."""
-        value = self.settings.get(key)
+        value = self.setting(key)
         value = default if value is None else value
         values: list[Any] = [value] * count if isinstance(value, int) else expect(value, list, f"{self}: {key}")
         checked = [expect(v, int, f"{self}: {key}") for v in values]
@@ -184,7 +258,7 @@ class Node(moves.Node):
         if axes == 1:
             before, after = self.integers(key, 2, 0, default)
             return [(before, after)]
-        value = self.settings.get(key)
+        value = self.setting(key)
         value = default if value is None else value
         both: list[Any] = [value, value] if isinstance(value, int) else expect(value, list, f"{self}: {key}")
         pairs: list[list[Any]] = [[v, v] if isinstance(v, int) else expect(v, list, f"{self}: {key}") for v in both]
@@ -198,7 +272,7 @@ class Node(moves.Node):
             known = f"supported: {', '.join(sorted((*OPERATORS, 'Functional', 'Sequential')))}"
             self.refuse("is of a class that is not supported; "
                         + (f"what works: {INSTEAD[self.kind]}" if self.kind in INSTEAD else known))
-        policy = self.settings.get("dtype")
+        policy = self.setting("dtype")
         kind = policy.get("class_name") if isinstance(policy, dict) else None
         if isinstance(policy, dict):
             policy = policy["config"].get("name") if isinstance(policy.get("config"), dict) else kind
@@ -213,9 +287,9 @@ class Node(moves.Node):
 class Reader:
     """Calls layers, and models of layers, one after the other."""
 
-    def __init__(self, weights: files.NumberedWeights | files.NamedWeights) -> None:
+    def __init__(self, weights: files.NumberedWeights | files.NamedWeights, budget: Budget) -> None:
         self.weights = weights
-        self.builder = Builder()
+        self.builder = Builder(budget)
         self._depth = self._calls = 0
 
     def read(self, config: dict[str, Any], size: tuple[int, int] | None) -> tuple[list[Any], Tensor]:
@@ -239,23 +313,27 @@ class Reader:
             raise ConversionError("the network has no layers that compute anything")
         return layers, x
 
-    def call(self, node: Node, inputs: list[Tensor]) -> list[Tensor]:
+    def call(self, node: Node, inputs: Sequence[Tensor | Constant]) -> list[Tensor]:
         """The outputs of `node`."""
         self._calls += 1
         if self._calls > MAX_LAYERS:
             node.refuse(f"is called as number {self._calls}; at most {MAX_LAYERS} calls of layers are accepted")
+        node.reader, node.inputs = self, list(inputs)
         if node.kind in MODELS:
-            return self._call_model(node, inputs)
+            return self._call_model(node, [x for x in inputs if isinstance(x, Tensor)])
         node.check_type()
-        node.reader, node.inputs = self, inputs
         with self.builder.at(node):
-            return [OPERATORS[node.kind](self.builder, node)]
+            made = OPERATORS[node.kind](self.builder, node)
+        if OPERATORS[node.kind] is not unchanged:
+            node.check_read()
+        return [made]
 
     def _call_model(self, model: Node, inputs: list[Tensor]) -> list[Tensor]:
         self._depth += 1
         if self._depth > MAX_NESTING:
             model.refuse(f"lies in {self._depth} other models; at most {MAX_NESTING} are accepted")
         nodes = _nodes(model, model.layer_name)
+        self.builder.budget.step(model, len(nodes))  # for a model may be called again and again
         self.weights.locate(model, nodes)
         is_sequential = model.kind == "Sequential"
         outputs = [self._run(nodes, inputs)] if is_sequential else _Calls(model, nodes).run(self, inputs)
@@ -320,14 +398,14 @@ class _Calls:
         self.nodes = {node.name: node for node in nodes}
         self.inputs = self._ends("input_layers")
         self.outputs = self._ends("output_layers")
-        self.reads: dict[tuple[str, int], list[Reference]] = {}
+        self.reads: dict[tuple[str, int], list[Reference | Constant]] = {}
         for node in nodes:
             entries = expect(node.entry.get("inbound_nodes", []), list, f"{node}: inbound_nodes")
             for i, entry in enumerate(entries):
                 self.reads[node.name, i] = _references(node, entry)
         # Keras counts from 1 the calls of a model that is called already when it is made.
         first: dict[str, int] = {}
-        everything = [*self.outputs, *self.inputs, *(reference for call in self.reads.values() for reference in call)]
+        everything = [*self.outputs, *self.inputs, *itertools.chain(*map(_only_references, self.reads.values()))]
         for name, i, _ in everything:
             first[name] = min(i, first.get(name, i))
         self.offset = {name: 1 if i == 1 and self.nodes[name].kind in MODELS else 0
@@ -351,7 +429,8 @@ class _Calls:
         values = {(name, 0): [x] for (name, _, _), x in zip(self.inputs, inputs, strict=True)}
         for call in self._order(set(values)):
             node = self.nodes[call[0]]
-            values[call] = reader.call(node, [self._value(values, reference, node) for reference in self.reads[call]])
+            values[call] = reader.call(node, [x if isinstance(x, Constant) else self._value(values, x, node)
+                                              for x in self.reads[call]])
         return [self._value(values, reference, self.model) for reference in self.outputs]
 
     def _order(self, given: set[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -367,7 +446,7 @@ class _Calls:
             if call not in self.reads:
                 self.nodes[call[0]].refuse(f"is read as called {call[1] + 1} times, which it is not, or is an input "
                                            "that the model does not list; required: inbound_nodes for each call")
-            before = [self._call(reference, self.nodes[call[0]]) for reference in self.reads[call]]
+            before = [self._call(reference, self.nodes[call[0]]) for reference in _only_references(self.reads[call])]
             sorter.add(call, *before)
             waiting.extend(before)
         try:
@@ -408,8 +487,12 @@ def _reference(entry: Any, where: str) -> Reference:
     return expect(name, str, where), expect(call, int, where), expect(output, int, where)
 
 
-def _references(node: Node, entry: Any) -> list[Reference]:
-    """What one call of `node` reads, in either dialect."""
+def _only_references(arguments: Sequence[Reference | Constant]) -> list[Reference]:
+    return [x for x in arguments if not isinstance(x, Constant)]
+
+
+def _references(node: Node, entry: Any) -> list[Reference | Constant]:
+    """What one call of `node` is given, in either dialect."""
     where = f"{node}: inbound_nodes"
     if isinstance(entry, list):  # Keras 2: [[layer, call, output, further arguments], ...]
         entries: Sequence[Any] = [entry] if entry and isinstance(entry[0], str) else entry
@@ -418,21 +501,46 @@ def _references(node: Node, entry: Any) -> list[Reference]:
                 _check_arguments(node, expect(each[3], dict, where))
         return [_reference(each, where) for each in entries]
     entry = expect(entry, dict, where)
-    found: list[Reference] = []
+    found: list[Reference | Constant] = []
     waiting = list(reversed(expect(entry.get("args"), list, where)))
     while waiting:
         value = waiting.pop()
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(x, list) or _is_tensor(x) for x in value):
             waiting.extend(reversed(value))
-            continue
-        settings = expect(expect(value, dict, where).get("config"), dict, where)
-        found.append(_reference(settings.get("keras_history"), where))
+        elif _is_tensor(value):
+            settings = expect(value.get("config"), dict, where)
+            found.append(_reference(settings.get("keras_history"), where))
+        else:
+            found.append(Constant(value))
+    if node.kind in ("Add", "Subtract", "Multiply", "Negative") and all(map(_is_whole, entry["args"])):
+        node.refuse("computes with whole numbers, which may be too large for their type; required: floating point. "
+                    "Divide them first, or cast the input")
     _check_arguments(node, expect(entry.get("kwargs", {}), dict, where))
     return found
+
+
+def _without_type(value: Any) -> Any:
+    """The numbers of an array, which Keras 3 writes with its type; anything else as it is."""
+    if isinstance(value, dict) and value.get("class_name") in ("__tensor__", "__numpy__"):
+        settings = value.get("config")
+        return settings.get("value") if isinstance(settings, dict) else value
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a tensor or constant has whole numbers."""
+    settings = value.get("config") if isinstance(value, dict) else None
+    return isinstance(value, int) or (isinstance(settings, dict) and "int" in str(settings.get("dtype")))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("class_name") == "__keras_tensor__"
 
 
 def _check_arguments(node: Node, arguments: dict[str, Any]) -> None:
     for key, value in arguments.items():
         if value is not None and not (key == "training" and value is False):
+            if node.kind not in MODELS:
+                node.check_type()  # says more of what is not supported at all
             node.refuse(f"is called with {key}={str(value)[:40]}; required: nothing but tensors, and training=False at "
                         "most")

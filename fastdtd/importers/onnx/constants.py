@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 TYPES: dict[int, Any] = {
     onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.DOUBLE: np.float64,
     onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_,
+    onnx.TensorProto.BFLOAT16: np.float32,  # with half of its bits
 }
+TYPES_TEXT = "float16, bfloat16, float32, float64, int32, int64 or bool"
 
 
 Fold = Callable[["Node", list[Any]], Any]
@@ -116,7 +118,6 @@ def _broadcast_size(*values: Any) -> int:
 
 def _elementwise(function: Callable[..., Any]) -> Fold:
     def make(node: Node, inputs: list[Any]) -> Any:
-        inputs = inputs[:MIN_INPUTS.get(node.op, 1)]  # NumPy would write into one more
         node.spend(_broadcast_size(*inputs))
         return function(*inputs)
 
@@ -137,11 +138,10 @@ def _chained(function: Callable[[Any, Any], Any]) -> Fold:
 
 def _reduced(function: Callable[..., Any]) -> Fold:
     def make(node: Node, inputs: list[Any]) -> Any:
-        axes = axes_of(node, inputs)
-        if not axes and node.integer("noop_with_empty_axes", 0):
+        axes, keep = axes_of(node, inputs), bool(node.integer("keepdims", 1))
+        if node.integer("noop_with_empty_axes", 0) and not axes:
             return inputs[0]
         node.spend(inputs[0].size)
-        keep = bool(node.integer("keepdims", 1))
         return function(inputs[0], axis=axes or None, keepdims=keep).astype(inputs[0].dtype)
 
     return make
@@ -168,10 +168,17 @@ def _remainder(node: Node, inputs: list[Any]) -> Any:
 def _cast(node: Node, inputs: list[Any]) -> Any:
     dtype = inputs[1].dtype if node.op == "CastLike" else TYPES.get(node.integer("to", 0))
     if dtype is None:
-        node.refuse(f"casts to element type {node.integer('to', 0)}; required: float16, float32, float64, int32, int64 "
-                    "or bool")
+        node.refuse(f"casts to element type {node.integer('to', 0)}; required: {TYPES_TEXT}")
     node.spend(inputs[0].size)
-    return inputs[0].astype(dtype)
+    made = inputs[0].astype(dtype)
+    return _rounded(made) if node.integer("to", 0) == onnx.TensorProto.BFLOAT16 else made
+
+
+def _rounded(value: Array) -> Array:
+    """float32 numbers as bfloat16 has them: the nearest with half of the bits, the even one of two."""
+    bits = value.view(np.uint32)
+    upper = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isfinite(value), upper.view(np.float32), value)
 
 
 def _gather(node: Node, inputs: list[Any]) -> Any:
@@ -195,6 +202,7 @@ def _split(node: Node, inputs: list[Any]) -> Any:
     sizes = split_sizes(node, inputs[0].shape[axis], inputs)
     if min(sizes, default=0) < 0 or sum(sizes) != inputs[0].shape[axis]:
         raise ValueError(f"parts of {sizes} elements")
+    node.builder.budget.step(node, len(sizes))
     return np.split(inputs[0], np.cumsum(sizes)[:-1].tolist(), axis)
 
 
@@ -209,7 +217,13 @@ def _reshape(node: Node, inputs: list[Any]) -> Any:
     target = small_integers(node, inputs[1])
     if not node.integer("allowzero", 0):
         target = [inputs[0].shape[i] if n == 0 else n for i, n in enumerate(target)]
-    return inputs[0].reshape(target)
+    return _reshaped(node, inputs[0], target)
+
+
+def _reshaped(node: Node, value: Array, shape: Sequence[int]) -> Array:
+    """What is expanded or transposed is copied."""
+    node.spend(value.size)
+    return value.reshape(shape)
 
 
 def _target(node: Node, value: Any) -> tuple[int, ...]:
@@ -259,7 +273,7 @@ def _nonzero(node: Node, inputs: list[Any]) -> Any:
 
 
 def _flatten(node: Node, inputs: list[Any]) -> Any:
-    return inputs[0].reshape(math.prod(inputs[0].shape[:node.integer("axis", 1)]), -1)
+    return _reshaped(node, inputs[0], [math.prod(inputs[0].shape[:node.integer("axis", 1)]), -1])
 
 
 OPERATORS: dict[str, Fold] = {

@@ -26,23 +26,29 @@ if TYPE_CHECKING:
 def _conv(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
     b.check_weights(weight, axes)
-    kernel = weight.shape[2:]
-    if (node.integers("kernel_shape") or kernel) != kernel:
-        node.refuse(f"has weights of shape {weight.shape}; required: kernel_shape {node.integers('kernel_shape')}")
+    kernel = _kernel(node, weight)
     stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
     padding = _padding(node, x, kernel, stride, dilation)
     return b.conv(x, weight, node.optional(2), stride, padding, dilation, node.integer("group", 1))
 
 
+def _kernel(node: Node, weight: Array) -> tuple[int, ...]:
+    kernel = weight.shape[2:]
+    if (node.integers("kernel_shape") or kernel) != kernel:
+        node.refuse(f"has weights of shape {weight.shape}; required: kernel_shape {node.integers('kernel_shape')}")
+    return kernel
+
+
 def _conv_transpose(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
     b.check_weights(weight, axes, "(C, K / group, *kernel_shape)")
-    kernel, stride, dilation = weight.shape[2:], node.window("strides", axes, 1), node.window("dilations", axes, 1)
+    kernel, stride, dilation = _kernel(node, weight), node.window("strides", axes, 1), node.window("dilations", axes, 1)
     extra = node.integers("output_padding") or (0,) * axes
     if len(extra) != axes:
         node.refuse(f"has output_padding {extra}; required: {axes} numbers")
     mode, wanted = node.text("auto_pad", "NOTSET"), node.integers("output_shape")
     if wanted is not None or mode.startswith("SAME"):
+        node.ignore("pads")
         sizes = [n * s for n, s in zip(x.dims[1:], stride, strict=True)] if wanted is None else list(wanted[-axes:])
         if len(sizes) != axes or min(sizes) < 1:
             node.refuse(f"has output_shape {wanted}; required: {axes} numbers from 1")
@@ -58,17 +64,19 @@ def _padding(node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int]
              ) -> tuple[int, ...]:
     """What is padded before each spatial axis, then what is padded after."""
     mode, axes = node.text("auto_pad", "NOTSET"), len(kernel)
+    none = (0,) * 2 * axes
+    pads = node.integers("pads") or none
     if mode in ("NOTSET", ""):
-        pads = node.integers("pads") or (0,) * 2 * axes
         if len(pads) != 2 * axes:
             node.refuse(f"has pads {pads}; required: "
                         + ("four, for top, left, bottom and right" if axes == 2 else f"{2 * axes}"))
         return pads
-    if mode == "VALID":
-        return (0,) * 2 * axes
-    if mode not in ("SAME_UPPER", "SAME_LOWER"):
+    if mode not in ("VALID", "SAME_UPPER", "SAME_LOWER"):
         node.refuse(f"has auto_pad {mode!r}; required: NOTSET, VALID, SAME_UPPER or SAME_LOWER")
-    return same_padding(x.dims[1:], kernel, stride, dilation, mode == "SAME_LOWER")
+    made = none if mode == "VALID" else same_padding(x.dims[1:], kernel, stride, dilation, mode == "SAME_LOWER")
+    if any(pads) and pads != made:
+        node.refuse(f"has pads {pads} and auto_pad {mode}, which makes {made}; required: one of them")
+    return made
 
 
 def _pool(b: Builder, node: Node) -> Tensor | Squares:
@@ -76,6 +84,7 @@ def _pool(b: Builder, node: Node) -> Tensor | Squares:
     if isinstance(moved, Squares) and moved.view.rank == 5:
         is_plain = (is_average and not any(node.integers("pads") or ()) and set(node.integers("dilations") or ()) <= {1}
                     and node.text("auto_pad", "NOTSET") in ("NOTSET", "VALID", ""))
+        node.ignore("count_include_pad", "ceil_mode")  # which change nothing without padding and with a stride of 1
         return patterns.mean_over_channels(b, moved, node.window("kernel_shape", 3), node.window("strides", 3, 1),
                                            is_plain)
     x, axes = node.image()
@@ -103,12 +112,13 @@ def _global_pool(b: Builder, node: Node) -> Tensor:
 
 
 def _reduce(b: Builder, node: Node) -> Tensor:
-    x, axes = node.tensor(), node.axes()
-    if axes is None:
-        if node.integer("noop_with_empty_axes", 0):
+    x, axes, keep = node.tensor(), node.axes(), node.integer("keepdims", 1) != 0
+    is_noop = node.integer("noop_with_empty_axes", 0) != 0
+    if not axes:  # given as an empty input, too
+        if is_noop:
             return x
         node.refuse("is over all axes, the batch too; required: others")
-    return b.reduce(x, node.op.removeprefix("Reduce").lower(), axes, node.integer("keepdims", 1) != 0)
+    return b.reduce(x, node.op.removeprefix("Reduce").lower(), axes, keep)
 
 
 def _gemm(b: Builder, node: Node) -> Tensor:
@@ -120,6 +130,7 @@ def _gemm(b: Builder, node: Node) -> Tensor:
     if weight.ndim != 2:
         node.refuse(f"has weights of shape {weight.shape}; required: two axes")
     weight = np.float32(node.number("alpha", 1.0)) * (weight if node.integer("transB", 0) else weight.T)
+    node.ignore("beta")
     if bias is not None:
         if bias.ndim > 2 or (bias.ndim == 2 and len(bias) != 1) or bias.shape[-1:] not in ((), (1,), (len(weight),)):
             node.refuse(f"has a constant of shape {bias.shape} for {len(weight)} channels; required: one value, or one "
@@ -150,6 +161,8 @@ def _batch_norm(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
     if node.integer("training_mode", 0) or not node.integer("spatial", 1):
         node.refuse("normalises by the batch or by the pixel; required: training_mode 0 and spatial 1")
+    if sum(map(bool, node.outputs)) > 1:  # before opset 14 that is how training is said
+        node.refuse("makes statistics of the batch, as in training; required: one output")
     gamma, beta, mean, variance = (node.constant(i) for i in range(1, 5))
     if not gamma.shape == beta.shape == mean.shape == variance.shape == x.dims[:1]:
         node.refuse(f"has parameters of shapes {gamma.shape}, {beta.shape}, {mean.shape}, {variance.shape}; required: "
@@ -313,6 +326,7 @@ def _resize(b: Builder, node: Node) -> Tensor:
     if coordinates not in _COORDINATES or rounding not in _ROUNDINGS:
         node.refuse(f"has coordinate_transformation_mode {coordinates!r} and nearest_mode {rounding!r}; required: one "
                     f"of {', '.join(_COORDINATES)}, and one of {', '.join(_ROUNDINGS)}")
+    b.spend(8 * sum(wanted))
     positions = []
     for axis in range(1, x.rank):
         at = _COORDINATES[coordinates](np.arange(wanted[axis], dtype=np.float64), steps[axis], own[axis], wanted[axis])
@@ -350,6 +364,7 @@ def _constant(_: Builder, node: Node) -> Any:
     fields = {"value": "t", "value_float": "f", "value_floats": "floats", "value_int": "i", "value_ints": "ints"}
     for name, field in fields.items():
         if name in node.attributes:
+            node.ignore(name)
             value = getattr(node.attributes[name], field)
             return value if field == "t" else np.asarray(value, np.float32 if "float" in name else np.int64)
     return node.refuse(f"has attributes {sorted(node.attributes)}; required: a tensor or numbers")
@@ -359,6 +374,12 @@ def _cast(_: Builder, node: Node) -> Any:
     if node.op == "Cast" and node.integer("to", 0) not in _FLOATS:
         node.refuse(f"casts what is computed to element type {node.integer('to', 0)}; required: float16, float32 or "
                     "float64")
+    if node.op == "CastLike":
+        like = node.value(1)
+        if not isinstance(like, patterns.COMPUTED) and node.constant(1).dtype.kind != "f":
+            node.refuse(f"casts what is computed to {node.constant(1).dtype}; required: a floating-point type")
+        if not isinstance(node.value(0), patterns.COMPUTED):  # like what is computed
+            return node.constant(0).astype(np.float32)
     return node.moving()
 
 
@@ -399,6 +420,12 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 
 _ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"
 _NORMALISATION, _BRANCH = "BatchNormalization, whose values do not depend on the image", "If with a constant condition"
+# Attributes and inputs that may be given and need not be read: what matters in training alone, to outputs that nobody
+# reads, to other modes than the one that is read, or to types that are refused. Each other one is read, or must be what
+# it is by default.
+IGNORED = {"antialias", "cubic_coeff_a", "exclude_outside", "extrapolation_value", "momentum", "ratio", "roi",
+           "round_mode", "saturate", "seed", "storage_order"}
+
 NEAREST = {
     **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Softplus",
                      "Softsign", "Swish", "Tanh", "ThresholdedRelu"), _ACTIVATION),

@@ -7,9 +7,10 @@ file leaves open counts as 1.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import ChainMap, Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,29 +20,33 @@ from onnx import numpy_helper
 
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
-from fastdtd.importers.onnx.operators import NEAREST, OPERATORS
+from fastdtd.importers.onnx.operators import IGNORED, NEAREST, OPERATORS
 from fastdtd.importers.onnx.runtime import OnnxRuntime
-from fastdtd.importers.patterns import Squares, ValueNode, as_tensor
+from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 MIN_OPSET = 7  # before it, broadcasting was an attribute
-BUDGET = 2**24  # elements that a file's constant arithmetic may make, and eight more for each of its bytes
+NEWEST_OPSET = 28  # whose operators' attributes and inputs tests go through
 _PASSING = {"Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub"}  # what preprocessing is made of
+_DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
+_LOG = logging.getLogger("fastdtd")
 
 
-def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None) -> Parsed:
+def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None,
+          limit: int | None = None) -> Parsed:
     """The network in an ONNX file: its first output, and the layers that lead to it. The format is opset and producer.
 
     size: replaces the input size in the file. others: by name, files that may hold weights of this one. It names where
-    in them, but no file that is not given is read. Raises ConversionError and ModelError.
+    in them, but no file that is not given is read. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
     """
     try:
         model = onnx.ModelProto.FromString(data)
         _embed(model, others or {})
-        return _parse(model, size, BUDGET + 8 * (len(data) + sum(map(len, (others or {}).values()))))
+        return _parse(model, size, Budget(len(data) + sum(map(len, (others or {}).values())), limit))
     except DecodeError:
         raise ConversionError("damaged, or no ONNX file") from None
     except UnicodeDecodeError:
@@ -70,23 +75,27 @@ def _embed(model: Any, others: Mapping[str, bytes]) -> None:
         tensor.ClearField("external_data")
 
 
-def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
+def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     if not model.graph.node or not model.graph.output:
         raise ConversionError("damaged, or no ONNX file: it holds no network")
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+    opset = max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=1)
     if opset < MIN_OPSET:
         raise ConversionError(f"written for ONNX opset {opset}; required: {MIN_OPSET} or later. onnx.version_converter "
                               "raises it")
+    if opset > NEWEST_OPSET:  # mostly new element types; refusing all would help nobody, for scores are compared
+        _LOG.warning("written for ONNX opset %d; %d is the newest that this version was tested with: make sure that "
+                     "its scores are compared", opset, NEWEST_OPSET)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         raise ConversionError(f"the network has {len(inputs)} inputs ({', '.join(repr(i.name) for i in inputs[:5])}); "
                               "required: one")
     output = model.graph.output[0].name
-    nodes = _nodes_leading_to(output, model.graph.node)
+    nodes = _nodes_leading_to(output, model.graph.node, {inputs[0].name, *weights})
     channels_last = _has_channels_last(inputs[0].name, [proto for _, proto in nodes])
     x, batch = _input(inputs[0], size, channels_last)
-    reader = Reader(Builder(batch or 1), opset, budget, nodes)
+    functions = {function.name for function in model.functions if function.domain in _DOMAINS}
+    reader = Reader(Builder(budget, batch or 1), opset, nodes, functions)
     reader.values.update({inputs[0].name: x}, **weights)
     steps: list[tuple[str, Any, Any]] = []
     for index, proto in nodes:
@@ -101,7 +110,8 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
     file_format = f"onnx opset {opset}" + (f" from {producer}" if producer else "")
     steps = [step for step in steps if isinstance(step[2], Tensor)]
     graph = _only(model.graph, inputs[0], [batch or 1, *x.dims], output, nodes)
-    runtime = OnnxRuntime(reader.builder, x, batch or 1, steps=steps, graph=graph, opset=opset)
+    runtime = OnnxRuntime(reader.builder, x, batch or 1, elements=reader.elements, steps=steps, graph=graph,
+                          opset=opset)
     return Parsed(layers, x.shape, file_format + (", channels last" if channels_last else ""), runtime)
 
 
@@ -154,13 +164,15 @@ def _input(value: Any, size: tuple[int, int] | None, channels_last: bool) -> tup
     return Tensor.whole(INPUT, shape, dims[1:]), dims[0]
 
 
-def _nodes_leading_to(output: str, nodes: Sequence[Any]) -> list[tuple[int, Any]]:
-    """The nodes that `output` needs, with their indices in the file."""
+def _nodes_leading_to(output: str, nodes: Sequence[Any], given: Set[str]) -> list[tuple[int, Any]]:
+    """The nodes that `output` needs, with their indices in the file. given: names of the input and the weights."""
     maker: dict[str, int] = {}
     for index, node in enumerate(nodes):
         for name in filter(None, node.output):
-            if name in maker:
-                raise ConversionError(f"damaged: two nodes make the tensor {name!r}")
+            if name in maker or name in given:
+                others = "two nodes make" if name in maker else "a node makes"
+                raise ConversionError(f"damaged: {others} the tensor {name!r}"
+                                      + ("" if name in maker else ", which is an input or a weight"))
             maker[name] = index
     needed: set[int] = set()
     waiting = [output]
@@ -189,28 +201,47 @@ def _read_by(node: Any) -> Iterator[str]:
             yield from (value.name for value in attribute.g.output)
 
 
+def _value(attribute: Any) -> Any:
+    """Of an attribute, or of a default, which may be none; texts as such."""
+    if not attribute.name:
+        return None
+    value = onnx.helper.get_attribute_value(attribute)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _widened(tensor: Any) -> Array:
+    """A bfloat16 tensor as float32, of which it is the upper half."""
+    upper = np.frombuffer(tensor.raw_data, "<u2") if tensor.raw_data else np.array(tensor.int32_data, np.uint16)
+    return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
 class Reader:
     """The values that the nodes read so far have made: tensors, and constants, which are arrays or TensorProtos."""
 
-    def __init__(self, builder: Builder, opset: int, budget: int, nodes: Sequence[tuple[int, Any]]) -> None:
-        self.builder, self.opset = builder, opset
+    def __init__(self, builder: Builder, opset: int, nodes: Sequence[tuple[int, Any]], functions: Set[str]) -> None:
+        self.builder, self.opset, self.functions = builder, opset, functions
         self.values: ChainMap[str, Any] = ChainMap({})
+        self.elements = 0  # of all that was made, as a runtime would
         times = Counter(proto.name for _, proto in nodes)
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
-        self.budget = budget
 
     def read(self, proto: Any, index: int, count: int) -> Node:
         """Add what a node makes."""
         node = Node(self, proto, index, count)
-        is_foreign = node.domain not in ("", "ai.onnx")
+        is_foreign = node.domain not in _DOMAINS
+        if node.op in self.functions or getattr(proto, "overload", "") != "":
+            node.refuse("is a function of the file's own; required: ONNX's operators. onnx.inliner puts them in its "
+                        "place")
         if is_foreign or (node.op not in OPERATORS and node.op not in constants.OPERATORS):
             node.refuse(f"is an operator{f' of domain {node.domain!r}' if is_foreign else ''} that is not supported; "
                         f"nearest: {nearest(node.op, NEAREST, OPERATORS, constants.OPERATORS)}; supported: "
                         f"{', '.join(sorted(OPERATORS))}")
         if not node.outputs:
             node.refuse("has no output")
-        inputs = [i for i, name in enumerate(node.inputs) if name]
-        if node.op in constants.OPERATORS and not any(map(node.is_computed, inputs)):
+        node.check_known(proto)
+        self.builder.budget.step(node, 1)
+        is_computed = any(isinstance(self.values.get(name), COMPUTED) for name in node.inputs)
+        if node.op in constants.OPERATORS and not is_computed:
             made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])
         elif node.op in OPERATORS:
             with self.builder.at(node):
@@ -218,16 +249,21 @@ class Reader:
         else:
             node.refuse("reads what is computed; required: constants. Supported of what is computed: "
                         f"{', '.join(sorted(OPERATORS))}")
+        node.check_read()
         for name, value in zip(node.outputs, made if isinstance(made, list) else [made], strict=False):
             self.values[name] = value
+            if isinstance(value, (Tensor, Squares)):
+                self.elements += self.builder.batch * (value.view if isinstance(value, Squares) else value).elements
+            elif isinstance(value, np.ndarray):
+                self.elements += value.size
         return node
 
     def read_branch(self, node: Node, name: str) -> list[Any]:
         """What a graph within a node makes, read where the node is; its other graphs, which are not read, go."""
-        branch = node.graph(name)
-        for other, attribute in node.attributes.items():
-            if attribute.type == onnx.AttributeProto.GRAPH and other != name:
-                attribute.g.CopyFrom(_zeros(len(branch.output)))
+        branches = {each: node.graph(each) for each in ("then_branch", "else_branch")}
+        branch = branches.pop(name)
+        for other in branches.values():
+            other.CopyFrom(_zeros(len(branch.output)))
         self.values = self.values.new_child({tensor.name: tensor for tensor in branch.initializer})
         try:
             for proto in branch.node:
@@ -247,6 +283,7 @@ class Node(ValueNode):
         self.outputs: list[str] = list(proto.output)
         self.attributes = {attribute.name: attribute for attribute in proto.attribute}
         self.index, self.count = index, count
+        self._read: set[str | int] = set()  # names of attributes, positions of inputs
         output = self.outputs[0] if self.outputs else ""
         is_taken = output in reader.names or output in reader.builder.layers or output in ("", INPUT)
         self.layer_name = self.name if self.name in reader.names else f"{self.op}{index}" if is_taken else output
@@ -257,11 +294,45 @@ class Node(ValueNode):
         return f"{self.op} {name} (node {self.index + 1} of {self.count}, reads {reads})"
 
     def spend(self, count: int) -> None:
-        """Refuse a constant that is too large."""
-        self.reader.budget -= count
-        if self.reader.budget < 0:
-            self.refuse(f"makes a constant of {count} elements; with it, constants are larger than is accepted for a "
-                        "file of this size")
+        """Ask for a constant of `count` elements before it is made."""
+        self.builder.budget.take(self, count)
+
+    # What is read
+
+    def check_known(self, proto: Any) -> None:
+        """Refuse what ONNX does not know of the operator: nobody has said what it means."""
+        try:
+            self._schema = onnx.defs.get_schema(self.op, self.opset)
+        except onnx.defs.SchemaError:
+            self.refuse(f"is no operator of ONNX's opset {self.opset}, which the file is written for")
+        if len(self.inputs) > self._schema.max_input:
+            self.refuse(f"has {len(self.inputs)} inputs; required: at most {self._schema.max_input}")
+        if len(self.attributes) < len(proto.attribute):
+            self.refuse("has an attribute twice")
+        for name, attribute in self.attributes.items():
+            if name not in self._schema.attributes:
+                known = ", ".join(sorted(self._schema.attributes)) or "none"
+                self.refuse(f"has an attribute {name[:60]!r} that it has not in opset {self.opset}, as onnx "
+                            f"{onnx.__version__} knows it; required: one of its own ({known})")
+            if attribute.ref_attr_name:
+                self.refuse(f"takes its {name} from a function that it is not in")
+
+    def check_read(self) -> None:
+        """Refuse what was given and not read, unless it is what is computed without it."""
+        for name, attribute in self.attributes.items():
+            default = self._schema.attributes[name].default_value
+            values = [_value(each) for each in (attribute, default)]
+            if name not in self._read and name not in IGNORED and values[0] != values[1]:
+                self.refuse(f"has {name} {str(values[0])[:60]}, which is not supported; required: "
+                            + ("none" if values[1] is None else str(values[1])))
+        for i, name in enumerate(self.inputs):
+            formal = self._schema.inputs[min(i, len(self._schema.inputs) - 1)].name
+            if name and i not in self._read and formal not in IGNORED:
+                self.refuse(f"has {name!r} as its {formal}, which is not supported; required: none")
+
+    def ignore(self, *names: str) -> None:
+        """Count attributes as read that mean nothing beside others."""
+        self._read.update(names)
 
     # Inputs
 
@@ -271,6 +342,7 @@ class Node(ValueNode):
     def value(self, key: int) -> Any:
         if not self.has_input(key):
             self.refuse(f"lacks its input {key + 1}")
+        self._read.add(key)
         if self.inputs[key] not in self.reader.values:
             self.refuse(f"reads {self.inputs[key]!r}, which no node before it makes as its first output")
         return self.reader.values[self.inputs[key]]
@@ -286,11 +358,14 @@ class Node(ValueNode):
             self.refuse(f"has its constant {tensor.name!r} in another file; required: weights inside the .onnx file, "
                         "in NAME.onnx.data beside it, or in a second file that is given")
         if tensor.data_type not in constants.TYPES:
-            self.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: float16, "
-                        "float32, float64, int32, int64 or bool")
+            self.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: "
+                        f"{constants.TYPES_TEXT}")
+        self.builder.budget.take(self, tensor.ByteSize(), 1)  # it may be read again and again
         try:
             if min(tensor.dims, default=0) < 0:
                 raise ValueError
+            if tensor.data_type == onnx.TensorProto.BFLOAT16:
+                return _widened(tensor).reshape(tuple(tensor.dims))
             return np.asarray(numpy_helper.to_array(tensor))  # a view: dims beyond the file's bytes allocate nothing
         except (ValueError, TypeError):
             self.refuse(f"has a damaged constant {tensor.name!r}: its shape {tuple(tensor.dims)} does not fit its "
@@ -319,6 +394,7 @@ class Node(ValueNode):
     # Attributes
 
     def _attribute(self, name: str, kind: str, default: Any = None) -> Any:
+        self._read.add(name)
         attribute = self.attributes.get(name)
         if attribute is None:
             return default

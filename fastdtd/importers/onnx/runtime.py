@@ -17,7 +17,7 @@ from fastdtd.importers.moves import Array
 from fastdtd.importers.verify import NotComparedError, Runtime
 
 _IR_VERSION = 8  # that every onnxruntime of today takes
-_HALF_TOLERANCE = 1e-2  # some units in the last place of float16
+_TOLERANCES = {onnx.TensorProto.FLOAT16: 1e-2, onnx.TensorProto.BFLOAT16: 5e-2}  # some units in the last place
 
 
 @dataclass
@@ -32,14 +32,13 @@ class OnnxRuntime(Runtime):
         for tensor in _tensors(self.graph):
             if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
                 raise NotComparedError("it names weights in another file that were not read")
-            if tensor.data_type == onnx.TensorProto.FLOAT16:
-                self.tolerance = _HALF_TOLERANCE
+            self.tolerance = max(self.tolerance, _TOLERANCES.get(tensor.data_type, 0.0))
         self.dtype = onnx.helper.tensor_dtype_to_np_dtype(self.graph.input[0].type.tensor_type.elem_type)
         try:
             import onnxruntime
         except ModuleNotFoundError:
             self.max_operations, self.pool_operations = 2e9, 500  # it is NumPy, and loops over windows,
-            self.max_elements = min(self.max_elements, 2**26)  # and keeps all tensors
+            self.max_elements = 2**26  # and keeps all tensors
             return f"onnx {onnx.__version__}'s reference"
         return f"onnxruntime {onnxruntime.__version__}"
 

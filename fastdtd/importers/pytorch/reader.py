@@ -22,6 +22,7 @@ import torch
 
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT
+from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import Array
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
@@ -30,10 +31,10 @@ from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 
-def parse(module: Any, example: Any) -> Parsed:
+def parse(module: Any, example: Any, limit: int | None = None) -> Parsed:
     """What `module` computes for `example`, a tensor (N, C, H, W), (N, C, L) or (N, F).
 
-    Raises ConversionError, also for what torch.export cannot export, and ModelError.
+    limit: bytes, see `Budget`. Raises ConversionError, also for what torch.export cannot export, and ModelError.
     """
     if not isinstance(module, torch.nn.Module):
         raise ConversionError(f"a {type(module).__name__} was given; required: a torch.nn.Module")
@@ -47,7 +48,7 @@ def parse(module: Any, example: Any) -> Parsed:
             exported = _exported(module, example)
     except Exception as error:  # whatever the module's code raises while it is traced
         raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
-    return _read(exported, example, module)
+    return _read(exported, example, module, limit)
 
 
 def _exported(module: Any, example: Any) -> Any:
@@ -70,7 +71,7 @@ def _functional(exported: Any) -> Any:
     return exported.run_decompositions({})  # no operator is taken apart
 
 
-def _read(exported: Any, example: Any, module: Any) -> Parsed:
+def _read(exported: Any, example: Any, module: Any, limit: int | None) -> Parsed:
     """What the torch.export.ExportedProgram of `module` computes, in which nothing is written in place."""
     signature = exported.graph_signature
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
@@ -78,7 +79,8 @@ def _read(exported: Any, example: Any, module: Any) -> Parsed:
                               "outputs; required: one of each")
     dims = tuple(int(n) for n in example.shape[1:])
     shape = layer_shape(dims)
-    reader = Reader(Builder(len(example)), exported)
+    held = sum(value.numel() * value.element_size() for value in exported.state_dict.values())
+    reader = Reader(Builder(Budget(held, limit), len(example)), exported)
     output = next(node for node in exported.graph.nodes if node.name == signature.user_outputs[0])
     needed = _leading_to(output)
     for node in exported.graph.nodes:
