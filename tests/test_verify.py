@@ -149,5 +149,5 @@ def test_what_is_small_here_and_large_there_is_not_run(convert_nodes, shape, cou
     nodes = [node("Transpose", [f"t{i}" if i else "x"], [f"t{i + 1}"], perm=[0, 1, 3, 2]) for i in range(count)]
     nodes += [node("GlobalAveragePool", [f"t{count}"], ["p"]), node("Flatten", ["p"], ["y"])]
     assert "verified" not in convert_nodes(nodes, shape=shape).provenance
-    with pytest.raises(ConversionError, match=r"its nodes make \d+ elements for \d+ images, and at most (67108864|1073741824)"):
+    with pytest.raises(ConversionError, match=r"its nodes make \d+ elements for \d+ images, and at most \d+ are"):
         convert_nodes(nodes, shape=shape, verify=True)
