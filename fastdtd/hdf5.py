@@ -36,17 +36,15 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Object:
-    """What a file holds, most often a group or a dataset, and the bytes of the file."""
+    """What a file holds, most often a group or a dataset, and the bytes of the file.
+
+    address : where its header is in the file, the same for all links that lead to it. It is taken from the link: the
+    library, asked of the object, would go through its indices, whatever they are.
+    """
 
     h5: Any  # as h5py gives it
     content: Content
-
-    @property
-    def address(self) -> int:
-        """Where its header is in the file: the same for all links that lead to it."""
-        from h5py import h5o
-
-        return int(h5o.get_info(self.h5.id).addr)
+    address: int
 
 
 @contextlib.contextmanager
@@ -69,7 +67,10 @@ def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]
             file = stack.enter_context(h5py.File(stream, "r", locking=False))
             if file.id.get_create_plist().get_sizes() != (8, 8):
                 raise ModelError(f"does not use 8-byte HDF5 addresses; required: {required}")
-        yield Object(file, content)
+            outermost = Object(file, content, hdf5_storage.root_address(content))
+            if reason := hdf5_storage.why_not_opened(content, outermost.address):
+                raise ModelError(f"holds its groups {reason}")
+        yield outermost
 
 
 @contextlib.contextmanager
@@ -87,6 +88,7 @@ def children(group: Object, where: str, limit: int, known: Iterable[str] | None 
     import h5py
 
     links: list[bytes] = []
+    found: dict[str, Object] = {}
 
     def collect(link: bytes) -> bool | None:
         links.append(link)
@@ -98,16 +100,16 @@ def children(group: Object, where: str, limit: int, known: Iterable[str] | None 
         require_known(names, known, where, "member")
     if len(links) > limit:
         raise ModelError(f"{where} holds more than {limit} objects; required: at most {limit}")
-    for link, name in zip(links, names, strict=True):
+    for name, link in sorted(zip(names, links, strict=True)):
         info = group.h5.id.links.get_info(link)
         if info.type != h5py.h5l.TYPE_HARD:
             raise ModelError(
                 f"{where} holds {name!r} as a soft, external or user-defined link; required: the object itself "
                 "(h5repack and h5copy resolve links)")
-        if hdf5_storage.is_virtual(group.content, info.u):
-            raise ModelError(f"{where} holds {name!r} as a virtual dataset, whose data are in other files; required: "
-                             "data in this file (h5repack brings it in)")
-    return {name: Object(group.h5[link], group.content) for name, link in sorted(zip(names, links, strict=True))}
+        if reason := hdf5_storage.why_not_opened(group.content, info.u):
+            raise ModelError(f"{where} holds {name!r} {reason}")
+        found[name] = Object(group.h5[link], group.content, info.u)
+    return found
 
 
 def group(child: Object, where: str) -> Object:

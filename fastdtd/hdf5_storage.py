@@ -82,6 +82,11 @@ class Content:
             view = view[count:]
         return made
 
+    def start_at(self, address: bytes) -> bytes:
+        """How what is at an address begins, as far as it is there."""
+        start = int.from_bytes(address, "little")
+        return self.read(start, min(30, self.size - start)) if start < self.size else b""
+
     def strings(self, references: bytes, longest: int) -> list[bytes]:
         """Strings of variable length."""
         found = []
@@ -248,14 +253,46 @@ def _lzf(packed: bytes | bytearray, largest: int) -> bytes:
 # Headers of objects, of which the library is not asked where it would go to a global heap: it copies as many bytes of a
 # string as are claimed, and there are damaged heaps of which it finds no end.
 
-_LAYOUT, _ATTRIBUTE, _CONTINUATION = 0x08, 0x0C, 0x10  # types of messages
-_VIRTUAL = 3
+_LINKS, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _ATTRIBUTES = 0x02, 0x08, 0x0C, 0x10, 0x15  # types of messages
+_CHUNKED, _VIRTUAL = 2, 3
+_NODE_BYTES = 2**16  # that a node of a B-tree may have in a file of any size
 
 
-def is_virtual(content: Content, address: int) -> bool:
-    """Whether the object at `address` is a virtual dataset, which the library looks up in a heap when it opens it."""
-    return any(kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL])
-               for kind, _, body in _messages(content, address))
+def root_address(content: Content) -> int:
+    """Where the header of the outermost group is."""
+    at = {0: 64, 1: 68}.get(content.read(8, 1)[0], 36)  # in the superblock, by its version
+    return int.from_bytes(content.read(at, 8), "little")
+
+
+def why_not_opened(content: Content, address: int) -> str:
+    """Why the library must not be given the object at `address`; nothing where it may be.
+
+    It looks a virtual dataset up in a heap when it opens it, and takes as much memory for a node of a B-tree as the tree
+    says that its nodes have.
+    """
+    for kind, _, body in _messages(content, address):
+        if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):
+            return ("as a virtual dataset, whose data are in other files; required: data in this file (h5repack brings "
+                    "it in)")
+        for head in _trees(content, kind, body):
+            size = int.from_bytes(head[6:10], "little")
+            if head.startswith(b"BTHD\0") and size > max(_NODE_BYTES, content.size):
+                return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
+                        "required: an undamaged file")
+    return ""
+
+
+def _trees(content: Content, kind: int, body: bytes) -> list[bytes]:
+    """How the B-trees of version 2 begin that a message names: indices of chunks, and of links, attributes and large
+    objects in a heap."""
+    if kind == _LAYOUT and body[:1] > b"\3" and body[1:2] == bytes([_CHUNKED]) and len(body) > 4:
+        index = 5 + body[3] * body[4]  # behind the chunk's sides
+        return [content.start_at(body[index + 7:index + 15])] if body[index:index + 1] == b"\5" else []
+    if kind in (_LINKS, _ATTRIBUTES) and len(body) > 1:
+        at = 2 + (8 if kind == _LINKS else 2) * (body[1] & 1)
+        heap = content.start_at(body[at:at + 8])
+        return [content.start_at(address) for address in (body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30])]
+    return []
 
 
 def attribute_references(content: Content, address: int, name: bytes) -> bytes:

@@ -27,14 +27,14 @@ layer { name: "f" type: "InnerProduct" bottom: "g" top: "f" inner_product_param 
 layer { name: "z" type: "Softmax" bottom: "f" top: "z" }
 '''
 ARRAYS = {"c": [numbers(4, 3, 3, 3), numbers(4)], "n": [numbers(4), numbers(4) ** 2, numbers(1) ** 2],
-          "s": [numbers(4), numbers(4)], "d": [numbers(4, 4, 2, 2)], "f": [numbers(3, 8), numbers(3)]}
+          "s": [numbers(4), numbers(4)], "d": [numbers(4, 4, 2, 2)], "f": [numbers(3, 8), numbers(3) ** 2]}
 OLD = '''
 input: "x" input_dim: 1 input_dim: 3 input_dim: 9 input_dim: 8
 layers { name: "c" type: CONVOLUTION bottom: "x" top: "c" convolution_param { num_output: 4 kernel_size: 3 } }
 layers { name: "r" type: RELU bottom: "c" top: "c" }
 layers { name: "f" type: INNER_PRODUCT bottom: "c" top: "f" inner_product_param { num_output: 2 } }
 '''
-OLD_ARRAYS = {"c": [numbers(4, 3, 3, 3), numbers(4)], "f": [numbers(2, 168), numbers(2)]}
+OLD_ARRAYS = {"c": [numbers(4, 3, 3, 3), numbers(4)], "f": [numbers(2, 168), numbers(2) + 9]}
 
 
 def written(text, arrays, is_old):

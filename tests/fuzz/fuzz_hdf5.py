@@ -198,4 +198,4 @@ def use(folder):
     check_model(fastdtd.load(folder / "net.h5"), folder)
 
 
-FORMAT = Format("hdf5", [{"net.h5": content} for content in BASES], mutate, use)
+FORMAT = Format("hdf5", [{"net.h5": content} for content in BASES], mutate, use, memory=2**26)

@@ -87,7 +87,7 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: int) -> Parsed:
     channels_last = _has_channels_last(inputs[0].name, [proto for _, proto in nodes])
     x, batch = _input(inputs[0], size, channels_last)
     reader = Reader(Builder(batch or 1), opset, budget, nodes)
-    reader.values.update({inputs[0].name: x}, **weights)
+    reader.values.update({inputs[0].name: x} | weights)
     for index, proto in nodes:
         reader.read(proto, index, len(model.graph.node))
     result = reader.values.get(output)
