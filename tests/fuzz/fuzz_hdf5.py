@@ -124,8 +124,19 @@ class Map:
                 place += 8 + length
 
 
+def write_anew(source, target, **storage):
+    """All that a group holds, as the target's version of HDF5 has it; storage: of the weight."""
+    for name, value in source.attrs.items():
+        target.attrs.create(name, np.bytes_(value) if isinstance(value, str) else value)
+    for name, member in source.items():
+        if isinstance(member, h5py.Group):
+            write_anew(member, target.create_group(name), **storage)
+        else:
+            target.create_dataset(name, data=member[()], dtype=member.dtype, **storage if name == "weight" else {})
+
+
 def bases():
-    """Our own files, by each writer of HDF5's library and with each kind of index of chunks."""
+    """Our own files, by each writer of HDF5's library, with each kind of index of chunks, and with many layers."""
     made = []
     with tempfile.TemporaryDirectory() as name:
         small, other = Path(name) / "small.h5", Path(name) / "other.h5"
@@ -141,15 +152,13 @@ def bases():
         for version in "earliest", "v108", "latest":
             for how in storage:
                 with h5py.File(small) as source, h5py.File(other, "w", libver=version) as file:
-                    file.attrs.update(source.attrs)
-                    for member in source:
-                        source.copy(member, file)
-                    del file["layers/a/weight"]
-                    file["layers/a"].create_dataset("weight", data=numbers(2, 3, 1, 1), **how)
-                    file["layers/a"].attrs["name"] = "a"
-                    file["layers/b"].attrs.create("inputs", np.array(["a"], "S1"))
+                    write_anew(source, file, **how)
                 fastdtd.load(other)
                 made.append(other.read_bytes())
+        relus = [fastdtd.graph.ReLU(f"r{i}", (f"r{i - 1}" if i else "input",)) for i in range(9)]
+        many = fastdtd.Graph((*relus, fastdtd.graph.GlobalAveragePool("p", ("r8",))), (3, 4, 4))
+        fastdtd.save(fastdtd.Model(many, provenance={f"key {i}": "value" for i in range(9)}), other)
+        made.append(other.read_bytes())
     return made
 
 
