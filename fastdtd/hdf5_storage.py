@@ -267,8 +267,8 @@ def root_address(content: Content) -> int:
 def why_not_opened(content: Content, address: int) -> str:
     """Why the library must not be given the object at `address`; nothing where it may be.
 
-    It looks a virtual dataset up in a heap when it opens it, and takes as much memory for a node of a B-tree as the tree
-    says that its nodes have.
+    It looks a virtual dataset up in a heap when it opens it, and takes as much memory for a node of a B-tree as the
+    tree says that its nodes have.
     """
     for kind, _, body in _messages(content, address):
         if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):

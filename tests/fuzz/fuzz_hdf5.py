@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 from fuzzing import Format, check_model
-from model_files import numbers, write_small
+from model_files import write_small
 from mutating import spoiled, whole
 
 import fastdtd
@@ -189,8 +189,9 @@ def mutated(rng, content, mapped):
         del data[len(content):]
     if rng.random() < 0.9:
         for start, length in mapped.checked:
-            if data[start:start + length] != content[start:start + length] and start + length + 4 <= len(data):
-                data[start + length:start + length + 4] = lookup3(bytes(data[start:start + length])).to_bytes(4, "little")
+            end = start + length
+            if data[start:end] != content[start:end] and end + 4 <= len(data):
+                data[end:end + 4] = lookup3(bytes(data[start:end])).to_bytes(4, "little")
     return bytes(data)
 
 

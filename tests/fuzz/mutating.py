@@ -19,7 +19,7 @@ def whole(rng, bits=64, signed=False):
 
 
 def spoiled(rng, content, spots=(), keep_length=False):
-    """Bytes of which a few are changed, copied, left out, repeated or cut off; `spots`: where half of the changes are."""
+    """Bytes of which a few are changed, copied, left out, repeated or cut off; half of it happens at `spots`."""
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
         if not data:

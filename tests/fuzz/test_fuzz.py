@@ -66,7 +66,7 @@ def take_memory():
 
 
 HARM = {"crash": (crash, "SIGSEGV"), "hang": (lambda: time.sleep(9), "takes more than 1 s"),
-        "memory": (take_memory, "more than 64 MiB of memory"), "error": (lambda: [][1], "IndexError in "),
+        "memory": (take_memory, "more than 64 MiB of memory"), "error": (lambda: {}["x"], "KeyError in "),
         "end": (lambda: os._exit(3), "exit status 3")}
 
 
