@@ -205,7 +205,9 @@ def mutate(case, rng):
 
 
 def use(folder):
-    check_model(fastdtd.load(folder / "net.h5"), folder)
+    model = fastdtd.load(folder / "net.h5")
+    if check_model(model, folder) is not None and model.preprocessing.color is not None:
+        fastdtd.Explainer(model, threads=1)(np.arange(36, dtype=np.uint8).reshape(4, 3, 3) * 7)
 
 
 FORMAT = Format("hdf5", [{"net.h5": content} for content in BASES], mutate, use, memory=2**26)

@@ -18,7 +18,7 @@ from fastdtd.importers.onnx.operators import NEAREST, OPERATORS
 ATTRIBUTES = ("alpha", "auto_pad", "axes", "axis", "beta", "bias", "blocksize", "ceil_mode", "count_include_pad",
               "dilations", "epsilon", "group", "keepdims", "kernel_shape", "mode", "momentum", "output_padding",
               "output_shape", "p", "pads", "perm", "size", "split", "storage_order", "strides", "to", "transA",
-              "transB", "value", "coordinate_transformation_mode", "nearest_mode", "allowzero", "num_outputs", "num_groups")
+              "transB", "value", "coordinate_transformation_mode", "nearest_mode", "allowzero", "num_outputs")
 WORDS = (*OPERATORS, *NEAREST, *ATTRIBUTES, "", "x", "y", "SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET", "CRD", "DCR",
          "nearest", "linear", "reflect", "edge", "constant", "location", "net.onnx.data", "a" * 300)
 CHEAP = 3e5  # multiply-adds of networks that ONNX's evaluator runs
@@ -47,7 +47,8 @@ def bases():
         onnx_file([*conv, node("Transpose", ["r"], ["u"], perm=[0, 2, 3, 1]),
                    node("Slice", ["u", "from", "to", "axes"], ["v"]),
                    node("Transpose", ["v"], ["q"], perm=[0, 3, 1, 2]), node("Pad", ["q", "pads"], ["g"]),
-                   node("Concat", ["g", "g"], ["j"], axis=1), node("Split", ["j", "parts"], ["t", "other"], axis=1), *head],
+                   node("Concat", ["g", "g"], ["j"], axis=1),
+                   node("Split", ["j", "parts"], ["t", "other"], axis=1), *head],
                   weights | dense | {"from": ints(1), "to": ints(4), "axes": ints(1),
                                      "pads": ints(0, 0, 1, 0, 0, 0, 0, 1), "parts": ints(4, 4)}),
         onnx_file([*conv, node("ConvTranspose", ["r", "o"], ["u"], strides=[2, 2], output_padding=[1, 0]),
