@@ -254,7 +254,9 @@ def _lzf(packed: bytes | bytearray, largest: int) -> bytes:
 # string as are claimed, and there are damaged heaps of which it finds no end.
 
 _LINKS, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _ATTRIBUTES = 0x02, 0x08, 0x0C, 0x10, 0x15  # types of messages
-_CHUNKED, _VIRTUAL = 2, 3
+_CHUNKED, _VIRTUAL = 2, 3  # layouts
+_FIXED_ARRAY = 3  # the last of the indices that cannot grow
+_NOWHERE = b"\xff" * 8  # the address of what is not there
 _NODE_BYTES = 2**16  # that a node of a B-tree may have in a file of any size
 
 
@@ -267,32 +269,34 @@ def root_address(content: Content) -> int:
 def why_not_opened(content: Content, address: int) -> str:
     """Why the library must not be given the object at `address`; nothing where it may be.
 
-    It looks a virtual dataset up in a heap when it opens it, and takes as much memory for a node of a B-tree as the
-    tree says that its nodes have.
+    What its versions from 1.8 and 1.10 on can write, and few files have, it does not read safely. It looks a virtual
+    dataset up when it opens it. Where attributes are kept apart, one that claims to be shared crashes it; where chunks
+    are in an index that can grow, sizes in that make it allocate and search without end.
     """
     for kind, _, body in _messages(content, address):
         if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):
             return ("as a virtual dataset, whose data are in other files; required: data in this file (h5repack brings "
                     "it in)")
-        for head in _trees(content, kind, body):
-            size = int.from_bytes(head[6:10], "little")
-            if head.startswith(b"BTHD\0") and size > max(_NODE_BYTES, content.size):
-                return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
-                        "required: an undamaged file")
+        if kind == _LAYOUT and body[:1] > b"\3" and body[1:2] == bytes([_CHUNKED]) and len(body) > 4:
+            index = 5 + body[3] * body[4]  # behind the chunk's sides
+            if body[index:index + 1] > bytes([_FIXED_ARRAY]):
+                return ("with chunks in an index that can grow, of HDF5 1.10 or later; required: the older one, as h5py "
+                        "writes it unless told libver='latest'")
+        if kind == _ATTRIBUTES and len(body) > 1:
+            at = 2 + 2 * (body[1] & 1)
+            if body[at:at + 8] != _NOWHERE:
+                return ("with so many or large attributes that HDF5 keeps them apart; required: at most eight, of "
+                        "less than 64 KiB, or the older format, as h5py writes it unless told libver='latest'")
+        if kind == _LINKS and len(body) > 1:
+            at = 2 + 8 * (body[1] & 1)
+            heap = content.start_at(body[at:at + 8])
+            for tree in body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30]:
+                head = content.start_at(tree)
+                size = int.from_bytes(head[6:10], "little")
+                if head.startswith(b"BTHD\0") and size > max(_NODE_BYTES, content.size):
+                    return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
+                            "required: an undamaged file")
     return ""
-
-
-def _trees(content: Content, kind: int, body: bytes) -> list[bytes]:
-    """How the B-trees of version 2 begin that a message names: indices of chunks, and of links, attributes and large
-    objects in a heap."""
-    if kind == _LAYOUT and body[:1] > b"\3" and body[1:2] == bytes([_CHUNKED]) and len(body) > 4:
-        index = 5 + body[3] * body[4]  # behind the chunk's sides
-        return [content.start_at(body[index + 7:index + 15])] if body[index:index + 1] == b"\5" else []
-    if kind in (_LINKS, _ATTRIBUTES) and len(body) > 1:
-        at = 2 + (8 if kind == _LINKS else 2) * (body[1] & 1)
-        heap = content.start_at(body[at:at + 8])
-        return [content.start_at(address) for address in (body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30])]
-    return []
 
 
 def attribute_references(content: Content, address: int, name: bytes) -> bytes:

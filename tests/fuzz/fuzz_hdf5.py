@@ -153,8 +153,9 @@ def bases():
             for how in storage:
                 with h5py.File(small) as source, h5py.File(other, "w", libver=version) as file:
                     write_anew(source, file, **how)
-                fastdtd.load(other)
-                made.append(other.read_bytes())
+                if "maxshape" not in how or version != "latest":  # which is an index of chunks that is not read
+                    fastdtd.load(other)
+                    made.append(other.read_bytes())
         relus = [fastdtd.graph.ReLU(f"r{i}", (f"r{i - 1}" if i else "input",)) for i in range(9)]
         many = fastdtd.Graph((*relus, fastdtd.graph.GlobalAveragePool("p", ("r8",))), (3, 4, 4))
         fastdtd.save(fastdtd.Model(many, provenance={f"key {i}": "value" for i in range(9)}), other)

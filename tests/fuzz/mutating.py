@@ -3,6 +3,7 @@
 import copy
 import math
 
+LARGEST = 2**18  # bytes of a message to which more is added
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-30, 3.4e38, -3.4e38, 1e300, math.inf, -math.inf, math.nan)
 
 
@@ -125,6 +126,8 @@ def messages(root):
 def spoil_message(rng, root, words):
     """Change a message in a few places; `words` are what texts may become, beside those that are there."""
     for _ in range(rng.choice([1, 1, 2, 3, 5])):
+        if root.ByteSize() > LARGEST:
+            return
         found = messages(root)
         texts = [value for message in found for field, value in message.ListFields()
                  if field.type == field.TYPE_STRING and not field.is_repeated]

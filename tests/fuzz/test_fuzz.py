@@ -135,37 +135,20 @@ def many_links(file):
         file.create_group(f"layers/{i}")
 
 
-def many_attributes(file):
+def ordered_links(file):
+    group = file.create_group("layers/c", track_order=True)
     for i in range(9):
-        file["layers/a"].attrs[f"a{i}"] = i
-
-
-def ordered_attributes(file):
-    del file["layers/a"]
-    group = file["layers"].create_group("a", track_order=True)
-    for i in range(9):
-        group.attrs[f"a{i}"] = i
-
-
-def large_attribute(file):
-    many_attributes(file)
-    file["layers/a"].attrs["a0"] = np.zeros(2**17, "u1")
-
-
-def many_chunks(file):
-    del file["layers/a/weight"]
-    file["layers/a"].create_dataset("weight", data=np.zeros((2, 3, 1, 1)), chunks=(1, 1, 1, 1), maxshape=(None,) * 4)
+        group.create_group(f"{i}")
 
 
 def many_at_the_root(file):
     for i in range(9):
-        file.create_group(f"group {i}")
+        file.create_group(f"classes {i}")
 
 
-@pytest.mark.parametrize("spoil", [many_links, many_attributes, ordered_attributes, large_attribute, many_chunks,
-                                   many_at_the_root])
+@pytest.mark.parametrize("spoil", [many_links, ordered_links, many_at_the_root])
 def test_nodes_of_gigabytes(spoil, tmp_path):
-    """Of each B-tree that HDF5 has, alone; its library takes as much memory as is claimed, at once."""
+    """Of each B-tree of a file's, alone; its library takes as much memory as is claimed, at once."""
     path = tmp_path / "net.h5"
     with h5py.File(io.BytesIO(fuzz_hdf5.BASES[0])) as source, h5py.File(path, "w", libver="latest") as file:
         fuzz_hdf5.write_anew(source, file)
