@@ -280,8 +280,8 @@ def why_not_opened(content: Content, address: int) -> str:
         if kind == _LAYOUT and body[:1] > b"\3" and body[1:2] == bytes([_CHUNKED]) and len(body) > 4:
             index = 5 + body[3] * body[4]  # behind the chunk's sides
             if body[index:index + 1] > bytes([_FIXED_ARRAY]):
-                return ("with chunks in an index that can grow, of HDF5 1.10 or later; required: the older one, as h5py "
-                        "writes it unless told libver='latest'")
+                return ("with chunks in an index that can grow, of HDF5 1.10 or later; required: the older one, as "
+                        "h5py writes it unless told libver='latest'")
         if kind == _ATTRIBUTES and len(body) > 1:
             at = 2 + 2 * (body[1] & 1)
             if body[at:at + 8] != _NOWHERE:

@@ -39,6 +39,7 @@ from fastdtd.warmup import warm_up
 
 FORMATS = ("hdf5", "onnx", "keras", "caffe", "pictures")  # each has its fuzz_NAME.py
 CORPUS = Path(__file__).parent / "corpus"  # a folder for each format, in it one for each case, in it the case's files
+OPEN = Path(__file__).parent / "open"  # the same of what is not yet mended
 MEMORY = "/dev/shm"  # where files are written without a disk
 SECONDS = 10  # that a case may take
 BATCH = 250  # cases of one process
@@ -331,9 +332,8 @@ def _work(forms: list[Format], seed: int, worker: int, workers: int, end: float)
     return tallies
 
 
-def corpus(form: Format) -> list[Case]:
-    return [{file.name: file.read_bytes() for file in sorted(place.iterdir())}
-            for place in sorted((CORPUS / form.name).glob("*/"))]
+def kept(folder: Path) -> list[Case]:
+    return [{file.name: file.read_bytes() for file in sorted(place.iterdir())} for place in sorted(folder.glob("*/"))]
 
 
 def main() -> int:
@@ -353,7 +353,7 @@ def main() -> int:
     tallies = {form.name: Tally() for form in forms}
     if options.corpus:
         for form in forms:
-            cases = corpus(form)
+            cases = kept(CORPUS / form.name)
             tallies[form.name] = tried(form, cases.__getitem__, len(cases))
     elif options.cases is not None:
         for form in forms:

@@ -43,6 +43,14 @@ def test_what_was_found_before(tmp_path):
     assert fuzz("--corpus", "--out", str(tmp_path)).count(" 0 findings") == len(fuzzing.FORMATS)
 
 
+@pytest.mark.xfail(strict=True, reason="not yet mended")
+@pytest.mark.parametrize("place", sorted(fuzzing.OPEN.glob("*/*")), ids=lambda place: place.name)
+def test_what_is_to_be_mended(place):
+    form = fuzzing.load(place.parent.name)
+    case = {file.name: file.read_bytes() for file in place.iterdir()}
+    assert not fuzzing.tried(form, lambda _: case, 1).found
+
+
 @pytest.mark.parametrize("name", fuzzing.FORMATS)
 @pytest.mark.filterwarnings("error")  # of scores with nothing to decompose
 def test_what_is_mutated_is_accepted_before(name, tmp_path):

@@ -295,7 +295,7 @@ class Node(ValueNode):
         attribute = self.attributes.get(name)
         if attribute is None:
             return default
-        if attribute.type != getattr(onnx.AttributeProto, kind):
+        if attribute.type != getattr(onnx.AttributeProto, kind) or attribute.ref_attr_name:
             self.refuse(f"has an attribute {name} of a type that it must not have")
         return onnx.helper.get_attribute_value(attribute)
 
