@@ -1,11 +1,10 @@
 """Caffe: the network's text and its weights, as messages and as bytes."""
 
-from fuzzing import Format, check_model
+from fuzzing import Format, check_model, convert
 from google.protobuf import text_format
 from importing import numbers
 from mutating import smaller_messages, spoil_message, spoiled
 
-import fastdtd
 from fastdtd.importers.caffe import OPERATORS, NetParameter
 
 TEXT, WEIGHTS = "net.prototxt", "net.caffemodel"
@@ -74,7 +73,7 @@ def mutate(case, rng):
 
 
 def use(folder):
-    check_model(fastdtd.convert(folder / TEXT, folder / WEIGHTS), folder)
+    check_model(convert(folder / TEXT, folder / WEIGHTS), folder)
 
 
 def smaller(case):

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import h5py
 from fuzz_hdf5 import Map, mutated
-from fuzzing import Format, check_model
+from fuzzing import Format, check_model, convert
 from importing import numbers
 from keras_models import FUNCTIONAL, RECORDED, keras_file, layer, legacy_file, zipped
 from mutating import smaller_trees, spoil_tree, spoiled
 
-import fastdtd
 from fastdtd.importers.keras.operators import INSTEAD, OPERATORS
 
 WORDS = (*OPERATORS, *INSTEAD, "Sequential", "Functional", "Model", "relu", "softmax", "sigmoid", "relu6", "linear",
@@ -82,7 +81,7 @@ def mutate(case, rng):
 
 def use(folder):
     [file] = folder.glob("net.*")
-    check_model(fastdtd.convert(file), folder)
+    check_model(convert(file), folder)
 
 
 def smaller(case):
