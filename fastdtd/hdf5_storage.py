@@ -271,7 +271,8 @@ def why_not_opened(content: Content, address: int) -> str:
 
     What its versions from 1.8 and 1.10 on can write, and few files have, it does not read safely. It looks a virtual
     dataset up when it opens it. Where attributes are kept apart, one that claims to be shared crashes it; where chunks
-    are in an index that can grow, sizes in that make it allocate and search without end.
+    are in an index that can grow, sizes in that make it allocate and search without end. For a node of a B-tree it takes
+    as much memory as the tree says that its nodes have.
     """
     for kind, _, body in _messages(content, address):
         if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):
@@ -302,7 +303,7 @@ def why_not_opened(content: Content, address: int) -> str:
 def attribute_references(content: Content, address: int, name: bytes) -> bytes:
     """The references to strings of variable length that an attribute of the object at `address` holds.
 
-    Raises ModelError where they are not in its header: an object with many attributes has them elsewhere.
+    Raises ModelError where they are not in its header.
     """
     for kind, is_shared, body in _messages(content, address):
         if kind != _ATTRIBUTE or is_shared or len(body) < 8:
@@ -311,8 +312,8 @@ def attribute_references(content: Content, address: int, name: bytes) -> bytes:
         start = 8 if version < 3 else 9
         if body[start:start + name_size].split(b"\0", 1)[0] == name:
             return body[start + sum(-(-n // 8) * 8 if version == 1 else n for n in (name_size, *others)):]
-    raise ModelError("has strings of variable length in an object with so many attributes that HDF5 keeps them apart; "
-                     "required: at most eight attributes, or strings of fixed length")
+    raise ModelError("has strings of variable length that are not in its object's header; required: there, or strings "
+                     "of fixed length")
 
 
 def _messages(content: Content, address: int) -> Iterator[tuple[int, bool, bytes]]:
