@@ -271,8 +271,8 @@ def why_not_opened(content: Content, address: int) -> str:
 
     What its versions from 1.8 and 1.10 on can write, and few files have, it does not read safely. It looks a virtual
     dataset up when it opens it. Where attributes are kept apart, one that claims to be shared crashes it; where chunks
-    are in an index that can grow, sizes in that make it allocate and search without end. For a node of a B-tree it takes
-    as much memory as the tree says that its nodes have.
+    are in an index that can grow, sizes in that make it allocate and search without end. For a node of a B-tree it
+    takes as much memory as the tree says that its nodes have.
     """
     for kind, _, body in _messages(content, address):
         if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):
