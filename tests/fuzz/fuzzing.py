@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,6 @@ BATCH = 250  # cases of one process
 EXPLAINED, SAVED = 1 / 2, 1 / 8  # of what is accepted
 SMALL = 3e6  # multiply-adds and bytes of activations of networks that are explained
 MINIMISING = 60  # seconds for one finding
-KEEP = "{} of {}. Once it is mended, keep it: cp -r {} {}"
 
 Case = dict[str, bytes]  # the files of one network, or one picture, by name
 
@@ -70,7 +69,7 @@ class Format:
     bases: list[Case]
     mutate: Callable[[Case, random.Random], Case]
     use: Callable[[Path], None]
-    smaller: Callable[[Case], "itertools.chain[Case]"] = lambda case: itertools.chain()
+    smaller: Callable[[Case], Iterable[Case]] = lambda case: ()
     memory: int = 2**28
 
     def case(self, seed: int, number: int) -> Case:
@@ -185,7 +184,7 @@ def peak_memory(reset: bool = False) -> int:
     return int(status[status.index("VmHWM:") + 6:].split(None, 1)[0]) << 10
 
 
-def _try_all(form: Format, cases: "itertools.chain[Case]", folder: Path, pipe: int) -> None:
+def _try_all(form: Format, cases: Iterable[Case], folder: Path, pipe: int) -> None:
     """In a forked process: a line of JSON for each case."""
     log = os.open(folder / "log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -293,7 +292,7 @@ def minimised(form: Format, case: Case, what: str, seconds: float = MINIMISING) 
     return case
 
 
-def _smaller_bytes(case: Case, bases: list[Case]):
+def _smaller_bytes(case: Case, bases: list[Case]) -> Iterator[Case]:
     """Parts left out, or as they were in the most similar of the bases of the same length."""
     for name, content in case.items():
         alike = [base[name] for base in bases if len(base.get(name, b"")) == len(content)]
@@ -383,7 +382,8 @@ def main() -> int:
         print(tallies[form.name].line(form.name), flush=True)
         for what, (count, case) in tallies[form.name].found.items():
             place = keep(form, what, case, options.out)
-            print("  " + KEEP.format(what, f"{count} cases", place, CORPUS / form.name / "NAME"), flush=True)
+            print(f"  {what}: {count:,} cases. Once it is mended: cp -r {place} "
+                  f"{os.path.relpath(CORPUS)}/{form.name}/NAME", flush=True)
     return 1 if any(tally.found for tally in tallies.values()) else 0
 
 
