@@ -130,8 +130,11 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
     clear = image.info.get("transparency")  # of a PNG, the one grey or colour that is, as it is stored
     if image.mode.startswith("I"):  # 16-bit grey
-        values = np.asarray(image, np.int32)
-        image = Image.fromarray(np.where(values == clear, 255, np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        image = Image.fromarray(grey)
     elif isinstance(clear, int):
         image.info["transparency"] = min(clear * _GREY_STEPS.get(stored, 1), 255)
     elif isinstance(clear, tuple) and stored == "RGB;16B":

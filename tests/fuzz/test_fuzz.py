@@ -2,9 +2,11 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -133,6 +135,18 @@ def test_checksums_are_repaired():
     for case in fuzz_pictures.BASES:
         for content in case.values():
             assert b"".join(fuzz_pictures.parts_of(content)) == content
+
+
+def test_as_large_as_pictures_may_be():
+    """Small as files: rows of zeros, of 16 bits."""
+    width = height = 10_000
+    rows = zlib.compress(bytes(height * (1 + 2 * width)), 9)
+    kinds = (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+              for kind, data in kinds]
+    case = {"picture.png": fuzz_pictures.PNG + b"".join(chunks)}
+    tally = fuzzing.tried(fuzz_pictures.FORMAT, lambda _: case, 1)
+    assert tally.accepted == 1, tally.found
 
 
 # ---- Found by mutations ----------------------------------------------------------------------------------------------
