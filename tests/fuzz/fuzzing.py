@@ -70,7 +70,7 @@ class Format:
     mutate: Callable[[Case, random.Random], Case]
     use: Callable[[Path], None]
     smaller: Callable[[Case], Iterable[Case]] = lambda case: ()
-    memory: int = 2**28
+    memory: int = 3 * 2**29  # what conversions may make is limited to a gigabyte
 
     def case(self, seed: int, number: int) -> Case:
         rng = random.Random(f"{self.name} {seed} {number}")
