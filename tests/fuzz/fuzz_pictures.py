@@ -91,7 +91,7 @@ def repaired(rng, content):
         first, *chunks = parts_of(content)
         return first + b"".join(chunk[:-4] + struct.pack(">I", zlib.crc32(chunk[4:-4])) if len(chunk) >= 12 else chunk
                                 for chunk in chunks)
-    if content.startswith(b"RIFF") and rng.random() < 0.8:
+    if content.startswith(b"RIFF") and len(content) >= 8 and rng.random() < 0.8:
         return content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
     return content
 

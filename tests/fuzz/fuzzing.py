@@ -74,7 +74,11 @@ class Format:
 
     def case(self, seed: int, number: int) -> Case:
         rng = random.Random(f"{self.name} {seed} {number}")
-        return self.mutate(rng.choice(self.bases), rng)
+        base = rng.choice(self.bases)
+        try:
+            return self.mutate(base, rng)
+        except Exception:  # of what was made too odd to be changed once more; a long run must not end by it
+            return base
 
 
 @dataclass

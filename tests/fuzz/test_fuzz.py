@@ -120,6 +120,7 @@ def test_cases_are_the_same_again(name):
     form = fuzzing.load(name)
     assert [form.case(0, i) for i in range(20)] == [form.case(0, i) for i in range(20)]
     assert form.case(0, 0) != form.case(1, 0)
+    assert sum(form.case(2, i) in form.bases for i in range(200)) < 20
 
 
 # ---- Mutations -------------------------------------------------------------------------------------------------------
