@@ -7,13 +7,15 @@ INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 # As many processes as there are processors. Their kernels are compiled before: else each would compile all.
 WORKERS ?= auto
+# How long files are mutated.
+MINUTES ?= 10
 PYTEST = $(VENV)/bin/fastdtd warmup && $(VENV)/bin/pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
 # The tests of what depends on the processor: the kernels' against the oracle, plans', whole networks'.
 PORTABLE := tests/test_kernels.py tests/test_plan.py tests/test_steps.py tests/test_explainer.py tests/test_networks.py
 AVX2 := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 NO_AVX := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 
-.PHONY: help demo test quick test-cuda test-portable test-peers faults compare bench profile gpu gpu-table check docs dist gallery
+.PHONY: help demo test quick test-cuda test-portable test-peers faults fuzz compare bench profile gpu gpu-table check docs dist gallery
 .PHONY: models clean
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make test-portable  what depends on the processor, as one with AVX2 and as one without"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
 	@echo "make faults      200 kills and 200 interrupts of runs, full disks, other runs, spoiled caches; about 7 minutes"
+	@echo "make fuzz        mutated model files and pictures for MINUTES=10, on all cores; findings go to out/fuzz"
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
@@ -60,6 +63,9 @@ faults: $(VENV)/ready-dev
 	$(VENV)/bin/fastdtd warmup
 	FASTDTD_FAULTS=200 $(VENV)/bin/pytest tests/faults -k "not killed_and_interrupted"
 	$(VENV)/bin/python tests/faults/killing.py 200 200
+
+fuzz: $(VENV)/ready-dev
+	PYTHONPATH=tests $(VENV)/bin/python tests/fuzz/fuzzing.py --minutes $(MINUTES)
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/pytest benchmarks/bench_kernels.py --benchmark-columns=median,iqr,rounds --benchmark-json=out/bench_kernels.json

@@ -41,6 +41,11 @@ class Object:
 
     h5 : as h5py gives it
     content : the bytes of the file
+    address : where its header is in the file, the same for all links that lead to it. It is taken from the link: the
+        library, asked of the object, would go through its indices, whatever they are
+
+    h5 : as h5py gives it
+    content : the bytes of the file
     address : where its header is in the file, the same for all links that lead to it
     """
 
@@ -69,8 +74,10 @@ def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]
             file = stack.enter_context(h5py.File(stream, "r", locking=False))
             if file.id.get_create_plist().get_sizes() != (8, 8):
                 raise ModelError(f"does not use 8-byte HDF5 addresses; required: {required}")
-            root = Object(file, content, int(h5py.h5o.get_info(file.id).addr))
-        yield root
+            outermost = Object(file, content, hdf5_storage.root_address(content))
+            if reason := hdf5_storage.why_not_opened(content, outermost.address):
+                raise ModelError(f"holds its groups {reason}")
+        yield outermost
 
 
 def _opened(path: Path) -> io.BufferedReader:
@@ -95,6 +102,7 @@ def children(group: Object, where: str, limit: int, known: Iterable[str] | None 
     import h5py
 
     links: list[bytes] = []
+    found: dict[str, Object] = {}
 
     def collect(link: bytes) -> bool | None:
         links.append(link)
@@ -113,9 +121,8 @@ def children(group: Object, where: str, limit: int, known: Iterable[str] | None 
             raise ModelError(
                 f"{where} holds {name!r} as a soft, external or user-defined link; required: the object itself "
                 "(h5repack and h5copy resolve links)")
-        if hdf5_storage.is_virtual(group.content, info.u):
-            raise ModelError(f"{where} holds {name!r} as a virtual dataset, whose data are in other files; required: "
-                             "data in this file (h5repack brings it in)")
+        if reason := hdf5_storage.why_not_opened(group.content, info.u):
+            raise ModelError(f"{where} holds {name!r} {reason}")
         found[name] = Object(group.h5[link], group.content, info.u)
     return found
 

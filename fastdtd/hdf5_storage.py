@@ -82,6 +82,11 @@ class Content:
             view = view[count:]
         return made
 
+    def start_at(self, address: bytes) -> bytes:
+        """How what is at an address begins, as far as it is there."""
+        start = int.from_bytes(address, "little")
+        return self.read(start, min(30, self.size - start)) if start < self.size else b""
+
     def strings(self, references: bytes, longest: int) -> list[bytes]:
         """Strings of variable length."""
         found = []
@@ -248,21 +253,58 @@ def _lzf(packed: bytes | bytearray, largest: int) -> bytes:
 # Headers of objects, of which the library is not asked where it would go to a global heap: it copies as many bytes of a
 # string as are claimed, and there are damaged heaps of which it finds no end.
 
-_LAYOUT, _ATTRIBUTE, _CONTINUATION = 0x08, 0x0C, 0x10  # types of messages
-_VIRTUAL = 3
+_LINKS, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _ATTRIBUTES = 0x02, 0x08, 0x0C, 0x10, 0x15  # types of messages
+_CHUNKED, _VIRTUAL = 2, 3  # layouts
+_FIXED_ARRAY = 3  # the last of the indices that cannot grow
+_NOWHERE = b"\xff" * 8  # the address of what is not there
+_NODE_BYTES = 2**16  # that a node of a B-tree may have in a file of any size
 _PREFIX = 512  # bytes that are read at once, in which most headers end
 
 
-def is_virtual(content: Content, address: int) -> bool:
-    """Whether the object at `address` is a virtual dataset, which the library looks up in a heap when it opens it."""
-    return any(kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL])
-               for kind, _, body in _messages(content, address))
+def root_address(content: Content) -> int:
+    """Where the header of the outermost group is."""
+    at = {0: 64, 1: 68}.get(content.read(8, 1)[0], 36)  # in the superblock, by its version
+    return int.from_bytes(content.read(at, 8), "little")
+
+
+def why_not_opened(content: Content, address: int) -> str:
+    """Why the library must not be given the object at `address`; nothing where it may be.
+
+    What its versions from 1.8 and 1.10 on can write, and few files have, it does not read safely. It looks a virtual
+    dataset up when it opens it. Where attributes are kept apart, one that claims to be shared crashes it; where chunks
+    are in an index that can grow, sizes in that make it allocate and search without end. For a node of a B-tree it
+    takes as much memory as the tree says that its nodes have.
+    """
+    for kind, _, body in _messages(content, address):
+        if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):
+            return ("as a virtual dataset, whose data are in other files; required: data in this file (h5repack brings "
+                    "it in)")
+        if kind == _LAYOUT and body[:1] > b"\3" and body[1:2] == bytes([_CHUNKED]) and len(body) > 4:
+            index = 5 + body[3] * body[4]  # behind the chunk's sides
+            if body[index:index + 1] > bytes([_FIXED_ARRAY]):
+                return ("with chunks in an index that can grow, of HDF5 1.10 or later; required: the older one, as "
+                        "h5py writes it unless told libver='latest'")
+        if kind == _ATTRIBUTES and len(body) > 1:
+            at = 2 + 2 * (body[1] & 1)
+            if body[at:at + 8] != _NOWHERE:
+                return ("with so many or large attributes that HDF5 keeps them apart; required: at most eight, of "
+                        "less than 64 KiB, or the older format, as h5py writes it unless told libver='latest'")
+        if kind == _LINKS and len(body) > 1:
+            at = 2 + 8 * (body[1] & 1)
+            heap = content.start_at(body[at:at + 8])
+            for tree in body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30]:
+                head = content.start_at(tree)
+                size = int.from_bytes(head[6:10], "little")
+                if head.startswith(b"BTHD\0") and size > max(_NODE_BYTES, content.size):
+                    return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
+                            "required: an undamaged file")
+    return ""
 
 
 def attribute_references(content: Content, address: int, name: bytes) -> bytes:
     """The references to strings of variable length that an attribute of the object at `address` holds.
 
-    Raises ModelError where they are not in its header: an object with many attributes has them elsewhere.
+    Raises ModelError where they are not in its header.
     """
     for kind, is_shared, body in _messages(content, address):
         if kind != _ATTRIBUTE or is_shared or len(body) < 8:
@@ -271,8 +313,8 @@ def attribute_references(content: Content, address: int, name: bytes) -> bytes:
         start = 8 if version < 3 else 9
         if body[start:start + name_size].split(b"\0", 1)[0] == name:
             return body[start + sum(-(-n // 8) * 8 if version == 1 else n for n in (name_size, *others)):]
-    raise ModelError("has strings of variable length in an object with so many attributes that HDF5 keeps them apart; "
-                     "required: at most eight attributes, or strings of fixed length")
+    raise ModelError("has strings of variable length that are not in its object's header; required: there, or strings "
+                     "of fixed length")
 
 
 def _messages(content: Content, address: int) -> Iterator[tuple[int, bool, bytes]]:

@@ -19,6 +19,8 @@ from fastdtd.errors import PictureError
 from fastdtd.files import open_to_read
 
 MAX_PIXELS = 100_000_000  # of one picture: 400 MB in Pillow's memory, and as much again while it is turned upright
+MAX_SCANNED = 10 * MAX_PIXELS  # pixels times scans of a JPEG; progressive ones have about ten scans
+MIN_SCANS = 20  # that one of any size may have
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -121,6 +123,7 @@ def open_picture(picture: Any) -> Image.Image:
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise PictureError(f"{name} has {image.width} x {image.height} pixels; 1 to {MAX_PIXELS} are accepted")
+    _require_few_scans(image, name)
     tiles = getattr(image, "tile", [])  # of a file that is not yet decoded
     stored = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
     image.load()
@@ -130,8 +133,11 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
     clear = image.info.get("transparency")  # of a PNG, the one grey or colour that is, as it is stored
     if image.mode.startswith("I"):  # 16-bit grey
-        values = np.asarray(image, np.int32)
-        image = Image.fromarray(np.where(values == clear, 255, np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        image = Image.fromarray(grey)
     elif isinstance(clear, int):
         image.info["transparency"] = min(clear * _GREY_STEPS.get(stored, 1), 255)
     elif isinstance(clear, tuple) and stored == "RGB;16B":
@@ -140,6 +146,21 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _require_few_scans(image: Image.Image, name: str) -> None:
+    """A JPEG may be made of any number of scans, each of which goes through all pixels and takes but a few bytes."""
+    file = getattr(image, "fp", None)  # None once it is decoded
+    if file is None or image.format not in ("JPEG", "MPO"):
+        return
+    place = file.tell()
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda")
+    file.seek(place)
+    most = max(MIN_SCANS, MAX_SCANNED // (image.width * image.height))
+    if scans > most:
+        raise PictureError(f"{name} is a JPEG of {scans} scans; at most {most} are accepted with {image.width} x "
+                           f"{image.height} pixels. Save it anew")
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:

@@ -288,7 +288,10 @@ def _write(model: Model, image: io.BytesIO, dtype: npt.DTypeLike, compression: s
         if model.classes:
             file.create_dataset("classes", data=_fixed(model.classes), track_times=False)
         if model.provenance:
-            provenance = file.create_group("provenance")
+            layout = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+            layout.set_attr_phase_change(2**16 - 1, 0)  # all attributes in the group's header: see why_not_opened
+            layout.set_obj_track_times(False)
+            provenance = h5py.Group(h5py.h5g.create(file.id, b"provenance", gcpl=layout))
             for key, value in sorted(model.provenance.items()):
                 _put_text(provenance, key, value)
 

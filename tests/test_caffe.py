@@ -70,6 +70,11 @@ def test_caffe_convolution(convert_text, parameters, kernel, expected, bias):
     same(conv.bias, weights[1] if bias else None)
 
 
+def test_a_text_that_would_take_long(convert_text):
+    with pytest.raises(ConversionError, match="at most 2097152 are accepted"):
+        convert_text("input_dim:[1,1,1,1]" * 2**17)
+
+
 def test_caffe_leaky_relu(convert_text):
     leaky, _ = convert_text(layer("r", "ReLU", "x", "t", "relu_param { negative_slope: 0.125 }") + GLOBAL, {}).graph
     assert (type(leaky), leaky.slope) == (g.LeakyReLU, 0.125)

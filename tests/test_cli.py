@@ -167,7 +167,8 @@ def test_outputs(run, place):
      (["net.h5", "pictures", "--device", "cuda", "--precision", "half"
        ], "precision 'half' is unknown; required: one of fp32, tf32"),
      (["none.h5", "pictures"], "'none.h5' does not exist"), (["alexnet", "pictures"], "(bundled: squeezenet1_1)"),
-     (["pictures", "pictures"], "cannot be opened: Is a directory"), (["pictures/red.png", "pictures"], "is not an HDF5 file"),
+     (["pictures", "pictures"], "cannot be opened: Is a directory"),
+    (["pictures/red.png", "pictures"], "is not an HDF5 file"),
      (["net.h5", "none.png"], "'none.png' does not exist"), (["net.h5", "out"], "'out' does not exist"),
      (["net.h5", "."], ""), (["net.h5", "pictures", "-o", "net.h5"], "cannot write to 'net.h5'"),
      (["net.h5", "pictures", "-o", "net.h5/out"], "cannot write to 'net.h5/out'"),

@@ -118,6 +118,17 @@ def test_transparent_parts_are_white(pixels):
     assert pixels(keyed)[0, 0].tolist() == [255, 255, 255]
 
 
+def test_jpegs_of_many_scans(pixels):
+    """The last scan again and again: as small as it is, it takes as long as each of the others."""
+    content = encoded(Image.new("L", (1024, 1024), 128), "JPEG", progressive=True)
+    tables = content.rfind(b"\xff\xc4")
+    assert tables < content.rfind(b"\xff\xda")
+    scan = content[tables:-2]
+    assert pixels(content[:-2] + scan * 90 + content[-2:], "p.jpg").shape == (1024, 1024, 3)
+    with pytest.raises(PictureError, match="is a JPEG of 1006 scans; at most 953 are accepted with 1024 x 1024 pixels"):
+        pixels(content[:-2] + scan * 1000 + content[-2:], "p.jpg")
+
+
 def test_other_modes(pixels):
     np.testing.assert_array_equal(pixels(encoded(corners().quantize(2))), corners())
     grey = corners().convert("L")

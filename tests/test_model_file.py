@@ -140,6 +140,12 @@ def test_model_with_nothing_optional(path):
         assert set(file["layers/00000"]) == {"weight"}
 
 
+def test_any_number_of_provenances(path):
+    provenance = {f"key {i}": "value" * i for i in range(100)}
+    save(Model(Graph((GlobalAveragePool("p", ("input",)),), (3, 4, 4)), provenance=provenance), path)
+    assert load(path).provenance == provenance
+
+
 def test_same_model_same_bytes(model, path, tmp_path):
     save(model, path)
     time.sleep(1.1)  # HDF5 counts time in seconds

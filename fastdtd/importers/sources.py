@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_WEIGHT_BYTES = 2**31  # what protobuf can hold in one message
 MAX_STATE_BYTES = 2**34
 MAX_TEXT_BYTES = 2**24
+MAX_PROTOTXT_BYTES = 2**21  # protobuf reads a megabyte a second; networks of hundreds of layers have a third of one
 KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 
 FilePath = str | os.PathLike[str]
@@ -124,7 +125,7 @@ def parse_files(files: Sequence[Path], size: tuple[int, int] | None, limit: int 
         except ModuleNotFoundError as error:
             raise ConversionError(f"{error}; `pip install 'fastdtd[caffe]'` installs what reading Caffe's files takes"
                                   ) from None
-        contents = [read(files[0], MAX_TEXT_BYTES), read(files[1], MAX_WEIGHT_BYTES)]
+        contents = [read(files[0], MAX_PROTOTXT_BYTES), read(files[1], MAX_WEIGHT_BYTES)]
         return caffe.parse(contents[0], contents[1], size, limit), contents
     if kind in (".pt2", ".pt", ".pth"):
         raise ConversionError(f"loading a {kind} file would run code that is pickled in it; required: MODULE:CALLABLE, "

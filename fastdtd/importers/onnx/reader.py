@@ -96,7 +96,7 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     x, batch = _input(inputs[0], size, channels_last)
     functions = {function.name for function in model.functions if function.domain in _DOMAINS}
     reader = Reader(Builder(budget, batch or 1), opset, nodes, functions)
-    reader.values.update({inputs[0].name: x}, **weights)
+    reader.values.update({inputs[0].name: x} | weights)
     steps: list[tuple[str, Any, Any]] = []
     for index, proto in nodes:
         node = reader.read(proto, index, len(model.graph.node))
@@ -398,7 +398,7 @@ class Node(ValueNode):
         attribute = self.attributes.get(name)
         if attribute is None:
             return default
-        if attribute.type != getattr(onnx.AttributeProto, kind):
+        if attribute.type != getattr(onnx.AttributeProto, kind) or attribute.ref_attr_name:
             self.refuse(f"has an attribute {name} of a type that it must not have")
         return onnx.helper.get_attribute_value(attribute)
 
