@@ -17,6 +17,7 @@ ATTRIBUTES = ("alpha", "auto_pad", "axes", "axis", "beta", "bias", "blocksize", 
               "transB", "value", "coordinate_transformation_mode", "nearest_mode", "allowzero", "num_outputs")
 WORDS = (*OPERATORS, *NEAREST, *ATTRIBUTES, "", "x", "y", "SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET", "CRD", "DCR",
          "nearest", "linear", "reflect", "edge", "constant", "location", "net.onnx.data", "a" * 300)
+MISTAKEN = {"LRN"}  # what ONNX's evaluator gets wrong: it goes through as many channels as there are images
 CHEAP = 3e5  # multiply-adds of networks that ONNX's evaluator runs
 
 
@@ -123,6 +124,9 @@ def compare(model, explanation, file):
     """The scores of ONNX's own evaluator, where it has any."""
     batch = inputs(model.graph)[:1]
     source = onnx.load(file)
+    used = sorted({one.op_type for one in messages(source) if isinstance(one, onnx.NodeProto)})
+    if not MISTAKEN.isdisjoint(used):
+        return
     value = source.graph.input[[one.name for one in source.graph.input].index(_input_name(source))]
     rank = len(value.type.tensor_type.shape.dim)
     given = {2: batch[:, :, 0, 0], 3: batch[:, :, 0]}.get(rank, batch)
@@ -143,7 +147,6 @@ def compare(model, explanation, file):
         kinds += [exponents / exponents.sum(), np.log(exponents / exponents.sum()), 1 / (1 + np.exp(-ours))]
     if not any(one.shape == theirs.shape and np.abs(one - theirs).max() <= 1e-3 * np.abs(theirs).max() + 1e-30
                for one in kinds):
-        used = sorted({one.op_type for one in messages(source) if isinstance(one, onnx.NodeProto)})
         raise WrongError(f"other scores than ONNX's evaluator gives, with {', '.join(used)}")
 
 
