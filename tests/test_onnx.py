@@ -460,3 +460,27 @@ def test_damaged_onnx_files_are_read_or_refused():
     for data in damaged(content, 1000):
         with contextlib.suppress(FastDTDError):
             onnx_importer.parse(data)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.INT64])
+def test_whole_numbers_are_cast_before_they_are_computed_with(convert_nodes, kind):
+    def change(model):
+        model.graph.input[0].type.tensor_type.elem_type = kind
+
+    rest = [node("GlobalAveragePool", ["f"], ["p"]), node("Flatten", ["p"], ["y"])]
+    turn = node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2])
+    cast = node("Cast", ["t"], ["f"], to=TensorProto.FLOAT)
+    assert convert_nodes([turn, cast, *rest], change=change).graph
+    for nodes in ([turn, node("Relu", ["t"], ["f"]), *rest],
+                  [turn, node("Conv", ["t", "w"], ["f"]), *rest]):
+        with pytest.raises(ConversionError, match="computes in the input's whole numbers; required: a Cast"):
+            convert_nodes(nodes, {"w": numbers(2, 3, 1, 1)}, change=change)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.COMPLEX64, 33, 1000])
+def test_inputs_of_other_element_types(convert_nodes, kind):
+    def change(model):
+        model.graph.input[0].type.tensor_type.elem_type = kind
+
+    with pytest.raises(ConversionError, match=f"the input 'x' has element type {kind}; required: floating-point"):
+        convert_nodes([node("GlobalAveragePool", ["x"], ["p"]), node("Flatten", ["p"], ["y"])], change=change)

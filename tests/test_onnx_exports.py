@@ -738,6 +738,6 @@ def test_onnx_s_own_cases_hold_nothing_that_is_not_read():
             parsed += 1
         except FastDTDError as error:
             refused[case.name] = str(error)
-    assert parsed > 100
+    assert parsed > 80
     unread = ("which is not supported; required", "that it has not in opset")
     assert not {name: text for name, text in refused.items() if any(part in text for part in unread)}

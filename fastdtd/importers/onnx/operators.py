@@ -371,7 +371,7 @@ def _constant(_: Builder, node: Node) -> Any:
 
 
 def _cast(_: Builder, node: Node) -> Any:
-    if node.op == "Cast" and node.integer("to", 0) not in _FLOATS:
+    if node.op == "Cast" and node.integer("to", 0) not in FLOATS:
         node.refuse(f"casts what is computed to element type {node.integer('to', 0)}; required: float16, float32 or "
                     "float64")
     if node.op == "CastLike":
@@ -383,7 +383,7 @@ def _cast(_: Builder, node: Node) -> Any:
     return node.moving()
 
 
-_FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 
 
 def _dropout(_: Builder, node: Node) -> Tensor:

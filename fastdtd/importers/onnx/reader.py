@@ -24,7 +24,7 @@ from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
-from fastdtd.importers.onnx.operators import IGNORED, NEAREST, OPERATORS
+from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST, OPERATORS
 from fastdtd.importers.onnx.runtime import OnnxRuntime
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
 from fastdtd.importers.tensors import Tensor, layer_shape
@@ -33,6 +33,10 @@ MIN_OPSET = 7  # before it, broadcasting was an attribute
 NEWEST_OPSET = 28  # whose operators' attributes and inputs tests go through
 _PASSING = {"Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub"}  # what preprocessing is made of
 _DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
+_WHOLE = {getattr(onnx.TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)}
+# What whole numbers stay as they are by; in other operators they are rounded, and wrap.
+_MOVES = {"Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Shape", "Size",
+          "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 _LOG = logging.getLogger("fastdtd")
 
 
@@ -97,6 +101,8 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     functions = {function.name for function in model.functions if function.domain in _DOMAINS}
     reader = Reader(Builder(budget, batch or 1), opset, nodes, functions)
     reader.values.update({inputs[0].name: x} | weights)
+    if inputs[0].type.tensor_type.elem_type in _WHOLE:
+        reader.whole.add(inputs[0].name)
     steps: list[tuple[str, Any, Any]] = []
     for index, proto in nodes:
         node = reader.read(proto, index, len(model.graph.node))
@@ -141,7 +147,9 @@ def _has_channels_last(name: str, nodes: Sequence[Any]) -> bool:
 def _input(value: Any, size: tuple[int, int] | None, channels_last: bool) -> tuple[Tensor, int]:
     """The network's input, and its batch size (0: open)."""
     dims = [max(dim.dim_value, 0) for dim in value.type.tensor_type.shape.dim]  # 0: open
-    where = f"the input {value.name!r}"
+    where, kind = f"the input {value.name!r}", value.type.tensor_type.elem_type
+    if kind and kind not in _WHOLE | FLOATS:
+        raise ConversionError(f"{where} has element type {kind}; required: floating-point or whole numbers")
     if not 2 <= len(dims) <= 4:
         raise ConversionError(f"{where} has {len(dims)} axes; required: (N, C, H, W), (N, C, L) or (N, F)")
     if len(dims) == 2 and size is not None:
@@ -222,6 +230,7 @@ class Reader:
         self.builder, self.opset, self.functions = builder, opset, functions
         self.values: ChainMap[str, Any] = ChainMap({})
         self.elements = 0  # of all that was made, as a runtime would
+        self.whole: set[str] = set()  # what are still the whole numbers of the input
         times = Counter(proto.name for _, proto in nodes)
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
 
@@ -240,6 +249,10 @@ class Reader:
             node.refuse("has no output")
         node.check_known(proto)
         self.builder.budget.step(node, 1)
+        if not self.whole.isdisjoint(node.inputs) and node.op != "Cast":
+            if node.op not in _MOVES:
+                node.refuse("computes in the input's whole numbers; required: a Cast to floating point before it")
+            self.whole.update(node.outputs)
         is_computed = any(isinstance(self.values.get(name), COMPUTED) for name in node.inputs)
         if node.op in constants.OPERATORS and not is_computed:
             made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])

@@ -72,11 +72,15 @@ class OnnxRuntime(Runtime):
 
 def _mend_for_reference(node: Any) -> None:
     """Without what onnx's reference (1.23) computes otherwise than the specification: below opset 14 batch norms mix
-    the batch's statistics in, but for this momentum; max-pools that pad the beginning more are a row short."""
+    the batch's statistics in, but for this momentum; max-pools that pad the beginning more are a row short; LRN takes
+    the batch for the channels."""
     if node.op_type == "BatchNormalization":
         kept = [attribute for attribute in node.attribute if attribute.name != "momentum"]
         del node.attribute[:]
         node.attribute.extend([*kept, onnx.helper.make_attribute("momentum", 1.0)])
+    if node.op_type == "LRN":
+        raise NotComparedError("onnx's reference normalises by the batch's size, not the channels'; `pip install "
+                               "onnxruntime` does it right")
     if node.op_type == "MaxPool" and any(attribute.s == b"SAME_LOWER" for attribute in node.attribute):
         raise NotComparedError("onnx's reference does not know the auto_pad SAME_LOWER; `pip install onnxruntime` does")
 
