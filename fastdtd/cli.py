@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a class is called, and no line of what is done held back
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        try:
+        with _interrupts_kept():
             status: int = options.run(options)
             sys.stdout.flush()
-        except Exception as error:
-            if _comes_of_an_interrupt(error):
-                raise KeyboardInterrupt from None
-            raise
     except FastDTDError as error:
         print(f"fastdtd: {error}", file=sys.stderr)
         return 1
@@ -142,11 +142,29 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def _comes_of_an_interrupt(error: BaseException | None) -> bool:
-    """Whether it was raised where an interrupt was handled: in a library that had taken a lock, say."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Ctrl-C as KeyboardInterrupt, also where a library made another error of it: of a lock that it had taken, or of a
+    comparison."""
+    seen = []
+
+    def interrupt(*_: object) -> None:
+        seen.append(True)
+        raise KeyboardInterrupt
+
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and (
+        threading.current_thread() is threading.main_thread())
+    try:
+        if is_ours:
+            signal.signal(signal.SIGINT, interrupt)
+        yield
+    except Exception:
+        if seen:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _parser() -> argparse.ArgumentParser:

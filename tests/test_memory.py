@@ -30,8 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdtd import executor as executor_module
-from fastdtd import explainer as explainer_module
 from fastdtd.errors import InputError
+from fastdtd.inputs import memory_size
 from fastdtd.plan import Plan
 from fastdtd.threads import Task
 
@@ -91,7 +91,7 @@ def test_an_error_in_one_thread_reaches_the_caller_and_the_next_call_works():
             return cpu.run_steps(steps, *others)
 
         plan._kernels = SimpleNamespace(**vars(cpu) | {"run_steps": run_steps})
-    with pytest.raises(MemoryError, match="on purpose"):
+    with pytest.raises(InputError, match=r"no memory left for it .on purpose.; fewer images at a time"):
         explain(made, batch)
     assert nothing_is_taken(made)
     assert (explain(made, batch).relevance == expected).all()
@@ -226,7 +226,7 @@ def test_memory_in_which_nothing_fits():
     ("7KB", 7000), (12345, 12345),
 ])
 def test_amounts_of_memory(memory, number):
-    assert explainer_module._bytes(memory) == number
+    assert memory_size(memory) == number
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
