@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError
+from fastdtd.errors import FastDTDError, printable
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             status: int = options.run(options)
             sys.stdout.flush()
     except FastDTDError as error:
-        print(f"fastdtd: {error}", file=sys.stderr)
+        print(printable(f"fastdtd: {error}"), file=sys.stderr)
         return 1
     except MemoryError:
         print("fastdtd: out of memory; --memory 1GiB, fewer --threads or a smaller --batch take less", file=sys.stderr)
@@ -335,17 +335,16 @@ def _explain(options: argparse.Namespace) -> int:
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
-            bar.write(
+            bar.write(printable(
                 f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance "
-                f"{line.relevance:.6g}{absorbed}{nothing}",
-                file=sys.stdout)
+                f"{line.relevance:.6g}{absorbed}{nothing}"), file=sys.stdout)
 
         summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","),
                              options.batch, on_line, bar.update, options.ledger)
     if summary.clipped:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
     for _, reason in summary.failed:
-        print(f"fastdtd: not explained: {reason}", file=sys.stderr)
+        print(printable(f"fastdtd: not explained: {reason}"), file=sys.stderr)
     if options.ledger:
         _print_books(books, flow)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
@@ -362,8 +361,8 @@ def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
     width = max(len(name) for name in [*books, "the pixels"])
     print(f"{'layer':<{width}}  {'came':>12}  {'went on':>12}  {'absorbed':>12}")
     for name in reversed(list(books)[1:]):
-        print(f"{name:<{width}}  {flow[name]:>12.6g}  {flow[name] - books[name]:>12.6g}  {books[name]:>12.6g}  "
-              f"{books[name] / total if total else 0:>8.3%}")
+        print(f"{printable(name):<{width}}  {flow[name]:>12.6g}  {flow[name] - books[name]:>12.6g}  "
+              f"{books[name]:>12.6g}  {books[name] / total if total else 0:>8.3%}")
     for name, amount in (("the pixels", books[""]), ("all", total)):
         print(f"{name:<{width}}  {amount:>12.6g}  {'':>12}  {'':>12}  {amount / total if total else 0:>8.3%}")
 
@@ -416,8 +415,8 @@ def _show(options: argparse.Namespace) -> int:
              str(input_domain(graph, layer)) if rule else "", str(rule.rule) if rule else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}"
-                        for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+        print(printable("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}"
+                                  for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()))
     print()
     print(f"input     {size('input')}, "
           + (f"{p.color}, {p.resize}, (pixel * {p.scale:g} - {_text(p.mean)}) / {_text(p.std)}" if p.
@@ -429,7 +428,7 @@ def _show(options: argparse.Namespace) -> int:
     print(f"cost      {decimal(takes.forward).strip()} multiply-adds forward and {decimal(takes.backward).strip()} "
           f"backward, {decimal(takes.activation_bytes)}B of activations, for one picture")
     for key, value in model.provenance.items():
-        print(f"{key:<9} {value}")
+        print(printable(f"{key:<9} {value}"))
     return 0
 
 

@@ -51,6 +51,12 @@ def out_of_memory(kind: type[FastDTDError], advice: str) -> Iterator[None]:
 _SHOWN = 80  # characters of a value
 
 
+def printable(text: str) -> str:
+    """A text for a terminal: what would move its cursor, colour it or turn its direction is escaped, for names come
+    from files."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(value: object) -> str:
     """A value as messages show it: a line, not too long, whatever it is."""
     try:

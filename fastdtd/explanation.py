@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd.errors import InputError, OutputError, shown
+from fastdtd.errors import InputError, OutputError, printable, shown
 from fastdtd.graph import Array
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Explanation:
         return "\n".join([*lines, f"  ... {count - _MAX_LINES} more"] if count > _MAX_LINES else lines)
 
     def _line(self, i: int) -> str:
-        target, name = int(self.target[i]), self.class_name(i)
+        target, name = int(self.target[i]), printable(self.class_name(i))
         return (
             f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}, "
             f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed "

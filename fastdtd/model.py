@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd.canonize import canonize
-from fastdtd.errors import InputError, ModelError, shown
+from fastdtd.errors import InputError, ModelError, printable, shown
 from fastdtd.graph import Array, Graph
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
@@ -114,7 +114,8 @@ class Model:
     def __repr__(self) -> str:
         facts = self._facts()
         width = max(map(len, facts))
-        return "\n".join([f"Model: {self._title()}", *(f"  {key:<{width}}  {value}" for key, value in facts.items())])
+        lines = [printable(f"  {key:<{width}}  {value}") for key, value in facts.items()]
+        return "\n".join([f"Model: {self._title()}", *lines])
 
     def _repr_html_(self) -> str:
         rows = "".join(

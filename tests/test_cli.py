@@ -396,6 +396,20 @@ def test_an_interrupt_that_became_another_error(run, monkeypatch, capfd, other):
     assert err == ["fastdtd: interrupted; what was reported as done is on disk"]
 
 
+def test_names_do_not_command_the_terminal(run):
+    """Files have them from strangers."""
+    evil = "\x1b[2J\x1b]0;owned\x07\r\n\u202e"
+    layers = (g.Conv2d(f"conv{evil}", (g.INPUT,), np.ones((2, 3, 1, 1))), g.GlobalAveragePool(
+        f"scores{evil}", (f"conv{evil}",)))
+    model = Model(g.Graph(layers, (3, 8, 8), (0, 1)), Preprocessing(), (f"a{evil}", f"b{evil}"), {"source": evil})
+    save(model, "net.h5")
+    texts = [repr(model), repr(fastdtd.Explainer(model)(np.ones((1, 3, 8, 8)))),
+             *run("show", "net.h5")[1], *run("explain", "net.h5", "pictures", "--ledger")[1],
+             *run("explain", "net.h5", "pictures", "-o", "other", "--rule", f"x{evil}=flat")[2]]
+    assert "[2J" in "".join(texts)
+    assert all(c.isprintable() or c == "\n" for text in texts for c in text)
+
+
 def test_two_runs_into_one_folder(run, place):
     with FolderLock(place):
         line = refused(run("explain", "net.h5", "pictures", "-o", "."))
