@@ -70,8 +70,8 @@ class Explainer:
         How GPUs multiply in convolutions: "tf32", on tensor cores, with 11 bits of each factor; "3xtf32", on tensor
         cores with float32's accuracy; "fp32", without tensor cores. None: "tf32" where the chip has it.
     max_multiply_adds : float
-        A network of which one image takes more, by `fastdtd.cost.cost`, is refused: model files come from anywhere, and
-        a small one can ask for hours. VGG-16 takes 3.1e10.
+        A network of which one image takes more is refused: model files come from anywhere, and a small one can ask for
+        hours. VGG-16 takes 3.1e10; ``fastdtd show`` says it of a model file.
 
     Attributes
     ----------
