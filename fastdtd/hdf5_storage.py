@@ -85,7 +85,7 @@ class Content:
     def start_at(self, address: bytes) -> bytes:
         """How what is at an address begins, as far as it is there."""
         start = int.from_bytes(address, "little")
-        return self.read(start, min(30, self.size - start)) if start < self.size else b""
+        return self.read(start, min(32, self.size - start)) if start < self.size else b""
 
     def strings(self, references: bytes, longest: int) -> list[bytes]:
         """Strings of variable length."""
@@ -253,11 +253,14 @@ def _lzf(packed: bytes | bytearray, largest: int) -> bytes:
 # Headers of objects, of which the library is not asked where it would go to a global heap: it copies as many bytes of a
 # string as are claimed, and there are damaged heaps of which it finds no end.
 
-_LINKS, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _ATTRIBUTES = 0x02, 0x08, 0x0C, 0x10, 0x15  # types of messages
+_LINKS, _FILES, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _SYMBOLS, _ATTRIBUTES = (
+    0x02, 0x07, 0x08, 0x0C, 0x10, 0x11, 0x15)  # types of messages
 _CHUNKED, _VIRTUAL = 2, 3  # layouts
 _FIXED_ARRAY = 3  # the last of the indices that cannot grow
+_END_OF_FREE = 1
 _NOWHERE = b"\xff" * 8  # the address of what is not there
 _NODE_BYTES = 2**16  # that a node of a B-tree may have in a file of any size
+_FREE_BLOCKS = 4096  # of a local heap, which keeps names; files have a few
 _PREFIX = 512  # bytes that are read at once, in which most headers end
 
 
@@ -273,7 +276,8 @@ def why_not_opened(content: Content, address: int) -> str:
     What its versions from 1.8 and 1.10 on can write, and few files have, it does not read safely. It looks a virtual
     dataset up when it opens it. Where attributes are kept apart, one that claims to be shared crashes it; where chunks
     are in an index that can grow, sizes in that make it allocate and search without end. For a node of a B-tree it
-    takes as much memory as the tree says that its nodes have.
+    takes as much memory as the tree says that its nodes have, and in a heap of names it goes from free block to free
+    block, in a circle if they lead there.
     """
     for kind, _, body in _messages(content, address):
         if kind == _LAYOUT and body[:1] > b"\2" and body[1:2] == bytes([_VIRTUAL]):
@@ -289,6 +293,8 @@ def why_not_opened(content: Content, address: int) -> str:
             if body[at:at + 8] != _NOWHERE:
                 return ("with so many or large attributes that HDF5 keeps them apart; required: at most eight, of "
                         "less than 64 KiB, or the older format, as h5py writes it unless told libver='latest'")
+        if kind in (_SYMBOLS, _FILES) and len(body) >= 16 and not _is_sound_heap(content, body[8:16]):
+            return "with a damaged heap of names; required: an undamaged file"
         if kind == _LINKS and len(body) > 1:
             at = 2 + 8 * (body[1] & 1)
             heap = content.start_at(body[at:at + 8])
@@ -299,6 +305,21 @@ def why_not_opened(content: Content, address: int) -> str:
                     return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
                             "required: an undamaged file")
     return ""
+
+
+def _is_sound_heap(content: Content, address: bytes) -> bool:
+    """Whether the free blocks of a local heap, which the library goes through, come to an end."""
+    head = content.start_at(address)
+    if not head.startswith(b"HEAP"):
+        return True  # the library refuses it
+    size, at, start = (int.from_bytes(head[i:i + 8], "little") for i in (8, 16, 24))
+    for _ in range(_FREE_BLOCKS):
+        if at in (_END_OF_FREE, 2**64 - 1):
+            return True
+        if at + 16 > size:
+            return False
+        at = int.from_bytes(content.read(start + at, 8), "little")
+    return False
 
 
 def attribute_references(content: Content, address: int, name: bytes) -> bytes:

@@ -237,3 +237,19 @@ def test_lengths_that_lie():
         attribute(changed(image, honest, honest[:4] + bytes(8) + honest[12:]))
     with pytest.raises(ModelError, match="of which the file holds 0"):
         attribute(changed(image, honest, honest[:12] + (77).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize("after", [0, 8, 2**40])
+def test_free_blocks_of_names_that_lead_nowhere(after):
+    """Or round in a circle, which the library would follow for ever."""
+    image = with_texts("one")
+    content = bytearray(image.getvalue())
+    heaps = [i for i in range(len(content)) if content.startswith(b"HEAP", i)]
+    assert len(heaps) == 2
+    for heap in heaps:
+        size, free, start = (int.from_bytes(content[heap + i:heap + i + 8], "little") for i in (8, 16, 24))
+        assert free + 16 <= size
+        spoiled = content.copy()
+        spoiled[start + free:start + free + 8] = (free + after).to_bytes(8, "little")
+        with pytest.raises(ModelError, match="with a damaged heap of names"):
+            attribute(io.BytesIO(spoiled))

@@ -270,7 +270,8 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("Conv", ["x", "w"], ["t"], kernel_shape=[2, 2]), POOL], {"w": numbers(4, 3, 3, 3)}, "weights of shape"),
     ([node("Conv", ["x", "w"], ["t"], strides=[2]), POOL], {"w": numbers(4, 3, 3, 3)}, "two numbers from 1"),
     ([node("Conv", ["x", "w"], ["t"], strides=[0, 1]), POOL], {"w": numbers(4, 3, 3, 3)}, "two numbers from 1"),
-    ([node("Conv", ["x", "w"], ["t"], strides=2), POOL], {"w": numbers(4, 3, 3, 3)}, "attribute strides of a type"),
+    ([node("Conv", ["x", "w"], ["t"], strides=2), POOL], {"w": numbers(4, 3, 3, 3)},
+     "has strides as attribute of type 2; required: ints"),
     ([node("Conv", ["x", "w"], ["t"], pads=[1, 1]), POOL], {"w": numbers(4, 3, 3, 3)}, "required: four"),
     ([node("Conv", ["x", "w"], ["t"], auto_pad="MIRROR"), POOL], {"w": numbers(4, 3, 3, 3)}, "auto_pad 'MIRROR'"),
     ([node("Conv", ["x", "w"], ["t"]), POOL], {"w": numbers(4, 5, 3, 3)}, "expects 5 input channels"),
@@ -475,6 +476,15 @@ def test_whole_numbers_are_cast_before_they_are_computed_with(convert_nodes, kin
                   [turn, node("Conv", ["t", "w"], ["f"]), *rest]):
         with pytest.raises(ConversionError, match="computes in the input's whole numbers; required: a Cast"):
             convert_nodes(nodes, {"w": numbers(2, 3, 1, 1)}, change=change)
+
+
+@pytest.mark.parametrize("opset", [1001, 2**62])
+def test_opsets_that_are_damage(convert_nodes, opset):
+    def change(model):
+        model.opset_import[0].version = opset
+
+    with pytest.raises(ConversionError, match=f"damaged: written for ONNX opset {opset}; 28 is the newest"):
+        convert_nodes([node("GlobalAveragePool", ["x"], ["p"]), node("Flatten", ["p"], ["y"])], change=change)
 
 
 @pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.COMPLEX64, 33, 1000])

@@ -31,6 +31,7 @@ from fastdtd.importers.tensors import Tensor, layer_shape
 
 MIN_OPSET = 7  # before it, broadcasting was an attribute
 NEWEST_OPSET = 28  # whose operators' attributes and inputs tests go through
+_MAX_OPSET = 1000  # beyond it, no version but damage
 _PASSING = {"Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub"}  # what preprocessing is made of
 _DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
 _WHOLE = {getattr(onnx.TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)}
@@ -86,6 +87,8 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     if opset < MIN_OPSET:
         raise ConversionError(f"written for ONNX opset {opset}; required: {MIN_OPSET} or later. onnx.version_converter "
                               "raises it")
+    if opset > _MAX_OPSET:
+        raise ConversionError(f"damaged: written for ONNX opset {opset}; {NEWEST_OPSET} is the newest that is known")
     if opset > NEWEST_OPSET:  # mostly new element types; refusing all would help nobody, for scores are compared
         _LOG.warning("written for ONNX opset %d; %d is the newest that this version was tested with: make sure that "
                      "its scores are compared", opset, NEWEST_OPSET)
@@ -327,6 +330,9 @@ class Node(ValueNode):
                 known = ", ".join(sorted(self._schema.attributes)) or "none"
                 self.refuse(f"has an attribute {name[:60]!r} that it has not in opset {self.opset}, as onnx "
                             f"{onnx.__version__} knows it; required: one of its own ({known})")
+            expected = self._schema.attributes[name].type
+            if attribute.type not in (0, expected.value):  # 0: written before there were types
+                self.refuse(f"has {name} as attribute of type {attribute.type}; required: {expected.name.lower()}")
             if attribute.ref_attr_name:
                 self.refuse(f"takes its {name} from a function that it is not in")
 

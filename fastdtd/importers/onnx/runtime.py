@@ -37,8 +37,8 @@ class OnnxRuntime(Runtime):
         try:
             import onnxruntime
         except ModuleNotFoundError:
-            self.max_operations, self.pool_operations = 2e9, 500  # it is NumPy, and loops over windows,
-            self.max_elements = 2**26  # and keeps all tensors
+            self.max_operations, self.pool_operations = 5e8, 500  # it is NumPy, and loops over windows,
+            self.max_elements = 2**24  # and keeps all tensors
             return f"onnx {onnx.__version__}'s reference"
         return f"onnxruntime {onnxruntime.__version__}"
 
