@@ -85,7 +85,7 @@ class Content:
     def start_at(self, address: bytes) -> bytes:
         """How what is at an address begins, as far as it is there."""
         start = int.from_bytes(address, "little")
-        return self.read(start, min(32, self.size - start)) if start < self.size else b""
+        return self.read(start, min(142, self.size - start)) if start < self.size else b""
 
     def strings(self, references: bytes, longest: int) -> list[bytes]:
         """Strings of variable length."""
@@ -259,6 +259,7 @@ _CHUNKED, _VIRTUAL = 2, 3  # layouts
 _FIXED_ARRAY = 3  # the last of the indices that cannot grow
 _END_OF_FREE = 1
 _NOWHERE = b"\xff" * 8  # the address of what is not there
+_LEAST_NODE_BYTES = 64  # of a node, below which the library counts its records to be billions
 _NODE_BYTES = 2**16  # that a node of a B-tree may have in a file of any size
 _FREE_BLOCKS = 4096  # of a local heap, which keeps names; files have a few
 _PREFIX = 512  # bytes that are read at once, in which most headers end
@@ -298,11 +299,19 @@ def why_not_opened(content: Content, address: int) -> str:
         if kind == _LINKS and len(body) > 1:
             at = 2 + 8 * (body[1] & 1)
             heap = content.start_at(body[at:at + 8])
+            sizes = [int.from_bytes(heap[i:i + 8], "little") for i in (112, 120)]  # of its blocks
+            if heap.startswith(b"FRHP\0") and max(sizes) > max(_NODE_BYTES, content.size):
+                return (f"with a heap whose blocks are said to have {max(sizes)} bytes, in a file of {content.size}; "
+                        "required: an undamaged file")
             for tree in body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30]:
                 head = content.start_at(tree)
                 size = int.from_bytes(head[6:10], "little")
-                if head.startswith(b"BTHD\0") and size > max(_NODE_BYTES, content.size):
+                if head.startswith(b"BTHD\0") and not _LEAST_NODE_BYTES <= size <= max(_NODE_BYTES, content.size):
                     return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
+                            "required: an undamaged file")
+                records = int.from_bytes(head[26:34], "little")
+                if head.startswith(b"BTHD\0") and records > content.size:
+                    return (f"with an index that is said to hold {records} records, in a file of {content.size} bytes; "
                             "required: an undamaged file")
     return ""
 
