@@ -300,12 +300,15 @@ def why_not_opened(content: Content, address: int) -> str:
             at = 2 + 8 * (body[1] & 1)
             heap = content.start_at(body[at:at + 8])
             sizes = [int.from_bytes(heap[i:i + 8], "little") for i in (112, 120)]  # of its blocks
-            if heap.startswith(b"FRHP\0") and max(sizes) > max(_NODE_BYTES, content.size):
+            if heap.startswith(b"FRHP\0") and (max(sizes) > max(_NODE_BYTES, content.size) or 0 in sizes
+                                               or not any(heap[110:112])):  # blocks in a row
                 return (f"with a heap whose blocks are said to have {max(sizes)} bytes, in a file of {content.size}; "
                         "required: an undamaged file")
             for tree in body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30]:
                 head = content.start_at(tree)
                 size = int.from_bytes(head[6:10], "little")
+                if head.startswith(b"BTHD\0") and not any(head[10:12]):
+                    return "with an index of records of no bytes; required: an undamaged file"
                 if head.startswith(b"BTHD\0") and not _LEAST_NODE_BYTES <= size <= max(_NODE_BYTES, content.size):
                     return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
                             "required: an undamaged file")
