@@ -203,8 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
         "%% of what is free)")
     explain.add_argument(
-        "--max-multiply-adds", metavar="N", type=float,
-        help="refuse a network of which one picture takes more; `fastdtd show` says how many (default: 5e11)")
+        "--max-multiply-adds", metavar="N", type=float, default=5e11,  # fastdtd.cost.MAX_MULTIPLY_ADDS takes NumPy
+        help="refuse a network of which one picture takes more; `fastdtd show` says how many (default: %(default)g)")
     explain.add_argument(
         "--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
@@ -316,13 +316,12 @@ def _explain(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fastdtd import model_file, runner
-    from fastdtd.cost import MAX_MULTIPLY_ADDS
     from fastdtd.explainer import Explainer
 
     model = model_file.load(options.model)
     pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     explainer = Explainer(model, _rules(options), device=options.device, threads=options.threads, memory=options.memory,
-                          precision=options.precision, max_multiply_adds=options.max_multiply_adds or MAX_MULTIPLY_ADDS)
+                          precision=options.precision, max_multiply_adds=options.max_multiply_adds)
     width = min(40, max(len(picture.name) for picture in pictures))
     books: dict[str, float] = defaultdict(float)
     flow: dict[str, float] = defaultdict(float)

@@ -28,7 +28,7 @@ class Cost:
     ----------
     forward, backward : int
         Multiply-adds of the two passes. Each output of a convolution, dense layer, pool or normalisation takes as many
-        as its window holds, and so does each input on the way back; other layers one for each element.
+        as its window holds, and so does each input in the backward pass; other layers one for each element.
     activation_bytes : int
         Of all tensors together, the input included, as float32.
     weight_bytes : int

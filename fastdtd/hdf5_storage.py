@@ -73,7 +73,8 @@ class Content:
         if not 0 <= start <= start + nbytes <= self.size:
             raise ModelError(f"ends after {self.size} bytes, and {nbytes} are to be read from byte {start} on")
         made = np.empty(shape, dtype)
-        view = memoryview(made.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # Python 3.12's Buffer
+        # mypy knows arrays as buffers from Python 3.12 on.
+        view = memoryview(made.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._stream.seek(start)
         while view:
             count = self._stream.readinto(view)
@@ -296,26 +297,32 @@ def why_not_opened(content: Content, address: int) -> str:
                         "less than 64 KiB, or the older format, as h5py writes it unless told libver='latest'")
         if kind in (_SYMBOLS, _FILES) and len(body) >= 16 and not _is_sound_heap(content, body[8:16]):
             return "with a damaged heap of names; required: an undamaged file"
-        if kind == _LINKS and len(body) > 1:
-            at = 2 + 8 * (body[1] & 1)
-            heap = content.start_at(body[at:at + 8])
-            sizes = [int.from_bytes(heap[i:i + 8], "little") for i in (112, 120)]  # of its blocks
-            if heap.startswith(b"FRHP\0") and (max(sizes) > max(_NODE_BYTES, content.size) or 0 in sizes
-                                               or not any(heap[110:112])):  # blocks in a row
-                return (f"with a heap whose blocks are said to have {max(sizes)} bytes, in a file of {content.size}; "
-                        "required: an undamaged file")
-            for tree in body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30]:
-                head = content.start_at(tree)
-                size = int.from_bytes(head[6:10], "little")
-                if head.startswith(b"BTHD\0") and not any(head[10:12]):
-                    return "with an index of records of no bytes; required: an undamaged file"
-                if head.startswith(b"BTHD\0") and not _LEAST_NODE_BYTES <= size <= max(_NODE_BYTES, content.size):
-                    return (f"with an index whose nodes are said to have {size} bytes, in a file of {content.size}; "
-                            "required: an undamaged file")
-                records = int.from_bytes(head[26:34], "little")
-                if head.startswith(b"BTHD\0") and records > content.size:
-                    return (f"with an index that is said to hold {records} records, in a file of {content.size} bytes; "
-                            "required: an undamaged file")
+        if kind == _LINKS and len(body) > 1 and (damage := _damage_of_links(content, body)):
+            return f"with {damage}; required: an undamaged file"
+    return ""
+
+
+def _damage_of_links(content: Content, body: bytes) -> str:
+    """What is wrong with the heap and the indices of a group's links, which are kept apart where they are many."""
+    largest = max(_NODE_BYTES, content.size)
+    at = 2 + 8 * (body[1] & 1)
+    heap = content.start_at(body[at:at + 8])
+    if heap.startswith(b"FRHP\0"):
+        sizes = [int.from_bytes(heap[i:i + 8], "little") for i in (112, 120)]  # of its blocks
+        blocks_in_a_row = int.from_bytes(heap[110:112], "little")
+        if not blocks_in_a_row or 0 in sizes or max(sizes) > largest:
+            return f"a heap whose blocks are said to have {max(sizes)} bytes, in a file of {content.size}"
+    for tree in body[at + 8:at + 16], body[at + 16:at + 24], heap[22:30]:
+        head = content.start_at(tree)
+        if not head.startswith(b"BTHD\0"):
+            continue
+        node, record, records = (int.from_bytes(head[i:j], "little") for i, j in ((6, 10), (10, 12), (26, 34)))
+        if not record:
+            return "an index of records of no bytes"
+        if not _LEAST_NODE_BYTES <= node <= largest:
+            return f"an index whose nodes are said to have {node} bytes, in a file of {content.size}"
+        if records > content.size:
+            return f"an index that is said to hold {records} records, in a file of {content.size} bytes"
     return ""
 
 

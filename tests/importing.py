@@ -50,6 +50,22 @@ def onnx_file(nodes, constants=(), shape=("N", 3, 9, 8), opset=13, outputs=("y",
     return model.SerializeToString()
 
 
+def caffemodel(weights, old=False):
+    """A .caffemodel from {layer name: arrays}; old: in the layout of 2014, every shape with four axes."""
+    from fastdtd.importers.caffe import NetParameter
+
+    net = NetParameter()
+    for name, arrays in weights.items():
+        layer = (net.layers if old else net.layer).add(name=name)
+        for array in arrays:
+            blob = layer.blobs.add(data=[array.astype("<f4").tobytes()])
+            if old:
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+            else:
+                blob.shape.dim.extend(array.shape)
+    return net.SerializeToString()
+
+
 def converter_of_nodes(tmp_path):
     """convert() of an ONNX file of nodes and constants; 'x' is the input, 'y' the output unless `outputs` says it."""
     def convert_nodes(nodes, constants=(), shape=("N", 3, 9, 8), opset=13, outputs=("y",), change=lambda model: None,

@@ -6,7 +6,7 @@ import dataclasses
 import naive
 import numpy as np
 import pytest
-from importing import damaged, numbers, same
+from importing import caffemodel, damaged, numbers, same
 
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError, FastDTDError
@@ -16,20 +16,6 @@ pytest.importorskip("google.protobuf")
 from fastdtd.importers import caffe  # after importorskip
 
 INPUT = 'input: "x" input_shape { dim: 10 dim: 3 dim: 9 dim: 8 } '
-
-
-def caffemodel(weights, old=False):
-    """A .caffemodel from {layer name: arrays}; old: in the layout of 2014, every shape with four axes."""
-    net = caffe.NetParameter()
-    for name, arrays in weights.items():
-        layer = (net.layers if old else net.layer).add(name=name)
-        for array in arrays:
-            blob = layer.blobs.add(data=[array.astype("<f4").tobytes()])
-            if old:
-                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
-            else:
-                blob.shape.dim.extend(array.shape)
-    return net.SerializeToString()
 
 
 @pytest.fixture

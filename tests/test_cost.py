@@ -1,6 +1,7 @@
 """What a network costs, by the definition, and that what costs too much is refused before it begins."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from graphs import graphs
 from hypothesis import given
 from naive import matrix
 
+import fastdtd
+from fastdtd import cli
 from fastdtd import graph as g
-from fastdtd.cost import cost, decimal, multiply_adds
+from fastdtd.cost import MAX_MULTIPLY_ADDS, cost, decimal, multiply_adds
 from fastdtd.errors import InputError
 from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
@@ -33,7 +36,7 @@ def test_counts_what_windows_and_weights_say(graph):
     assert found.weight_bytes == 4 * graph.parameters
 
 
-def test_a_large_window_costs_most_on_the_way_back():
+def test_a_large_window_costs_most_in_the_backward_pass():
     """It has few positions, but each input lies in all of them."""
     conv = g.Conv2d("conv", (g.INPUT,), np.ones((2, 1, 30, 30)))
     graph = g.Graph((conv, g.GlobalAveragePool("scores", ("conv",))), (1, 32, 32), (0, 1))
@@ -53,6 +56,15 @@ def test_a_network_that_takes_too_much_is_refused_before_it_begins():
     for bad in ("1e9", True, None, math.nan):
         with pytest.raises(InputError, match=r"max_multiply_adds|multiply-adds, and nan"):
             Explainer(Model(small(), Preprocessing(None)), max_multiply_adds=bad)
+
+
+def test_the_command_line_has_the_same_limit(tmp_path, capsys):
+    assert cli._parser().parse_args(["explain", "net.h5"]).max_multiply_adds == MAX_MULTIPLY_ADDS
+    fastdtd.save(Model(small(), Preprocessing(None)), tmp_path / "net.h5")
+    status = cli.main(["explain", str(tmp_path / "net.h5"), "-o", str(tmp_path / "out"), "--max-multiply-adds", "0",
+                       str(Path(cli.__file__).parent / "models" / "chelsea.png")])
+    assert status == 1
+    assert "multiply-adds, and 0 are accepted" in capsys.readouterr().err
 
 
 def test_a_network_that_takes_more_memory_than_the_machine_has(monkeypatch):

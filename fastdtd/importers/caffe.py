@@ -266,7 +266,7 @@ class Node(moves.Node):
         if not self.tops:
             self.refuse("has no top")
         if self._unread:
-            self.refuse(f"has {self._unread[0]}, which is not supported; required: none")
+            self.refuse_unread(self._unread[0])
         if getattr(self.proto, "phase", 1) != 1:
             self.refuse("has phase TRAIN; required: TEST")
         return found

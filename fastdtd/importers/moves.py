@@ -42,6 +42,10 @@ class Node:
         """Raise ConversionError that names the node."""
         raise ConversionError(f"{self} {what}")
 
+    def refuse_unread(self, what: str, default: object = None) -> NoReturn:
+        """The same of what the node says and nobody reads. default: what it may be, None where it may not be there."""
+        self.refuse(f"has {what}, which is not supported; required: {'none' if default is None else default}")
+
 
 class Moves:
     """The layers made so far, and what several sources make of operators.

@@ -2,7 +2,7 @@
 
 from fuzzing import Format, check_model, convert
 from google.protobuf import text_format
-from importing import numbers
+from importing import caffemodel, numbers
 from mutating import smaller_messages, spoil_message, spoiled
 
 from fastdtd.importers.caffe import OPERATORS, NetParameter
@@ -38,16 +38,7 @@ OLD_ARRAYS = {"c": [numbers(4, 3, 3, 3), numbers(4)], "f": [numbers(2, 168), num
 
 def written(text, arrays, is_old):
     """A case of Caffe's two layouts."""
-    net = NetParameter()
-    for name, blobs in arrays.items():
-        layer = (net.layers if is_old else net.layer).add(name=name)
-        for array in blobs:
-            blob = layer.blobs.add(data=[array.astype("<f4").tobytes()])
-            if is_old:
-                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
-            else:
-                blob.shape.dim.extend(array.shape)
-    return {TEXT: text.encode(), WEIGHTS: net.SerializeToString()}
+    return {TEXT: text.encode(), WEIGHTS: caffemodel(arrays, is_old)}
 
 
 BASES = [written('input: "x" input_shape { dim: 10 dim: 3 dim: 9 dim: 8 }' + LAYERS, ARRAYS, False),

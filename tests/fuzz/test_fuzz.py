@@ -170,22 +170,31 @@ def many_at_the_root(file):
 
 
 @pytest.mark.parametrize("spoil", [many_links, ordered_links, many_at_the_root])
-def test_nodes_of_gigabytes(spoil, tmp_path):
-    """Of each B-tree of a file's, alone; its library takes as much memory as is claimed, at once."""
+@pytest.mark.parametrize(("kind", "place", "size", "value", "message"), [
+    (b"BTHD", 6, 4, 2**29, "an index whose nodes are said to have 536870912 bytes"),
+    (b"BTHD", 6, 4, 0, "an index whose nodes are said to have 0 bytes"),
+    (b"BTHD", 10, 2, 0, "an index of records of no bytes"),
+    (b"BTHD", 26, 8, 2**40, "an index that is said to hold 1099511627776 records"),
+    (b"FRHP", 112, 8, 2**40, "a heap whose blocks are said to have 1099511627776 bytes"),
+    (b"FRHP", 120, 8, 2**40, "a heap whose blocks are said to have 1099511627776 bytes"),
+    (b"FRHP", 112, 8, 0, "a heap whose blocks are said"), (b"FRHP", 110, 2, 0, "a heap whose blocks are said"),
+])
+def test_sizes_in_indices_and_heaps(spoil, tmp_path, kind, place, size, value, message):
+    """Of each of a file's, alone; its library divides by them, or takes as much memory as is claimed, at once."""
     path = tmp_path / "net.h5"
     with h5py.File(io.BytesIO(fuzz_hdf5.BASES[0])) as source, h5py.File(path, "w", libver="latest") as file:
         fuzz_hdf5.write_anew(source, file)
         spoil(file)
     content = path.read_bytes()
-    trees = [(at, length) for at, length in fuzz_hdf5.Map(content).checked if content[at:at + 4] == b"BTHD"]
-    assert trees
-    for at, length in trees:
+    found = [(at, length) for at, length in fuzz_hdf5.Map(content).checked if content[at:at + 4] == kind]
+    assert found
+    for at, length in found:
         data = bytearray(content)
-        data[at + 6:at + 10] = (2**29).to_bytes(4, "little")
+        data[at + place:at + place + size] = value.to_bytes(size, "little")
         data[at + length:at + length + 4] = fuzz_hdf5.lookup3(bytes(data[at:at + length])).to_bytes(4, "little")
         path.write_bytes(data)
         fuzzing.peak_memory(reset=True)
         before = fuzzing.peak_memory()
-        with pytest.raises(ModelError, match="an index whose nodes are said to have 536870912 bytes"):
+        with pytest.raises(ModelError, match=message):
             fastdtd.load(path)
         assert fuzzing.peak_memory() - before < 2**26

@@ -223,12 +223,12 @@ def _add(b: Builder, node: Node) -> Tensor:
     if len(node.inputs) != 2:
         return b.sum(node.tensors())
     x, y = node.operands()
-    return _computed(b, patterns.plus(b, x, y))
+    return patterns.as_tensor(b, patterns.plus(b, x, y))
 
 
 def _subtract(b: Builder, node: Node) -> Tensor:
     x, y = node.operands()
-    return _computed(b, patterns.plus(b, x, y, -1.0))
+    return patterns.as_tensor(b, patterns.plus(b, x, y, -1.0))
 
 
 def _multiply(b: Builder, node: Node) -> Tensor:
@@ -236,16 +236,12 @@ def _multiply(b: Builder, node: Node) -> Tensor:
         node.refuse("multiplies tensors, as in squeeze-and-excitation; required: one, and a constant, for products of "
                     "two have no rule")
     x, y = node.operands()
-    return _computed(b, patterns.times(b, x, y))
+    return patterns.as_tensor(b, patterns.times(b, x, y))
 
 
 def _divide(b: Builder, node: Node) -> Tensor:
     x, y = node.operands()
     return patterns.divided(b, x, y)
-
-
-def _computed(b: Builder, made: Tensor | patterns.Squares) -> Tensor:
-    return patterns.as_tensor(b, made)
 
 
 def _concatenate(b: Builder, node: Node) -> Tensor:

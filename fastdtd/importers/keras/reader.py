@@ -200,8 +200,7 @@ class Node(moves.Node):
         for key, value in self.settings.items():
             is_known = key in self._read or key in IGNORED or key.endswith(IGNORED_ENDINGS)
             if not is_known and value is not None and value != (default := UNREAD.get(key)):
-                self.refuse(f"has {key[:60]} {str(value)[:60]}, which is not supported; required: "
-                            + ("none" if default is None else str(default)))
+                self.refuse_unread(f"{key[:60]} {str(value)[:60]}", default)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self.setting(key)

@@ -342,12 +342,11 @@ class Node(ValueNode):
             default = self._schema.attributes[name].default_value
             values = [_value(each) for each in (attribute, default)]
             if name not in self._read and name not in IGNORED and values[0] != values[1]:
-                self.refuse(f"has {name} {str(values[0])[:60]}, which is not supported; required: "
-                            + ("none" if values[1] is None else str(values[1])))
+                self.refuse_unread(f"{name} {str(values[0])[:60]}", values[1])
         for i, name in enumerate(self.inputs):
             formal = self._schema.inputs[min(i, len(self._schema.inputs) - 1)].name
             if name and i not in self._read and formal not in IGNORED:
-                self.refuse(f"has {name!r} as its {formal}, which is not supported; required: none")
+                self.refuse_unread(f"{name!r} as its {formal}")
 
     def ignore(self, *names: str) -> None:
         """Count attributes as read that mean nothing beside others."""

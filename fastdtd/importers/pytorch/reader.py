@@ -27,7 +27,7 @@ from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import Array
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
 from fastdtd.importers.pytorch.operators import IGNORED, NEAREST, OPERATORS
-from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating
+from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating, given
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 
@@ -176,10 +176,7 @@ class Reader:
     def __init__(self, builder: Builder, exported: Any) -> None:
         self.builder, self.module = builder, exported.graph_module
         self.values: dict[Any, Any] = {}
-        signature = exported.graph_signature
-        self.targets: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-                                        **signature.inputs_to_lifted_tensor_constants}
-        self.constants = {**exported.state_dict, **exported.constants}
+        self.targets, self.constants = given(exported)
 
     def read(self, traced: Any) -> None:
         """Add what a node computes."""
@@ -245,8 +242,7 @@ class Node(ValueNode):
             parameter = self.parameters.get(name)
             default = parameter.default_value if parameter is not None and parameter.has_default_value() else None
             if value is not None and value != default:
-                self.refuse(f"has {name} {value}, which is not supported; required: "
-                            + ("none" if default is None else str(default)))
+                self.refuse_unread(f"{name} {value}", default)
 
     def _argument(self, name: str) -> Any:
         self._read.add(name)

@@ -25,6 +25,15 @@ def evaluating(module: Any) -> Iterator[Any]:
             part.training = training
 
 
+def given(exported: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """What an exported program has beside its input: by placeholder, the name of a parameter, buffer or constant; and
+    by that name, the tensor."""
+    signature = exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
+             **signature.inputs_to_lifted_tensor_constants}
+    return names, {**exported.state_dict, **exported.constants}
+
+
 @dataclass
 class TorchRuntime(Runtime):
     """exported: what was read of `module`; like: a tensor of the input's kind."""
@@ -51,7 +60,7 @@ class TorchRuntime(Runtime):
             return torch.func.functional_call(self.module, buffers, (x,))
 
 
-class _Until(torch.fx.Interpreter):  # type: ignore[misc]
+class _Until(torch.fx.Interpreter):  # type: ignore[misc]  # for mypy does not follow torch
     """Runs an exported program as far as a node."""
 
     def __init__(self, exported: Any, last: Any) -> None:
@@ -59,9 +68,7 @@ class _Until(torch.fx.Interpreter):  # type: ignore[misc]
         self._exported, self._last, self._found = exported, last, None
 
     def value(self, x: Any) -> Any:
-        signature, constants = self._exported.graph_signature, {**self._exported.state_dict, **self._exported.constants}
-        targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-                   **signature.inputs_to_lifted_tensor_constants}
+        targets, constants = given(self._exported)
         inputs = [node.name for node in self._exported.graph.nodes if node.op == "placeholder"]
         self.run(*(constants[targets[name]] if name in targets else x for name in inputs))
         return self._found
