@@ -6,10 +6,11 @@ file, and nothing is read before its type and size are known to be sane.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from fastdtd.graph import (
     Layer,
     Rearrange,
 )
+from fastdtd.hdf5_format import Object
 from fastdtd.model import Model, Preprocessing
 
 if TYPE_CHECKING:
@@ -147,10 +149,10 @@ def _locate(source: str) -> Path:
 
 
 def _read(source: Path | io.BytesIO) -> Model:
-    with hdf5.errors(_REQUIRED), hdf5.opened(source, _REQUIRED) as file:
-        names = hdf5.attribute_names(file, "the file")
+    with hdf5.opened(source, _REQUIRED) as file:
+        names = hdf5.named_attributes(file, "the file")
         found = {
-            name: hdf5.attribute(file, name, f"root attribute {name!r}") for name in ("format", "version")
+            name: hdf5.values(names[name], file.content, f"root attribute {name!r}") for name in ("format", "version")
             if name in names
         }
         if found.get("format") != [FORMAT]:
@@ -180,7 +182,7 @@ def _read(source: Path | io.BytesIO) -> Model:
     return Model(Graph(tuple(layers), shape, box), preprocessing, classes, provenance)
 
 
-def _read_input(group: hdf5.Object) -> tuple[Any, tuple[Array, Array] | None, Preprocessing]:
+def _read_input(group: Object) -> tuple[Any, tuple[Array, Array] | None, Preprocessing]:
     found = hdf5.attributes(group, "/input", ("shape", "color", "resize", "scale"))
     datasets = hdf5.children(group, "/input", 3, ("mean", "std", "box"))
     shape = found.get("shape")
@@ -205,7 +207,7 @@ def _read_input(group: hdf5.Object) -> tuple[Any, tuple[Array, Array] | None, Pr
     return tuple(shape), box, Preprocessing(**fields)
 
 
-def _read_layers(group: hdf5.Object) -> list[tuple[type[Layer], dict[str, Any]]]:
+def _read_layers(group: Object) -> list[tuple[type[Layer], dict[str, Any]]]:
     """Each layer's class and what to make it with."""
     pending = []
     total = 0
@@ -230,15 +232,16 @@ def _read_layers(group: hdf5.Object) -> list[tuple[type[Layer], dict[str, Any]]]
             raise ModelError(f"{where} has inputs {hdf5.shown(inputs)}; required: names of layers, or 'input'")
         fields: dict[str, Any] = {"name": name, "inputs": tuple(inputs)}
         fields |= {setting: _setting(setting, found[setting], where) for setting in settings if setting in found}
-        total += sum(math.prod(data.h5.shape or ()) for data in datasets.values() if hdf5.is_dataset(data))
-        if total > MAX_TOTAL_WEIGHTS:
-            raise ModelError(f"the weights up to {where} are {total} numbers; at most {MAX_TOTAL_WEIGHTS} are accepted")
         for array, data in datasets.items():
+            total += hdf5.size(data, f"{where} {array}")
+            if total > MAX_TOTAL_WEIGHTS:
+                raise ModelError(f"the weights up to {where} are {total} numbers; at most {MAX_TOTAL_WEIGHTS} are "
+                                 "accepted")
             if (first := owners.setdefault(data.address, f"{where} {array}")) != f"{where} {array}":
                 raise ModelError(f"{where} {array} is the dataset of {first}; required: one of its own")
             is_integer = array in cls.integer_arrays
             fields[array] = hdf5.array(data, f"{where} {array}", (_RANKS.get((cls, array), 1),),
-                                   MAX_TENSOR_ELEMENTS if is_integer else MAX_WEIGHT_ELEMENTS, is_integer)
+                                       MAX_TENSOR_ELEMENTS if is_integer else MAX_WEIGHT_ELEMENTS, is_integer)
         for field in dataclasses.fields(cls):
             if field.name not in fields and field.default is dataclasses.MISSING:
                 what = "dataset" if field.name in cls.arrays else "attribute"
@@ -266,7 +269,7 @@ def _setting(field: str, value: list[Any], where: str) -> Any:
     raise ModelError(f"{where} has {field} {hdf5.shown(value)}; required: {wanted.get(field, '1 or 2 integers')}")
 
 
-def _read_provenance(group: hdf5.Object) -> dict[str, str]:
+def _read_provenance(group: Object) -> dict[str, str]:
     hdf5.children(group, "/provenance", 0, ())
     found = hdf5.attributes(group, "/provenance")
     return {name: hdf5.single(value, str, f"/provenance attribute {name!r}") for name, value in found.items()}
@@ -277,7 +280,7 @@ def _write(model: Model, image: io.BytesIO, dtype: npt.DTypeLike, compression: s
 
     # v108 objects carry checksums, so that damage to a stride is noticed; every library since HDF5 1.8 (2008) reads
     # them.
-    with hdf5.errors("names and texts of valid Unicode, none of them empty"), h5py.File(
+    with _errors("names and texts of valid Unicode, none of them empty"), h5py.File(
             image, "w", libver=("v108", "v108")) as file:
         _put_text(file, "format", FORMAT)
         file.attrs["version"] = np.asarray(VERSION, "<i8")
@@ -288,12 +291,19 @@ def _write(model: Model, image: io.BytesIO, dtype: npt.DTypeLike, compression: s
         if model.classes:
             file.create_dataset("classes", data=_fixed(model.classes), track_times=False)
         if model.provenance:
-            layout = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
-            layout.set_attr_phase_change(2**16 - 1, 0)  # all attributes in the group's header: see why_not_opened
-            layout.set_obj_track_times(False)
-            provenance = h5py.Group(h5py.h5g.create(file.id, b"provenance", gcpl=layout))
+            provenance = file.create_group("provenance")
             for key, value in sorted(model.provenance.items()):
                 _put_text(provenance, key, value)
+
+
+@contextlib.contextmanager
+def _errors(required: str) -> Iterator[None]:
+    """Whatever h5py raises, on a name that cannot be stored, as ModelError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
+        raise ModelError(f"HDF5 cannot write it ({error}); required: {required}") from error
 
 
 def _write_input(group: h5py.Group, model: Model) -> None:

@@ -29,9 +29,9 @@ def written(data, libver="earliest", **how):
 
 
 def read(image):
-    with hdf5.errors("one"), hdf5.opened(image, "one") as file:
+    with hdf5.opened(image, "one") as file:
         data = hdf5.children(file, "the file", 10)["data"]
-        return hdf5_storage.elements(hdf5.dataset(data, "data", tuple(range(5)), 2**28), data.content)
+        return hdf5_storage.elements(hdf5.dataset(data, "data", tuple(range(5)), 2**28))
 
 
 @pytest.mark.parametrize("libver", ["earliest", "v108", "latest"])
@@ -162,16 +162,11 @@ def test_elements_of_other_sizes_are_shuffled():
         read(changed(image, b"shuffle\0" + (4).to_bytes(4, "little"), b"shuffle\0" + (3).to_bytes(4, "little")))
 
 
-def test_room_to_grow():
-    with pytest.raises(ModelError, match=r"has shape \(8,\) and can grow to \(100,\)"):
-        read(written(np.zeros(8, "f4"), chunks=(4,), maxshape=(100,)))
-
-
 @pytest.mark.parametrize("maxshape", [(None, 3), (None, None)])
 def test_indices_that_can_grow(maxshape):
     data = np.zeros((2, 3), "f4")
     np.testing.assert_array_equal(read(written(data, "v108", chunks=(1, 1), maxshape=maxshape)), data)
-    with pytest.raises(ModelError, match="holds 'data' with chunks in an index that can grow"):
+    with pytest.raises(ModelError, match="has chunks in an index that can grow"):
         read(written(data, "latest", chunks=(1, 1), maxshape=maxshape))
 
 
@@ -181,23 +176,13 @@ def test_more_chunks_than_anyone_writes(monkeypatch):
         read(written(np.zeros(10, "f4"), chunks=(1,)))
 
 
-def test_compact_storage():
-    image = io.BytesIO()
-    with h5py.File(image, "w") as file:
-        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        layout.set_layout(h5py.h5d.COMPACT)
-        h5py.h5d.create(file.id, b"data", h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple((2,)), layout)
-    with pytest.raises(ModelError, match="layout other than contiguous and chunked"):
-        read(image)
-
-
 # Strings of variable length
 
 
 def attribute(image):
-    with hdf5.errors("one"), hdf5.opened(image, "one") as file:
+    with hdf5.opened(image, "one") as file:
         group = hdf5.children(file, "the file", 10)["group"]
-        return hdf5.attribute(group, "text", "the text")
+        return hdf5.attributes(group, "the group")["text"]
 
 
 def with_texts(texts, libver="earliest", others=0):
@@ -212,16 +197,10 @@ def with_texts(texts, libver="earliest", others=0):
 
 @pytest.mark.parametrize("libver", ["earliest", "v108", "latest"])
 @pytest.mark.parametrize("texts", ["one", "ä" * 300, ["a", "", "b" * 4000]])
-@pytest.mark.parametrize("others", [0, 7])
+@pytest.mark.parametrize("others", [0, 7, 100])
 def test_texts(texts, libver, others):
     expected = [texts] if isinstance(texts, str) else texts
     assert attribute(with_texts(texts, libver, others)) == expected
-
-
-def test_old_headers_hold_any_number_of_attributes():
-    assert attribute(with_texts("one", others=100)) == ["one"]
-    with pytest.raises(ModelError, match="holds 'group' with so many or large attributes that HDF5 keeps them apart"):
-        attribute(with_texts("one", "latest", others=100))
 
 
 def test_lengths_that_lie():
@@ -237,19 +216,3 @@ def test_lengths_that_lie():
         attribute(changed(image, honest, honest[:4] + bytes(8) + honest[12:]))
     with pytest.raises(ModelError, match="of which the file holds 0"):
         attribute(changed(image, honest, honest[:12] + (77).to_bytes(4, "little")))
-
-
-@pytest.mark.parametrize("after", [0, 8, 2**40])
-def test_free_blocks_of_names_that_lead_nowhere(after):
-    """Or round in a circle, which the library would follow for ever."""
-    image = with_texts("one")
-    content = bytearray(image.getvalue())
-    heaps = [i for i in range(len(content)) if content.startswith(b"HEAP", i)]
-    assert len(heaps) == 2
-    for heap in heaps:
-        size, free, start = (int.from_bytes(content[heap + i:heap + i + 8], "little") for i in (8, 16, 24))
-        assert free + 16 <= size
-        spoiled = content.copy()
-        spoiled[start + free:start + free + 8] = (free + after).to_bytes(8, "little")
-        with pytest.raises(ModelError, match="with a damaged heap of names"):
-            attribute(io.BytesIO(spoiled))

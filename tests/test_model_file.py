@@ -329,7 +329,7 @@ def test_flipped_bits_neither_crash_nor_hang(model, valid, tmp_path, which):
     if which == "saved":
         source = tmp_path / "saved.h5"
         save(model, source)
-    # In a process of its own: what is feared is that libhdf5 crashes.
+    # In a process of its own, which a crash would end.
     command = [sys.executable, "-c", FUZZ, source, tmp_path / "spoiled.h5"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout[-50:] + result.stderr

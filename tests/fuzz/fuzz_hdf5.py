@@ -12,43 +12,11 @@ from model_files import write_small
 from mutating import spoiled, whole
 
 import fastdtd
+from fastdtd.hdf5_format import checksum
 
 SIGNATURES = (b"OHDR", b"OCHK", b"BTHD", b"BTLF", b"BTIN", b"FRHP", b"FHDB", b"FHIB", b"FSHD", b"FAHD", b"FADB",
               b"EAHD", b"EAIB", b"EASB", b"EADB", b"SMTB", b"TREE", b"SNOD", b"HEAP", b"GCOL")
 LONGEST = 300  # of what is looked for before a checksum, beside object headers
-
-
-def lookup3(data):
-    """Bob Jenkins's hash, as HDF5 uses it for metadata."""
-    a = b = c = (0xDEADBEEF + len(data)) & 0xFFFFFFFF
-    if not data:
-        return c
-
-    def turned(x, n):
-        return (x << n | x >> 32 - n) & 0xFFFFFFFF
-
-    words = struct.unpack(f"<{(len(data) + 11) // 12 * 3}I", data + bytes(-len(data) % 12))
-    for i in range(0, len(words) - 3, 3):
-        a, b, c = a + words[i], b + words[i + 1], c + words[i + 2]
-        a = (a - c ^ turned(c & 0xFFFFFFFF, 4)) & 0xFFFFFFFF
-        c = c + b
-        b = (b - a ^ turned(a, 6)) & 0xFFFFFFFF
-        a = a + c
-        c = (c - b ^ turned(b, 8)) & 0xFFFFFFFF
-        b = b + a
-        a = (a - c ^ turned(c, 16)) & 0xFFFFFFFF
-        c = c + b
-        b = (b - a ^ turned(a & 0xFFFFFFFF, 19)) & 0xFFFFFFFF
-        a = a + c
-        c = (c - b ^ turned(b, 4)) & 0xFFFFFFFF
-        b = b + a
-    a, b, c = ((x + y) & 0xFFFFFFFF for x, y in zip((a, b, c), words[-3:], strict=True))
-    for source, target, n in ("bc", "cc", 14), ("ca", "aa", 11), ("ab", "bb", 25), ("bc", "cc", 16), ("ca", "aa", 4), (
-            "ab", "bb", 14), ("bc", "cc", 24):
-        value = {"a": a, "b": b, "c": c}
-        new = ((value[target[0]] ^ value[source[0]]) - turned(value[source[0]], n)) & 0xFFFFFFFF
-        a, b, c = new if target[0] == "a" else a, new if target[0] == "b" else b, new if target[0] == "c" else c
-    return c
 
 
 class Map:
@@ -90,10 +58,10 @@ class Map:
             place = at + 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
             width = 1 << (flags & 3)
             exact = place + width + int.from_bytes(content[place:place + width], "little") - at
-            return exact if told and lookup3(content[at:at + exact]) == int.from_bytes(
+            return exact if told and checksum(content[at:at + exact]) == int.from_bytes(
                 content[at + exact:at + exact + 4], "little") else 0
         for length in range(8, min(limit, len(content) - at - 4)):
-            if lookup3(content[at:at + length]) == int.from_bytes(content[at + length:at + length + 4], "little"):
+            if checksum(content[at:at + length]) == int.from_bytes(content[at + length:at + length + 4], "little"):
                 return length
         return 0
 
@@ -192,7 +160,7 @@ def mutated(rng, content, mapped):
         for start, length in mapped.checked:
             end = start + length
             if data[start:end] != content[start:end] and end + 4 <= len(data):
-                data[end:end + 4] = lookup3(bytes(data[start:end])).to_bytes(4, "little")
+                data[end:end + 4] = checksum(bytes(data[start:end])).to_bytes(4, "little")
     return bytes(data)
 
 

@@ -1,6 +1,7 @@
 """Files that are mutated at random, the same in each run, and those of which something was found once."""
 
 import io
+import itertools
 import os
 import struct
 import subprocess
@@ -132,7 +133,7 @@ def test_checksums_are_repaired():
     assert len(mapped.checked) > 10
     for start, length in mapped.checked:
         told = int.from_bytes(content[start + length:start + length + 4], "little")
-        assert fuzz_hdf5.lookup3(content[start:start + length]) == told
+        assert fuzz_hdf5.checksum(content[start:start + length]) == told
     for case in fuzz_pictures.BASES:
         for content in case.values():
             assert b"".join(fuzz_pictures.parts_of(content)) == content
@@ -170,17 +171,13 @@ def many_at_the_root(file):
 
 
 @pytest.mark.parametrize("spoil", [many_links, ordered_links, many_at_the_root])
-@pytest.mark.parametrize(("kind", "place", "size", "value", "message"), [
-    (b"BTHD", 6, 4, 2**29, "an index whose nodes are said to have 536870912 bytes"),
-    (b"BTHD", 6, 4, 0, "an index whose nodes are said to have 0 bytes"),
-    (b"BTHD", 10, 2, 0, "an index of records of no bytes"),
-    (b"BTHD", 26, 8, 2**40, "an index that is said to hold 1099511627776 records"),
-    (b"FRHP", 112, 8, 2**40, "a heap whose blocks are said to have 1099511627776 bytes"),
-    (b"FRHP", 120, 8, 2**40, "a heap whose blocks are said to have 1099511627776 bytes"),
-    (b"FRHP", 112, 8, 0, "a heap whose blocks are said"), (b"FRHP", 110, 2, 0, "a heap whose blocks are said"),
+@pytest.mark.parametrize(("kind", "place", "size", "values"), [
+    (b"BTHD", 6, 4, (0, 2**29)), (b"BTHD", 10, 2, (0, 2**15)), (b"BTHD", 12, 2, (2**15,)), (b"BTHD", 24, 2, (2**15,)),
+    (b"FRHP", 110, 2, (0, 1, 2**15)), (b"FRHP", 112, 8, (0, 2**40)), (b"FRHP", 120, 8, (0, 2**40)),
+    (b"FRHP", 128, 2, (0, 2**15)), (b"FRHP", 140, 2, (2**15,)),
 ])
-def test_sizes_in_indices_and_heaps(spoil, tmp_path, kind, place, size, value, message):
-    """Of each of a file's, alone; its library divides by them, or takes as much memory as is claimed, at once."""
+def test_sizes_in_indices_and_heaps(spoil, tmp_path, kind, place, size, values):
+    """Of each of a file's, alone; HDF5's library divides by them, or takes as much memory as is claimed, at once."""
     path = tmp_path / "net.h5"
     with h5py.File(io.BytesIO(fuzz_hdf5.BASES[0])) as source, h5py.File(path, "w", libver="latest") as file:
         fuzz_hdf5.write_anew(source, file)
@@ -188,13 +185,13 @@ def test_sizes_in_indices_and_heaps(spoil, tmp_path, kind, place, size, value, m
     content = path.read_bytes()
     found = [(at, length) for at, length in fuzz_hdf5.Map(content).checked if content[at:at + 4] == kind]
     assert found
-    for at, length in found:
+    for (at, length), value in itertools.product(found, values):
         data = bytearray(content)
         data[at + place:at + place + size] = value.to_bytes(size, "little")
-        data[at + length:at + length + 4] = fuzz_hdf5.lookup3(bytes(data[at:at + length])).to_bytes(4, "little")
+        data[at + length:at + length + 4] = fuzz_hdf5.checksum(bytes(data[at:at + length])).to_bytes(4, "little")
         path.write_bytes(data)
         fuzzing.peak_memory(reset=True)
         before = fuzzing.peak_memory()
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError):
             fastdtd.load(path)
         assert fuzzing.peak_memory() - before < 2**26

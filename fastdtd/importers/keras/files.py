@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastdtd import hdf5
 from fastdtd.errors import ConversionError
 from fastdtd.graph import MAX_LAYERS
+from fastdtd.hdf5_format import SIGNATURE
 
 if TYPE_CHECKING:
     from fastdtd.importers.keras.reader import Node
@@ -36,7 +37,7 @@ def read(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, s
     """What `use` makes of the configuration and the weights in a file, which is open meanwhile, and its format."""
     if data.startswith(b"PK"):
         return _read_zip(data, use)
-    if data.startswith(hdf5.SIGNATURE):
+    if data.startswith(SIGNATURE):
         return _read_hdf5(data, use)
     raise ConversionError(f"neither a zip nor an HDF5 file, or its start is damaged; required: {REQUIRED}")
 
@@ -75,23 +76,21 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
 
 def _read_hdf5(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, str]:
     with hdf5.opened(data, REQUIRED) as file:
-        with hdf5.errors(REQUIRED):
-            names = hdf5.attribute_names(file, "the file")
-            texts = {}
-            for name in ("format", "keras_version", "model_config"):
-                if name in names:
-                    where = f"root attribute {name!r}"
-                    texts[name] = hdf5.single(hdf5.attribute(file, name, where, MAX_CONFIG_BYTES), str, where)
-            if "model_config" not in texts:
-                if texts.get("format") == "fastdtd-model":
-                    raise ConversionError("already a fastdtd model file; it needs no conversion (fastdtd.load reads "
-                                          "it)")
-                raise ConversionError("has no root attribute 'model_config', so it holds weights at most; required: a "
-                                      "whole model, as model.save('net.keras') writes it")
-            members = hdf5.children(file, "the file", MAX_LAYERS)
-            if "model_weights" not in members:
-                raise ConversionError(f"has no group 'model_weights'; required: {REQUIRED}")
-            weights = NamedWeights(hdf5.group(members["model_weights"], "/model_weights"))
+        found = hdf5.named_attributes(file, "the file")
+        texts = {}
+        for name in ("format", "keras_version", "model_config"):
+            if name in found:
+                where = f"root attribute {name!r}"
+                texts[name] = hdf5.single(hdf5.values(found[name], file.content, where, MAX_CONFIG_BYTES), str, where)
+        if "model_config" not in texts:
+            if texts.get("format") == "fastdtd-model":
+                raise ConversionError("already a fastdtd model file; it needs no conversion (fastdtd.load reads it)")
+            raise ConversionError("has no root attribute 'model_config', so it holds weights at most; required: a "
+                                  "whole model, as model.save('net.keras') writes it")
+        members = hdf5.children(file, "the file", MAX_LAYERS)
+        if "model_weights" not in members:
+            raise ConversionError(f"has no group 'model_weights'; required: {REQUIRED}")
+        weights = NamedWeights(hdf5.group(members["model_weights"], "/model_weights"))
         config = _json(texts["model_config"].encode(), "model_config")
         return use(config, weights), _format(texts.get("keras_version")) + " (HDF5)"
 
@@ -137,13 +136,12 @@ class NumberedWeights:
         by_class: dict[str, list[Node]] = {}
         for node in nodes:
             by_class.setdefault(MODELS.get(node.kind) or _snake_case(node.kind), []).append(node)
-        with hdf5.errors(REQUIRED):
-            groups: dict[str, Any] = {}
-            if root is not None:
-                parts = hdf5.children(root, "a model in the weights", MAX_LAYERS)
-                container = parts.get("layers", parts.get("_layer_checkpoint_dependencies"))
-                if container is not None:
-                    groups = hdf5.children(container, "the layers in the weights", MAX_LAYERS)
+        groups: dict[str, Any] = {}
+        if root is not None:
+            parts = hdf5.children(root, "a model in the weights", MAX_LAYERS)
+            container = parts.get("layers", parts.get("_layer_checkpoint_dependencies"))
+            if container is not None:
+                groups = hdf5.children(container, "the layers in the weights", MAX_LAYERS)
         numbered: dict[str, list[tuple[int, Any]]] = {}
         for name, group in groups.items():
             stem, _, number = name.rpartition("_")
@@ -160,9 +158,8 @@ class NumberedWeights:
             node.refuse("has no weights of its own in the file, or layers of its class are not as many there as here; "
                         "required: a model that is saved whole, and layers that belong to one model only")
         where = str(node)
-        with hdf5.errors(REQUIRED):
-            parts = hdf5.children(hdf5.group(node.location, where), where, MAX_LAYERS)
-            found = hdf5.children(hdf5.group(parts["vars"], where), where, 16) if "vars" in parts else {}
+        parts = hdf5.children(hdf5.group(node.location, where), where, MAX_LAYERS)
+        found = hdf5.children(hdf5.group(parts["vars"], where), where, 16) if "vars" in parts else {}
         return [found.get(str(i)) for i in range(len(names))]
 
 
@@ -180,7 +177,7 @@ class NamedWeights:
                 raise ConversionError(f"holds the group {where!r} a second time, as "
                                       f"'/model_weights{seen[group.address]}'; required: {REQUIRED}")
             for name, child in hdf5.children(group, where, MAX_LAYERS).items():
-                if hdf5.is_dataset(child):
+                if hdf5.kind(child, f"{where}/{name}") == "dataset":
                     self.datasets[f"{path}/{name}"] = child
                 else:
                     waiting.append((f"{path}/{name}", hdf5.group(child, f"{where}/{name}")))

@@ -176,12 +176,11 @@ class Node(moves.Node):
             name = names.split("|")[0]
             if data is None:
                 self.refuse(f"has no {name} in the file; required: weights of shape {shape}")
-            with hdf5.errors(files.REQUIRED):
-                stored = hdf5.dataset(data, f"{self} {name}", tuple(range(5)), MAX_WEIGHT_ELEMENTS).shape
-                if stored != shape:
-                    self.refuse(f"has {name} of shape {stored}; required by its settings and its input: {shape}")
-                self.reader.builder.spend(math.prod(shape))
-                arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS, bfloat16=True))
+            stored = hdf5.dataset(data, f"{self} {name}", tuple(range(5)), MAX_WEIGHT_ELEMENTS).shape
+            if stored != shape:
+                self.refuse(f"has {name} of shape {stored}; required by its settings and its input: {shape}")
+            self.reader.builder.spend(math.prod(shape))
+            arrays.append(hdf5.array(data, f"{self} {name}", (len(shape),), MAX_WEIGHT_ELEMENTS, bfloat16=True))
         return arrays
 
     def bias(self, outputs: int) -> list[tuple[str, tuple[int, ...]]]:
