@@ -358,7 +358,7 @@ def _records(content: Content, address: int, kind: int) -> Iterator[bytes]:
     size, record, depth = fields.number(4), *fields.numbers(2, 2)
     fields.take(2)
     start, count = fields.number(), fields.number(2)
-    if depth > _MAX_DEPTH:
+    if depth > _MAX_DEPTH or not record:
         raise damaged("no sound BTHD")
     # How many records a node may have, and its subtree; and the bytes that these numbers take in nodes above
     most = in_all = (size - 10) // max(1, record)
@@ -522,7 +522,7 @@ def datatype(content: Content, body: bytes, is_shared: bool) -> Datatype:
     if kind == "Float" and size in _IEEE and (low & 0x7E, middle) == (0x20, 8 * size - 1) and tuple(
             fields.number(n) for n in (2, 2, 1, 1, 1, 1, 4)) == _IEEE[size]:
         return Datatype(kind, size, np.dtype(f"{order}f{size}"))
-    if kind == "Vlen" and low & 15 == 1:
+    if kind == "Vlen" and low & 15 == 1 and size == 16:  # a length, an address and an index
         return Datatype("String", size, raw, is_variable=True)
     if kind == "Enum" and size == 1 and low == 2 and fields.number(1) & 15 == 0:
         fields.take(11)  # of the integers

@@ -166,6 +166,8 @@ class Dataset:
     def _starts(self) -> Iterator[tuple[int, ...]]:
         """First elements of all chunks that there may ever be, in the order of indices with a number for each."""
         grid = self._grid(self._most)
+        if any(most < side for most, side in zip(self._most, self.shape or (), strict=True)):
+            raise damaged(f"shape {self.shape} and can grow to {self._most}")
         if math.prod(grid) > MAX_CHUNKS:
             raise ModelError(f"can grow to {math.prod(grid)} chunks; at most {MAX_CHUNKS} are accepted")
         return itertools.product(*(range(0, n * step, step) for n, step in zip(grid, self.chunk, strict=True)))
