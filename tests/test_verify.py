@@ -1,5 +1,6 @@
 """Conversion compares its result with the source, as ONNX's own reference runs it where nothing else is installed."""
 
+import importlib.util
 import logging
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_a_network_that_is_too_large(convert_nodes, caplog, monkeypatch):
     assert "an image takes 1.0e+12 multiply-adds" in caplog.text
     with pytest.raises(ConversionError, match="cannot be compared with its source's: an image takes"):
         convert_nodes(NETWORK, WEIGHTS, verify=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is not None, reason="the reference is not asked")
+@pytest.mark.parametrize(("op", "kernel"), [("MaxPool", 96), ("ConvTranspose", 16)])
+def test_what_the_reference_does_in_python_loops_is_not_run(convert_nodes, caplog, op, kernel):
+    """It would take minutes, for few multiply-adds."""
+    attributes = {"kernel_shape": [kernel, kernel]}
+    nodes = [node(op, ["x"] if op == "MaxPool" else ["x", "w"], ["h"], **attributes),
+             node("GlobalAveragePool", ["h"], ["p"]), node("Flatten", ["p"], ["y"])]
+    model = convert_nodes(nodes, {} if op == "MaxPool" else {"w": numbers(3, 2, kernel, kernel)}, shape=("N", 3, 128, 128))
+    assert "is given at most 5e+08" in caplog.text
+    assert "verified" not in model.provenance
 
 
 def test_the_runtime_gets_only_what_was_read(convert_nodes, tmp_path):

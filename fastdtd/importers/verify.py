@@ -17,7 +17,7 @@ import numpy as np
 
 from fastdtd.cost import cost, multiply_adds
 from fastdtd.errors import ConversionError, FastDTDError
-from fastdtd.graph import INPUT, Graph, Pool2d
+from fastdtd.graph import INPUT, Conv2d, Graph, Pool2d
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor
@@ -58,6 +58,7 @@ class Runtime:
     max_operations = 5e10  # in multiply-adds of one image: some seconds
     max_elements = MAX_ELEMENTS  # of all tensors together, which the framework may keep
     pool_operations = 1  # what an output of a pool takes for each element of its window
+    column_operations = 0  # and of a convolution, beside its multiply-adds, for each element that it adds up
 
     def start(self) -> str:
         """Load the framework; its name and version. NotComparedError where it is not installed."""
@@ -100,8 +101,8 @@ def verified(model: Model, name: str, runtime: Runtime | None, is_required: bool
 def _compared(model: Model, runtime: Runtime) -> str:
     """The framework that gives the same scores."""
     graph = model.graph
-    count = _operations(graph, runtime.pool_operations)
     framework = runtime.start()
+    count = _operations(graph, runtime)
     if count > runtime.max_operations:
         raise NotComparedError(f"an image takes {count:.1e} multiply-adds, and {framework} is given at most "
                                f"{runtime.max_operations:.0e}")
@@ -192,9 +193,15 @@ def _own_scores(graph: Graph, batch: Array) -> Array:
             raise NotComparedError(str(error)) from error
 
 
-def _operations(graph: Graph, pool_operations: int) -> int:
-    """Multiply-adds of one image, forward, where pools take more."""
-    return sum(multiply_adds(layer, graph) * (pool_operations if isinstance(layer, Pool2d) else 1) for layer in graph)
+def _operations(graph: Graph, runtime: Runtime) -> int:
+    """What the runtime takes for one image, in multiply-adds."""
+    total = 0
+    for layer in graph:
+        count = multiply_adds(layer, graph)
+        if isinstance(layer, Conv2d):
+            count += count // layer.weight.shape[1] * runtime.column_operations
+        total += count * (runtime.pool_operations if isinstance(layer, Pool2d) else 1)
+    return total
 
 
 def _first_that_differs(runtime: Runtime, graph: Graph, batch: Array) -> str:

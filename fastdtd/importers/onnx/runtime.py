@@ -38,6 +38,8 @@ class OnnxRuntime(Runtime):
             import onnxruntime
         except ModuleNotFoundError:
             self.max_operations, self.pool_operations = 5e8, 500  # it is NumPy, and loops over windows,
+            if any(node.op_type == "ConvTranspose" for node in self.graph.node):
+                self.column_operations = 500  # and over what transposed convolutions add up,
             self.max_elements = 2**24  # and keeps all tensors
             return f"onnx {onnx.__version__}'s reference"
         return f"onnxruntime {onnxruntime.__version__}"
