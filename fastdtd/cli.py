@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
+import math
 import os
 import re
 import signal
@@ -12,10 +14,11 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError, printable
+from fastdtd.errors import FastDTDError, InputError, printable
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -29,27 +32,33 @@ Which pixels does a network's prediction come from?
 `fastdtd COMMAND --help` says more and gives examples.
 """
 _EXPLAIN = """\
-Explain what a network sees in pictures, by deep Taylor decomposition.
+Explain what a network sees in images, by deep Taylor decomposition.
 
-Writes to OUT, for each picture NAME, NAME.heatmap.png (white to red: the relevance of each pixel) and
-NAME.overlay.png (the same over the picture), and explanations.h5 with relevance, scores, targets, file names and
-sums for all. Prints a line for each picture: the class that is explained, its score, and the sum of the relevance,
-which is the same but for what a layer absorbed. Pictures that cannot be read or drawn are listed at the end, with the
-reason, and the exit status is then 1. A run that was cut off goes on where it was when it is started again. OUT is one
-run's at a time.
+SOURCE is pictures, folders of pictures, or sets of images. OUT gets attribution.h5 with the relevance of each pixel,
+scores, targets and sums; scores.csv, the same without relevance; failed.csv with the images that cannot be read or
+drawn, and why; and of the first images NAME.heatmap.png (white to red: relevance) and NAME.overlay.png (the same over
+the picture). Up to 100 images get a line: the class that is explained, its score, and the sum of the relevance, which
+is the same but for what a layer absorbed. The exit status is 1 where an image failed.
+
+A run that was cut off goes on where it was when the same command is given again. OUT is one run's at a time.
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
   fastdtd explain squeezenet1_1                              two bundled photographs
   fastdtd explain squeezenet1_1 cat.jpg dog.jpg -o out
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
-  fastdtd explain net.h5 photos/ --outputs relevance         only explanations.h5
+  fastdtd explain net.h5 imagenet/val/ -o out --true-label --draw 0 --store float16 --stats
+  fastdtd explain net.h5 images.csv -o out --top 5           the five highest scores of each
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
   fastdtd explain net.h5 cat.jpg --rules zennit.epsilon_plus --rule 'type:dense=epsilon(epsilon=0.25)'
   fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
   fastdtd explain vgg16.h5 photos/ --device cuda             on all GPUs; cuda:1 is one of them
   fastdtd explain vgg16.h5 photos/ --device cuda --precision 3xtf32
+"""
+_VERIFY = """\
+Check a finished run: every shard is there, with its checksum; every image is in one of them; relevance is finite and,
+with what layers absorbed, sums to the scores. The exit status is 1 where anything is wrong.
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt
@@ -109,16 +118,17 @@ in a Dockerfile, for any x86 processor with AVX2 (nearly all since 2015):
   ENV NUMBA_CACHE_DIR=/opt/kernels NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
   RUN fastdtd warmup
 """
+_LINES = 100  # images of which each gets a line; of more the table in OUT has all
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 where something failed, 2 for a call that cannot be understood."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest) or (rest and "pictures" not in options):
+    if any(word.startswith("-") for word in rest) or (rest and "sources" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes positional arguments from one place only
-        options.pictures = [*options.pictures, *rest]
+        options.sources = [*options.sources, *rest]
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a class is called, and no line of what is done held back
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
@@ -182,22 +192,42 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     explain.add_argument("model", metavar="MODEL",
                          help="a model file, or the name of a bundled one: squeezenet1_1")
-    explain.add_argument("pictures", metavar="PICTURE", nargs="*", default=[],
-                         help="pictures, or folders that are searched for some (default: two bundled ones)")
-    explain.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
-                         help="folder for the results (default: %(default)s)")
-    explain.add_argument("--target", metavar="CLASS",
-                         help="class to explain: a name or a number (default: each picture's winner)")
+    explain.add_argument("sources", metavar="SOURCE", nargs="*", default=[],
+                         help="pictures, folders, lists, HDF5 files or tars of images (default: two bundled pictures)")
+    explain.add_argument("-o", "--out", metavar="OUT", type=Path, help="folder for the results (default: out, or "
+                         "out-2 where that holds another run, and so on)")
+    explain.add_argument("--target", metavar="CLASS", action="append", default=[],
+                         help="class to explain: a name or a number; may be given several times (default: each image's "
+                         "winner)")
+    explain.add_argument("--top", metavar="K", type=int, default=1, help="explain the K highest scores of each image")
+    explain.add_argument("--true-label", action="store_true", help="explain the class that the source says: of a "
+                         "folder its name, of a list the second column")
     _add_rules(explain)
     explain.add_argument(
         "--ledger", action="store_true",
         help="print at the end where the scores went: to the pixels, and what each layer absorbed because none of its "
         "inputs contributed to it")
     explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance",
-                         help="what to write (default: %(default)s)")
+                         help="what to write beside scores (default: %(default)s)")
+    explain.add_argument("--draw", metavar="N", type=_count_or_all, default=100,
+                         help="draw heatmaps and overlays of the first N images, or of all; a drawing takes longer "
+                         "than an explanation (default: %(default)s)")
+    explain.add_argument("--store", metavar="TYPE", default="float32", help="how relevance is stored: float32, float16 "
+                         "or int8, scaled for each image (default: %(default)s)")
+    explain.add_argument("--sum-channels", action="store_true", help="store the relevance of each pixel, (1, H, W)")
+    explain.add_argument("--compress", metavar="HOW", help="compress stored relevance: gzip or lzf")
+    explain.add_argument("--draft", action="store_true", help="scale JPEGs while they are decoded: faster, and "
+                         "somewhat other pixels and scores")
     explain.add_argument("--batch", metavar="N", type=int,
-                         help="pictures at a time (default: 16; on GPUs, as many as they take)")
-    explain.add_argument("--threads", metavar="N", type=int, help="threads, at most 1024 (default: all processors)")
+                         help="images that a thread takes at a time (default: 16; on GPUs, as many as they take)")
+    explain.add_argument("--workers", "--threads", metavar="N", type=int, dest="workers", help="threads that read, "
+                         "explain and draw, at most 1024 (default: all processors)")
+    explain.add_argument("--shard", metavar="N", type=int, help="images of a file of results: what is lost where a "
+                         "run is cut off (default: 64, more for sets above 31,936 images)")
+    explain.add_argument("--retry-failed", action="store_true", help="make shards again that have images which failed")
+    explain.add_argument("--stats", action="store_true", help="print at the end what each stage takes")
+    explain.add_argument("--dask", metavar="ADDRESS", help="share shards out among the workers of a Dask cluster, such "
+                         "as tcp://host:8786; or local, for processes of this machine")
     explain.add_argument(
         "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
@@ -253,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
     _add_rules(show)
 
+    verify = command("verify", _VERIFY, "", "check the results of a run")
+    verify.set_defaults(run=_verify)
+    verify.add_argument("out", metavar="OUT", help="output folder of `fastdtd explain`")
+
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
     warmup.set_defaults(run=_warmup)
     command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
@@ -289,6 +323,10 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as in 104,117,123") from None
 
 
+def _count_or_all(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     try:
         height, width = (text if "," in text else f"{text},{text}").split(",")
@@ -315,22 +353,31 @@ def _box(text: str) -> list[tuple[float, float]] | tuple[float, float]:
 def _explain(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from fastdtd import model_file, runner
-    from fastdtd.explainer import Explainer
+    from fastdtd import model_file, results, runner, sources
+    from fastdtd.explainer import Explainer, usable_processors
 
     model = model_file.load(options.model)
-    pictures = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
-    explainer = Explainer(model, _rules(options), device=options.device, threads=options.threads, memory=options.memory,
-                          precision=options.precision, max_multiply_adds=options.max_multiply_adds)
-    width = min(40, max(len(picture.name) for picture in pictures))
+    entries = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")),
+                           options.true_label)
+    workers = usable_processors() if options.workers is None else options.workers
+    # With many images each processor takes some; with few, all take one together.
+    is_many = options.device == "cpu" and len(entries) >= 4 * workers
+    explainer = Explainer(model, _rules(options), device=options.device, threads=1 if is_many else workers,
+                          memory=options.memory, precision=options.precision,
+                          max_multiply_adds=options.max_multiply_adds)
     books: dict[str, float] = defaultdict(float)
     flow: dict[str, float] = defaultdict(float)
-    with tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None if len(pictures) > 1 else True) as bar:
+    width = min(40, max(len(entry.name) for entry in itertools.islice(entries, _LINES)))
+    prints = len(entries) <= _LINES
+    with tqdm(total=len(entries), unit="image", smoothing=0.1, file=sys.stderr,
+              disable=None if len(entries) > 1 else True) as bar:
         def on_line(line: runner.Line) -> None:
             for sums, of_line in ((books, {"": line.relevance,
                                            **line.ledger}), (flow, {"": line.relevance, **line.flow})):
                 for layer, amount in of_line.items():
                     sums[layer] += amount
+            if not prints:
+                return
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
@@ -338,18 +385,90 @@ def _explain(options: argparse.Namespace) -> int:
                 f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance "
                 f"{line.relevance:.6g}{absorbed}{nothing}"), file=sys.stdout)
 
-        summary = runner.run(explainer, pictures, options.out, _target(options.target), options.outputs.split(","),
-                             options.batch, on_line, bar.update, options.ledger)
+        def on_failed(count: int) -> None:
+            bar.set_postfix_str(f"{count} failed", refresh=False)
+
+        storage = results.Storage(options.store, not options.sum_channels, options.compress)
+        draw = None if options.draw == "all" else options.draw
+        places = iter([options.out] if options.out else (Path(f"out-{i}" if i > 1 else "out") for i in count(1)))
+        with _executor(options.dask, options.workers) as executor:
+            while True:
+                out = next(places)
+                try:
+                    summary = runner.run(
+                        explainer, entries, out, _targets(options.target), options.outputs.split(","), options.batch,
+                        on_line, bar.update, options.ledger, top=options.top, true_label=options.true_label,
+                        workers=workers, draw=draw, storage=storage, draft=options.draft, shard=options.shard,
+                        retry_failed=options.retry_failed, executor=executor, on_failed=on_failed)
+                    break
+                except runner.AnotherRunError:
+                    if options.out:
+                        raise
     if summary.clipped:
         print(f"fastdtd: {summary.clipped}", file=sys.stderr)
-    for _, reason in summary.failed:
+    for _, reason in summary.failed[:_LINES]:
         print(printable(f"fastdtd: not explained: {reason}"), file=sys.stderr)
+    if len(summary.failed) > _LINES:
+        print(f"fastdtd: and {len(summary.failed) - _LINES:,} more, see {out / results.FAILED}",
+              file=sys.stderr)
     if options.ledger:
         _print_books(books, flow)
+    if options.stats:
+        _print_stages(summary, workers)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
-    print(f"{summary.explained} explained{before}{failed}; see {options.out}/")
+    print(f"{summary.explained} explained{before}{failed}; see {out}/")
     return 1 if summary.failed else 0
+
+
+@contextlib.contextmanager
+def _executor(address: str | None, workers: int | None) -> Iterator[Any]:
+    """An executor of Dask's cluster at an address, or of one of this machine; None where none is asked for."""
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError:
+        raise InputError("--dask needs the package distributed; required: pip install \"fastdtd[dask]\"") from None
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            cluster = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None))
+            client = stack.enter_context(Client(cluster))
+        else:
+            try:
+                client = stack.enter_context(Client(address, timeout="30s"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"no scheduler of Dask answers at {address!r} ({error}); required: its address, such "
+                                 "as tcp://host:8786, or local") from None
+        yield client.get_executor(pure=False, retries=3)
+
+
+def _print_stages(summary: Any, workers: int) -> None:
+    """What each stage takes of a thread, so that one sees what to add."""
+    from fastdtd import runner
+
+    images = max(1, summary.explained)
+    print(f"{'stage':<10}  {'ms an image':>12}  {'images a second':>16}  of {workers} threads")
+    for stage in runner.STAGES:
+        each = summary.seconds[stage] / images
+        threads = 1 if stage == "write" else workers
+        print(f"{stage:<10}  {1000 * each:>12.2f}  {threads / each if each else math.inf:>16.1f}")
+    print(f"{'all':<10}  {1000 * summary.elapsed / images:>12.2f}  {images / summary.elapsed:>16.1f}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastdtd import results
+
+    with tqdm(unit="shard", file=sys.stderr, disable=None) as bar:
+        found = results.verify(options.out, bar.update)
+    for trouble in found.troubles:
+        print(printable(trouble))
+    print(f"{found.shards} shards, {found.rows} explanations, {found.failed} images failed: "
+          f"{f'{len(found.troubles)} troubles' if found.troubles else 'sound'}")
+    return 1 if found.troubles else 0
 
 
 def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
@@ -366,11 +485,9 @@ def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
         print(f"{name:<{width}}  {amount:>12.6g}  {'':>12}  {'':>12}  {amount / total if total else 0:>8.3%}")
 
 
-def _target(text: str | None) -> int | str | None:
-    try:
-        return None if text is None else int(text)
-    except ValueError:
-        return text
+def _targets(texts: list[str]) -> list[int | str] | int | str | None:
+    found = [int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text for text in texts]
+    return found[0] if len(found) == 1 else found or None
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ from fastdtd.rules import Rules, assign
 # What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
 # range; and with the 11 bits of a factor on tensor cores.
 _LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2
-_MAX_THREADS = 1024
+MAX_THREADS = 1024
 _ADVICE = "fewer images at a time, fewer threads or memory= (--memory SIZE) take less"
 
 
@@ -121,9 +121,9 @@ class Explainer:
             raise InputError(f"the model is {shown(model)}, of type {type(model).__name__}; required: a Model, as "
                              "fastdtd.load(...) and fastdtd.convert(...) return it")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, (int, np.integer))
-                                    or not 1 <= threads <= _MAX_THREADS):
+                                    or not 1 <= threads <= MAX_THREADS):
             raise InputError(
-                f"threads is {shown(threads)}; required: a whole number from 1 to {_MAX_THREADS}, or None for all "
+                f"threads is {shown(threads)}; required: a whole number from 1 to {MAX_THREADS}, or None for all "
                 "processors")
         limit = math.inf if memory is None else memory_size(memory)
         if isinstance(max_multiply_adds, bool) or not isinstance(max_multiply_adds, (int, float)):
@@ -139,7 +139,7 @@ class Explainer:
         self.rules = self._assignment.rules
         rules_as_text = {name: str(rule.rule) for name, rule in self.rules.items()}
         self.context = Context(model.classes, rules_as_text, model.preprocessing.resize)
-        self.threads = int(threads or min(_usable_processors(), _MAX_THREADS))
+        self.threads = int(threads or min(usable_processors(), MAX_THREADS))
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
         self._executor = Executor(model.graph, self._assignment, found, self.threads, limit, memory)
@@ -147,6 +147,11 @@ class Explainer:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, it is what it was made of; where it is unpickled, weights are packed again."""
         return Explainer, self._arguments
+
+    @property
+    def conserves(self) -> bool:
+        """Whether relevance, with what layers absorb, sums to what is explained; derivatives do not."""
+        return not self._assignment.derivative
 
     @property
     def batch(self) -> int:
@@ -317,7 +322,7 @@ class Explainer:
         return found
 
 
-def _usable_processors() -> int:
+def usable_processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

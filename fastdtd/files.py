@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,20 @@ def _require_regular(mode: int, path: str | os.PathLike[str]) -> None:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """`path` as `write` makes it, or as it was before: whatever happens, no half of it is ever to be seen.
+    """`path` as `write` makes it, or as it was before; see `replacing`."""
+    with replacing(path) as beside:
+        write(beside)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written, which then takes its place. Whatever happens, no half of it is ever to be
+    seen.
 
     Raises
     ------
     OSError
-        And whatever `write` raises; what was written beside is removed then.
+        And whatever writing raises; what was written beside is removed then.
     """
     beside = path.with_name(f".{path.name[-50:]}.{uuid.uuid4().hex}")  # within a file system's 255 bytes
     try:
@@ -86,7 +94,7 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
             if sys.platform != "win32":  # which does not remove what is open
                 with contextlib.suppress(OSError):
                     _lock(file.fileno())  # so that `remove_abandoned` leaves it alone while this process lives
-            write(beside)
+            yield beside
             os.fsync(file.fileno())
             if sys.platform == "win32":
                 file.close()

@@ -101,7 +101,8 @@ def test_what_the_reference_does_in_python_loops_is_not_run(convert_nodes, caplo
     attributes = {"kernel_shape": [kernel, kernel]}
     nodes = [node(op, ["x"] if op == "MaxPool" else ["x", "w"], ["h"], **attributes),
              node("GlobalAveragePool", ["h"], ["p"]), node("Flatten", ["p"], ["y"])]
-    model = convert_nodes(nodes, {} if op == "MaxPool" else {"w": numbers(3, 2, kernel, kernel)}, shape=("N", 3, 128, 128))
+    weights = {} if op == "MaxPool" else {"w": numbers(3, 2, kernel, kernel)}
+    model = convert_nodes(nodes, weights, shape=("N", 3, 128, 128))
     assert "is given at most 5e+08" in caplog.text
     assert "verified" not in model.provenance
 

@@ -26,7 +26,7 @@ PATIENCE = 20  # seconds until a run is stuck
 AGAIN = 0.4  # how likely what goes on after one is killed, too
 BEYOND = 1.1  # of the time that a run takes: the latest that it is killed
 MEMORY = "/dev/shm"  # where nothing is waited for; what a process has written outlives it on any disk
-OPTIONS = ("--batch", "2", "--threads", "2")
+OPTIONS = ("--batch", "2", "--shard", "2", "--workers", "2")
 
 
 def make(folder):
@@ -61,7 +61,7 @@ def differing(out, whole):
 def missing(out, said):
     """Names that were said to be done and of which numbers or drawings are not there."""
     there = set()
-    for path in [*out.glob("explanations.part-*.h5"), *out.glob("explanations.h5")]:
+    for path in out.glob("shards/[0-9]*.h5"):
         with h5py.File(path, "r") as file:
             there |= set(file["file"].asstr()[...])
     drawn = {name for name in there if all((out / f"{name}.{kind}.png").exists() for kind in ("heatmap", "overlay"))}

@@ -1,0 +1,562 @@
+"""The output folder of a run: its manifest, its shards, and the one result that presents them.
+
+A shard holds a fixed part of the set. It is written beside and renamed into place when it is whole; its first bytes say
+how long it is and what its checksum is. docs/howto-many-pictures.md says what is in each file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd.errors import OutputError, shown
+from fastdtd.files import as_path, open_to_read, replace
+from fastdtd.graph import Array
+
+MANIFEST, SET, RESULT, SCORES, FAILED = "manifest.json", "images.csv", "attribution.h5", "scores.csv", "failed.csv"
+SHARDS = "shards"
+WRITTEN = r"manifest\.json|images\.csv|attribution\.h5|scores\.csv|failed\.csv|\d{5}\.h5"  # names of all files of a run
+VERSION = 1
+MAX_SHARDS = 499  # HDF5 answers with what it fills in, and no error, where it cannot open a file more
+DTYPES = ("float32", "float16", "int8")
+COMPRESSIONS = ("gzip", "lzf")
+_SPARE_BYTES = 1 << 20
+_HEAD_BYTES = 512  # of a shard: a user block, which HDF5's library passes over
+_HEAD = "fastdtd shard {version}\nbytes {size}\nsha256 {sha256}\nrows {rows}\nfailed {failed}\n"
+_HEAD_PATTERN = re.compile(_HEAD.format(version=VERSION, size=r"(\d+)", sha256="([0-9a-f]{64})", rows=r"(\d+)",
+                                        failed=r"(\d+)").encode() + rb"\0*")
+_LARGE = "attribution"  # all other columns are small, and are copied into the result
+_BALANCE = 1e-3  # of what is explained: the largest loss, as Explainer has it
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How relevance is stored.
+
+    dtype : "float32"; "float16", with an error of 0.05 % of each value; "int8", with one of 0.4 % of the image's
+        largest, which the column `scale` is of
+    channels : whether channels are kept; else their sum is, (N, 1, H, W)
+    compression : None, "gzip" or "lzf"
+    """
+
+    dtype: str = "float32"
+    channels: bool = True
+    compression: str | None = None
+
+    def shape(self, image: Sequence[int]) -> tuple[int, ...]:
+        return (image[0] if self.channels else 1, *image[1:])
+
+    def stored(self, relevance: Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        """Relevance (N, C, H, W) as it is stored, and what each image's is to be multiplied by. Values beyond float16
+        become infinite.
+        """
+        if not self.channels:
+            relevance = relevance.sum(1, keepdims=True, dtype=np.float64).astype(np.float32)
+        scale = np.ones(len(relevance), np.float32)
+        if self.dtype == "int8":
+            largest = np.abs(relevance).max((1, 2, 3))
+            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            return np.rint(relevance / scale[:, None, None, None]).astype(np.int8), scale
+        with np.errstate(over="ignore"):
+            return relevance.astype(self.dtype), scale
+
+
+# ---- Shards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a shard says of itself."""
+
+    nbytes: int
+    sha256: str
+    rows: int
+    failed: int
+
+
+def shard_path(out: Path, number: int) -> Path:
+    return out / SHARDS / f"{number:05}.h5"
+
+
+class ShardWriter:
+    """Writes the rows of a shard to `path`, batch by batch.
+
+    All the space it may need is taken first: HDF5's library does not survive a full disk.
+    """
+
+    def __init__(self, path: Path, storage: Storage, image: Sequence[int], rows: int, row_bytes: int) -> None:
+        import h5py
+
+        self._path, self._storage, self._rows = path, storage, 0
+        self._columns: dict[str, list[npt.NDArray[Any]]] = {}
+        shape = storage.shape(image)
+        content = io.BytesIO()
+        with h5py.File(content, "w", userblock_size=_HEAD_BYTES):
+            pass
+        needed = rows * (2 * np.dtype(storage.dtype).itemsize * int(np.prod(shape)) if storage.compression else
+                         np.dtype(storage.dtype).itemsize * int(np.prod(shape)))
+        take_space(path, content.getbuffer(), needed + rows * row_bytes)
+        self._file = h5py.File(path, "r+", locking=False)
+        how = {"compression": storage.compression, "shuffle": True} if storage.compression else {}
+        self._large = self._file.create_dataset(_LARGE, (rows, *shape), storage.dtype, chunks=(1, *shape),
+                                                maxshape=(rows, *shape), **how) if rows else None
+
+    def add(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Rows; `attribution` as it is stored."""
+        count = len(next(iter(columns.values())))
+        for name, values in columns.items():
+            if name == _LARGE and self._large is not None:
+                self._large[self._rows:self._rows + count] = values
+            elif name != _LARGE:
+                self._columns.setdefault(name, []).append(values)
+        self._rows += count
+
+    def finish(self, failed: Sequence[tuple[int, str, str]], layers: Sequence[str]) -> Head:
+        """Write all the rest; failed: number, name and reason of each image that is not among the rows; layers: of the
+        ledger's columns.
+        """
+        if self._large is not None:
+            self._large.resize(self._rows, 0)
+        for name, parts in self._columns.items():
+            put(self._file, name, np.concatenate(parts))
+        for name, index in (("failed_image", 0), ("failed_file", 1), ("failed_reason", 2)):
+            put(self._file, name, np.array([one[index] for one in failed], object if index else np.int64))
+        if "ledger" in self._columns:
+            self._file["ledger"].attrs["layers"] = np.array([layer.encode() for layer in layers] or [b""], np.bytes_)
+        self._file.flush()
+        size = self._file.id.get_filesize()
+        self.close()
+        os.truncate(self._path, size)
+        head = Head(size, _digest(self._path), self._rows, len(failed))
+        text = _HEAD.format(version=VERSION, size=size, sha256=head.sha256, rows=head.rows, failed=head.failed)
+        with open(self._path, "r+b") as file:
+            file.write(text.encode())
+        return head
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def take_space(path: Path, content: memoryview, nbytes: int) -> None:
+    """Write what a file begins with, and take room for `nbytes` more, so that nothing later can lack it."""
+    with open(path, "r+b") as file:
+        file.write(content)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, len(content) + nbytes + _SPARE_BYTES)
+
+
+def put(file: Any, name: str, values: npt.NDArray[Any]) -> None:
+    """A column; texts, of type object, are of fixed length, with which the bytes are the same every time."""
+    import h5py
+
+    if values.dtype == object:
+        encoded = np.array([text.encode("utf-8", "backslashreplace") for text in values], np.bytes_)
+        values = encoded.astype(h5py.string_dtype("utf-8", max(1, encoded.itemsize)))
+    file.create_dataset(name, data=values, track_times=False)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a shard behind its head."""
+    digest = hashlib.sha256()
+    with open_to_read(path) as file:
+        file.seek(_HEAD_BYTES)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_head(path: Path) -> Head | None:
+    """What a shard says of itself; None where it is not there, cut off, or no shard."""
+    try:
+        with open_to_read(path) as file:
+            match = _HEAD_PATTERN.fullmatch(file.read(_HEAD_BYTES))
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError):
+        return None
+    if match is None or int(match[1]) != size:
+        return None
+    return Head(size, match[2].decode(), int(match[3]), int(match[4]))
+
+
+def read_columns(path: Path, names: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Small columns of a shard or of the result, texts as objects.
+
+    Raises OutputError where it cannot be read.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            wanted = [name for name in file if name != _LARGE] if names is None else names
+            return {name: file[name].asstr()[...] if h5py.check_string_dtype(file[name].dtype) else file[name][...]
+                    for name in wanted}
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise OutputError(f"{str(path)!r} cannot be read ({error}); required: a file of a run, undamaged") from None
+
+
+def ledger_layers(path: Path) -> list[str]:
+    """Names of the layers that a ledger's columns are of."""
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        return [name.decode() for name in file["ledger"].attrs["layers"].tolist() if name]
+
+
+# ---- Manifest --------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """None where there is none."""
+    path = out / MANIFEST
+    try:
+        with open_to_read(path) as file:
+            found = json.loads(file.read(1 << 26))
+        if not isinstance(found, dict) or found.get("format") != "fastdtd-run":
+            raise ValueError("it is another JSON")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{str(path)!r} is no manifest of a run ({error}); remove the folder, or choose another"
+                          ) from None
+    return found
+
+
+def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1, ensure_ascii=True) + "\n"
+    replace(out / MANIFEST, lambda path: path.write_text(text))
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = "") -> str:
+    """The first setting in which two manifests differ, with both values; nothing where none does."""
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        one, other = ours.get(key), theirs.get(key)
+        if one == other:
+            continue
+        name = f"{where}{key}"
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return difference(one, other, f"{name} ")
+        return f"{name} was {_short(other)} then and is {_short(one)} now"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---- The result ------------------------------------------------------------------------------------------------------
+
+
+def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: Mapping[str, Any]) -> None:
+    """The shards as one file, and as a table. Of the file only relevance stays in the shards."""
+    import h5py
+
+    digest = hashlib.sha256("".join(head.sha256 for head in heads).encode()).hexdigest()
+    filled = [number for number, head in enumerate(heads) if head.rows]
+    with contextlib.suppress(OSError), h5py.File(out / RESULT, "r", locking=False) as file:
+        if file.attrs.get("shards") == digest and (out / SCORES).exists() and (
+                (out / FAILED).exists() == any(head.failed for head in heads)):
+            return
+    columns: dict[str, list[npt.NDArray[Any]]] = {}
+    failed: list[tuple[int, str, str]] = []
+    for number in range(len(heads)):
+        found = read_columns(shard_path(out, number))
+        failed += zip(*(found.pop(name) for name in ("failed_image", "failed_file", "failed_reason")), strict=True)
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values)
+    rows = {name: np.concatenate(parts) for name, parts in columns.items()}
+    classes = header.get("classes", ())
+    replace(out / SCORES, lambda path: _write_scores(path, rows, classes))
+    write_failed(out, failed)
+    if not filled:
+        with contextlib.suppress(FileNotFoundError):
+            (out / RESULT).unlink()
+        return
+
+    def write(path: Path) -> None:
+        content = io.BytesIO()
+        with h5py.File(content, "w"):
+            pass
+        take_space(path, content.getbuffer(), sum(_nbytes(values) for values in rows.values())
+                   + _nbytes(np.array(classes, object)) + 4096 * len(filled))
+        with h5py.File(path, "r+", locking=False) as file:
+            file.attrs["shards"] = digest
+            for name, value in header.items():
+                put(file, name, np.array(value, object)) if not isinstance(value, str) else file.attrs.create(
+                    name, np.bytes_(value.encode()))
+            for name, values in rows.items():
+                put(file, name, values)
+            layers = np.array([layer.encode() for layer in ledger_layers(shard_path(out, filled[0]))] or [b""])
+            file["ledger"].attrs["layers"] = layers
+            if manifest["storage"] is not None:
+                _add_virtual(file, out, [(number, heads[number].rows) for number in filled])
+            file.flush()
+            size = file.id.get_filesize()
+        os.truncate(path, size)
+
+    replace(out / RESULT, write)
+
+
+def _nbytes(values: npt.NDArray[Any]) -> int:
+    if values.dtype != object:
+        return values.nbytes
+    return len(values) * max((len(text.encode("utf-8", "backslashreplace")) for text in values), default=1)
+
+
+def _add_virtual(file: Any, out: Path, shards: Sequence[tuple[int, int]]) -> None:
+    import h5py
+
+    with h5py.File(shard_path(out, shards[0][0]), "r", locking=False) as first:
+        shape, dtype = first[_LARGE].shape[1:], first[_LARGE].dtype
+    # By the calls of HDF5: h5py's own notes the time, and the bytes would be others every time.
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_obj_track_times(False)
+    layout.set_fill_value(np.array(np.nan if dtype.kind == "f" else -128, dtype))
+    space = h5py.h5s.create_simple((sum(rows for _, rows in shards), *shape))
+    at = 0
+    for number, rows in shards:
+        place, part = shard_path(Path(), number).as_posix(), (rows, *shape)
+        space.select_hyperslab((at, *(0 for _ in shape)), part)
+        layout.set_virtual(space, place.encode(), _LARGE.encode(), h5py.h5s.create_simple(part))
+        at += rows
+    space.select_all()
+    h5py.h5d.create(file.id, _LARGE.encode(), h5py.h5t.py_create(dtype), space, layout)
+
+
+def _write_scores(path: Path, rows: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> None:
+    """The small columns but for scores of all classes, as CSV."""
+    wide = [name for name, values in rows.items() if values.ndim > 1]
+    named = {name: values.tolist() for name, values in rows.items() if name not in wide}
+    if classes and "target" in named:
+        named["class"] = [classes[target] for target in named["target"]]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(named)
+        table.writerows(zip(*named.values(), strict=True))
+
+
+def write_failed(out: Path, failed: Sequence[tuple[int, str, str]]) -> None:
+    """failed.csv, or none where nothing failed."""
+    if not failed:
+        with contextlib.suppress(FileNotFoundError):
+            (out / FAILED).unlink()
+        return
+
+    def write(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("image", "file", "reason"))
+            table.writerows(failed)
+
+    replace(out / FAILED, write)
+
+
+# ---- Reading results -------------------------------------------------------------------------------------------------
+
+
+class Results(Sequence[Array]):
+    """A finished run: relevance of each row, and columns.
+
+    Attributes
+    ----------
+    columns : dict of str to array, N rows each
+        As docs/howto-many-pictures.md lists them: file, image, label, target, explained, sum, absorbed, prediction, ...
+    manifest : dict
+        What was run: model, rules, preprocessing, target, storage, versions.
+    failed : list of (int, str, str)
+        Number, name and reason of each image that was not explained.
+    """
+
+    def __init__(self, out: Path, manifest: dict[str, Any], heads: Sequence[Head]) -> None:
+        self.out, self.manifest, self._heads = out, manifest, list(heads)
+        self._ends = np.cumsum([head.rows for head in heads])
+        parts = [read_columns(shard_path(out, number)) for number in range(len(heads))]
+        self.failed: list[tuple[int, str, str]] = []
+        for part in parts:
+            found = (part.pop(name).tolist() for name in ("failed_image", "failed_file", "failed_reason"))
+            self.failed += zip(*found, strict=True)
+        names = max(parts, key=len)
+        self.columns: dict[str, npt.NDArray[Any]] = {
+            name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        return f"<Results of {len(self)} explanations in {os.fspath(self.out)!r}, {len(self.failed)} images failed>"
+
+    def __getitem__(self, row: Any) -> Any:
+        """Relevance (C, H, W) of a row, or (n, C, H, W) of a slice, as float32 whatever it is stored as."""
+        import h5py
+
+        if self.manifest["storage"] is None:
+            raise OutputError("the run did not keep relevance; required: one whose outputs have it")
+        if isinstance(row, slice):
+            rows = range(*row.indices(len(self)))
+            return np.stack([self[i] for i in rows]) if rows else np.zeros((0, *self._shape()), np.float32)
+        if not isinstance(row, (int, np.integer)) or not -len(self) <= row < len(self):
+            raise IndexError(f"row {shown(row)} of {len(self)} was asked for")
+        row = int(row) % len(self)
+        number = int(np.searchsorted(self._ends, row, "right"))
+        within = row - (int(self._ends[number]) - self._heads[number].rows)
+        path = shard_path(self.out, number)
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                stored = file[_LARGE][within]
+        except (OSError, LookupError, RuntimeError) as error:
+            raise OutputError(f"{str(path)!r} cannot be read ({error}); `fastdtd verify {self.out}` says more"
+                              ) from None
+        return stored.astype(np.float32) * self.columns["scale"][row]
+
+    def _shape(self) -> tuple[int, ...]:
+        storage = Storage(**self.manifest["storage"])
+        return storage.shape(self.manifest["model"]["input"])
+
+
+def open_results(out: str | os.PathLike[str]) -> Results:
+    """The results of a finished run, checked before they are read: all shards are there, and of the size they say.
+
+    HDF5 fills what it cannot open of `attribution.h5` with NaN, without a word; here it is an error.
+
+    Parameters
+    ----------
+    out : path
+        The output folder of `fastdtd explain`.
+
+    Returns
+    -------
+    Results
+
+    Raises
+    ------
+    OutputError
+        No run, an unfinished one, or one of which a part is missing or damaged.
+
+    Examples
+    --------
+    >>> import fastdtd
+    >>> results = fastdtd.open_results("out")
+    >>> results[0].shape, results.columns["file"][0]
+    ((3, 227, 227), 'cat.jpg')
+    """
+    place = as_path(out, OutputError, "the output folder of a run")
+    manifest, heads, missing = _state(place)
+    if missing:
+        raise OutputError(f"{str(place)!r} has {len(heads) - len(missing)} of {len(heads)} shards whole, and "
+                          f"{shard_path(place, missing[0]).name} is missing or damaged; start the same run again, "
+                          "which makes what is missing")
+    return Results(place, manifest, [head for head in heads if head is not None])
+
+
+def _state(out: Path) -> tuple[dict[str, Any], list[Head | None], list[int]]:
+    """The manifest, what each shard says, and the numbers of those that are missing or damaged."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        raise OutputError(f"{str(out)!r} has no {MANIFEST}; required: the output folder of a run of `fastdtd explain`")
+    if manifest.get("version") != VERSION:
+        raise OutputError(f"{str(out)!r} is of version {shown(manifest.get('version'))} of results; this fastdtd reads "
+                          f"version {VERSION}")
+    count = manifest.get("shards")
+    if not isinstance(count, int) or not 1 <= count <= MAX_SHARDS:
+        raise OutputError(f"{str(out / MANIFEST)!r} says {shown(count)} shards; required: 1 to {MAX_SHARDS}")
+    heads = [read_head(shard_path(out, number)) for number in range(count)]
+    return manifest, heads, [number for number, head in enumerate(heads) if head is None]
+
+
+@dataclass
+class Verified:
+    """What `verify` found.
+
+    shards, rows, failed : how many
+    troubles : what is wrong, a line each
+    """
+
+    shards: int = 0
+    rows: int = 0
+    failed: int = 0
+    troubles: list[str] = field(default_factory=list)
+
+
+def verify(out: str | os.PathLike[str], progress: Any = lambda count: None) -> Verified:
+    """Check a finished run: every shard is there, with its checksum; all images of the set are in one; relevance is
+    finite, sums to what is said, and with what layers absorbed to what is explained.
+
+    Parameters
+    ----------
+    out : path
+    progress : callable
+        Told of each shard that was checked, with 1.
+
+    Raises
+    ------
+    OutputError
+        It is no run.
+    """
+    place = as_path(out, OutputError, "the output folder of a run")
+    manifest, heads, _ = _state(place)
+    found = Verified(len(heads))
+    for number, head in enumerate(heads):
+        path = shard_path(place, number)
+        if head is None:
+            found.troubles.append(f"{path.name} is missing, cut off, or no shard")
+        elif _digest(path) != head.sha256:
+            found.troubles.append(f"{path.name} has another checksum than it says: it is damaged")
+        else:
+            found.rows, found.failed = found.rows + head.rows, found.failed + head.failed
+            found.troubles += [f"{path.name} {trouble}" for trouble in _troubles(path, manifest, number, head)]
+        progress(1)
+    path = place / RESULT
+    if not found.troubles and found.rows:
+        columns = read_columns(path, ["image"]) if path.exists() else {"image": np.zeros(0)}
+        if len(columns["image"]) != found.rows:
+            found.troubles.append(f"{RESULT} has {len(columns['image'])} rows; required: {found.rows}")
+    return found
+
+
+def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) -> Iterator[str]:
+    import h5py
+
+    columns = read_columns(path)
+    begin = number * manifest["shard"]
+    wanted = set(range(begin, min(begin + manifest["shard"], manifest["images"]["count"])))
+    explained, failed = columns.get("image", np.zeros(0, np.int64)).tolist(), columns["failed_image"].tolist()
+    if {*explained, *failed} != wanted or set(explained) & set(failed) or len(failed) != head.failed:
+        yield (f"holds {len(set(explained))} images and {len(failed)} failed ones; required: the {len(wanted)} of its "
+               "part")
+        return
+    if len(explained) != head.rows or any(len(values) != head.rows for name, values in columns.items()
+                                          if not name.startswith("failed_")):
+        yield f"has columns of other lengths than {head.rows}"
+        return
+    if not head.rows:
+        return
+    turnover = np.abs(columns["explained"]) + np.abs(columns["ledger"]).sum(1)
+    if manifest["storage"] is not None:
+        storage = Storage(**manifest["storage"])
+        with h5py.File(path, "r", locking=False) as file:
+            for row in range(head.rows):
+                relevance = file[_LARGE][row].astype(np.float64) * columns["scale"][row]
+                size, largest = float(np.abs(relevance).sum()), float(np.abs(relevance).max())
+                bound = {"float32": 1e-6 * size, "float16": 2**-10 * size + relevance.size * 2**-24,
+                         "int8": relevance.size * largest / 254}[storage.dtype]
+                told = float(columns["sum"][row])
+                if not np.isfinite(relevance).all() or abs(relevance.sum() - told) > bound:
+                    yield f"row {row} has relevance that sums to {relevance.sum():.6g}; required: {told:.6g}"
+                    return
+                turnover[row] = max(turnover[row], size)
+    lost = np.abs(columns["explained"] - columns["sum"] - columns["absorbed"])
+    for row in np.flatnonzero(lost > _BALANCE * turnover)[:1] if manifest["conserves"] else ():
+        yield f"row {row} loses {lost[row]:.3g} of {columns['explained'][row]:.3g}"
