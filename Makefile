@@ -98,7 +98,7 @@ dist: $(VENV)/ready-dev
 	  folder=build/dist/$$(basename $$package) && mkdir -p $$folder && $(PYTHON) -m venv $$folder/venv \
 	  && $$folder/venv/bin/python $(PIP) $$package \
 	  && (cd $$folder && venv/bin/python -m fastdtd --version && venv/bin/fastdtd explain squeezenet1_1 -o out \
-	      && test -s out/coffee.png.overlay.png && test -s out/explanations.h5) || exit 1; \
+	      && test -s out/coffee.png.overlay.png && test -s out/attribution.h5) || exit 1; \
 	done
 
 gallery: $(VENV)/ready-dev

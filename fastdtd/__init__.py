@@ -27,11 +27,12 @@ from fastdtd.importers import convert, from_torch
 from fastdtd.inputs import ExplanationWarning
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import load, save
+from fastdtd.results import Results, open_results
 from fastdtd.rules import Rule, search_direction
 
 __version__ = "0.1.0"
 __all__ = [
     "ConversionError", "DeviceError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph",
-    "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing", "Rule", "RuleError", "convert",
-    "from_torch", "load", "save", "search_direction",
+    "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing", "Results", "Rule", "RuleError",
+    "convert", "from_torch", "load", "open_results", "save", "search_direction",
 ]

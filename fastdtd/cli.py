@@ -437,7 +437,7 @@ def _executor(address: str | None, workers: int | None) -> Iterator[Any]:
             client = stack.enter_context(Client(cluster))
         else:
             try:
-                client = stack.enter_context(Client(address, timeout="30s"))
+                client = stack.enter_context(Client(address, timeout="10s"))
             except (OSError, ValueError) as error:
                 raise InputError(f"no scheduler of Dask answers at {address!r} ({error}); required: its address, such "
                                  "as tcp://host:8786, or local") from None

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,7 @@ class _Run:
                                        for number, _, reason in sorted(failed.values())]
         self.summary.clipped = next((str(w.message) for w in told if "clipped" in str(w.message)), None)
         with self._writing():
+            remove_abandoned(self.out / results.SHARDS, results.WRITTEN)  # of an executor's processes that were killed
             results.join(self.out, manifest, [head for head in self.heads if head is not None],
                          {"classes": list(self.explainer.model.classes)} if self.explainer.model.classes else {})
         self.summary.elapsed = time.perf_counter() - begun
@@ -568,8 +570,9 @@ class _Run:
             while True:
                 for number in itertools.islice(waiting, 4 * self.workers - len(running)):
                     numbers = self.shards[number]
-                    job = Job(str(self.out.resolve()), number, numbers, tuple(self.entries[i] for i in numbers),
-                              self.settings, self.batch, arguments)
+                    entries = tuple(replace_fields(entry, path=os.path.abspath(entry.path))
+                                    for entry in self.entries[numbers.start:numbers.stop])
+                    job = Job(str(self.out.resolve()), number, numbers, entries, self.settings, self.batch, arguments)
                     running[executor.submit(make_shard, job)] = number
                 if not running:
                     return

@@ -1,0 +1,255 @@
+"""Runs over many images, end to end: time, memory, kills, resume, processes; and the loop that people write today.
+
+    .venv/bin/python benchmarks/runs.py [FOLDER...] [--images 20000] [--kills 20] [--work FOLDER] [--write]
+    .venv-peers/bin/python benchmarks/runs.py --loop SET OUT       # PyTorch's DataLoader, zennit and h5py
+
+The set is made of the pictures in FOLDER (the bundled ones): crops and rotations of 500 x 375 pixels, as JPEG. --write
+writes benchmarks/results/runs-NAME.json and the table in docs/speed.md. With 20,000 images it takes about an hour and
+40 GB; the loop is measured where .venv-peers is.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "squeezenet1_1"
+SIZE = 500, 375
+TABLE = "<!-- table by benchmarks/runs.py -->", "<!-- end of table -->"
+COMMAND = [sys.executable, "-m", "fastdtd"]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+LOOPED = 2000  # images of the loop, which is slow
+
+
+def make_set(folder, pictures, count):
+    """JPEGs of one size: `count` of them, always the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [Image.open(path).convert("RGB") for path in pictures]
+    for i in range(count):
+        rng = random.Random(i)
+        picture = sources[i % len(sources)]
+        turned = picture.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
+        width = min(picture.width, picture.height * SIZE[0] / SIZE[1]) * rng.uniform(0.6, 1)
+        height = width * SIZE[1] / SIZE[0]
+        left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
+        part = turned.resize(SIZE, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        part.save(folder / f"{i:06}.jpg", quality=90)
+    return folder
+
+
+def explain(images, out, *options, **how):
+    return subprocess.Popen([*COMMAND, "explain", MODEL, str(images), "-o", str(out), "--draw", "0", *options],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+
+def timed(images, out, *options):
+    """Seconds, the share of the processors' time, and the most memory in MiB of a run."""
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    process, peak = explain(images, out, *options), 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError, TypeError):
+            peak = max(peak, int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]))
+        time.sleep(0.05)
+    output, errors = process.communicate()
+    elapsed, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        raise SystemExit(errors)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": elapsed, "busy": busy / elapsed / os.cpu_count(), "MiB": peak / 1024, "said": output}
+
+
+def alone(images):
+    """Milliseconds an image of explanations alone: 256 images that are in memory already."""
+    import fastdtd
+
+    model = fastdtd.load(MODEL)
+    batch = np.stack([model.preprocess(path) for path in sorted(images.iterdir())[:256]])
+    explainer = fastdtd.Explainer(model)
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        explainer(batch)
+        times.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(times) / len(batch)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def killed(images, out, kills, seconds, seed=0):
+    """A run that is killed at random moments, started again each time until it is through."""
+    rng, times = random.Random(seed), []
+    for _ in range(kills):
+        process = explain(images, out)
+        try:
+            process.wait(rng.uniform(0, 2 * seconds / kills))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            times.append(process.wait())
+        process.communicate()
+    process = explain(images, out)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(errors)
+    return len(times)
+
+
+def measure(options, work):
+    pictures = [path for folder in options.folders for path in sorted(folder.iterdir())
+                if path.suffix in (".jpg", ".png")]
+    images = make_set(work / "images", pictures, options.images)
+    few = make_set(work / "few", pictures, min(1000, options.images // 5))
+    found = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors",
+             "cpu": _cpu(), "images": options.images, "of": len(pictures)}
+    explain(few, work / "warm").wait()  # kernels are compiled, files are in memory
+    found["alone ms"] = alone(images)
+    shutil.rmtree(work / "warm")
+    small = timed(few, work / "few out")
+    whole = timed(images, work / "whole")
+    found |= {"ms": 1000 * whole["seconds"] / options.images, "busy": whole["busy"],
+              "MiB of few": small["MiB"], "MiB": whole["MiB"], "few": len(list(few.iterdir()))}
+    found["resume s"] = timed(images, work / "whole")["seconds"]
+    found["kills"] = killed(images, work / "killed", options.kills, whole["seconds"])
+    found["same bytes"] = contents(work / "whole") == contents(work / "killed")
+    shutil.rmtree(work / "killed")
+    verified = subprocess.run([*COMMAND, "verify", str(work / "whole")], capture_output=True, text=True, check=False)
+    found["verified"] = verified.stdout.splitlines()[-1]
+    pair = [timed(few, work / f"threads {i}")["seconds"] for i in range(3)]
+    dask = [timed(few, work / f"dask {i}", "--dask", "local", "--workers", "2")["seconds"] for i in range(3)]
+    found |= {"two threads s": statistics.median(pair), "two dask workers s": statistics.median(dask)}
+    if PEERS.exists():
+        looped = work / "looped"
+        looped.mkdir()
+        for path in itertools.islice(sorted(images.iterdir()), LOOPED):
+            os.link(path, looped / path.name)
+        ours = timed(looped, work / "looped out")
+        theirs = subprocess.run([PEERS, __file__, "--loop", looped, work / "loop.h5"], capture_output=True, text=True,
+                                check=True)
+        found["loop"] = json.loads(theirs.stdout) | {"ours s": ours["seconds"]}
+        found["loop"]["difference"] = disagreement(work / "looped out", work / "loop.h5")
+    return found
+
+
+def disagreement(out, loop):
+    """Median over images of the relative difference of both results' relevance."""
+    import h5py
+
+    import fastdtd
+
+    results = fastdtd.open_results(out)
+    with h5py.File(loop) as file:
+        return float(np.median([np.linalg.norm(results[i] - file["relevance"][i]) / np.linalg.norm(results[i])
+                                for i in range(0, len(results), 20)]))
+
+
+def loop(images, out):
+    """What people write: a DataLoader that decodes in processes, zennit's composite, rows appended to an HDF5 file."""
+    import h5py
+    import torch
+    sys.path[:0] = [str(ROOT / "tests" / "peers")]
+    from torch_nets import ZennitExplainer
+
+    import fastdtd
+
+    model = fastdtd.load(MODEL)
+    explainer = fastdtd.Explainer(model)
+    zennit = ZennitExplainer(model.graph, {name: rule.name for name, rule in explainer.rules.items()}, torch.float32)
+    paths = sorted(Path(images).iterdir())
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, i):
+            return torch.tensor(model.preprocess(paths[i]))
+
+    begun = time.perf_counter()
+    with h5py.File(out, "w") as file:
+        rows = file.create_dataset("relevance", (len(paths), *model.graph.input_shape), "f4")
+        at = 0
+        for batch in torch.utils.data.DataLoader(Pictures(), batch_size=16, num_workers=os.cpu_count()):
+            with torch.no_grad():
+                target = zennit.net(batch).argmax(1).numpy()
+            relevance = np.asarray(zennit(batch, target))
+            rows[at:at + len(batch)] = relevance
+            at += len(batch)
+    print(json.dumps({"seconds": time.perf_counter() - begun, "images": len(paths), "torch": torch.__version__}))
+
+
+def _cpu():
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor()
+
+
+def table(found):
+    """Markdown, for docs/speed.md."""
+    over = found["ms"] / found["alone ms"]
+    lines = [
+        f"{found['images']:,} JPEGs of {SIZE[0]} x {SIZE[1]} pixels, SqueezeNet 1.1, relevance stored, nothing drawn; "
+        f"{found['cpu']}, {found['machine'].split(', ')[-1]}.", "",
+        "| what | figure |", "| --- | ---: |",
+        f"| explanations alone, images in memory | {found['alone ms']:.1f} ms an image |",
+        f"| the whole run, from JPEG to disk | {found['ms']:.1f} ms an image, {over:.2f} times that |",
+        f"| processors busy | {found['busy']:.0%} |",
+        f"| memory, {found['few']:,} images / all | {found['MiB of few']:.0f} / {found['MiB']:.0f} MiB |",
+        f"| the same command again, when all is done | {found['resume s']:.1f} s |",
+        f"| killed at {found['kills']} random moments: same bytes | {'yes' if found['same bytes'] else 'NO'} |",
+        f"| `fastdtd verify` | {found['verified']} |",
+        f"| {found['few']:,} images, two Dask workers / two threads, with their start | "
+        f"{found['two dask workers s']:.1f} / {found['two threads s']:.1f} s |",
+    ]
+    if "loop" in found:
+        ratio = found["loop"]["seconds"] / found["loop"]["ours s"]
+        lines.append(f"| {found['loop']['images']:,} images by PyTorch's DataLoader, zennit and h5py | {ratio:.1f} times "
+                     f"as long; relevance differs by {found['loop']['difference']:.0e} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / "fastdtd" / "models"])
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--work", type=Path, help="where files are made and left (a temporary folder)")
+    parser.add_argument("--write", metavar="NAME", help="of the machine")
+    parser.add_argument("--loop", nargs=2, metavar=("SET", "OUT"))
+    options = parser.parse_args()
+    if options.loop:
+        loop(*options.loop)
+        return
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        found = measure(options, Path(folder))
+    print(json.dumps(found, indent=1))
+    print(table(found))
+    if options.write:
+        (ROOT / "benchmarks" / "results" / f"runs-{options.write}.json").write_text(json.dumps(found, indent=1) + "\n")
+        page = ROOT / "docs" / "speed.md"
+        text = page.read_text()
+        before, rest = text.split(TABLE[0])
+        page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{rest.split(TABLE[1])[1]}")
+
+
+if __name__ == "__main__":
+    main()
