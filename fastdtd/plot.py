@@ -39,7 +39,8 @@ def draw(lines: Sequence[Line], x_label: str, y_label: str) -> Image.Image:
     high = max(0.0, *(float((line.values + e).max()) for line, e in zip(lines, errors, strict=True)))
     last = max(len(line.values) for line in lines) - 1
     x_ticks, y_ticks = _ticks(0, last, 6, whole=True), _ticks(low, high, 6)
-    low, high = min(low, y_ticks[0]), high + 0.03 * (high - low or 1)
+    room = 0.03 * (high - low or 1)
+    low, high = low - room if low < 0 else 0.0, high + room
 
     f = _FINER
     font = ImageFont.load_default(_TEXT * f)
@@ -107,9 +108,9 @@ def _stroke(pen: ImageDraw.ImageDraw, points: list[tuple[float, float]], line: L
 
 
 def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """About `count` round numbers from low to high."""
+    """About `count` round numbers between low and high."""
     rough = (high - low or 1) / count
     power = 10.0**math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough * 0.999)
     step = max(1.0, step) if whole else step
-    return [round(i * step, 12) for i in range(math.floor(low / step + 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -58,14 +58,24 @@ def test_localisation(explainer, batch):
     np.testing.assert_allclose(scores, a[..., :SIDE // 2].sum((1, 2, 3)) / a.sum((1, 2, 3)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("metric", ["PixelFlipping", "MaxSensitivity", "RandomLogit"])
-def test_metrics_that_ask_the_twin(metric, net, explainer, batch):
-    """The module that the network was converted from predicts, the explainer explains."""
+def scores_of(metric, options, model, explainer, batch):
     x, y = batch
-    options = {"PixelFlipping": {"features_in_step": 64, "perturb_baseline": "uniform"},
-               "MaxSensitivity": {"nr_samples": 3, "lower_bound": 0.01}, "RandomLogit": {"num_classes": 10}}[metric]
     scores = getattr(quantus, metric)(**options, disable_warnings=True)(
-        model=net, x_batch=x, y_batch=y, a_batch=None, explain_func=fastdtd.explain_func,
+        model=model, x_batch=x, y_batch=y, explain_func=fastdtd.explain_func,
         explain_func_kwargs={"explainer": explainer}, device="cpu")
-    assert len(scores) == COUNT
     assert np.isfinite(scores).all()
+    return np.asarray(scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*beyond the model's value box")  # it adds noise
+def test_robustness_needs_no_model_either(explainer, batch):
+    options = {"nr_samples": 3, "lower_bound": 0.01}
+    assert scores_of("MaxSensitivity", options, None, explainer, batch).shape == (COUNT,)
+
+
+def test_metrics_that_ask_the_twin(net, explainer, batch):
+    """The module that the network was converted from predicts, the explainer explains."""
+    options = {"features_in_step": 64, "perturb_baseline": "uniform"}
+    assert len(scores_of("PixelFlipping", options, net, explainer, batch)) == COUNT
+    options = {"patch_size": 4, "regions_evaluation": 5}
+    assert scores_of("RegionPerturbation", options, net, explainer, batch).shape == (COUNT, 5)
