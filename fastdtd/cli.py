@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdtd.errors import FastDTDError, printable
+from fastdtd.errors import FastDTDError, InputError, printable
 
 _MAIN = """\
 Which pixels does a network's prediction come from?
@@ -439,6 +439,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     found = runner.find_pictures(options.pictures or sorted((Path(__file__).parent / "models").glob("*.png")))
     pictures = [picture.path for picture in found if not picture.trouble]
     failed = [picture.trouble for picture in found if picture.trouble]
+    if not pictures:
+        raise InputError(failed[0])
     out = evaluation.writable_folder(options.out)
     with (tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None) as bar,
           warnings.catch_warnings(record=True) as told):

@@ -248,7 +248,7 @@ def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS
     steps = min(_STEPS, grid.count) if steps is None else _checked_number("steps", steps, 1, grid.count, of)
     run = _Run(model, names, ORDERS if order == "both" else (order,), grid, steps,
                _checked_number("repeats", repeats, 1), _checked_number("seed", seed, 0), options)
-    given = pictures_of(pictures, model)
+    given = [] if isinstance(pictures, (list, tuple)) and not pictures else pictures_of(pictures, model)
     read: Callable[[int], Array]
     if given is None:
         array = checked_images(pictures, model, np)

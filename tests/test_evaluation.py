@@ -86,6 +86,7 @@ def curve(model, image, number, method, order, steps, region, repeats, seed, tar
                for y in range(height % region // 2, height - region + 1, region)
                for x in range(width % region // 2, width - region + 1, region)]
     top, left, bottom, right = regions[0][0].start, regions[0][1].start, regions[-1][0].stop, regions[-1][1].stop
+    window, shape = (slice(top, bottom), slice(left, right)), (len(image), bottom - top, right - left)
     sign = -1 if order == "most" else 1
     drops = np.zeros((repeats, steps + 1))
     for repeat in range(repeats):
@@ -93,12 +94,11 @@ def curve(model, image, number, method, order, steps, region, repeats, seed, tar
         shuffled = rng.permutation(len(regions))
         low, high = graph.box if graph.box is not None else (image.min((1, 2)), image.max((1, 2)))
         noise = np.zeros(image.shape)
-        noise[:, top:bottom, left:right] = rng.uniform(low[:, None, None], high[:, None, None],
-                                                       (len(image), bottom - top, right - left)).astype(np.float32)
-        in_order = sorted(range(len(regions)), key=lambda i: (sign * found[(slice(None), *regions[i])].sum(), shuffled[i]))
+        noise[(..., *window)] = rng.uniform(low[:, None, None], high[:, None, None], shape).astype(np.float32)
+        in_order = sorted(range(len(regions)), key=lambda i: (sign * found[(..., *regions[i])].sum(), shuffled[i]))
         replaced = image.copy()
         for step, i in enumerate(in_order[:steps], 1):
-            replaced[(slice(None), *regions[i])] = noise[(slice(None), *regions[i])]
+            replaced[(..., *regions[i])] = noise[(..., *regions[i])]
             drops[repeat, step] = scores[target] - naive.forward(graph, replaced)[graph.output][target]
     return drops.mean(0)
 
@@ -115,7 +115,7 @@ def test_agrees_with_the_oracle(graph, region, steps, repeats, count, target):
     result = fastdtd.evaluate(model, images, METHODS, "both", steps, region, repeats, target, 5)
     assert not result.failed
     found = drops_of(result)
-    assert set(found) == {(method, order) for method in METHODS[:4] + ["edges"]
+    assert set(found) == {(method, order) for method in [*METHODS[:4], "edges"]
                           for order in ("most", "least")} | {("random", "any")}
     targets = np.resize(target, count) if target is not None else [None] * count
     for (method, order), drops in found.items():
@@ -240,6 +240,7 @@ def test_noise_beyond_float32_leaves_its_picture_out():
     ({"memory": "1KB"}, "one image takes"),
     ({"threads": 0}, "threads is 0"),
     ({"pictures": np.zeros((0, 2, 6, 5))}, "there are no pictures"),
+    ({"pictures": []}, "there are no pictures"),
     ({"pictures": np.zeros((2, 6, 6, 5))}, "the batch has shape"),
     ({"pictures": np.full((2, 2, 6, 5), np.nan)}, "holds NaN"),
     ({"pictures": ["cat.png"]}, "this model's input is no picture"),

@@ -447,7 +447,7 @@ def test_overflow_is_an_error():
     graph = g.Graph(layers, (1, 1, 1), (0, 1))
     made, batch = explainer(graph), np.float32([0, 1, 0, 1]).reshape(4, 1, 1, 1)
     for call in (made, made.predict):
-        with pytest.raises(InputError, match="image 1 gives scores .*beyond float32") as raised:
+        with pytest.raises(InputError, match=r"image 1 gives scores .*beyond float32") as raised:
             call(batch)
         assert list(raised.value.reasons) == [1, 3]
     assert not made.predict(batch[::2]).any()
