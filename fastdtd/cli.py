@@ -292,7 +292,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
                         help="folder for the results (default: %(default)s)")
     parser.add_argument("--methods", metavar="LIST", default="dtd,gradient*input,sensitivity,random,edges",
-                        help="what is compared (default: %(default)s)")
+                        help="methods to compare, separated by commas (default: %(default)s)")
     parser.add_argument("--order", metavar="ORDER", default="most",
                         help="which regions go first: most or least, the most or least relevant; or both (default: "
                         "%(default)s)")

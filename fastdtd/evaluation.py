@@ -208,7 +208,7 @@ def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS
     on_progress : callable
         Told from time to time how many more pictures are done.
     **options
-        Of `Explainer`: device, threads, memory, precision, max_multiply_adds.
+        Of `Explainer`: device, threads, memory (of all methods together), precision, max_multiply_adds.
 
     Returns
     -------
