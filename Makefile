@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+QUANTUS := .venv-quantus
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 # As many processes as there are processors. Their kernels are compiled before: else each would compile all.
@@ -15,8 +16,8 @@ PORTABLE := tests/test_kernels.py tests/test_plan.py tests/test_steps.py tests/t
 AVX2 := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 NO_AVX := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 
-.PHONY: help demo test quick test-cuda test-portable test-peers faults fuzz compare bench profile gpu gpu-table check docs dist gallery
-.PHONY: models clean
+.PHONY: help demo test quick test-cuda test-portable test-peers test-quantus faults fuzz compare bench profile gpu gpu-table check
+.PHONY: docs dist gallery models clean
 
 help:
 	@echo "make demo        explain two photographs with SqueezeNet; pictures go to out/demo"
@@ -25,6 +26,7 @@ help:
 	@echo "make test-cuda   long simulations of GPUs, of which make test has short ones; needs no GPU"
 	@echo "make test-portable  what depends on the processor, as one with AVX2 and as one without"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
+	@echo "make test-quantus  Quantus's metrics with explanations of ours, in an environment of their own"
 	@echo "make faults      200 kills and 200 interrupts of runs, full disks, other runs, spoiled caches; about 7 minutes"
 	@echo "make fuzz        mutated model files and pictures for MINUTES=10, on all cores; findings go to out/fuzz"
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
@@ -58,6 +60,9 @@ test-portable: $(VENV)/ready-dev
 
 test-peers: $(PEERS)/ready
 	$(PEERS)/bin/pytest tests/peers
+
+test-quantus: $(QUANTUS)/ready
+	$(QUANTUS)/bin/pytest tests/peers/test_quantus.py
 
 faults: $(VENV)/ready-dev
 	$(VENV)/bin/fastdtd warmup
@@ -110,7 +115,7 @@ models: $(VENV)/ready
 	$(VENV)/bin/python -m fastdtd.models.build
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(INNVESTIGATE) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(QUANTUS) $(INNVESTIGATE) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -131,6 +136,11 @@ $(VENV)/ready-docs: $(VENV)/ready
 $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --editable '.[test]' --requirement tests/peers/requirements.txt
+	touch $@
+
+$(QUANTUS)/ready: pyproject.toml tests/peers/requirements-quantus.txt
+	$(PYTHON) -m venv $(QUANTUS)
+	$(QUANTUS)/bin/python $(PIP) --editable . --requirement tests/peers/requirements-quantus.txt
 	touch $@
 
 # Python 3.11 at most, for TensorFlow 2.14, the last with the Keras that iNNvestigate works with.

@@ -20,6 +20,7 @@ from fastdtd.errors import (
     PictureError,
     RuleError,
 )
+from fastdtd.evaluation import Evaluation, evaluate
 from fastdtd.explainer import Explainer
 from fastdtd.explanation import Explanation
 from fastdtd.graph import Graph
@@ -27,12 +28,14 @@ from fastdtd.importers import convert, from_torch
 from fastdtd.inputs import ExplanationWarning
 from fastdtd.model import Model, Preprocessing
 from fastdtd.model_file import load, save
+from fastdtd.quantus import explain_func
 from fastdtd.results import Results, open_results
 from fastdtd.rules import Rule, search_direction
 
 __version__ = "0.1.0"
 __all__ = [
-    "ConversionError", "DeviceError", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError", "Graph",
-    "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing", "Results", "Rule", "RuleError",
-    "convert", "from_torch", "load", "open_results", "save", "search_direction",
+    "ConversionError", "DeviceError", "Evaluation", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError",
+    "Graph", "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing", "Results", "Rule",
+    "RuleError", "convert", "evaluate", "explain_func", "from_torch", "load", "open_results", "save",
+    "search_direction",
 ]

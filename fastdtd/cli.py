@@ -1,4 +1,4 @@
-"""The command line: `fastdtd explain`, `convert`, `show` and `warmup`."""
+"""The command line: `fastdtd explain`, `evaluate`, `convert`, `show` and `warmup`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ Which pixels does a network's prediction come from?
   fastdtd convert net.onnx net.h5 --labels names.txt
   fastdtd show net.h5                              its layers and the rule each will get
   fastdtd explain net.h5 pictures/ -o out          a heatmap and an overlay for each picture
+  fastdtd evaluate net.h5 pictures/ -o out         is the heatmap right? its curve beside other methods'
   fastdtd warmup                                   compile ahead what is otherwise compiled on first use
 
 `fastdtd COMMAND --help` says more and gives examples.
@@ -59,6 +60,28 @@ examples:
 _VERIFY = """\
 Check a finished run: every shard is there, with its checksum; every image is in one of them; relevance is finite and,
 with what layers absorbed, sums to the scores. The exit status is 1 where anything is wrong.
+"""
+_EVALUATE = """\
+Is the heatmap right? Replace the regions that a method finds most relevant by noise, one after the other, and see how
+fast the score of the explained class falls: the region-perturbation curve of Samek et al. 2017.
+
+Prints for each method the area over its curve (AOPC): the fall of the score, on average over steps and pictures, with
+its standard error. The higher the better, if the most relevant regions go first; the lower the better, if the least
+relevant do. A method that is no better than `random` or `edges` has not found what the network looks at. Writes to OUT
+evaluation.csv, which has the curves, and evaluation.png, which shows them.
+
+Methods are the presets that `fastdtd rules` lists, among them gradient*input and sensitivity (the squared gradient);
+`random`, an order that means nothing; and `edges`, the picture's own edges, which know no network.
+
+It takes a forward pass for each picture, method and step. docs/howto-evaluate.md says what the measure does not say.
+"""
+_EVALUATE_EXAMPLES = """\
+examples:
+  fastdtd evaluate squeezenet1_1                             two bundled photographs; take some dozens of your own
+  fastdtd evaluate net.h5 photos/ -o out --order both        least relevant first, too
+  fastdtd evaluate net.h5 photos/ --methods dtd,zennit.epsilon_plus,random
+  fastdtd evaluate net.h5 digits/ --region 3 --steps 40      for a small input
+  fastdtd evaluate net.h5 photos/ --repeats 5 --seed 1       less noise in the curves; other noise
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt
@@ -244,6 +267,8 @@ def _parser() -> argparse.ArgumentParser:
         "factor; 3xtf32, with float32's accuracy on the same tensor cores; or fp32, without tensor cores, which older "
         "GPUs lack (default: tf32, or fp32 on those)")
 
+    _add_evaluate(command("evaluate", _EVALUATE, _EVALUATE_EXAMPLES, "compare heatmaps by what they say of the score"))
+
     convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Keras, Caffe or PyTorch network")
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="SOURCE",
@@ -291,6 +316,35 @@ def _parser() -> argparse.ArgumentParser:
     warmup.set_defaults(run=_warmup)
     command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
     return parser
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_evaluate)
+    parser.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
+    parser.add_argument("pictures", metavar="SOURCE", nargs="*", default=[],
+                        help="pictures, or folders that are searched for some (default: two bundled ones)")
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
+                        help="folder for the results (default: %(default)s)")
+    parser.add_argument("--methods", metavar="LIST", default="dtd,gradient*input,sensitivity,random,edges",
+                        help="methods to compare, separated by commas (default: %(default)s)")
+    parser.add_argument("--order", metavar="ORDER", default="most",
+                        help="which regions go first: most or least, the most or least relevant; or both (default: "
+                        "%(default)s)")
+    parser.add_argument("--steps", metavar="N", type=int,
+                        help="regions that are replaced (default: 100, or all where there are fewer)")
+    parser.add_argument("--region", metavar="N", type=int, default=9,
+                        help="side of a region, in pixels of the input (default: %(default)s)")
+    parser.add_argument("--repeats", metavar="N", type=int, default=1,
+                        help="of each picture, with other noise (default: %(default)s)")
+    parser.add_argument("--target", metavar="CLASS",
+                        help="class to explain: a name or a number (default: each picture's winner)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0,
+                        help="of the noise: the same gives the same numbers (default: %(default)s)")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads, at most 1024 (default: all processors)")
+    parser.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, of all "
+                        "methods together, as in 2GiB or 500MB")
+    parser.add_argument("--device", metavar="DEVICE", default="cpu",
+                        help="what computes: cpu, cuda, cuda:N or auto, as in `fastdtd explain` (default: %(default)s)")
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
@@ -488,6 +542,39 @@ def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
 def _targets(texts: list[str]) -> list[int | str] | int | str | None:
     found = [int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text for text in texts]
     return found[0] if len(found) == 1 else found or None
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import warnings
+
+    from tqdm import tqdm
+
+    from fastdtd import evaluation, model_file, sources
+    from fastdtd.inputs import ExplanationWarning
+
+    model = model_file.load(options.model)
+    found = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")))
+    pictures = [Path(entry.path) for entry in found if not entry.trouble]
+    failed = [entry.trouble for entry in found if entry.trouble]
+    if not pictures:
+        raise InputError(failed[0])
+    out = evaluation.writable_folder(options.out)
+    with (tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None) as bar,
+          warnings.catch_warnings(record=True) as told):
+        warnings.simplefilter("always", ExplanationWarning)
+        result = evaluation.evaluate(
+            model, pictures, options.methods.split(","), options.order, options.steps, options.region, options.repeats,
+            _targets([] if options.target is None else [options.target]), options.seed, bar.update, threads=options.threads, memory=options.memory,
+            device=options.device)
+    result.save(out)
+    print(result)
+    for text in dict.fromkeys(str(warning.message) for warning in told):
+        print(printable(f"fastdtd: {text}"), file=sys.stderr)
+    for reason in [*failed, *result.failed.values()]:
+        print(printable(f"fastdtd: not evaluated: {reason}"), file=sys.stderr)
+    print(f"{len(pictures) - len(result.failed)} evaluated"
+          f"{f', {count} failed' if (count := len(failed) + len(result.failed)) else ''}; see {out}/")
+    return 1 if failed or result.failed else 0
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -203,9 +203,7 @@ class Explainer:
         ExplanationWarning
             Values were clipped, or a target's score is not positive.
         """
-        pictures = pictures_of(batch, self.model)
-        if pictures is not None:
-            batch = np.stack([self.model.preprocess(picture) for picture in pictures])
+        batch, pictures = self._preprocessed(batch)
         graph, kernels, derivative = self.model.graph, self._kernels, self._assignment.derivative
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
@@ -257,6 +255,64 @@ class Explainer:
                 f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
                 f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=3)  # past out_of_memory
         return e
+
+    @out_of_memory(OutOfMemoryError, _ADVICE)
+    def predict(self, batch: Any) -> Array:
+        """Class scores alone, by the forward pass: what an explanation has as `output`.
+
+        Parameters
+        ----------
+        batch : picture, sequence of pictures, or (N, C, H, W) or (C, H, W) array
+            As it is explained.
+
+        Returns
+        -------
+        (N, K) float32
+            Before any softmax; the same bits as the explanation's. Of CuPy where the batch is.
+
+        Raises
+        ------
+        PictureError, InputError, DeviceError
+            As an explanation of the batch does; of what float32 cannot hold, for scores alone.
+
+        Warns
+        -----
+        ExplanationWarning
+            Values were clipped to the model's value box.
+
+        Examples
+        --------
+        >>> import fastdtd
+        >>> explainer = fastdtd.Explainer(fastdtd.load("squeezenet1_1"))
+        >>> explainer.predict(["cat.jpg", "coffee.jpg"]).argmax(1)
+        array([285, 967])
+        """
+        batch, _ = self._preprocessed(batch)
+        graph, kernels = self.model.graph, self._kernels
+        library = kernels.namespace(batch)
+        with kernels.on_device_of(batch):
+            images = checked_images(batch, self.model, library)
+            scores: Array = library.empty((len(images), graph.shapes[graph.output][0]), np.float32)
+
+        def predict(plan: Plan, first: int, last: int) -> None:
+            kernels.write(plan.input, images[first:last])
+            plan.forward(self._executor.submit(plan))
+            kernels.read(scores[first:last], plan.output)
+
+        self._executor.map(predict, len(images), self._executor.devices_for(images))
+        with kernels.on_device_of(batch):
+            beyond = library.flatnonzero(~library.isfinite(scores).all(1)).tolist()
+        if beyond:
+            raise BeyondFloat32Error(dict.fromkeys(
+                beyond, "gives scores beyond float32; its values or the model's weights are too large"))
+        return scores
+
+    def _preprocessed(self, batch: Any) -> tuple[Any, list[Any] | None]:
+        """The network's inputs, and the pictures that they are of, where pictures were given."""
+        pictures = pictures_of(batch, self.model)
+        if pictures is None:
+            return batch, None
+        return np.stack([self.model.preprocess(picture) for picture in pictures]), pictures
 
     def _check_balance(self, e: Explanation, sums: npt.NDArray[np.float64]) -> None:
         """Refuse explanations of which numbers below float32's range took a part away that no layer absorbed."""

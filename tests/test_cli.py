@@ -211,7 +211,7 @@ def test_calls_that_cannot_be_understood(run):
 
 
 def test_help(run):
-    for command in ([], ["explain"], ["verify"], ["convert"], ["show"], ["warmup"]):
+    for command in ([], ["explain"], ["verify"], ["convert"], ["evaluate"], ["show"], ["warmup"]):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, [])
         assert max(map(len, out)) <= 140
@@ -414,6 +414,50 @@ def test_names_do_not_command_the_terminal(run):
              *run("explain", "net.h5", "pictures", "-o", "other", "--rule", f"x{evil}=flat")[2]]
     assert "[2J" in "".join(texts)
     assert all(c.isprintable() or c == "\n" for text in texts for c in text)
+
+
+def test_evaluate(run, place):
+    status, out, err = run("evaluate", "net.h5", "pictures", "-o", "new/folder", "--region", "2", "--order", "both",
+                           "--methods", "dtd,random,edges")
+    assert (status, err) == (0, [])
+    assert out[0].split() == ["method", "order", "AOPC", "standard", "error", "pictures"]
+    assert [line.split()[:2] + line.split()[-1:] for line in out[1:-1]] == [
+        ["dtd", "most", "3"], ["dtd", "least", "3"], ["random", "any", "3"], ["edges", "most", "3"],
+        ["edges", "least", "3"]]
+    assert out[-1] == "3 evaluated; see new/folder/"
+    assert {p.name for p in (place / "new" / "folder").iterdir()} == {"evaluation.csv", "evaluation.png"}
+    table = (place / "new" / "folder" / "evaluation.csv").read_text().splitlines()
+    assert table[:2] == ["method,order,step,mean,standard_error", "dtd,most,0,0,0"]
+    assert len(table) == 1 + 5 * 17
+    again = run("evaluate", "net.h5", "pictures", "-o", "again", "--region", "2", "--order", "both", "--methods",
+                "dtd,random,edges", "--threads", "1", "--memory", "1MiB")
+    assert again[1][:-1] == out[:-1]
+    assert (place / "again" / "evaluation.csv").read_text().splitlines() == table
+
+
+def test_evaluate_with_bad_pictures_and_targets(run, place):
+    (place / "pictures" / "bad.jpg").write_text("no picture")
+    status, out, err = run("evaluate", "net.h5", "pictures", "--region", "4", "--target", "green", "--methods", "dtd")
+    assert (status, out[-1]) == (1, "3 evaluated, 1 failed; see out/")
+    assert len(err) == 2  # a line for the red and the blue one, of which green has nothing to explain
+    assert err[0].startswith("fastdtd: 2 of 3 targets have a score that is not positive")
+    assert err[1].startswith("fastdtd: not evaluated: picture 'pictures/bad.jpg' is damaged")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["pictures"], "region is 9; required: a whole number from 1 to 8, of the input of 8 x 8 pixels"),
+    (["pictures", "--region", "4", "--steps", "5"], "steps is 5; required: a whole number from 1 to 4, for there are 4 "
+     "regions of 4 x 4 pixels"),
+    (["pictures", "--region", "2", "--methods", "dtd,magic"], "method 'magic' is unknown; required: some of dtd, "),
+    (["pictures", "--region", "2", "--methods", ""], "method '' is unknown"),
+    (["pictures", "--region", "2", "--order", "first"], "order is 'first'; required: most, least or both"),
+    (["pictures", "--region", "2", "--target", "pink"], "no class is named 'pink'"),
+    (["pictures", "--region", "2", "--memory", "2"], "memory is '2'"),
+    (["pictures", "--region", "2", "--device", "gpu"], "device 'gpu' is unknown"),
+    (["none"], "'none' does not exist"), (["pictures", "-o", "net.h5"], "cannot write to 'net.h5'"),
+])
+def test_evaluate_refuses(run, arguments, message):
+    assert message in refused(run("evaluate", "net.h5", *arguments))
 
 
 def test_two_runs_into_one_folder(run, place):

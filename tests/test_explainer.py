@@ -303,6 +303,8 @@ def test_same_bits_whatever_the_batch_and_the_threads(graph):
             one = explain(made, batch[i:i + 1])
             assert (one.relevance[0] == together.relevance[i]).all()
             assert (one.output[0] == together.output[i]).all()
+            assert (made.predict(batch[i]) == together.output[i]).all()
+    assert (threaded.predict(batch) == together.output).all()
     shuffled = explain(threaded, batch[::-1])
     assert (shuffled.relevance[::-1] == together.relevance).all()
 
@@ -413,14 +415,17 @@ SECOND_IS_NAN[1, 1, 3, 2] = np.nan
     ([[1, 2], [3]], "no array of one shape"), (np.zeros((1, 2, 6, 5), complex), "has type"), (None, "has type"),
 ])
 def test_bad_batches(batch, message):
-    with pytest.raises(InputError, match=message):
-        explainer(small())(batch)
+    made = explainer(small())
+    for call in (made, made.predict):
+        with pytest.raises(InputError, match=message):
+            call(batch)
 
 
 def test_an_empty_batch_gives_an_empty_explanation():
-    e = explainer(small())(np.zeros((0, 2, 6, 5), np.float32))
+    made, batch = explainer(small()), np.zeros((0, 2, 6, 5), np.float32)
+    e = made(batch)
     assert e.relevance.shape == (0, 2, 6, 5)
-    assert e.output.shape == (0, 3)
+    assert e.output.shape == made.predict(batch).shape == (0, 3)
 
 
 def test_values_beyond_the_box_are_clipped_and_it_says_so():
@@ -428,6 +433,8 @@ def test_values_beyond_the_box_are_clipped_and_it_says_so():
     batch = images(made.model.graph, 2)
     with pytest.warns(ExplanationWarning, match="2 of 2 images have values beyond"):
         e = made(batch * 5)
+    with pytest.warns(ExplanationWarning, match="2 of 2 images have values beyond"):
+        assert (made.predict(batch * 5) == e.output).all()
     assert (e.relevance == explain(made, np.clip(batch * 5, -1, 1)).relevance).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -438,8 +445,12 @@ def test_overflow_is_an_error():
     layers = (g.Conv2d("a", ("input",), np.full((1, 1, 1, 1), 1e30)), g.ReLU("r", ("a",)), g.Flatten("f", ("r",)),
               g.Dense("d", ("f",), np.full((1, 1), 1e30)))
     graph = g.Graph(layers, (1, 1, 1), (0, 1))
-    with pytest.raises(InputError, match="beyond float32"):
-        explainer(graph)(np.ones((1, 1, 1, 1)))
+    made, batch = explainer(graph), np.float32([0, 1, 0, 1]).reshape(4, 1, 1, 1)
+    for call in (made, made.predict):
+        with pytest.raises(InputError, match=r"image 1 gives scores .*beyond float32") as raised:
+            call(batch)
+        assert list(raised.value.reasons) == [1, 3]
+    assert not made.predict(batch[::2]).any()
 
 
 def test_a_bias_without_support_is_in_the_ledger():
@@ -498,6 +509,8 @@ def test_where_the_machine_has_no_memory(monkeypatch, tmp_path):
 def test_warnings_name_the_line_that_called():
     graph = two_layers((0.0, 1.0))
     batch = np.full((1, *graph.input_shape), 2, np.float32)
-    with pytest.warns(ExplanationWarning) as found:
-        Explainer(Model(graph, Preprocessing(None)))(batch)
-    assert {warning.filename for warning in found} == {__file__}
+    made = Explainer(Model(graph, Preprocessing(None)))
+    for call in (made, made.predict):
+        with pytest.warns(ExplanationWarning) as found:
+            call(batch)
+        assert {warning.filename for warning in found} == {__file__}

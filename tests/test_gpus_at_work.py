@@ -70,6 +70,7 @@ def test_gpus_share_out_images(gpus, monkeypatch):
     assert sorted({number for number, thread in begun if thread is not threading.main_thread()}) == [0, 1]
     made._executor.batch = 2
     assert_same(made(batch, 1), wanted)
+    np.testing.assert_array_equal(made.predict(batch), wanted.output)
     assert_same(made(batch[:1], 1), Explainer(model, device="cuda")(batch[:1], 1))
     np.testing.assert_allclose(wanted.relevance,
                                Explainer(model)(batch, 1).relevance, atol=1e-5 * np.abs(wanted.relevance).max())
