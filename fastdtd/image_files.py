@@ -5,6 +5,7 @@ They stay open, a few at a time, with what was read of their structure, and any 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -31,6 +32,9 @@ _STRUCTURE_BYTES = 2**28  # of an HDF5 file: an index of a million chunks takes 
 _OPEN_FILES = 8  # that are kept open
 _BEFORE = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE,
            tarfile.XGLTYPE)  # members of a tar that say something of the next one, or of all
+_WITHOUT_BYTES = {tarfile.LNKTYPE: "a link", tarfile.SYMTYPE: "a link", tarfile.CHRTYPE: "a device",
+                  tarfile.BLKTYPE: "a device", tarfile.DIRTYPE: "a folder", tarfile.FIFOTYPE: "a named pipe"}
+_FIRST, _LAST = (1, 3), (1, 3, 4)  # channels of images
 _IMAGES = "uint8 (N, H, W), (N, H, W, C) with C = 1, 3 or 4, or (N, C, H, W) with C = 1 or 3"
 
 
@@ -146,61 +150,78 @@ def read_tar(path: str) -> Tar:
 
 
 def _members(file: OpenFile) -> Iterator[Member]:
-    """All members of a tar but folders. Headers are read one by one and by their own size alone, for tarfile's own
-    loop takes a damaged header for the end, and any number of bytes for a header. ModelError for what cannot be.
+    """All members of a tar but folders; ModelError for what cannot be. Not by tarfile's loop, which takes a damaged
+    header for the end, reads headers of any size, and takes three times as long.
     """
     at = 0
     name, said = "", dict[str, str]()  # of the next member, before its header
     while True:
-        block = file.read(at, tarfile.BLOCKSIZE)
-        if block == bytes(tarfile.BLOCKSIZE):
+        header = file.read(at, tarfile.BLOCKSIZE)
+        if header == bytes(tarfile.BLOCKSIZE):
             if file.read(at, _MAX_HEADER).strip(b"\0"):
                 raise ModelError(f"has more after its end at byte {at}, as tars that were written one after the other "
                                  "have; required: single ones")
             return
-        if len(block) < tarfile.BLOCKSIZE:
+        if len(header) < tarfile.BLOCKSIZE:
             raise ModelError(f"ends at byte {file.size} without a tar's end: it is cut off")
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.TarError, ValueError):
-            raise ModelError(f"has no sound header at byte {at}: it is damaged, or no tar") from None
+        size, kind = _octal(header[124:136]), header[156:157]
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _octal(header[148:156]):
+            raise ModelError(f"has no sound header at byte {at}: it is damaged, or no tar")
         at += tarfile.BLOCKSIZE
-        size = header.size
-        if header.type in _BEFORE:
+        if kind in _BEFORE:
             if not 0 <= size <= _MAX_HEADER:
                 raise ModelError(f"has {size} bytes of names or attributes before byte {at}; at most {_MAX_HEADER} are "
                                  "accepted")
             body = file.read(at, size)
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                name = body.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            if kind == tarfile.GNUTYPE_LONGNAME:
+                name = _text(body)
+            elif kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 said = _attributes(body)
             at += _padded(size)
             continue
-        has_bytes = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
-        if has_bytes and "size" in said:
-            size = int(said["size"]) if re.fullmatch("[0-9]{1,19}", said["size"]) else -1
-        elif not has_bytes:  # whatever it says
+        name = said.get("path") or name or _name(header)
+        is_folder = kind == tarfile.DIRTYPE or (kind == tarfile.AREGTYPE and name.endswith("/"))
+        is_sparse = kind == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said)
+        if kind in _WITHOUT_BYTES or is_folder:  # whatever they say
             size = 0
-        is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said)
-        is_extended = header.type == tarfile.GNUTYPE_SPARSE and block[482]
+        elif "size" in said:
+            size = int(said["size"]) if re.fullmatch("[0-9]{1,19}", said["size"]) else -1
+        is_extended = kind == tarfile.GNUTYPE_SPARSE and header[482]
         while is_extended:
             extension = file.read(at, tarfile.BLOCKSIZE).ljust(tarfile.BLOCKSIZE, b"\0")
             at, is_extended = at + tarfile.BLOCKSIZE, extension[504]
-        name = said.get("path") or name or header.name
         if not 0 <= size <= file.size - at:
             raise ModelError(f"says that member {name[:200]!r} has {size} bytes from byte {at} on, and has {file.size} "
                              "itself: it is cut off or damaged")
         trouble = ""
-        if is_sparse or not header.isreg():
-            what = "sparse" if is_sparse else "a link" if header.islnk() or header.issym() else "a device or the like"
+        if is_sparse or kind not in tarfile.REGULAR_TYPES:
+            what = "sparse" if is_sparse else _WITHOUT_BYTES.get(kind, "of an unknown kind")
             trouble = f"is {what} in the tar; required: a regular member"
         elif size > _MAX_BYTES:
             trouble = f"has {size} bytes; at most {_MAX_BYTES} are accepted"
-        if not header.isdir():
+        if not is_folder:
             yield Member(name, at, size, trouble)
         at += _padded(size)
         name, said = "", {}
+
+
+def _octal(field: bytes) -> int:
+    """A number of a header, -1 where it is none. Large ones are written as bytes."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _name(header: bytes) -> str:
+    name, is_posix = _text(header[:100]), header[257:263] == b"ustar\0"
+    return f"{_text(header[345:500])}/{name}" if is_posix and header[345] else name
 
 
 def _padded(size: int) -> int:
@@ -236,7 +257,7 @@ class ImageRows:
 
     def __init__(self, path: str, name: str) -> None:
         """Raises ModelError or OSError."""
-        self._file = opened(path)
+        file = opened(path)
         with open_to_read(path) as stream, hdf5.opened(stream, "images in HDF5", _STRUCTURE_BYTES) as outermost:
             content = outermost.content
             found = dict(_datasets(outermost))
@@ -245,7 +266,7 @@ class ImageRows:
                 raise ModelError(f"has no dataset {self.name!r}; its datasets: {_listed_datasets(found)}")
             data = hdf5.dataset(found[self.name], self.name, (3, 4), 2**50, _MAX_CHUNKS)
             shape = data.shape or ()
-            self._axes = _axes(data.datatype, shape, self.name)
+            self._axes = _axes(data, self.name)
             self.count = shape[0]
             if self.count > content.size:
                 raise ModelError(f"{self.name} claims {self.count} images in a file of {content.size} bytes: it is "
@@ -254,7 +275,7 @@ class ImageRows:
             if pixels > images.MAX_PIXELS:
                 raise ModelError(f"{self.name} has images of {pixels} pixels; at most {images.MAX_PIXELS} are accepted")
             begin = content.begin
-            self._rows = hdf5_storage.Rows(data, lambda start, count: self._file.read(begin + start, count))
+            self._rows = hdf5_storage.Rows(data, lambda start, count: file.read(begin + start, count))
 
     def __getitem__(self, row: int) -> npt.NDArray[np.uint8]:
         """uint8 (H, W), (H, W, 3) or (H, W, 4)."""
@@ -285,12 +306,10 @@ def _only_dataset(found: dict[str, hdf5_format.Object]) -> str:
     """The name of the only dataset of images."""
     fitting = []
     for name, child in found.items():
-        try:
+        with contextlib.suppress(ModelError):  # of what is read of no dataset
             data = hdf5_storage.Dataset(child)
-            _axes(data.datatype, data.shape or (), name)
-        except ModelError:
-            continue
-        fitting.append(name)
+            if _is_of_images(data):
+                fitting.append(name)
     if len(fitting) != 1:
         raise ModelError(
             f"has the datasets of images {', '.join(sorted(fitting))[:1000]}; required: which one, as FILE:/DATASET"
@@ -309,19 +328,24 @@ def _listed_datasets(found: dict[str, hdf5_format.Object]) -> str:
     return "; ".join(told) or "none"
 
 
-def _axes(datatype: hdf5_format.Datatype, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+def _is_of_images(data: hdf5_storage.Dataset) -> bool:
+    shape = data.shape or (0,)
+    return data.datatype.numpy == np.uint8 and data.datatype.kind == "Integer" and 0 not in shape and (
+        len(shape) == 3 or (len(shape) == 4 and (shape[3] in _LAST or shape[1] in _FIRST)))
+
+
+def _axes(data: hdf5_storage.Dataset, name: str) -> tuple[int, ...]:
     """How an image's axes are to be moved to be (H, W) or (H, W, C)."""
-    is_last = len(shape) == 4 and shape[3] in (1, 3, 4)
-    is_first = len(shape) == 4 and shape[1] in (1, 3)
-    if datatype.numpy != np.uint8 or datatype.kind != "Integer" or 0 in shape or not (
-            len(shape) == 3 or is_last or is_first):
-        raise ModelError(f"{name} is {datatype.kind} of {datatype.size} bytes and shape {shape}; required: {_IMAGES}")
-    if is_last and is_first:
-        raise ModelError(f"{name} has shape {shape}, whose channels may be first or last; required: images whose sides "
-                         "cannot be taken for channels")
+    shape = data.shape or ()
+    if not _is_of_images(data):
+        raise ModelError(f"{name} is {data.datatype.kind} of {data.datatype.size} bytes and shape {shape}; required: "
+                         f"{_IMAGES}")
     if len(shape) == 3:
         return 0, 1
-    return (0, 1, 2) if is_last else (1, 2, 0)
+    if shape[3] in _LAST and shape[1] in _FIRST:
+        raise ModelError(f"{name} has shape {shape}, whose channels may be first or last; required: images whose sides "
+                         "cannot be taken for channels")
+    return (0, 1, 2) if shape[3] in _LAST else (1, 2, 0)
 
 
 def read_labels(path: str, name: str, count: int) -> list[str]:
@@ -351,5 +375,4 @@ def _labels(found: dict[str, hdf5_format.Object], name: str, count: int) -> list
             raise ModelError(f"{where} {error}") from None
     else:
         raise ModelError(f"{where} is of HDF5 type {data.datatype.kind}; required: integers or strings")
-    known: dict[str, str] = {}  # one object for each class
-    return [known.setdefault(text, text) for text in texts]
+    return list(texts)

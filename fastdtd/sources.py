@@ -117,8 +117,11 @@ class _Finder:
     def __init__(self, labels: bool) -> None:
         self.entries: list[Entry] = []
         self._labels = labels
-        self._seen: dict[str, set[str]] = {}  # real folders, and of each the files that were found in it
-        self._real: dict[str, str] = {}  # where folders of single files are
+        # What was found: real folders that were walked, and of others the files in them.
+        self._walked: set[str] = set()
+        self._single: dict[str, set[str]] = {}
+        self._real: dict[str, str] = {}  # the real folders of single files
+        self._known: dict[str, str] = {}  # labels, so that there is one object for each
         self._taken: dict[str, int] = {}  # names, and how many images were to have each
         self._is_empty = True
 
@@ -140,6 +143,7 @@ class _Finder:
 
     def _append(self, path: str, name: str, label: str = "", member: int = -1, size: int = -1, trouble: str = "",
                 dataset: str = "") -> None:
+        label = self._known.setdefault(label, _printable(label))
         self.entries.append(Entry(path, self._free(_printable(name)), label, member, size, trouble, dataset))
         self._is_empty = False
 
@@ -154,28 +158,27 @@ class _Finder:
         self._taken.setdefault(free, 1)
         return free
 
-    def _is_new(self, folder: str, name: str) -> bool:
-        """Whether a file, by its real folder, is found for the first time."""
+    def _is_new(self, path: str, part: str = "") -> bool:
+        """Whether a file is found for the first time; or a part of it."""
         self._is_empty = False
-        names = self._seen.setdefault(folder, set())
-        before = len(names)
-        names.add(name)
-        return len(names) > before
-
-    def _place(self, path: str) -> tuple[str, str]:
-        """Real folder and name of a file."""
-        if os.path.islink(path):
-            folder, name = os.path.split(os.path.realpath(path))
-            return folder, name
         folder, name = os.path.split(path)
-        if folder not in self._real:
-            self._real[folder] = os.path.realpath(folder)
-        return self._real[folder], name
+        if os.path.islink(path) and os.path.exists(path):
+            folder, name = os.path.split(os.path.realpath(path))
+        else:
+            if folder not in self._real:
+                self._real[folder] = os.path.realpath(folder)
+            folder = self._real[folder]
+        if folder in self._walked and _is_picture(name):
+            return False
+        names = self._single.setdefault(folder, set())
+        before = len(names)
+        names.add(name + part)
+        return len(names) > before
 
     # ---- Pictures and folders ----------------------------------------------------------------------------------------
 
     def _picture(self, path: str, base: str) -> None:
-        if self._is_new(*self._place(path)):
+        if self._is_new(path):
             name = path[len(os.path.join(base, "")):].replace(os.sep, "/")
             self._append(path, name, self._label_of(path, name))
 
@@ -186,30 +189,37 @@ class _Finder:
         if not below:
             raise InputError(f"{path!r} is in no folder below the source, whose name would be its label; required: "
                              "pictures as SOURCE/LABEL/PICTURE")
-        return _printable(label)
+        return label
 
     def _folder(self, source: str, base: str) -> None:
         """Pictures in a folder and below it, in order. Not by recursion: folders may be any number deep."""
         strip = len(os.path.join(base, ""))
         real = os.path.realpath(source)
-        stack = [(real, self._listed(source, os.path.basename(real)))]
+        stack = [(real, self._listed(source, real, os.path.basename(real)))]
         while stack:
             folder, entries = stack[-1]
+            single = self._single.get(folder, ())
             for entry in entries:
                 name = entry.path[strip:].replace(os.sep, "/")
                 is_link = entry.is_symlink()
                 if not is_link and entry.is_dir(follow_symlinks=False):
-                    stack.append((os.path.join(folder, entry.name), self._listed(entry.path, name)))
+                    below = os.path.join(folder, entry.name)
+                    stack.append((below, self._listed(entry.path, below, name)))
                     break
                 if not _is_picture(entry.name) or (is_link and os.path.isdir(entry.path)):
                     continue
-                place = self._place(entry.path) if is_link else (folder, entry.name)
-                if self._is_new(*place):
+                self._is_empty = False
+                if self._is_new(entry.path) if is_link and os.path.exists(entry.path) else entry.name not in single:
                     self._append(entry.path, name, self._label_of(entry.path, name))
             else:
                 stack.pop()
 
-    def _listed(self, folder: str, name: str) -> Iterator[os.DirEntry[str]]:
+    def _listed(self, folder: str, real: str, name: str) -> Iterator[os.DirEntry[str]]:
+        """What is in a folder, in order; nothing where it was walked before."""
+        if real in self._walked:
+            self._is_empty = False
+            return iter(())
+        self._walked.add(real)
         try:
             with os.scandir(folder) as entries:
                 listed = [entry for entry in entries if not entry.name.startswith(".")]
@@ -233,7 +243,7 @@ class _Finder:
                 missing += 1
                 first = first or given
             name = given[len(folder) + 1:] if folder and given.startswith(folder + os.sep) else given
-            self._append(file, _relative(name), _printable(label), trouble=trouble)
+            self._append(file, _relative(name), label, trouble=trouble)
         if count == missing:
             found = f"of the {count} files that it names none exists, such as {first!r}" if count else "it has no line"
             raise InputError(f"list {path!r} cannot be used: {found}; required: a path a line, relative to the list's "
@@ -242,13 +252,12 @@ class _Finder:
     # ---- HDF5 --------------------------------------------------------------------------------------------------------
 
     def _hdf5(self, path: str, dataset: str = "") -> None:
-        folder, name = self._place(path)
         try:
             file = opened_hdf5(path, dataset)
             labels = read_labels(path, file.name, file.count)
         except (ModelError, OSError) as error:
             raise InputError(f"HDF5 file {path!r} {reason(error)}") from None
-        if not self._is_new(folder, f"{name}:{file.name}"):
+        if not self._is_new(path, part=f":{file.name}"):
             return
         stem, digits = _relative(Path(path).stem), len(str(file.count - 1))
         for row in range(file.count):
@@ -258,7 +267,7 @@ class _Finder:
     # ---- Tars --------------------------------------------------------------------------------------------------------
 
     def _tar(self, path: str) -> None:
-        if not self._is_new(*self._place(path)):
+        if not self._is_new(path):
             return
         stem = _relative(Path(path).stem)
         tar = read_tar(path)
@@ -270,7 +279,7 @@ class _Finder:
             # WebDataset's keys end at the first dot, so that more than one picture may have a label.
             keys = name[:name.rindex(".")], os.path.join(folder, last.partition(".")[0])
             label = next((tar.labels[key] for key in keys if key in tar.labels), "")
-            self._append(path, f"{stem}/{_relative(name)}", _printable(label), start, size,
+            self._append(path, f"{stem}/{_relative(name)}", label, start, size,
                          f"picture {name!r} in {path!r} {trouble}" if trouble else "")
         if len(self.entries) == count:
             raise InputError(f"tar {path!r} {tar.rest or 'has no picture'}; required: a tar of pictures, not "
@@ -351,7 +360,7 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
     """The folder of a glob before its first wildcard, and what it matches, in order. "**" follows no links."""
     path = Path(pattern)
     first = next(i for i, part in enumerate(path.parts) if _MAGIC.search(part))
-    base, parts = str(Path(*path.parts[:first])) if first else "", path.parts[first:]
+    base, parts = str(Path(*path.parts[:first])), path.parts[first:]
     tests = [re.compile(fnmatch.translate(part)).match for part in parts]
     found: set[str] = set()
     waiting, seen = [(base, 0)], set()
@@ -371,7 +380,7 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
                 waiting.append((below, at + 1))
             continue
         try:
-            with os.scandir(folder or ".") as entries:
+            with os.scandir(folder) as entries:
                 for entry in entries:
                     below = os.path.join(folder, entry.name)
                     if entry.name.startswith(".") and not parts[at].startswith("."):
