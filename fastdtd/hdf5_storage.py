@@ -193,6 +193,8 @@ class Dataset:
         count = math.prod(grid)
         if count > self._max_chunks:
             raise ModelError(f"can grow to {count} chunks; at most {self._max_chunks} are accepted")
+        if not count:  # though other sides may be beyond memory
+            return np.empty((0, len(grid)), np.uint64)
         places = np.indices(grid, np.uint64).reshape(len(grid), count).T
         return places * np.array(self.chunk, np.uint64)
 
@@ -265,6 +267,8 @@ def _filters(body: bytes | None) -> list[Filter]:
 def strings(content: Content, references: bytes, longest: int) -> list[bytes]:
     """Strings of variable length."""
     found = []
+    if len(references) % _REFERENCE.itemsize:
+        raise damaged("strings of variable length without a place")
     for length, heap, index in np.frombuffer(references, _REFERENCE).tolist():
         if length > longest:
             raise ModelError(f"has a string of {length} bytes; at most {longest} are accepted")

@@ -91,14 +91,16 @@ _kept = _Kept()
 
 def opened(path: str) -> OpenFile:
     """Raises OSError."""
+    identity = _identity(path)  # which may take long on a network's disk
     with _kept.lock:
-        return _kept.files(path, _identity(path))
+        return _kept.files(path, identity)
 
 
 def opened_hdf5(path: str, dataset: str) -> ImageRows:
     """Raises ModelError or OSError."""
+    identity = _identity(path)
     with _kept.lock:
-        return _kept.rows(path, dataset, _identity(path))
+        return _kept.rows(path, dataset, identity)
 
 
 def reason(error: Exception) -> str:

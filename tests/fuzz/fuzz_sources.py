@@ -25,7 +25,7 @@ def tar(form):
         for i, pixels in enumerate(PIXELS[:3]):
             picture = io.BytesIO()
             Image.fromarray(pixels).save(picture, "BMP")
-            name = "n" * 120 * (i == 1) + f"{i}"
+            name = ("n" * 90 + "/" + "n" * 40) * (i == 1) + f"{i}"
             for suffix, data in ("bmp", picture.getvalue()), ("cls", b"%d" % i):
                 info = tarfile.TarInfo(f"{name}.{suffix}")
                 info.size = len(data)
