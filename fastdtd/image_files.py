@@ -107,7 +107,7 @@ def reason(error: Exception) -> str:
     """What is wrong, after the name of a file."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
-    return str(error)
+    return str(error) or "does not fit into memory"
 
 
 # ---- Tars ------------------------------------------------------------------------------------------------------------

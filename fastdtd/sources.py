@@ -366,12 +366,12 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
     waiting, seen = [(base, 0)], set()
     while waiting:
         folder, at = step = waiting.pop()
-        if step in seen:
-            continue
-        seen.add(step)
         if at == len(parts):
             found.add(folder)
             continue
+        if step in seen:
+            continue
+        seen.add(step)
         is_last, is_deep = at + 1 == len(parts), parts[at] == "**"
         if is_deep:
             waiting.append((folder, at + 1))
@@ -382,17 +382,20 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    below = os.path.join(folder, entry.name)
                     if entry.name.startswith(".") and not parts[at].startswith("."):
                         continue
                     if is_deep:
                         if entry.is_dir(follow_symlinks=False):
-                            waiting.append((below, at))
-                    elif tests[at](entry.name) and (not is_last or _is_wanted(entry.name, parts[at])
-                                                    or os.path.isdir(below)):
-                        waiting.append((below, at + 1))
-        except OSError:  # what cannot be read matches nothing, as in a shell
+                            waiting.append((entry.path, at))
+                    elif tests[at](entry.name):
+                        if not is_last:
+                            waiting.append((entry.path, at + 1))
+                        elif _is_wanted(entry.name, parts[at]) or os.path.isdir(entry.path):
+                            found.add(entry.path)
+        except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError:  # which is told when it is searched
+            found.add(folder)
     return base, sorted(found)
 
 
@@ -513,7 +516,7 @@ def open_image(entry: Entry, draft: tuple[int, int] | None = None) -> Image.Imag
             return images.open_picture(opened_hdf5(entry.path, entry.dataset)[entry.member])
         name = f"picture {entry.name!r} in {entry.path!r}"
         content = opened(entry.path).read(entry.member, entry.size)
-    except (ModelError, OSError) as error:
+    except (ModelError, OSError, MemoryError) as error:
         raise PictureError(f"{name} {reason(error)}") from None
     if len(content) < entry.size:
         raise PictureError(f"{name} has {entry.size} bytes of which {len(content)} are left: the tar was cut off")
