@@ -28,7 +28,7 @@ help:
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
 	@echo "make test-quantus  Quantus's metrics with explanations of ours, in an environment of their own"
 	@echo "make faults      200 kills and 200 interrupts of runs, full disks, other runs, spoiled caches; about 7 minutes"
-	@echo "make fuzz        mutated model files and pictures for MINUTES=10, on all cores; findings go to out/fuzz"
+	@echo "make fuzz        mutated model files, pictures and image sets for MINUTES=10, on all cores; findings go to out/fuzz"
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"

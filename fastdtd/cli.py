@@ -216,15 +216,21 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("model", metavar="MODEL",
                          help="a model file, or the name of a bundled one: squeezenet1_1")
     explain.add_argument("sources", metavar="SOURCE", nargs="*", default=[],
-                         help="pictures, folders, lists, HDF5 files or tars of images (default: two bundled pictures)")
+                         help="pictures; folders of pictures; globs, quoted ('photos/**/*.jpg'); lists: .txt with a "
+                         "path a line and, after a tab, its label, or .csv with columns such as path and label; HDF5 "
+                         "files of images (set.h5, or set.h5:/DATASET; labels from a dataset \"label\" or \"labels\" "
+                         "beside it); tars of pictures, not compressed, with KEY.cls beside KEY.jpg for labels "
+                         "('shard-{000000..000099}.tar') (default: two bundled pictures)")
     explain.add_argument("-o", "--out", metavar="OUT", type=Path, help="folder for the results (default: out, or "
                          "out-2 where that holds another run, and so on)")
     explain.add_argument("--target", metavar="CLASS", action="append", default=[],
                          help="class to explain: a name or a number; may be given several times (default: each image's "
                          "winner)")
     explain.add_argument("--top", metavar="K", type=int, default=1, help="explain the K highest scores of each image")
-    explain.add_argument("--true-label", action="store_true", help="explain the class that the source says: of a "
-                         "folder its name, of a list the second column")
+    explain.add_argument("--true-label", action="store_true", help="explain the class that the source says, of each "
+                         "image; see --labels for folders")
+    explain.add_argument("--labels", action="store_true", help="folders' folders are named after the classes of what "
+                         "is in them")
     _add_rules(explain)
     explain.add_argument(
         "--ledger", action="store_true",
@@ -321,8 +327,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_evaluate)
     parser.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
-    parser.add_argument("pictures", metavar="SOURCE", nargs="*", default=[],
-                        help="pictures, or folders that are searched for some (default: two bundled ones)")
+    parser.add_argument("sources", metavar="SOURCE", nargs="*", default=[],
+                        help="pictures, folders, globs, or lists of pictures (default: two bundled ones)")
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
                         help="folder for the results (default: %(default)s)")
     parser.add_argument("--methods", metavar="LIST", default="dtd,gradient*input,sensitivity,random,edges",
@@ -412,7 +418,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     entries = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")),
-                           options.true_label)
+                           options.labels)
     workers = usable_processors() if options.workers is None else options.workers
     # With many images each processor takes some; with few, all take one together.
     is_many = options.device == "cpu" and len(entries) >= 4 * workers
@@ -556,6 +562,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     found = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")))
     pictures = [Path(entry.path) for entry in found if not entry.trouble]
     failed = [entry.trouble for entry in found if entry.trouble]
+    if any(entry.member >= 0 for entry in found):
+        raise InputError("images within another file were given; required: pictures that are files of their own")
     if not pictures:
         raise InputError(failed[0])
     out = evaluation.writable_folder(options.out)

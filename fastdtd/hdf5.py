@@ -31,14 +31,18 @@ SMALL_BYTES = 2**20
 
 
 @contextlib.contextmanager
-def opened(source: Path | bytes | io.BytesIO, required: str) -> Iterator[Object]:
-    """The file, for reading, by its outermost group; `required` ends the messages of errors."""
+def opened(source: Path | bytes | io.BufferedIOBase, required: str, most: int | None = None
+           ) -> Iterator[Object]:
+    """The file, for reading, by its outermost group; `required` ends the messages of errors.
+
+    most: bytes that are read of its structures in all.
+    """
     with contextlib.ExitStack() as stack:
         if isinstance(source, Path):
             stream: io.BufferedIOBase = stack.enter_context(_opened(source))
         else:
             stream = io.BytesIO(source) if isinstance(source, bytes) else source
-        content = Content(stream)
+        content = Content(stream, most)
         if not content.is_hdf5:
             raise ModelError(f"is not an HDF5 file, or its start is damaged; required: {required}")
         try:
@@ -103,12 +107,12 @@ def size(child: Object, where: str) -> int:
         return math.prod(Dataset(child).shape or ()) if child.kind == "dataset" else 0
 
 
-def dataset(child: Object, where: str, ranks: tuple[int, ...], limit: int) -> Dataset:
+def dataset(child: Object, where: str, ranks: tuple[int, ...], limit: int, max_chunks: int | None = None) -> Dataset:
     """`child`, where it is a dataset of an accepted number of axes and elements whose bytes lie in this file."""
     if (found := kind(child, where)) != "dataset":
         raise ModelError(f"{where} is a {found}; required: a dataset")
     with _at(where):
-        data = Dataset(child)
+        data = Dataset(child, max_chunks)
     shape = data.shape
     if shape is None or len(shape) not in ranks or 0 in shape:
         raise ModelError(

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from fastdtd.errors import ModelError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-MAX_STRUCTURE_BYTES = 2**26  # that are read of a file's structures in all
+MAX_STRUCTURE_BYTES = 2**26  # that are read of a file's structures in all, unless it is said
 _MAX_MESSAGES = 2**16  # of one header; HDF5's own limit
 _USER_BLOCK = 512  # and its doubles: where a file may begin
 _MAX_DEPTH = 64  # of trees, and rows of blocks in a heap, whose sizes double
@@ -50,7 +50,8 @@ def damaged(what: str) -> ModelError:
 class Content:
     """The bytes of a file. Addresses count from its superblock; before that may be a block of the user's."""
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    def __init__(self, stream: io.BufferedIOBase, most: int | None = None) -> None:
+        """most: bytes that are read of structures in all; they are limited by the file's size, too."""
         self._stream = stream
         self.size = stream.seek(0, os.SEEK_END)
         self.begin = 0
@@ -61,7 +62,7 @@ class Content:
             if stream.read(len(SIGNATURE)) == SIGNATURE:
                 self.is_hdf5, self.begin, self.size = True, start, self.size - start
                 break
-        self._structure_bytes_left = min(4 * self.size + 2**20, MAX_STRUCTURE_BYTES)
+        self._structure_bytes_left = min(4 * self.size + 2**20, MAX_STRUCTURE_BYTES if most is None else most)
         self._element_bytes_left = 4 * self.size
         # What was read, by address
         self.headers: dict[int, list[Message]] = {}
@@ -309,7 +310,7 @@ def _symbols(content: Content, tree: int, heap: int) -> Iterator[Link]:
         raise damaged("no sound heap of names")
     size, _, start = head.numbers(3)
     names = content.structure(start, size)
-    for _, address in leaves(content, tree, 0, 8):
+    for address in itertools.chain.from_iterable(leaf["address"].tolist() for leaf in leaves(content, tree, 0, "<u8")):
         node = Fields(content.structure(address, 8))
         if node.take(6) != b"SNOD\1\0":
             raise damaged("no sound node of symbols")
@@ -335,8 +336,9 @@ def _link(body: bytes) -> Link:
 # ---- Trees and heaps -------------------------------------------------------------------------------------------------
 
 
-def leaves(content: Content, address: int, kind: int, key: int) -> Iterator[tuple[bytes, int]]:
-    """Keys and addresses in the leaves of a B-tree of the first version, in order."""
+def leaves(content: Content, address: int, kind: int, key: npt.DTypeLike) -> Iterator[Raw]:
+    """Keys and addresses in each leaf of a B-tree of the first version, in order."""
+    entry = np.dtype([("key", key), ("address", "<u8")])
     waiting = [(address, -1)]
     while waiting:
         address, expected = waiting.pop()
@@ -344,12 +346,11 @@ def leaves(content: Content, address: int, kind: int, key: int) -> Iterator[tupl
         signature, found, level, count = head.take(4), *head.numbers(2, 1), head.number(2)
         if signature != b"TREE" or found != kind or expected not in (-1, level):
             raise damaged(f"no sound TREE at byte {address}")
-        node = Fields(content.structure(address + 24, count * (key + 8)))
-        entries = [(node.take(key), node.number()) for _ in range(count)]
+        entries = np.frombuffer(content.structure(address + 24, count * entry.itemsize), entry)
         if level:
-            waiting += [(child, level - 1) for _, child in reversed(entries)]
+            waiting += [(child, level - 1) for child in entries["address"][::-1].tolist()]
         else:
-            yield from entries
+            yield entries
 
 
 def _records(content: Content, address: int, kind: int) -> Iterator[bytes]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,19 +31,15 @@ from fastdtd.hdf5_format import (
     shape,
 )
 
-MAX_CHUNKS = 2**18  # of one dataset
+MAX_CHUNKS = 2**18  # of one dataset, unless it is said
 
 # As HDF5 numbers them; LZF is h5py's. Of the others szip is patented, scale-offset loses digits.
 DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
 FILTERS = {DEFLATE: "gzip", SHUFFLE: "shuffle", FLETCHER32: "fletcher32", LZF: "lzf"}
+MAX_SLAB_BYTES = 2**28  # of the rows that are decoded for one, when they are read one by one
+_SLABS = 2  # that are kept
+_NO_FILE = np.uint64(2**40)
 _REFERENCE = np.dtype([("length", "<u4"), ("heap", "<u8"), ("index", "<u4")])  # of a string of variable length
-
-
-class Chunk(NamedTuple):
-    start: tuple[int, ...]  # its first element
-    address: int
-    size: int  # as it is stored
-    mask: int  # a bit for each filter that was left out
 
 
 class Filter(NamedTuple):
@@ -65,8 +62,9 @@ class Dataset:
     chunk : tuple of int, the sides of a chunk
     """
 
-    def __init__(self, node: Object) -> None:
+    def __init__(self, node: Object, max_chunks: int | None = None) -> None:
         self.content = content = node.content
+        self._max_chunks = MAX_CHUNKS if max_chunks is None else max_chunks
         self.inside, self.address, self.size = b"", NOWHERE, 0
         self.chunk: tuple[int, ...] = ()
         self.is_external, self.filters = False, _filters(node.body(hdf5_format.FILTERS))
@@ -118,30 +116,54 @@ class Dataset:
     def stored(self) -> int:
         """Bytes that the elements take in the file."""
         if self.layout == "chunked":
-            return sum(chunk.size for chunk in self.chunks)
+            # Sizes that are no file's are cut off, so that the sum is right or beyond any file.
+            return int(np.minimum(self.chunks["size"], _NO_FILE).sum())
         if self.layout == "contiguous":
             return self.size if self.address != NOWHERE else 0
         return len(self.inside)
 
     @cached_property
-    def chunks(self) -> list[Chunk]:
-        """All that are stored, in no order."""
-        count = math.prod(self._grid(self.shape or ()))
-        if count > MAX_CHUNKS:
-            raise ModelError(f"has {count} chunks; at most {MAX_CHUNKS} are accepted")
-        found = (chunk for chunk in self._stored_chunks() if chunk.address != NOWHERE)
-        return list(itertools.islice(found, count + 1))  # one more shows that there are too many
+    def chunks(self) -> Raw:
+        """All that are stored, in no order: first element ("start"), "address", "size" as it is stored, and "mask", a
+        bit for each filter that was left out."""
+        count = math.prod(self.grid)
+        if count > self._max_chunks:
+            raise ModelError(f"has {count} chunks; at most {self._max_chunks} are accepted")
+        tables = [np.empty(0, _table_type(len(self.chunk)))]
+        found = 0
+        for table in self._stored_chunks():
+            tables.append(table[table["address"] != NOWHERE])
+            found += len(tables[-1])
+            if found > count:  # which is too many
+                break
+        return np.concatenate(tables)
+
+    @property
+    def grid(self) -> list[int]:
+        """How many chunks there are along each axis."""
+        return self._grid(self.shape or ())
 
     def _grid(self, sides: Sequence[int]) -> list[int]:
         return [-(-side // step) for side, step in zip(sides, self.chunk, strict=True)]
 
-    def _stored_chunks(self) -> Iterator[Chunk]:
+    @property
+    def cells(self) -> tuple[Raw, Raw]:
+        """Of each chunk, its number in the grid, and whether it has a place there."""
+        start, chunk = self.chunks["start"], np.array(self.chunk, np.uint64)
+        belongs = ((start % chunk == 0) & (start < np.array(self.shape, np.uint64))).all(1)
+        cells = np.zeros(len(start), np.uint64)
+        for axis, length in enumerate(self.grid):
+            cells = cells * np.uint64(length) + start[:, axis] // chunk[axis]
+        return cells, belongs
+
+    def _stored_chunks(self) -> Iterator[Raw]:
+        rank = len(self.chunk)
         if not self._index:
             if self.address != NOWHERE:
-                for key, address in leaves(self.content, self.address, 1, 16 + 8 * len(self.chunk)):
-                    fields = Fields(key)
-                    size, mask = fields.numbers(2, 4)
-                    yield Chunk(fields.numbers(len(self.chunk)), address, size, mask)
+                key = np.dtype([("size", "<u4"), ("mask", "<u4"), ("start", "<u8", (rank,)), ("zero", "<u8")])
+                for leaf in leaves(self.content, self.address, 1, key):
+                    keys = leaf["key"]
+                    yield _table(keys["start"], leaf["address"], keys["size"], keys["mask"])
             return
         nbytes = math.prod(self.chunk) * self.datatype.size
         fields = self._fields
@@ -149,13 +171,15 @@ class Dataset:
             raise ModelError("has chunks at its edge that are stored without its filters; required: with them")
         if self._index == 1:
             size, mask = (fields.number(), fields.number(4)) if self._flags & 2 else (nbytes, 0)
-            yield Chunk((0,) * len(self.chunk), fields.number(), size, mask)
+            yield _table(np.zeros((1, rank)), fields.number(), size, mask)
         elif self._index == 2:
             address = fields.number()
-            if address != NOWHERE:
-                for i, start in enumerate(self._starts()):
-                    if all(at < side for at, side in zip(start, self.shape or (), strict=True)):
-                        yield Chunk(start, address + i * nbytes, nbytes, 0)
+            if address > self.content.size:  # NOWHERE, too
+                return
+            starts = self._starts()
+            inside = (starts < np.array(self.shape, np.uint64)).all(1)
+            addresses = address + np.arange(len(starts), dtype=np.uint64) * np.uint64(nbytes)
+            yield _table(starts, addresses, nbytes, 0)[inside]
         elif self._index == 3:
             fields.take(1)
             yield from self._fixed_array(fields.number(), nbytes)
@@ -163,23 +187,26 @@ class Dataset:
             raise ModelError("has chunks in an index that can grow, of HDF5 1.10 or later; required: the older one, as "
                              "h5py writes it unless told libver='latest'")
 
-    def _starts(self) -> Iterator[tuple[int, ...]]:
+    def _starts(self) -> Raw:
         """First elements of all chunks that there may ever be, in the order of indices with a number for each."""
         grid = self._grid(self._most)
         if any(most < side for most, side in zip(self._most, self.shape or (), strict=True)):
             raise damaged(f"shape {self.shape} and can grow to {self._most}")
-        if math.prod(grid) > MAX_CHUNKS:
-            raise ModelError(f"can grow to {math.prod(grid)} chunks; at most {MAX_CHUNKS} are accepted")
-        return itertools.product(*(range(0, n * step, step) for n, step in zip(grid, self.chunk, strict=True)))
+        count = math.prod(grid)
+        if count > self._max_chunks:
+            raise ModelError(f"can grow to {count} chunks; at most {self._max_chunks} are accepted")
+        places = np.indices(grid, np.uint64).reshape(len(grid), count).T
+        return places * np.array(self.chunk, np.uint64)
 
-    def _fixed_array(self, address: int, nbytes: int) -> Iterator[Chunk]:
+    def _fixed_array(self, address: int, nbytes: int) -> Iterator[Raw]:
         if address == NOWHERE:
             return
         fields = Fields(checked(self.content.structure(address, 28), b"FAHD\0"), 5)
         is_filtered, entry, bits = fields.numbers(3, 1)
         count, block = fields.numbers(2)
-        starts = list(self._starts())
-        if count != len(starts) or bits > 32 or entry < 8 + is_filtered * 5:
+        starts = self._starts()
+        width = entry - 12  # of a size
+        if count != len(starts) or bits > 32 or (not 1 <= width <= 8 if is_filtered else entry != 8):
             raise damaged("no sound index of chunks")
         if block == NOWHERE:
             return
@@ -196,11 +223,26 @@ class Dataset:
             else:
                 elements.append(b"\xff" * size)
             at += size + 4
-        fields = Fields(b"".join(elements))
-        for start in starts:
-            place = fields.number()
-            size, mask = (fields.number(entry - 12), fields.number(4)) if is_filtered else (nbytes, 0)
-            yield Chunk(start, place, size, mask)
+        listed = np.frombuffer(b"".join(elements), np.dtype((np.void, entry)), count)
+        if not is_filtered:
+            yield _table(starts, listed.view("<u8"), nbytes, 0)
+            return
+        parts = listed.view(np.uint8).reshape(count, entry)
+        sizes = np.zeros((count, 8), np.uint8)
+        sizes[:, :width] = parts[:, 8:8 + width]
+        yield _table(starts, parts[:, :8].copy().view("<u8")[:, 0], sizes.view("<u8")[:, 0],
+                     parts[:, 8 + width:].copy().view("<u4")[:, 0])
+
+
+def _table_type(rank: int) -> np.dtype[Any]:
+    return np.dtype([("start", np.uint64, (rank,)), ("address", np.uint64), ("size", np.uint64), ("mask", np.uint32)])
+
+
+def _table(start: Raw, address: Raw | int, size: Raw | int, mask: Raw | int) -> Raw:
+    """Of chunks, as `Dataset.chunks` has them."""
+    table = np.empty(len(start), _table_type(start.shape[1]))
+    table["start"], table["address"], table["size"], table["mask"] = start, address, size, mask
+    return table
 
 
 def _filters(body: bytes | None) -> list[Filter]:
@@ -225,6 +267,8 @@ def _filters(body: bytes | None) -> list[Filter]:
 def strings(content: Content, references: bytes, longest: int) -> list[bytes]:
     """Strings of variable length."""
     found = []
+    if len(references) % _REFERENCE.itemsize:
+        raise damaged("strings of variable length without a place")
     for length, heap, index in np.frombuffer(references, _REFERENCE).tolist():
         if length > longest:
             raise ModelError(f"has a string of {length} bytes; at most {longest} are accepted")
@@ -253,26 +297,125 @@ def elements(data: Dataset) -> Raw:
 
 
 def _from_chunks(data: Dataset, shape: tuple[int, ...]) -> Raw:
-    dtype, chunk = data.datatype.numpy, data.chunk
-    grid = [range(0, n, step) for n, step in zip(shape, chunk, strict=True)]
-    count, placed = math.prod(map(len, grid)), {found.start: found for found in data.chunks}
-    belonging = sum(all(at in places for at, places in zip(start, grid, strict=True)) for start in placed)
-    if not count == belonging == len(data.chunks):
-        raise ModelError(f"has {len(data.chunks)} chunks, {belonging} of them where they belong; required: {count}")
+    dtype, chunks = data.datatype.numpy, data.chunks
+    count, (cells, belongs) = math.prod(data.grid), data.cells
+    belonging = len(np.unique(cells[belongs]))
+    if not count == belonging == len(chunks):
+        raise ModelError(f"has {len(chunks)} chunks, {belonging} of them where they belong; required: {count}")
     if data.stored > data.content.size:
         raise ModelError(f"has chunks of {data.stored} bytes in a file of {data.content.size}")
-    for code, parameters in data.filters:
-        if code == SHUFFLE and parameters[:1] != (dtype.itemsize,):
-            raise ModelError(f"is shuffled by elements of {parameters} bytes; required: {dtype.itemsize}")
-    nbytes = math.prod(chunk) * dtype.itemsize
+    _require_shuffled(data)
     made = np.empty(shape, dtype)
-    for start, found in placed.items():
-        packed = data.content.elements(found.address, np.uint8, (found.size,)).tobytes()
-        decoded = _decoded(packed, data.filters, found.mask, nbytes, dtype.itemsize)
-        place = tuple(slice(at, at + step) for at, step in zip(start, chunk, strict=True))
+    for start, address, size, mask in zip(*(chunks[name].tolist() for name in chunks.dtype.names or ()), strict=True):
+        packed = data.content.elements(address, np.uint8, (size,)).tobytes()
+        place = tuple(slice(at, at + step) for at, step in zip(start, data.chunk, strict=True))
         inner = made[place]
-        inner[...] = np.frombuffer(decoded, dtype).reshape(chunk)[tuple(map(slice, inner.shape))]
+        inner[...] = _chunk(data, packed, mask)[tuple(map(slice, inner.shape))]
     return made
+
+
+def _require_shuffled(data: Dataset) -> None:
+    for code, parameters in data.filters:
+        if code == SHUFFLE and parameters[:1] != (data.datatype.size,):
+            raise ModelError(f"is shuffled by elements of {parameters} bytes; required: {data.datatype.size}")
+
+
+def _chunk(data: Dataset, packed: bytes, mask: int) -> Raw:
+    dtype = data.datatype.numpy
+    nbytes = math.prod(data.chunk) * dtype.itemsize
+    return np.frombuffer(_decoded(packed, data.filters, mask, nbytes, dtype.itemsize), dtype).reshape(data.chunk)
+
+
+class Rows:
+    """Rows of a dataset, one by one: without what lies in other chunks, and by any number of threads at once.
+
+    Of chunks with many rows the last that were read are kept, decoded, for rows are most often read one after the
+    other.
+    """
+
+    def __init__(self, data: Dataset, read: Callable[[int, int], bytes]) -> None:
+        """read : (address, count) -> bytes of the file, fewer where it ends; called by many threads at once.
+
+        Raises
+        ------
+        ModelError
+            The dataset is not stored whole, though chunks may be missing; or has chunks out of place, or too large.
+        """
+        assert data.shape
+        self.shape, self._data, self._read = data.shape, data, read
+        nbytes = math.prod(data.shape) * data.datatype.size
+        if data.layout != "chunked":
+            if data.stored != nbytes:
+                raise ModelError(f"has {nbytes} bytes of which {data.stored} are stored")
+            return
+        _require_shuffled(data)
+        most = math.prod(data.chunk) * data.datatype.size
+        slab = data.chunk[0] * math.prod(data.shape[1:]) * data.datatype.size
+        if max(most, slab) > MAX_SLAB_BYTES:
+            raise ModelError(f"has chunks of {data.chunk[0]} rows, which take {max(most, slab)} bytes; at most "
+                             f"{MAX_SLAB_BYTES} are accepted (h5repack -l CHUNK=1x... writes rows of their own)")
+        cells, belongs = data.cells
+        if not belongs.all() or len(np.unique(cells)) < len(cells):
+            raise damaged("chunks out of place")
+        chunks, count = data.chunks, math.prod(data.grid)
+        self._address = np.full(count, NOWHERE, np.uint64)
+        self._size, self._mask = np.zeros(count, np.uint64), np.zeros(count, np.uint32)
+        self._address[cells], self._size[cells], self._mask[cells] = chunks["address"], chunks["size"], chunks["mask"]
+        del data.chunks  # from now on they are known by their cells
+        self._lock = threading.Lock()
+        self._slabs: dict[int, Raw] = {}
+
+    def __getitem__(self, row: int) -> Raw:
+        """A row, as the file has it; ModelError for what is missing, damaged, or stored by other filters."""
+        data = self._data
+        if not 0 <= row < self.shape[0]:
+            raise ModelError(f"has {self.shape[0]} rows; row {row} is to be read")
+        if data.layout == "chunked":
+            number, within = divmod(row, data.chunk[0])
+            found: Raw = self._slab(number)[within]
+            return found
+        nbytes = math.prod(self.shape[1:]) * data.datatype.size
+        if data.layout == "compact":
+            stored = data.inside[row * nbytes:(row + 1) * nbytes]
+        else:
+            stored = self._stored(data.address + row * nbytes, nbytes)
+        return np.frombuffer(stored, data.datatype.numpy).reshape(self.shape[1:])
+
+    def _stored(self, address: int, count: int) -> bytes:
+        if address + count > self._data.content.size:
+            raise ModelError(f"ends after {self._data.content.size} bytes, and {count} are to be read from byte "
+                             f"{address} on")
+        stored = self._read(address, count)
+        if len(stored) < count:
+            raise ModelError("became shorter while it was read")
+        return stored
+
+    def _slab(self, number: int) -> Raw:
+        """The rows of all chunks that begin at the same row."""
+        if self._data.chunk[0] == 1:
+            return self._decoded_slab(number)
+        with self._lock:  # what another thread decodes is waited for
+            slab = self._slabs.pop(number, None)
+            if slab is None:
+                slab = self._decoded_slab(number)
+                while len(self._slabs) >= _SLABS:
+                    del self._slabs[next(iter(self._slabs))]
+            self._slabs[number] = slab  # the last
+        return slab
+
+    def _decoded_slab(self, number: int) -> Raw:
+        data, grid = self._data, self._data.grid
+        made = np.empty((min(data.chunk[0], self.shape[0] - number * data.chunk[0]), *self.shape[1:]),
+                        data.datatype.numpy)
+        first = number * math.prod(grid[1:])
+        for cell, place in enumerate(itertools.product(*map(range, grid[1:])), first):
+            address, size, mask = int(self._address[cell]), int(self._size[cell]), int(self._mask[cell])
+            if address == NOWHERE:
+                raise ModelError("was not written")
+            inner = made[(slice(None), *(slice(at * step, (at + 1) * step)
+                                         for at, step in zip(place, data.chunk[1:], strict=True)))]
+            inner[...] = _chunk(data, self._stored(address, size), mask)[tuple(map(slice, inner.shape))]
+        return made
 
 
 def _decoded(chunk: bytes | bytearray, filters: Sequence[Filter], mask: int, nbytes: int, itemsize: int

@@ -6,14 +6,17 @@ decoded.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import threading
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastdtd.errors import PictureError
 from fastdtd.files import open_to_read
@@ -24,8 +27,8 @@ MIN_SCANS = 20  # that one of any size may have
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-
-
+_JPEGS = ("JPEG", "MPO")
+_TURNED = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's grey of fewer bits by
 
 
@@ -65,7 +68,7 @@ def read(picture: Any, shape: tuple[int, int, int], color: str, resize: str) -> 
     return pixels[::-1] if color == "bgr" else pixels
 
 
-def open_picture(picture: Any) -> Image.Image:
+def open_picture(picture: Any, draft: tuple[int, int] | None = None) -> Image.Image:
     """An upright RGB image of 8 bits.
 
     Parameters
@@ -73,6 +76,9 @@ def open_picture(picture: Any) -> Image.Image:
     picture : path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4)
         Transparent parts are laid over white, 16-bit grey is reduced to 8 bits, of an animation the first frame is
         taken.
+    draft : (height, width), optional
+        A JPEG file is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size that is not below this, which takes
+        less time and gives other pixels.
 
     Raises
     ------
@@ -95,22 +101,35 @@ def open_picture(picture: Any) -> Image.Image:
     else:
         raise PictureError(
             f"a picture of type {type(picture).__name__} was given; required: a path, a PIL image or a uint8 array")
+    with _reading(name):
+        if isinstance(picture, Image.Image):
+            return _upright_rgb(picture, name)
+        if isinstance(picture, np.ndarray):
+            return _upright_rgb(Image.fromarray(picture), name)
+        try:
+            with open_to_read(picture) as file:
+                return _decoded(file, name, draft)
+        except FileNotFoundError:
+            is_link = os.path.islink(picture)
+            raise PictureError(f"{name} {'is a link to what does' if is_link else 'does'} not exist") from None
+        except IsADirectoryError:
+            raise PictureError(f"{name} is a folder; required: a file") from None
+
+
+def open_bytes(content: bytes, name: str, draft: tuple[int, int] | None = None) -> Image.Image:
+    """The bytes of a picture file as `open_picture` gives the file; errors begin with `name`."""
+    with _reading(name):
+        return _decoded(io.BytesIO(content), name, draft)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Whatever goes wrong becomes a PictureError, and nothing is said of it otherwise."""
     try:
         with _quiet:
-            if isinstance(picture, Image.Image):
-                return _upright_rgb(picture, name)
-            if isinstance(picture, np.ndarray):
-                return _upright_rgb(Image.fromarray(picture), name)
-            # A file that Pillow does not know by name is not mapped into memory, where one that shrinks would crash.
-            with open_to_read(picture) as file, Image.open(file, formats=FORMATS) as image:
-                return _upright_rgb(image, name)
+            yield
     except PictureError:
         raise
-    except FileNotFoundError:
-        is_link = os.path.islink(picture)
-        raise PictureError(f"{name} {'is a link to what does' if is_link else 'does'} not exist") from None
-    except IsADirectoryError:
-        raise PictureError(f"{name} is a folder; required: a file") from None
     except Image.DecompressionBombError:
         raise PictureError(f"{name} is too large; at most {MAX_PIXELS} pixels are accepted") from None
     except UnidentifiedImageError:
@@ -120,10 +139,19 @@ def open_picture(picture: Any) -> Image.Image:
         raise PictureError(f"{name} cannot be read: {' '.join(reason.split())}") from None
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _decoded(file: BinaryIO, name: str, draft: tuple[int, int] | None) -> Image.Image:
+    # A file that Pillow does not know by name is not mapped into memory, where one that shrinks would crash.
+    with Image.open(file, formats=FORMATS) as image:
+        return _upright_rgb(image, name, draft)
+
+
+def _upright_rgb(image: Image.Image, name: str, draft: tuple[int, int] | None = None) -> Image.Image:
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise PictureError(f"{name} has {image.width} x {image.height} pixels; 1 to {MAX_PIXELS} are accepted")
     _require_few_scans(image, name)
+    if draft and image.format in _JPEGS:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+        image.draft("RGB", draft if is_turned else draft[::-1])
     tiles = getattr(image, "tile", [])  # of a file that is not yet decoded
     stored = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
     image.load()
@@ -151,7 +179,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 def _require_few_scans(image: Image.Image, name: str) -> None:
     """A JPEG may be made of any number of scans, each of which goes through all pixels and takes but a few bytes."""
     file = getattr(image, "fp", None)  # None once it is decoded
-    if file is None or image.format not in ("JPEG", "MPO"):
+    if file is None or image.format not in _JPEGS:
         return
     place = file.tell()
     file.seek(0)

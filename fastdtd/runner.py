@@ -311,7 +311,7 @@ class _Maker:
         height, width = model.graph.input_shape[1:]
         label = _label(entry, self.explainer, self.settings.true_label)
         with batch.timed("read"):
-            image = sources.open_image(entry, (width, height) if self.settings.draft else None)
+            image = sources.open_image(entry, (height, width) if self.settings.draft else None)
         with batch.timed("prepare"):
             seen = images.seen_by_network(image, (height, width), model.preprocessing.resize, heatmap.MAX_SIDE) if (
                 "overlay" in self.settings.outputs and number < self.settings.draw) else None

@@ -1,4 +1,4 @@
-"""Mutated files, by the hundred thousand: model files of all formats, and pictures.
+"""Mutated files, by the hundred thousand: model files of all formats, pictures, and sets of them.
 
 A file is accepted or refused with a FastDTDError, within limits of time and memory; what is accepted gives sound
 numbers. Files are mutated and tried in forked processes, some hundred in each: a crash, a hang or too much memory costs
@@ -37,7 +37,7 @@ from fastdtd.cost import cost
 from fastdtd.errors import ConversionError, FastDTDError
 from fastdtd.warmup import warm_up
 
-FORMATS = ("hdf5", "onnx", "keras", "caffe", "pictures")  # each has its fuzz_NAME.py
+FORMATS = ("hdf5", "onnx", "keras", "caffe", "pictures", "sources")  # each has its fuzz_NAME.py
 CORPUS = Path(__file__).parent / "corpus"  # a folder for each format, in it one for each case, in it the case's files
 OPEN = Path(__file__).parent / "open"  # the same of what is not yet mended
 MEMORY = "/dev/shm"  # where files are written without a disk
@@ -47,7 +47,7 @@ EXPLAINED, SAVED = 1 / 2, 1 / 8  # of what is accepted
 SMALL = 3e6  # multiply-adds and bytes of activations of networks that are explained
 MINIMISING = 60  # seconds for one finding
 
-Case = dict[str, bytes]  # the files of one network, or one picture, by name
+Case = dict[str, bytes]  # the files of one network, one picture or one set, by name
 
 
 class WrongError(Exception):

@@ -25,7 +25,8 @@ import fuzzing  # noqa: E402  # after importorskip
 import fastdtd  # noqa: E402  # after importorskip
 from fastdtd.errors import ModelError  # noqa: E402  # after importorskip
 
-CASES = {"hdf5": 2500, "onnx": 2500, "keras": 800, "caffe": 2000, "pictures": 10_000}  # 10 s each
+CASES = {"hdf5": 2500, "onnx": 2500, "keras": 800, "caffe": 2000, "pictures": 10_000,
+         "sources": 5000}  # 10 s each
 
 
 def fuzz(*options):
