@@ -222,8 +222,8 @@ def table(found):
     ]
     if "loop" in found:
         ratio = found["loop"]["seconds"] / found["loop"]["ours s"]
-        lines.append(f"| {found['loop']['images']:,} images by PyTorch's DataLoader, zennit and h5py | {ratio:.1f} times "
-                     f"as long; relevance differs by {found['loop']['difference']:.0e} |")
+        lines.append(f"| {found['loop']['images']:,} images by PyTorch's DataLoader, zennit and h5py | {ratio:.1f} "
+                     f"times as long; relevance differs by {found['loop']['difference']:.0e} |")
     return "\n".join(lines)
 
 

@@ -572,8 +572,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         warnings.simplefilter("always", ExplanationWarning)
         result = evaluation.evaluate(
             model, pictures, options.methods.split(","), options.order, options.steps, options.region, options.repeats,
-            _targets([] if options.target is None else [options.target]), options.seed, bar.update, threads=options.threads, memory=options.memory,
-            device=options.device)
+            _targets([] if options.target is None else [options.target]), options.seed, bar.update,
+            threads=options.threads, memory=options.memory, device=options.device)
     result.save(out)
     print(result)
     for text in dict.fromkeys(str(warning.message) for warning in told):
