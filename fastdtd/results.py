@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ _HEAD_BYTES = 512  # of a shard: a user block, which HDF5's library passes over
 _HEAD = "fastdtd shard {version}\nbytes {size}\nsha256 {sha256}\nrows {rows}\nfailed {failed}\n"
 _HEAD_PATTERN = re.compile(_HEAD.format(version=VERSION, size=r"(\d+)", sha256="([0-9a-f]{64})", rows=r"(\d+)",
                                         failed=r"(\d+)").encode() + rb"\0*")
+_FAILED = "failed_"  # columns of images that are not among the rows
 _LARGE = "attribution"  # all other columns are small, and are copied into the result
 _BALANCE = 1e-3  # of what is explained: the largest loss, as Explainer has it
 
@@ -131,10 +133,10 @@ class ShardWriter:
             self._large.resize(self._rows, 0)
         for name, parts in self._columns.items():
             put(self._file, name, np.concatenate(parts))
-        for name, index in (("failed_image", 0), ("failed_file", 1), ("failed_reason", 2)):
-            put(self._file, name, np.array([one[index] for one in failed], object if index else np.int64))
+        for index, name in enumerate(("image", "file", "reason")):
+            put(self._file, _FAILED + name, np.array([one[index] for one in failed], object if index else np.int64))
         if "ledger" in self._columns:
-            self._file["ledger"].attrs["layers"] = np.array([layer.encode() for layer in layers] or [b""], np.bytes_)
+            self._file["ledger"].attrs["layers"] = _encoded(layers)
         self._file.flush()
         size = self._file.id.get_filesize()
         self.close()
@@ -207,6 +209,10 @@ def read_columns(path: Path, names: Sequence[str] | None = None) -> dict[str, np
         raise OutputError(f"{str(path)!r} cannot be read ({error}); required: a file of a run, undamaged") from None
 
 
+def _encoded(names: Sequence[str]) -> npt.NDArray[Any]:
+    return np.array([name.encode() for name in names] or [b""], np.bytes_)
+
+
 def ledger_layers(path: Path) -> list[str]:
     """Names of the layers that a ledger's columns are of."""
     import h5py
@@ -260,49 +266,45 @@ def _short(value: Any) -> str:
 # ---- The result ------------------------------------------------------------------------------------------------------
 
 
-def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: Mapping[str, Any]) -> None:
-    """The shards as one file, and as a table. Of the file only relevance stays in the shards."""
+def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], classes: Sequence[str]) -> None:
+    """The shards as one file, and as a table. Of the file only relevance stays in the shards; the rest is copied, shard
+    by shard, for there may be more of it than memory."""
     import h5py
 
     digest = hashlib.sha256("".join(head.sha256 for head in heads).encode()).hexdigest()
-    filled = [number for number, head in enumerate(heads) if head.rows]
     with contextlib.suppress(OSError), h5py.File(out / RESULT, "r", locking=False) as file:
         if file.attrs.get("shards") == digest and (out / SCORES).exists() and (
                 (out / FAILED).exists() == any(head.failed for head in heads)):
             return
-    columns: dict[str, list[npt.NDArray[Any]]] = {}
-    failed: list[tuple[int, str, str]] = []
-    for number in range(len(heads)):
-        found = read_columns(shard_path(out, number))
-        failed += zip(*(found.pop(name) for name in ("failed_image", "failed_file", "failed_reason")), strict=True)
-        for name, values in found.items():
-            columns.setdefault(name, []).append(values)
-    rows = {name: np.concatenate(parts) for name, parts in columns.items()}
-    classes = header.get("classes", ())
-    replace(out / SCORES, lambda path: _write_scores(path, rows, classes))
-    write_failed(out, failed)
+    filled = [(shard_path(out, number), head.rows) for number, head in enumerate(heads) if head.rows]
+    replace(out / SCORES, lambda path: _write_scores(path, [path for path, _ in filled], classes))
+    write_failed(out, [one for number, head in enumerate(heads) if head.failed
+                       for one in read_failed(shard_path(out, number))])
     if not filled:
         with contextlib.suppress(FileNotFoundError):
             (out / RESULT).unlink()
         return
+    count, layout = sum(rows for _, rows in filled), _layout([path for path, _ in filled])
 
     def write(path: Path) -> None:
         content = io.BytesIO()
-        with h5py.File(content, "w"):
-            pass
-        take_space(path, content.getbuffer(), sum(_nbytes(values) for values in rows.values())
-                   + _nbytes(np.array(classes, object)) + 4096 * len(filled))
-        with h5py.File(path, "r+", locking=False) as file:
+        with h5py.File(content, "w") as file:
             file.attrs["shards"] = digest
-            for name, value in header.items():
-                put(file, name, np.array(value, object)) if not isinstance(value, str) else file.attrs.create(
-                    name, np.bytes_(value.encode()))
-            for name, values in rows.items():
-                put(file, name, values)
-            layers = np.array([layer.encode() for layer in ledger_layers(shard_path(out, filled[0]))] or [b""])
-            file["ledger"].attrs["layers"] = layers
+            if classes:
+                put(file, "classes", np.array(classes, object))
+        take_space(path, content.getbuffer(), 4096 * len(filled) + sum(
+            count * dtype.itemsize * math.prod(shape) for dtype, shape in layout.values()))
+        with h5py.File(path, "r+", locking=False) as file:
+            for name, (dtype, shape) in layout.items():
+                column = file.create_dataset(name, (count, *shape), dtype, track_times=False)
+                at = 0
+                for shard, rows in filled:
+                    with h5py.File(shard, "r", locking=False) as source:
+                        column[at:at + rows] = source[name][...]
+                    at += rows
+            file["ledger"].attrs["layers"] = _encoded(ledger_layers(filled[0][0]))
             if manifest["storage"] is not None:
-                _add_virtual(file, out, [(number, heads[number].rows) for number in filled])
+                _add_virtual(file, out, [(shard, rows) for shard, rows in filled])
             file.flush()
             size = file.id.get_filesize()
         os.truncate(path, size)
@@ -310,16 +312,24 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: 
     replace(out / RESULT, write)
 
 
-def _nbytes(values: npt.NDArray[Any]) -> int:
-    if values.dtype != object:
-        return values.nbytes
-    return len(values) * max((len(text.encode("utf-8", "backslashreplace")) for text in values), default=1)
-
-
-def _add_virtual(file: Any, out: Path, shards: Sequence[tuple[int, int]]) -> None:
+def _layout(shards: Sequence[Path]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Type and shape of a row of each small column; of texts the longest type."""
     import h5py
 
-    with h5py.File(shard_path(out, shards[0][0]), "r", locking=False) as first:
+    found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    for shard in shards:
+        with h5py.File(shard, "r", locking=False) as file:
+            for name, column in file.items():
+                if name != _LARGE and not name.startswith(_FAILED) and (
+                        name not in found or column.dtype.itemsize > found[name][0].itemsize):
+                    found[name] = column.dtype, column.shape[1:]
+    return found
+
+
+def _add_virtual(file: Any, out: Path, shards: Sequence[tuple[Path, int]]) -> None:
+    import h5py
+
+    with h5py.File(shards[0][0], "r", locking=False) as first:
         shape, dtype = first[_LARGE].shape[1:], first[_LARGE].dtype
     # By the calls of HDF5: h5py's own notes the time, and the bytes would be others every time.
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -327,8 +337,8 @@ def _add_virtual(file: Any, out: Path, shards: Sequence[tuple[int, int]]) -> Non
     layout.set_fill_value(np.array(np.nan if dtype.kind == "f" else -128, dtype))
     space = h5py.h5s.create_simple((sum(rows for _, rows in shards), *shape))
     at = 0
-    for number, rows in shards:
-        place, part = shard_path(Path(), number).as_posix(), (rows, *shape)
+    for shard, rows in shards:
+        place, part = shard.relative_to(out).as_posix(), (rows, *shape)
         space.select_hyperslab((at, *(0 for _ in shape)), part)
         layout.set_virtual(space, place.encode(), _LARGE.encode(), h5py.h5s.create_simple(part))
         at += rows
@@ -336,16 +346,23 @@ def _add_virtual(file: Any, out: Path, shards: Sequence[tuple[int, int]]) -> Non
     h5py.h5d.create(file.id, _LARGE.encode(), h5py.h5t.py_create(dtype), space, layout)
 
 
-def _write_scores(path: Path, rows: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> None:
-    """The small columns but for scores of all classes, as CSV."""
-    wide = [name for name, values in rows.items() if values.ndim > 1]
-    named = {name: values.tolist() for name, values in rows.items() if name not in wide}
-    if classes and "target" in named:
-        named["class"] = [classes[target] for target in named["target"]]
+def _write_scores(path: Path, shards: Sequence[Path], classes: Sequence[str]) -> None:
+    """The columns of one number or text, as CSV."""
+    names = [name for name, (_, shape) in _layout(shards).items() if not shape]
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(named)
-        table.writerows(zip(*named.values(), strict=True))
+        table.writerow([*names, "class"] if classes else names)
+        for shard in shards:
+            columns = [values.tolist() for values in read_columns(shard, names).values()]
+            if classes:
+                columns.append([classes[target] for target in columns[names.index("target")]])
+            table.writerows(zip(*columns, strict=True))
+
+
+def read_failed(path: Path) -> list[tuple[int, str, str]]:
+    """Number, name and reason of each image of a shard that was not explained."""
+    columns = read_columns(path, [_FAILED + name for name in ("image", "file", "reason")])
+    return list(zip(*(values.tolist() for values in columns.values()), strict=True))
 
 
 def write_failed(out: Path, failed: Sequence[tuple[int, str, str]]) -> None:
@@ -367,12 +384,36 @@ def write_failed(out: Path, failed: Sequence[tuple[int, str, str]]) -> None:
 # ---- Reading results -------------------------------------------------------------------------------------------------
 
 
+class Columns(Mapping[str, npt.NDArray[Any]]):
+    """Columns of shards by name, each read when it is asked for; those of one number a row are kept."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shards, self._names = shards, list(_layout(shards[:1]))
+        self._kept: dict[str, npt.NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        if name in self._kept:
+            return self._kept[name]
+        values = np.concatenate([read_columns(shard, [name])[name] for shard in self._shards])
+        if values.ndim == 1:
+            self._kept[name] = values
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Results(Sequence[Array]):
     """A finished run: relevance of each row, and columns.
 
     Attributes
     ----------
-    columns : dict of str to array, N rows each
+    columns : mapping of str to array, N rows each
         As docs/howto-many-pictures.md lists them: file, image, label, target, explained, sum, absorbed, prediction, ...
     manifest : dict
         What was run: model, rules, preprocessing, target, storage, versions.
@@ -383,14 +424,9 @@ class Results(Sequence[Array]):
     def __init__(self, out: Path, manifest: dict[str, Any], heads: Sequence[Head]) -> None:
         self.out, self.manifest, self._heads = out, manifest, list(heads)
         self._ends = np.cumsum([head.rows for head in heads])
-        parts = [read_columns(shard_path(out, number)) for number in range(len(heads))]
-        self.failed: list[tuple[int, str, str]] = []
-        for part in parts:
-            found = (part.pop(name).tolist() for name in ("failed_image", "failed_file", "failed_reason"))
-            self.failed += zip(*found, strict=True)
-        names = max(parts, key=len)
-        self.columns: dict[str, npt.NDArray[Any]] = {
-            name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
+        self.failed = [one for number, head in enumerate(heads) if head.failed
+                       for one in read_failed(shard_path(out, number))]
+        self.columns = Columns([shard_path(out, number) for number, head in enumerate(heads) if head.rows])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -448,6 +484,11 @@ def open_results(out: str | os.PathLike[str]) -> Results:
     Examples
     --------
     >>> import fastdtd
+    >>> from fastdtd import cli
+    >>> cli.main(["explain", "squeezenet1_1", "cat.jpg", "-o", "out"])    # or in a shell
+    cat.jpg  285 Egyptian cat  score ..., relevance ...
+    1 explained; see out/
+    0
     >>> results = fastdtd.open_results("out")
     >>> results[0].shape, results.columns["file"][0]
     ((3, 227, 227), 'cat.jpg')
@@ -538,7 +579,7 @@ def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) 
                "part")
         return
     if len(explained) != head.rows or any(len(values) != head.rows for name, values in columns.items()
-                                          if not name.startswith("failed_")):
+                                          if not name.startswith(_FAILED)):
         yield f"has columns of other lengths than {head.rows}"
         return
     if not head.rows:

@@ -457,7 +457,8 @@ class _Run:
         failed: dict[int, tuple[int, str, str]] = {}
         for number, head in enumerate(self.heads):
             if head is not None:
-                failed |= {one[0]: one for one in (_failed_before(shard_path(self.out, number)) if head.failed else ())}
+                if head.failed:
+                    failed |= {one[0]: one for one in results.read_failed(shard_path(self.out, number))}
                 self._tell(number, head, on_line)
         # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the
         # whole process.
@@ -479,7 +480,7 @@ class _Run:
         with self._writing():
             remove_abandoned(self.out / results.SHARDS, results.WRITTEN)  # of an executor's processes that were killed
             results.join(self.out, manifest, [head for head in self.heads if head is not None],
-                         {"classes": list(self.explainer.model.classes)} if self.explainer.model.classes else {})
+                         self.explainer.model.classes)
         self.summary.elapsed = time.perf_counter() - begun
         return self.summary
 
@@ -599,11 +600,6 @@ class _Run:
 
 def _split(numbers: range, size: int) -> Iterator[range]:
     return (numbers[first:first + size] for first in range(0, len(numbers), size))
-
-
-def _failed_before(path: Path) -> list[tuple[int, str, str]]:
-    columns = results.read_columns(path, ("failed_image", "failed_file", "failed_reason"))
-    return list(zip(*(values.tolist() for values in columns.values()), strict=True))
 
 
 def _lines(path: Path, model: Model) -> Iterator[Line]:

@@ -139,7 +139,7 @@ class _Finder:
                 else:
                     {"list": self._list, "tar": self._tar, "HDF5": self._hdf5}[kind](path)
         if self._is_empty:
-            raise InputError(f"no picture was found in {source!r}; files looked for end in {' '.join(images.SUFFIXES)}")
+            raise InputError(f"no picture was found in {source}; files looked for end in {' '.join(images.SUFFIXES)}")
 
     def _append(self, path: str, name: str, label: str = "", member: int = -1, size: int = -1, trouble: str = "",
                 dataset: str = "") -> None:

@@ -132,9 +132,9 @@ def test_what_there_is_not(tmp_path):
     refused("of type str; required", "a\0b")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("a")
-    refused("no picture was found in .*empty'; files looked for end in .png", tmp_path / "empty")
+    refused("no picture was found in .*empty; files looked for end in .png", tmp_path / "empty")
     write(tmp_path / "full" / "a.png")
-    refused("no picture was found in .*empty'", tmp_path / "full", tmp_path / "empty")
+    refused("no picture was found in .*empty;", tmp_path / "full", tmp_path / "empty")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
