@@ -506,11 +506,11 @@ def _executor(address: str | None, workers: int | None) -> Iterator[Any]:
 
 def _print_stages(summary: Any, workers: int) -> None:
     """What each stage takes of a thread, so that one sees what to add."""
-    from fastdtd import runner
+    from fastdtd.shards import STAGES
 
     images = max(1, summary.explained)
     print(f"{'stage':<10}  {'ms an image':>12}  {'images a second':>16}  of {workers} threads")
-    for stage in runner.STAGES:
+    for stage in STAGES:
         each = summary.seconds[stage] / images
         threads = 1 if stage == "write" else workers
         print(f"{stage:<10}  {1000 * each:>12.2f}  {threads / each if each else math.inf:>16.1f}")

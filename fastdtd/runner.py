@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import itertools
 import math
 import os
-import tempfile
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replace_fields
@@ -28,31 +25,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
-from fastdtd import heatmap, images, model_file, results, sources
-from fastdtd.errors import InputError, OutputError, PictureError, shown
+from fastdtd import model_file, results
+from fastdtd.errors import InputError, OutputError, shown
 from fastdtd.explainer import MAX_THREADS, Explainer
-from fastdtd.files import FolderLock, HeldError, remove_abandoned, replace, replacing
-from fastdtd.graph import Array
-from fastdtd.inputs import BeyondFloat32Error, ExplanationWarning, Target, checked_targets
+from fastdtd.files import FolderLock, HeldError, remove_abandoned, replace
+from fastdtd.inputs import ExplanationWarning, Target, checked_targets
 from fastdtd.model import Model
-from fastdtd.results import Head, ShardWriter, Storage, read_head, shard_path
+from fastdtd.results import Head, Storage, read_head, shard_path
+from fastdtd.shards import (
+    DRAWN,
+    MODEL,
+    OUTPUTS,
+    STAGES,
+    STORAGE,
+    Batch,
+    Job,
+    Maker,
+    Settings,
+    make_shard,
+    require_writable,
+    split,
+    write_shard,
+    writing,
+)
 from fastdtd.sources import Entry
-from fastdtd.threads import Task, Threads
+from fastdtd.threads import Threads
 
-OUTPUTS = ("heatmap", "overlay", "relevance")
 SHARD = 64  # images of a shard, unless there would be more than results.MAX_SHARDS
-DRAWN = 100  # images of which heatmaps and overlays are drawn, unless it is said
-STAGES = ("read", "prepare", "explain", "draw", "store", "write")
 _BATCH = 16  # of processors; GPUs take more
 _AHEAD = 2  # batches for each thread, being made or waiting to be written
-_MODEL = "model.h5"  # in the output folder, for the processes of an executor
-# What can be wrong with one output's name or place, while others can be written.
-_OF_ONE_NAME = {errno.EACCES, errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-                errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM}
-_STORAGE = Storage()
 _DRAWINGS = r"\.heatmap\.png|\.overlay\.png"
 
 
@@ -93,34 +95,10 @@ class Summary:
     elapsed: float = 0.0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is done with each image: all that must be the same for a run to go on.
-
-    targets : outputs to explain of each image, or what follows says which
-    top : so many of the highest scores
-    true_label : the class that the source says
-    """
-
-    targets: tuple[int, ...] = ()
-    top: int = 1
-    true_label: bool = False
-    outputs: tuple[str, ...] = OUTPUTS
-    draw: int = DRAWN
-    storage: Storage = _STORAGE
-    draft: bool = False
-    flow: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Of each image."""
-        return len(self.targets) or (1 if self.true_label else self.top)
-
-
 def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Target = None,
         outputs: Iterable[str] = OUTPUTS, batch: int | None = None, on_line: Callable[[Line], Any] = lambda line: None,
         on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False, *, top: int = 1,
-        true_label: bool = False, workers: int | None = None, draw: int | None = DRAWN, storage: Storage = _STORAGE,
+        true_label: bool = False, workers: int | None = None, draw: int | None = DRAWN, storage: Storage = STORAGE,
         draft: bool = False, shard: int | None = None, retry_failed: bool = False, executor: Executor | None = None,
         on_failed: Callable[[int], Any] = lambda count: None) -> Summary:
     """Explain every image of a set and write the results to `out`.
@@ -223,212 +201,6 @@ def _require_count(name: str, value: int, least: int, most: float = math.inf) ->
         raise InputError(f"{name} is {shown(value)}; required: a whole number from {least}{upper}")
 
 
-# ---- Batches ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Batch:
-    """Images on their way from files to rows; numbers are those in the set."""
-
-    numbers: range
-    columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    failed: list[tuple[int, str, str]] = field(default_factory=list)  # number, name, reason
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    task: Task | None = None
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - begun
-
-
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    number: int
-    entry: Entry
-    label: int
-    values: Array
-    shown: Image.Image | None
-
-
-class _Maker:
-    """Makes batches: what a worker does."""
-
-    def __init__(self, explainer: Explainer, entries: Sequence[Entry], first: int, out: Path, settings: Settings
-                 ) -> None:
-        self.explainer, self.out, self.settings = explainer, out, settings
-        self._entries, self._first = entries, first
-        self.layers: tuple[str, ...] = ()  # of the ledger, once something was explained
-        self.is_stopped = False
-
-    def entry(self, number: int) -> Entry:
-        return self._entries[number - self._first]
-
-    def make(self, batch: _Batch) -> None:
-        loaded = []
-        for number in batch.numbers:
-            if self.is_stopped:
-                return
-            try:
-                loaded.append(self._load(number, batch))
-            except PictureError as error:
-                self._fail(batch, number, str(error))
-        parts: list[dict[str, npt.NDArray[Any]]] = []
-        while loaded and not parts:
-            try:
-                with batch.timed("explain"):
-                    parts = self._explain(loaded)
-            except BeyondFloat32Error as error:
-                for i, reason in error.reasons.items():
-                    self._fail(batch, loaded[i].number, f"picture {loaded[i].entry.path!r} {reason}")
-                loaded = [one for i, one in enumerate(loaded) if i not in error.reasons]
-        if not parts:
-            return
-        with batch.timed("draw"):
-            troubles = [self._draw(one, parts[0]["attribution"][i]) for i, one in enumerate(loaded)]
-        with batch.timed("store"):
-            if "relevance" in self.settings.outputs:
-                for part in parts:
-                    part["attribution"], part["scale"] = self.settings.storage.stored(part["attribution"])
-                    if part["attribution"].dtype.kind == "f":
-                        for i in np.flatnonzero(~np.isfinite(part["attribution"]).all((1, 2, 3))).tolist():
-                            troubles[i] = troubles[i] or "has relevance beyond float16; required: float32 or int8"
-            else:
-                for part in parts:
-                    del part["attribution"]
-            kept = [i for i, trouble in enumerate(troubles) if not trouble]
-            for one, trouble in zip(loaded, troubles, strict=True):
-                if trouble:
-                    self._fail(batch, one.number, f"picture {one.entry.path!r} {trouble}")
-            if kept:
-                batch.columns = self._rows(loaded, parts, kept)
-
-    def _load(self, number: int, batch: _Batch) -> _Loaded:
-        entry, model = self.entry(number), self.explainer.model
-        height, width = model.graph.input_shape[1:]
-        label = _label(entry, self.explainer, self.settings.true_label)
-        with batch.timed("read"):
-            image = sources.open_image(entry, (height, width) if self.settings.draft else None)
-        with batch.timed("prepare"):
-            seen = images.seen_by_network(image, (height, width), model.preprocessing.resize, heatmap.MAX_SIDE) if (
-                "overlay" in self.settings.outputs and number < self.settings.draw) else None
-            return _Loaded(number, entry, label, model.preprocess(image), seen)
-
-    def _explain(self, loaded: Sequence[_Loaded]) -> list[dict[str, npt.NDArray[Any]]]:
-        """Columns for each rank of targets."""
-        pixels, settings = np.stack([one.values for one in loaded]), self.settings
-        labels = np.array([one.label for one in loaded], np.int64)
-        first = self.explainer(pixels, labels if settings.true_label else list(settings.targets[:1]) * len(loaded)
-                               if settings.targets else None)
-        made = [first]
-        if settings.targets:
-            made += [self.explainer(pixels, target) for target in settings.targets[1:]]
-        elif settings.top > 1:
-            order = np.argsort(-np.asarray(first.output), 1, kind="stable")
-            made += [self.explainer(pixels, order[:, rank]) for rank in range(1, settings.top)]
-        parts = []
-        for rank, e in enumerate(made):
-            columns = e.columns()
-            columns["attribution"], columns["prediction"] = columns.pop("relevance"), columns.pop("scores")
-            columns["label"], columns["rank"] = labels, np.full(len(loaded), rank, np.int64)
-            columns["score"] = np.take_along_axis(columns["prediction"], columns["target"][:, None], 1)[:, 0]
-            columns["ledger"] = np.stack([*e.ledger.values()], 1) if e.ledger else np.zeros((len(loaded), 0))
-            self.layers = tuple(e.ledger)
-            if settings.flow:
-                columns["flow"] = np.stack([*e.flow().values()], 1) if e.ledger else columns["ledger"]
-            parts.append(columns)
-        return parts
-
-    def _rows(self, loaded: Sequence[_Loaded], parts: Sequence[Mapping[str, npt.NDArray[Any]]], kept: Sequence[int]
-              ) -> dict[str, npt.NDArray[Any]]:
-        """All ranks of an image after one another."""
-        columns = {"image": np.repeat([loaded[i].number for i in kept], len(parts)),
-                   "file": np.repeat(np.array([loaded[i].entry.name for i in kept], object), len(parts))}
-        for name, values in parts[0].items():
-            if len(parts) == 1 and len(kept) == len(loaded):
-                columns[name] = values  # which copies nothing
-            else:
-                columns[name] = np.stack([part[name][kept] for part in parts], 1).reshape(-1, *values.shape[1:])
-        return columns
-
-    def _fail(self, batch: _Batch, number: int, reason: str) -> None:
-        batch.failed.append((number, self.entry(number).name, reason))
-
-    def _draw(self, one: _Loaded, relevance: Array) -> str:
-        """Write an image's drawings; returns why they alone cannot be written, where that is so."""
-        if one.number >= self.settings.draw:
-            return ""
-        path = self.out / one.entry.name
-        kinds = {"heatmap": None, "overlay": one.shown}
-        try:
-            for folder in reversed(path.relative_to(self.out).parents[:-1]):  # `out` itself is not made again
-                (self.out / folder).mkdir(exist_ok=True)
-            for kind in self.settings.outputs:
-                if kind in kinds:
-                    replace(path.with_name(f"{path.name}.{kind}.png"),
-                            functools.partial(heatmap.write, relevance=relevance, picture=kinds[kind]))
-        except OSError as error:
-            with _writing(self.out):
-                if error.errno not in _OF_ONE_NAME:
-                    raise
-                _require_writable(self.out)
-            return f"cannot be drawn to {error.filename2 or error.filename!r}: {error.strerror}"
-        return ""
-
-
-def _label(entry: Entry, explainer: Explainer, is_needed: bool) -> int:
-    """The number of an image's true class; -1 where it has none that the model knows."""
-    try:
-        given: int | str = int(entry.label) if entry.label.isdecimal() else entry.label
-        if entry.label:
-            graph = explainer.model.graph
-            [label] = checked_targets(given, explainer.model, 1, graph.shapes[graph.output][0])  # type: ignore[misc]
-            return int(label)
-        trouble = "has no label, which the target was to be"
-    except InputError as error:
-        trouble = f"has a label that is no class: {error}"
-    if is_needed:
-        raise PictureError(f"picture {entry.path!r} {trouble}")
-    return -1
-
-
-# ---- Shards ----------------------------------------------------------------------------------------------------------
-
-
-def _write_shard(maker: _Maker, batches: Iterator[_Batch], place: Path, numbers: range,
-                 on_progress: Callable[[int], Any], seconds: dict[str, float]
-                 ) -> tuple[Head, list[tuple[int, str, str]]]:
-    """Write the next shard: batches come in order."""
-    failed: list[tuple[int, str, str]] = []
-    settings, graph = maker.settings, maker.explainer.model.graph
-    rows = len(numbers) * settings.rows
-    per_row = 4 * graph.shapes[graph.output][0] + 16 * len(graph.layers) + 4096
-    with replacing(place) as beside:
-        keeps = "relevance" in settings.outputs
-        writer = ShardWriter(beside, settings.storage, graph.input_shape, rows if keeps else 0, per_row)
-        try:
-            left = len(numbers)
-            while left:
-                batch = next(batches)
-                left -= len(batch.numbers)
-                with batch.timed("write"):
-                    if batch.columns:
-                        writer.add(batch.columns)
-                failed += batch.failed
-                for stage, spent in batch.seconds.items():
-                    seconds[stage] += spent
-                on_progress(len(batch.numbers))
-            begun = time.perf_counter()
-            head = writer.finish(failed, maker.layers)
-            seconds["write"] += time.perf_counter() - begun
-        finally:
-            writer.close()
-    return head, failed
-
-
 class _Run:
     """A run over `entries` into `out`, which it has for itself."""
 
@@ -496,7 +268,7 @@ class _Run:
                 changed = f"{changed}{self._first_difference()}"
             raise AnotherRunError(
                 f"{str(self.out)!r} holds another run: {changed}; choose another folder, or remove that one")
-        with _writing(self.out):
+        with writing(self.out):
             (self.out / results.SHARDS).mkdir(exist_ok=True)
             for folder in {self.out, self.out / results.SHARDS,
                            *((self.out / entry.name).parent for entry in self.entries[:self.settings.draw])}:
@@ -530,12 +302,12 @@ class _Run:
     def _made_here(self, todo: Sequence[int], on_progress: Callable[[int], Any]
                    ) -> Iterator[tuple[int, Head, list[tuple[int, str, str]]]]:
         """Shards, one after the other; threads make batches of those that follow meanwhile."""
-        maker = _Maker(self.explainer, self.entries, 0, self.out, self.settings)
+        maker = Maker(self.explainer, self.entries, 0, self.out, self.settings)
         threads = Threads(self.workers)
-        waiting = iter([_Batch(numbers) for number in todo for numbers in _split(self.shards[number], self.batch)])
-        started: deque[_Batch] = deque()
+        waiting = iter([Batch(numbers) for number in todo for numbers in split(self.shards[number], self.batch)])
+        started: deque[Batch] = deque()
 
-        def batches() -> Iterator[_Batch]:
+        def batches() -> Iterator[Batch]:
             while True:
                 for batch in itertools.islice(waiting, _AHEAD * self.workers - len(started)):
                     started.append(batch)
@@ -551,7 +323,7 @@ class _Run:
         try:
             for number in todo:
                 with self._writing():
-                    head, failed = _write_shard(maker, coming, shard_path(self.out, number), self.shards[number],
+                    head, failed = write_shard(maker, coming, shard_path(self.out, number), self.shards[number],
                                                 on_progress, self.summary.seconds)
                 yield number, head, failed
         finally:
@@ -563,7 +335,7 @@ class _Run:
         """Shards in the order in which an executor's processes make them; a few more than it has threads are given to
         it at a time."""
         with self._writing():
-            replace(self.out / _MODEL, lambda path: model_file.save(self.explainer.model, path))
+            replace(self.out / MODEL, lambda path: model_file.save(self.explainer.model, path))
         arguments = self.explainer.__reduce__()[1][1:]
         waiting = iter(todo)
         running: dict[Future[Any], int] = {}
@@ -594,12 +366,8 @@ class _Run:
         if not self.lock.is_held():
             raise OutputError(
                 f"{str(self.out)!r} was removed or replaced while a run wrote to it; start the run again")
-        with _writing(self.out):
+        with writing(self.out):
             yield
-
-
-def _split(numbers: range, size: int) -> Iterator[range]:
-    return (numbers[first:first + size] for first in range(0, len(numbers), size))
 
 
 def _lines(path: Path, model: Model) -> Iterator[Line]:
@@ -613,70 +381,16 @@ def _lines(path: Path, model: Model) -> Iterator[Line]:
                    float(columns["sum"][row]), float(columns["absorbed"][row]), *ledgers)
 
 
-# ---- Shards as tasks of other processes ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """A shard to be made, by a process that sees `out` and the source; all of it can be pickled."""
-
-    out: str
-    number: int
-    numbers: range
-    entries: tuple[Entry, ...]
-    settings: Settings
-    batch: int
-    arguments: tuple[Any, ...]  # of the Explainer, behind the model
-
-
-_explainers: dict[tuple[Any, ...], Explainer] = {}
-_explainers_lock = threading.Lock()
-
-
-def make_shard(job: Job) -> tuple[Head, list[tuple[int, str, str]], dict[str, float]]:
-    """Make a shard, in the thread that calls. Returns what it says of itself, what failed, and seconds by stage."""
-    out = Path(job.out)
-    rules, device, _, *others = job.arguments
-    stat = os.stat(out / _MODEL)
-    key = job.out, stat.st_mtime_ns, stat.st_size, repr(job.arguments)
-    with _explainers_lock:
-        if key not in _explainers:
-            _explainers.clear()
-            _explainers[key] = Explainer(model_file.load(out / _MODEL), rules, device, 1, *others)
-        explainer = _explainers[key]
-    maker = _Maker(explainer, job.entries, job.numbers.start, out, job.settings)
-
-    def batches() -> Iterator[_Batch]:
-        for numbers in _split(job.numbers, job.batch):
-            batch = _Batch(numbers)
-            maker.make(batch)
-            yield batch
-
-    seconds = dict.fromkeys(STAGES, 0.0)
-    head, failed = _write_shard(maker, batches(), shard_path(out, job.number), job.numbers, lambda count: None, seconds)
-    return head, failed, seconds
-
-
 # ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be written and has "
-            "free space. Nothing that was reported as done is lost") from None
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[FolderLock]:
     """The folder `out`, made where it does not exist, for this run alone."""
     try:
-        with _writing(out):
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            _require_writable(out)
+            require_writable(out)
             lock = FolderLock(out)
     except HeldError as holder:
         raise OutputError(
@@ -684,12 +398,6 @@ def _locked(out: Path) -> Iterator[FolderLock]:
             "folder") from None
     with lock:
         yield lock
-
-
-def _require_writable(out: Path) -> None:
-    """Better to know now than after an hour."""
-    with tempfile.TemporaryFile(dir=out):
-        pass
 
 
 def _manifest(explainer: Explainer, entries: Sequence[Entry], settings: Settings, shard: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from fastdtd import files, heatmap, images, results, runner, sources
 from fastdtd import graph as g
+from fastdtd import shards as shard_maker
 from fastdtd.errors import InputError, OutputError
 from fastdtd.explainer import Explainer
 from fastdtd.model import Model, Preprocessing
@@ -279,7 +280,7 @@ def test_drawings_of_the_first(folder, tmp_path, count, drawn):
 
 def test_what_each_stage_takes(folder, tmp_path):
     summary = runner.run(explainer(), sources.find([folder]), tmp_path, draw=0)
-    assert list(summary.seconds) == list(runner.STAGES)
+    assert list(summary.seconds) == list(shard_maker.STAGES)
     assert all(summary.seconds[stage] > 0 for stage in ("read", "prepare", "explain", "store", "write"))
     assert summary.elapsed > summary.seconds["write"]
 
@@ -720,7 +721,7 @@ def test_trouble_of_all_stops_the_run(folder, tmp_path, monkeypatch, number):
         files.replace(path, write)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "replace", replace)
+        patch.setattr(shard_maker, "replace", replace)
         with pytest.raises(OutputError, match=os.strerror(number)):
             runner.run(explainer(), entries, out, shard=3)
     assert runner.run(explainer(), entries, out, shard=3).done_before == 3
@@ -735,15 +736,13 @@ def test_a_folder_that_refuses_all_files_stops_the_run(folder, tmp_path, monkeyp
         raise refused
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner._Run, "_begin", lambda run, manifest: (out / results.SHARDS).mkdir())
-        patch.setattr(runner, "replace", refuse)
-        patch.setattr(runner, "_require_writable", lambda out: None)
-        with runner._locked(out):
-            pass
-        patch.setattr(runner, "_locked", lambda out: contextlib.nullcontext(files.FolderLock(out)))
-        patch.setattr(runner, "_require_writable", refuse)
+        def close(line):
+            patch.setattr(shard_maker, "replace", refuse)
+            patch.setattr(shard_maker.tempfile, "TemporaryFile", refuse)
+
         with pytest.raises(OutputError, match="Permission denied"):
-            runner.run(explainer(), entries, out, shard=3)
+            runner.run(explainer(), entries, out, shard=3, batch=1, workers=1, on_line=close)
+    assert runner.run(explainer(), entries, out, shard=3).done_before >= 3
 
 
 def test_stray_files(folder, tmp_path):
@@ -891,9 +890,9 @@ def test_full_disk(folder, tmp_path, monkeypatch, full_at):
             write(beside)
 
     with monkeypatch.context() as patch:
-        for module in (runner, results):
+        for module in (shard_maker, results):
             patch.setattr(module, "replace", replace)
-        patch.setattr(runner, "replacing", replacing)
+        patch.setattr(shard_maker, "replacing", replacing)
         with pytest.raises(OutputError, match="No space left on device"):
             runner.run(explainer(), entries, out, shard=4, on_line=lambda line: printed.append(f"{line.name}  done"))
     assert len(printed) == {"attribution.h5": 10, "scores.csv": 10, "00001.h5": 4}.get(full_at, 0)
