@@ -29,6 +29,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 _JPEGS = ("JPEG", "MPO")
 _TURNED = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
+_ORIENTATION = 0x0112  # of EXIF; 1: upright
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's grey of fewer bits by
 
 
@@ -155,7 +156,8 @@ def _upright_rgb(image: Image.Image, name: str, draft: tuple[int, int] | None = 
     tiles = getattr(image, "tile", [])  # of a file that is not yet decoded
     stored = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
     image.load()
-    image = ImageOps.exif_transpose(image)  # a copy
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise PictureError(
             f"{name} holds floating-point pixels, whose range is unknown; required: 8 or 16 bits a channel")
@@ -166,10 +168,10 @@ def _upright_rgb(image: Image.Image, name: str, draft: tuple[int, int] | None = 
         if isinstance(clear, int):
             grey[values == clear] = 255
         image = Image.fromarray(grey)
-    elif isinstance(clear, int):
-        image.info["transparency"] = min(clear * _GREY_STEPS.get(stored, 1), 255)
-    elif isinstance(clear, tuple) and stored == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif isinstance(clear, int) or (isinstance(clear, tuple) and stored == "RGB;16B"):
+        image = image.copy()  # it may be the caller's
+        image.info["transparency"] = min(clear * _GREY_STEPS.get(stored, 1), 255) if isinstance(clear, int) else (
+            tuple(value >> 8 for value in clear))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

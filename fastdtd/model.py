@@ -147,6 +147,9 @@ class Model:
                              f"{self.graph.input_shape} to the explainer")
         pixels = images.read(picture, self.graph.input_shape, self.preprocessing.color, self.preprocessing.resize)
         p = self.preprocessing
+        if p.mean.shape[1:] == p.std.shape[1:] == (1, 1):  # each of 256 values once, not each pixel
+            values = (np.arange(256, dtype=np.float32) * np.float32(p.scale) - p.mean[:, 0]) / p.std[:, 0]
+            return np.stack([of_channel[plane] for of_channel, plane in zip(values, pixels, strict=True)])
         return np.ascontiguousarray((pixels.astype(np.float32) * np.float32(p.scale) - p.mean) / p.std, np.float32)
 
     def class_name(self, index: int) -> str:

@@ -433,3 +433,13 @@ def test_photographs_of_all_common_proportions_are_cropped(side):
         image = Image.new("RGB", (width, height))
         assert images.fit(image, (side, side), "crop").size == (side, side)
         images.seen_by_network(image, (side, side), "crop", 1024)
+
+
+def test_images_that_are_given_stay_as_they_are():
+    image = Image.new("P", (3, 2), 1)
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.info["transparency"] = 300
+    for given in (image, Image.new("RGB", (3, 2), "red")):
+        before = given.tobytes(), dict(given.info), given.mode
+        images.open_picture(given)
+        assert (given.tobytes(), dict(given.info), given.mode) == before
