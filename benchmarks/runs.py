@@ -134,6 +134,7 @@ def measure(options, work):
     shutil.rmtree(work / "killed")
     verified = subprocess.run([*COMMAND, "verify", str(work / "whole")], capture_output=True, text=True, check=False)
     found["verified"] = verified.stdout.splitlines()[-1]
+    found["storages"], found["draft"] = storages(few, work), drafted(few, work)
     pair = [timed(few, work / f"threads {i}")["seconds"] for i in range(3)]
     dask = [timed(few, work / f"dask {i}", "--dask", "local", "--workers", "2")["seconds"] for i in range(3)]
     found |= {"two threads s": statistics.median(pair), "two dask workers s": statistics.median(dask)}
@@ -148,6 +149,43 @@ def measure(options, work):
         found["loop"] = json.loads(theirs.stdout) | {"ours s": ours["seconds"]}
         found["loop"]["difference"] = disagreement(work / "looped out", work / "loop.h5")
     return found
+
+
+STORAGES = {"float32": [], "float16": ["--store", "float16"], "int8": ["--store", "int8"],
+            "float32, gzip": ["--compress", "gzip"], "int8, gzip": ["--store", "int8", "--compress", "gzip"],
+            "float16, channels summed": ["--store", "float16", "--sum-channels"],
+            "int8, channels summed, gzip": ["--store", "int8", "--sum-channels", "--compress", "gzip"]}
+
+
+def storages(images, work):
+    """By storage: bytes of an image, the median over images of the relative error, and milliseconds an image."""
+    import fastdtd
+
+    found = {}
+    for name, options in STORAGES.items():
+        out = work / f"stored {name}"
+        seconds = timed(images, out, *options)["seconds"]
+        results, exact = fastdtd.open_results(out), fastdtd.open_results(work / "stored float32")
+        errors = []
+        for i in range(0, len(results), 7):
+            wanted = exact[i].sum(0, keepdims=True) if "--sum-channels" in options else exact[i]
+            errors.append(np.linalg.norm(results[i] - wanted) / np.linalg.norm(wanted))
+        found[name] = {"bytes": sum(path.stat().st_size for path in (out / "shards").iterdir()) / len(results),
+                       "error": float(np.median(errors)), "ms": 1000 * seconds / len(results)}
+    return found
+
+
+def drafted(images, work):
+    """What scaling JPEGs while they are decoded changes, against the whole decoding."""
+    import fastdtd
+
+    draft = timed(images, work / "drafted", "--draft")["seconds"]
+    ours, exact = fastdtd.open_results(work / "drafted"), fastdtd.open_results(work / "stored float32")
+    scores, wanted = ours.columns["score"], exact.columns["score"]
+    maps = [np.corrcoef(ours[i].sum(0).ravel(), exact[i].sum(0).ravel())[0, 1] for i in range(0, len(ours), 7)]
+    return {"ms": 1000 * draft / len(ours), "score": float(np.median(np.abs(scores - wanted) / np.abs(wanted))),
+            "other winners": float((ours.columns["target"] != exact.columns["target"]).mean()),
+            "correlation": float(np.median(maps))}
 
 
 def disagreement(out, loop):
@@ -224,6 +262,14 @@ def table(found):
         ratio = found["loop"]["seconds"] / found["loop"]["ours s"]
         lines.append(f"| {found['loop']['images']:,} images by PyTorch's DataLoader, zennit and h5py | {ratio:.1f} "
                      f"times as long; relevance differs by {found['loop']['difference']:.0e} |")
+    lines += ["", "| relevance stored as | bytes an image | relative error | ms an image, all |",
+              "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {one['bytes']:,.0f} | {one['error']:.0e} | {one['ms']:.1f} |"
+              for name, one in found["storages"].items()]
+    draft = found["draft"]
+    lines += ["", f"`--draft` takes {draft['ms']:.1f} ms an image; scores move by {draft['score']:.1%} (median), "
+              f"{draft['other winners']:.1%} of the winners are others, and heatmaps correlate by "
+              f"{draft['correlation']:.3f} (median)."]
     return "\n".join(lines)
 
 

@@ -29,7 +29,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 _JPEGS = ("JPEG", "MPO")
 _TURNED = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
-_ORIENTATION = 0x0112  # of EXIF; 1: upright
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's grey of fewer bits by
 
 
@@ -156,7 +155,7 @@ def _upright_rgb(image: Image.Image, name: str, draft: tuple[int, int] | None = 
     tiles = getattr(image, "tile", [])  # of a file that is not yet decoded
     stored = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
     image.load()
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise PictureError(

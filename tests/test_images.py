@@ -439,7 +439,7 @@ def test_images_that_are_given_stay_as_they_are():
     image = Image.new("P", (3, 2), 1)
     image.putpalette([0, 0, 0, 9, 9, 9])
     image.info["transparency"] = 300
-    for given in (image, Image.new("RGB", (3, 2), "red")):
-        before = given.tobytes(), dict(given.info), given.mode
-        images.open_picture(given)
-        assert (given.tobytes(), dict(given.info), given.mode) == before
+    for picture in (image, Image.new("RGB", (3, 2), "red")):
+        before = picture.tobytes(), dict(picture.info), picture.mode
+        images.open_picture(picture)
+        assert (picture.tobytes(), dict(picture.info), picture.mode) == before
