@@ -206,6 +206,7 @@ def loop(images, out):
     import torch
     sys.path[:0] = [str(ROOT / "tests" / "peers")]
     from torch_nets import ZennitExplainer
+    from zennit.attribution import Gradient
 
     import fastdtd
 
@@ -226,10 +227,9 @@ def loop(images, out):
         rows = file.create_dataset("relevance", (len(paths), *model.graph.input_shape), "f4")
         at = 0
         for batch in torch.utils.data.DataLoader(Pictures(), batch_size=16, num_workers=os.cpu_count()):
-            with torch.no_grad():
-                target = zennit.net(batch).argmax(1).numpy()
-            relevance = np.asarray(zennit(batch, target))
-            rows[at:at + len(batch)] = relevance
+            with Gradient(zennit.net, zennit.composite) as attribute:
+                _, relevance = attribute(batch, lambda y: torch.nn.functional.one_hot(y.argmax(1), y.shape[1]) * y)
+            rows[at:at + len(batch)] = relevance.numpy()
             at += len(batch)
     print(json.dumps({"seconds": time.perf_counter() - begun, "images": len(paths), "torch": torch.__version__}))
 
