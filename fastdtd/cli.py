@@ -221,59 +221,63 @@ def _parser() -> argparse.ArgumentParser:
                          "files of images (set.h5, or set.h5:/DATASET; labels from a dataset \"label\" or \"labels\" "
                          "beside it); tars of pictures, not compressed, with KEY.cls beside KEY.jpg for labels "
                          "('shard-{000000..000099}.tar') (default: two bundled pictures)")
-    explain.add_argument("-o", "--out", metavar="OUT", type=Path, help="folder for the results (default: out, or "
-                         "out-2 where that holds another run, and so on)")
-    explain.add_argument("--target", metavar="CLASS", action="append", default=[],
+    what = explain.add_argument_group("what is explained")
+    what.add_argument("--target", metavar="CLASS", action="append", default=[],
                          help="class to explain: a name or a number; may be given several times (default: each image's "
                          "winner)")
-    explain.add_argument("--top", metavar="K", type=int, default=1, help="explain the K highest scores of each image")
-    explain.add_argument("--true-label", action="store_true", help="explain the class that the source says, of each "
-                         "image; see --labels for folders")
-    explain.add_argument("--labels", action="store_true", help="folders' folders are named after the classes of what "
-                         "is in them")
-    _add_rules(explain)
-    explain.add_argument(
+    what.add_argument("--top", metavar="K", type=int, default=1, help="explain the K highest scores of each image")
+    what.add_argument("--true-label", action="store_true", help="explain the class that the source says of each "
+                         "image: a list, a tar, an HDF5 file, or a folder's folders by their names")
+    what.add_argument("--labels", action="store_true", help="a folder's folders are named after the true classes "
+                         "of what is in them, which the results then say")
+    _add_rules(what)
+    results = explain.add_argument_group("results")
+    results.add_argument("-o", "--out", metavar="OUT", type=Path, help="folder for the results (default: out, or "
+                         "out-2 where that holds another run, and so on)")
+    results.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance",
+                         help="what to write beside scores (default: %(default)s)")
+    results.add_argument("--draw", metavar="N", type=_count_or_all, default=100,
+                         help="draw heatmaps and overlays of the first N images, or of all; a drawing takes longer "
+                         "than an explanation (default: %(default)s)")
+    results.add_argument("--store", metavar="TYPE", default="float32", help="how relevance is stored: float32, float16 "
+                         "or int8, scaled for each image (default: %(default)s)")
+    results.add_argument("--sum-channels", action="store_true", help="store the relevance of each pixel, (1, H, W)")
+    results.add_argument("--compress", metavar="HOW", help="compress stored relevance: gzip or lzf")
+    results.add_argument(
         "--ledger", action="store_true",
         help="print at the end where the scores went: to the pixels, and what each layer absorbed because none of its "
         "inputs contributed to it")
-    explain.add_argument("--outputs", metavar="LIST", default="heatmap,overlay,relevance",
-                         help="what to write beside scores (default: %(default)s)")
-    explain.add_argument("--draw", metavar="N", type=_count_or_all, default=100,
-                         help="draw heatmaps and overlays of the first N images, or of all; a drawing takes longer "
-                         "than an explanation (default: %(default)s)")
-    explain.add_argument("--store", metavar="TYPE", default="float32", help="how relevance is stored: float32, float16 "
-                         "or int8, scaled for each image (default: %(default)s)")
-    explain.add_argument("--sum-channels", action="store_true", help="store the relevance of each pixel, (1, H, W)")
-    explain.add_argument("--compress", metavar="HOW", help="compress stored relevance: gzip or lzf")
-    explain.add_argument("--draft", action="store_true", help="scale JPEGs while they are decoded: faster, and "
-                         "somewhat other pixels and scores")
-    explain.add_argument("--batch", metavar="N", type=int,
-                         help="images that a thread takes at a time (default: 16; on GPUs, as many as they take)")
-    explain.add_argument("--workers", "--threads", metavar="N", type=int, dest="workers", help="threads that read, "
+    results.add_argument("--stats", action="store_true", help="print at the end what each stage takes")
+    how = explain.add_argument_group("how it runs")
+    how.add_argument("--workers", "--threads", metavar="N", type=int, dest="workers", help="threads that read, "
                          "explain and draw, at most 1024 (default: all processors)")
-    explain.add_argument("--shard", metavar="N", type=int, help="images of a file of results: what is lost where a "
-                         "run is cut off (default: 64, more for sets above 31,936 images)")
-    explain.add_argument("--retry-failed", action="store_true", help="make shards again that have images which failed")
-    explain.add_argument("--stats", action="store_true", help="print at the end what each stage takes")
-    explain.add_argument("--dask", metavar="ADDRESS", help="share shards out among the workers of a Dask cluster, such "
-                         "as tcp://host:8786; or local, for processes of this machine")
-    explain.add_argument(
+    how.add_argument("--batch", metavar="N", type=int,
+                         help="images that a thread takes at a time (default: 16; on GPUs, as many as they take)")
+    how.add_argument(
         "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
         "%% of what is free)")
-    explain.add_argument(
+    how.add_argument(
         "--max-multiply-adds", metavar="N", type=float, default=5e11,  # fastdtd.cost.MAX_MULTIPLY_ADDS takes NumPy
         help="refuse a network of which one picture takes more; `fastdtd show` says how many (default: %(default)g)")
-    explain.add_argument(
+    how.add_argument(
         "--device", metavar="DEVICE", default="cpu", help="what computes: cpu; cuda, all GPUs, which share out the "
         "pictures; cuda:N, one of them; or auto, GPUs if they can be used. GPUs need `pip install \"fastdtd[cuda]\"` "
         "(default: %(default)s)")
-    explain.add_argument(
+    how.add_argument(
         "--precision", metavar="P", help="how GPUs multiply in convolutions: tf32, the fastest, with 11 bits of each "
         "factor; 3xtf32, with float32's accuracy on the same tensor cores; or fp32, without tensor cores, which older "
         "GPUs lack (default: tf32, or fp32 on those)")
 
     _add_evaluate(command("evaluate", _EVALUATE, _EVALUATE_EXAMPLES, "compare heatmaps by what they say of the score"))
+
+    how.add_argument("--draft", action="store_true", help="scale JPEGs while they are decoded: faster, and "
+                         "somewhat other pixels and scores")
+    how.add_argument("--shard", metavar="N", type=int, help="images of a file of results: what is lost where a "
+                         "run is cut off (default: 64, more for sets above 31,936 images)")
+    how.add_argument("--retry-failed", action="store_true", help="make shards again that have images which failed")
+    how.add_argument("--dask", metavar="ADDRESS", help="share shards out among the workers of a Dask cluster, such "
+                         "as tcp://host:8786; or local, for processes of this machine")
 
     convert = command("convert", _CONVERT, _CONVERT_EXAMPLES, "convert an ONNX, Keras, Caffe or PyTorch network")
     convert.set_defaults(run=_convert)
@@ -353,7 +357,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
                         help="what computes: cpu, cuda, cuda:N or auto, as in `fastdtd explain` (default: %(default)s)")
 
 
-def _add_rules(parser: argparse.ArgumentParser) -> None:
+def _add_rules(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--rules", metavar="PRESET", default="dtd",
         help="rules of all layers: dtd (the method as published), or another one that `fastdtd rules` lists (default: "
@@ -418,7 +422,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     entries = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")),
-                           options.labels)
+                           options.labels or options.true_label)
     workers = usable_processors() if options.workers is None else options.workers
     # With many images each processor takes some; with few, all take one together.
     is_many = options.device == "cpu" and len(entries) >= 4 * workers
