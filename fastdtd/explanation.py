@@ -232,8 +232,8 @@ class Explanation:
         return int(image) % len(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write relevance, scores, targets and sums to an HDF5 file, as `fastdtd explain` does: written beside and
-        renamed into place.
+        """Write relevance, scores, targets, sums and the whole ledger to an HDF5 file: written beside and renamed into
+        place.
 
         Parameters
         ----------

@@ -5,12 +5,14 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import io
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import h5py
@@ -268,6 +270,48 @@ def test_many_workers_make_the_same_bytes(folder, tmp_path):
         if "executor" in options:
             (tmp_path / f"{i}" / "model.h5").unlink()
         assert_same_files(tmp_path / f"{i}", tmp_path / "0")
+
+
+@pytest.mark.parametrize("kind", ["list", "tar", "HDF5", "folders"])
+def test_sets_of_every_kind(folder, tmp_path, kind):
+    """The same relevance as of the pictures themselves, and their labels."""
+    names = [entry.path for entry in sources.find([folder])]
+    labels = ["ant", "bee", "cat", "dog", "eel"] * 2
+    source = tmp_path / {"list": "set.csv", "tar": "set.tar", "HDF5": "set.h5", "folders": "tree"}[kind]
+    pixels = [np.asarray(Image.open(name).resize((16, 16))) for name in names]
+    given = tmp_path / "resized"
+    given.mkdir()
+    paths = []
+    for i, one in enumerate(pixels):
+        paths.append(given / f"{i}.png")
+        Image.fromarray(one).save(paths[-1])
+    match kind:
+        case "list":
+            source.write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in zip(
+                paths, labels, strict=True)))
+        case "tar":
+            with tarfile.open(source, "w") as tar:
+                for i, (path, label) in enumerate(zip(paths, labels, strict=True)):
+                    tar.add(path, f"{i}.png")
+                    info = tarfile.TarInfo(f"{i}.cls")
+                    info.size = len(label)
+                    tar.addfile(info, io.BytesIO(label.encode()))
+        case "HDF5":
+            with h5py.File(source, "w") as file:
+                file["images"], file["label"] = np.stack(pixels), labels
+        case "folders":
+            for path, label in zip(paths, labels, strict=True):
+                (source / label).mkdir(parents=True, exist_ok=True)
+                (source / label / path.name).write_bytes(path.read_bytes())
+    entries = sources.find([source], labels=kind == "folders")
+    made = explainer()
+    assert runner.run(made, entries, tmp_path / "out", true_label=True, shard=4, batch=3).explained == 10
+    found = results.open_results(tmp_path / "out")
+    order = sorted(range(10), key=lambda i: labels[i]) if kind == "folders" else range(10)
+    assert [made.model.classes[label] for label in found.columns["target"]] == [labels[i] for i in order]
+    wanted = made([paths[i] for i in order], found.columns["target"])
+    np.testing.assert_array_equal(found[:], wanted.relevance)
+    assert results.verify(tmp_path / "out").troubles == []
 
 
 @pytest.mark.parametrize(("count", "drawn"), [(0, 0), (3, 3), (None, 10), (100, 10)])
