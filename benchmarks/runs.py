@@ -153,6 +153,7 @@ def measure(options, work):
 
 STORAGES = {"float32": [], "float16": ["--store", "float16"], "int8": ["--store", "int8"],
             "float32, gzip": ["--compress", "gzip"], "int8, gzip": ["--store", "int8", "--compress", "gzip"],
+            "float16, 95 % kept, gzip": ["--store", "float16", "--keep", "0.95", "--compress", "gzip"],
             "float16, channels summed": ["--store", "float16", "--sum-channels"],
             "int8, channels summed, gzip": ["--store", "int8", "--sum-channels", "--compress", "gzip"]}
 

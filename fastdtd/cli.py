@@ -242,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument("--store", metavar="TYPE", default="float32", help="how relevance is stored: float32, float16 "
                          "or int8, scaled for each image (default: %(default)s)")
     results.add_argument("--sum-channels", action="store_true", help="store the relevance of each pixel, (1, H, W)")
+    results.add_argument("--keep", metavar="SHARE", type=float, default=1.0, help="store the largest values of each "
+                         "image that make up this share of its relevance, as 0.95, and zeros for others, which "
+                         "--compress makes small (default: all)")
     results.add_argument("--compress", metavar="HOW", help="compress stored relevance: gzip or lzf")
     results.add_argument(
         "--ledger", action="store_true",
@@ -452,7 +455,7 @@ def _explain(options: argparse.Namespace) -> int:
         def on_failed(count: int) -> None:
             bar.set_postfix_str(f"{count} failed", refresh=False)
 
-        storage = results.Storage(options.store, not options.sum_channels, options.compress)
+        storage = results.Storage(options.store, not options.sum_channels, options.compress, options.keep)
         draw = None if options.draw == "all" else options.draw
         places = iter([options.out] if options.out else (Path(f"out-{i}" if i > 1 else "out") for i in count(1)))
         with _executor(options.dask, options.workers) as executor:

@@ -51,11 +51,14 @@ class Storage:
         largest, which the column `scale` is of
     channels : whether channels are kept; else their sum is, (N, 1, H, W)
     compression : None, "gzip" or "lzf"
+    keep : of the relevance of each image, the share that is stored, that of the largest values; the others are zero,
+        which is what compression is for
     """
 
     dtype: str = "float32"
     channels: bool = True
     compression: str | None = None
+    keep: float = 1.0
 
     def shape(self, image: Sequence[int]) -> tuple[int, ...]:
         return (image[0] if self.channels else 1, *image[1:])
@@ -66,6 +69,8 @@ class Storage:
         """
         if not self.channels:
             relevance = relevance.sum(1, keepdims=True, dtype=np.float64).astype(np.float32)
+        if self.keep < 1:
+            relevance = np.stack([_largest(one, self.keep) for one in relevance])
         scale = np.ones(len(relevance), np.float32)
         if self.dtype == "int8":
             largest = np.abs(relevance).max((1, 2, 3))
@@ -73,6 +78,15 @@ class Storage:
             return np.rint(relevance / scale[:, None, None, None]).astype(np.int8), scale
         with np.errstate(over="ignore"):
             return relevance.astype(self.dtype), scale
+
+
+def _largest(relevance: Array, share: float) -> Array:
+    """Zero but for the fewest values whose magnitudes are that share of all."""
+    sizes = np.abs(relevance)
+    falling = np.sort(sizes, axis=None)[::-1]
+    sums = np.cumsum(falling, dtype=np.float64)
+    least = falling[min(int(np.searchsorted(sums, share * sums[-1])), falling.size - 1)]
+    return np.where(sizes >= least, relevance, np.float32(0))
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -594,6 +608,7 @@ def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) 
                 bound = {"float32": 1e-6 * size, "float16": 2**-10 * size + relevance.size * 2**-24,
                          "int8": relevance.size * largest / 254}[storage.dtype]
                 told = float(columns["sum"][row])
+                bound += (1 - storage.keep) / storage.keep * size * (1 + 1e-6)
                 if not np.isfinite(relevance).all() or abs(relevance.sum() - told) > bound:
                     yield f"row {row} has relevance that sums to {relevance.sum():.6g}; required: {told:.6g}"
                     return

@@ -182,6 +182,8 @@ def _settings(explainer: Explainer, target: Target, outputs: Iterable[str], flow
     if storage.compression not in (None, *results.COMPRESSIONS):
         raise InputError(f"compression is {shown(storage.compression)}; required: one of "
                          f"{', '.join(results.COMPRESSIONS)}, or None")
+    if isinstance(storage.keep, bool) or not isinstance(storage.keep, (int, float)) or not 0 < storage.keep <= 1:
+        raise InputError(f"of relevance {shown(storage.keep)} is to be kept; required: a share above 0, up to 1")
     graph = explainer.model.graph
     count = graph.shapes[graph.output][0]
     _require_count("top", top, 1, count)

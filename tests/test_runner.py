@@ -229,6 +229,25 @@ STORAGES = {
 }
 
 
+@pytest.mark.parametrize(("keep", "channels"), [(0.5, True), (0.9, False), (1e-9, True), (1 - 1e-9, True)])
+def test_the_largest_are_kept(folder, tmp_path, keep, channels):
+    made = explainer()
+    entries = sources.find([folder])
+    storage = results.Storage(channels=channels, compression="gzip", keep=keep)
+    runner.run(made, entries, tmp_path, storage=storage, shard=3)
+    relevance = made([entry.path for entry in entries]).relevance
+    if not channels:
+        relevance = relevance.sum(1, keepdims=True, dtype=float).astype("f4")
+    found = results.open_results(tmp_path)
+    for one, wanted in zip(found, relevance, strict=True):
+        kept = one != 0
+        np.testing.assert_array_equal(one[kept], wanted[kept])
+        assert wanted[~kept].max(initial=0) < wanted[kept].min()
+        assert one.sum(dtype=float) >= keep * wanted.sum(dtype=float) * (1 - 1e-6)
+        assert one.sum(dtype=float) - wanted[kept].min() <= keep * wanted.sum(dtype=float) * (1 + 1e-6)
+    assert results.verify(tmp_path).troubles == []
+
+
 @pytest.mark.parametrize(("storage", "error"), STORAGES.values(), ids=STORAGES.keys())
 def test_storage(folder, tmp_path, storage, error):
     made = explainer()
@@ -365,6 +384,8 @@ UNFIT = [
     ({"target": [0, -1]}, "target -1 is not an output"), ({"target": 1, "top": 2}, "several were given"),
     ({"top": 2, "true_label": True}, "several were given"),
     ({"storage": results.Storage("float64")}, "is to be stored as 'float64'; required: one of float32, float16, int8"),
+    ({"storage": results.Storage(keep=0)}, "of relevance 0 is to be kept; required: a share"),
+    ({"storage": results.Storage(keep=float("nan"))}, "of relevance nan is to be kept"),
     ({"storage": results.Storage(compression="zip")}, "compression is 'zip'; required: one of gzip, lzf, or None"),
 ]
 
