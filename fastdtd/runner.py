@@ -326,11 +326,11 @@ class _Run:
             for number in todo:
                 with self._writing():
                     head, failed = write_shard(maker, coming, shard_path(self.out, number), self.shards[number],
-                                                on_progress, self.summary.seconds)
+                                               on_progress, self.summary.seconds)
                 yield number, head, failed
         finally:
-            maker.is_stopped = True
-            threads.join()
+            maker.is_stopped = True  # and who is interrupted does not wait for batches that are being made
+        threads.join()
 
     def _made_by(self, executor: Executor, todo: Sequence[int], on_progress: Callable[[int], Any]
                  ) -> Iterator[tuple[int, Head, list[tuple[int, str, str]]]]:
