@@ -73,9 +73,9 @@ class Storage:
             relevance = np.stack([_largest(one, self.keep) for one in relevance])
         scale = np.ones(len(relevance), np.float32)
         if self.dtype == "int8":
-            largest = np.abs(relevance).max((1, 2, 3))
-            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-            return np.rint(relevance / scale[:, None, None, None]).astype(np.int8), scale
+            scale = (np.abs(relevance).max((1, 2, 3)) / 127).astype(np.float32)
+            scale[scale == 0] = 1  # of no relevance, or one that is nothing beside float32's least number
+            return np.rint(relevance / scale[:, None, None, None]).clip(-127, 127).astype(np.int8), scale
         with np.errstate(over="ignore"):
             return relevance.astype(self.dtype), scale
 
@@ -112,22 +112,25 @@ class ShardWriter:
     All the space it may need is taken first: HDF5's library does not survive a full disk.
     """
 
-    def __init__(self, path: Path, storage: Storage, image: Sequence[int], rows: int, row_bytes: int) -> None:
+    def __init__(self, path: Path, storage: Storage | None, image: Sequence[int], rows: int, row_bytes: int) -> None:
+        """storage: None where relevance is not kept; rows: at most; row_bytes: of all other columns."""
         import h5py
 
-        self._path, self._storage, self._rows = path, storage, 0
+        self._path, self._rows = path, 0
         self._columns: dict[str, list[npt.NDArray[Any]]] = {}
-        shape = storage.shape(image)
         content = io.BytesIO()
         with h5py.File(content, "w", userblock_size=_HEAD_BYTES):
             pass
-        needed = rows * (2 * np.dtype(storage.dtype).itemsize * int(np.prod(shape)) if storage.compression else
-                         np.dtype(storage.dtype).itemsize * int(np.prod(shape)))
-        take_space(path, content.getbuffer(), needed + rows * row_bytes)
-        self._file = h5py.File(path, "r+", locking=False)
-        how = {"compression": storage.compression, "shuffle": True} if storage.compression else {}
-        self._large = self._file.create_dataset(_LARGE, (rows, *shape), storage.dtype, chunks=(1, *shape),
-                                                maxshape=(rows, *shape), **how) if rows else None
+        if storage is not None:
+            shape = storage.shape(image)
+            # Compression may make more of what it cannot compress.
+            row_bytes += math.prod(shape) * np.dtype(storage.dtype).itemsize * (2 if storage.compression else 1)
+        take_space(path, content.getbuffer(), rows * row_bytes)
+        self._file, self._large = h5py.File(path, "r+", locking=False), None
+        if storage is not None:
+            how = {"compression": storage.compression, "shuffle": True} if storage.compression else {}
+            self._large = self._file.create_dataset(_LARGE, (rows, *shape), storage.dtype, chunks=(1, *shape),
+                                                    maxshape=(rows, *shape), **how)
 
     def add(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Rows; `attribution` as it is stored."""

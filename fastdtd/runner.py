@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import math
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -329,8 +330,10 @@ class _Run:
                                                on_progress, self.summary.seconds)
                 yield number, head, failed
         finally:
-            maker.is_stopped = True  # and who is interrupted does not wait for batches that are being made
-        threads.join()
+            maker.is_stopped = True
+            # Who interrupts does not wait for batches that are being made.
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                threads.join()
 
     def _made_by(self, executor: Executor, todo: Sequence[int], on_progress: Callable[[int], Any]
                  ) -> Iterator[tuple[int, Head, list[tuple[int, str, str]]]]:

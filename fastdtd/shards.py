@@ -243,8 +243,8 @@ def write_shard(maker: Maker, batches: Iterator[Batch], place: Path, numbers: ra
     rows = len(numbers) * settings.rows
     per_row = 4 * graph.shapes[graph.output][0] + 16 * len(graph.layers) + 4096
     with replacing(place) as beside:
-        keeps = "relevance" in settings.outputs
-        writer = ShardWriter(beside, settings.storage, graph.input_shape, rows if keeps else 0, per_row)
+        storage = settings.storage if "relevance" in settings.outputs else None
+        writer = ShardWriter(beside, storage, graph.input_shape, rows, per_row)
         try:
             left = len(numbers)
             while left:

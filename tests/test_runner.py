@@ -267,6 +267,15 @@ def test_storage(folder, tmp_path, storage, error):
     assert results.verify(tmp_path).troubles == []
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1.8e-43, 1e-40, 3e38])
+def test_int8_of_any_size(largest):
+    relevance = np.linspace(-largest, largest, 48, dtype="f4").reshape(1, 3, 4, 4)
+    stored, scale = results.Storage("int8").stored(relevance)
+    assert stored.dtype == np.int8
+    assert np.isfinite(scale).all()
+    assert (np.abs(stored * scale - relevance) <= max(largest / 253, 1e-43)).all()
+
+
 def test_relevance_beyond_float16(folder, tmp_path):
     small = small_model()
     *others, dense = small.graph.layers
