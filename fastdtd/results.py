@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -158,6 +159,23 @@ def take_space(path: Path, content: memoryview, nbytes: int) -> None:
             os.posix_fallocate(file.fileno(), 0, len(content) + nbytes + _SPARE_BYTES)
 
 
+@contextlib.contextmanager
+def hdf5_with_room(path: Path, nbytes: int) -> Iterator[Any]:
+    """A new HDF5 file in place of an empty one, which has room for `nbytes`; in the end it has the size that it needs.
+    """
+    import h5py
+
+    content = io.BytesIO()
+    with h5py.File(content, "w"):
+        pass
+    take_space(path, content.getbuffer(), nbytes)
+    with h5py.File(path, "r+", locking=False) as file:
+        yield file
+        file.flush()
+        size = file.id.get_filesize()
+    os.truncate(path, size)
+
+
 def put(file: Any, name: str, values: npt.NDArray[Any]) -> None:
     """A column; texts, of type object, are of fixed length, with which the bytes are the same every time."""
     import h5py
@@ -287,12 +305,8 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: 
         return
 
     def write(path: Path) -> None:
-        content = io.BytesIO()
-        with h5py.File(content, "w"):
-            pass
-        take_space(path, content.getbuffer(), sum(_nbytes(values) for values in rows.values())
-                   + _nbytes(np.array(classes, object)) + 4096 * len(filled))
-        with h5py.File(path, "r+", locking=False) as file:
+        nbytes = sum(map(_nbytes, rows.values())) + _nbytes(np.array(classes, object)) + 4096 * len(filled)
+        with hdf5_with_room(path, nbytes) as file:
             file.attrs["shards"] = digest
             for name, value in header.items():
                 put(file, name, np.array(value, object)) if not isinstance(value, str) else file.attrs.create(
@@ -303,9 +317,6 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: 
             file["ledger"].attrs["layers"] = layers
             if manifest["storage"] is not None:
                 _add_virtual(file, out, [(number, heads[number].rows) for number in filled])
-            file.flush()
-            size = file.id.get_filesize()
-        os.truncate(path, size)
 
     replace(out / RESULT, write)
 
@@ -400,26 +411,31 @@ class Results(Sequence[Array]):
 
     def __getitem__(self, row: Any) -> Any:
         """Relevance (C, H, W) of a row, or (n, C, H, W) of a slice, as float32 whatever it is stored as."""
-        import h5py
-
         if self.manifest["storage"] is None:
             raise OutputError("the run did not keep relevance; required: one whose outputs have it")
         if isinstance(row, slice):
-            rows = range(*row.indices(len(self)))
-            return np.stack([self[i] for i in rows]) if rows else np.zeros((0, *self._shape()), np.float32)
+            return self._read(range(*row.indices(len(self))))
         if not isinstance(row, (int, np.integer)) or not -len(self) <= row < len(self):
             raise IndexError(f"row {shown(row)} of {len(self)} was asked for")
-        row = int(row) % len(self)
-        number = int(np.searchsorted(self._ends, row, "right"))
-        within = row - (int(self._ends[number]) - self._heads[number].rows)
-        path = shard_path(self.out, number)
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                stored = file[_LARGE][within]
-        except (OSError, LookupError, RuntimeError) as error:
-            raise OutputError(f"{str(path)!r} cannot be read ({error}); `fastdtd verify {self.out}` says more"
-                              ) from None
-        return stored.astype(np.float32) * self.columns["scale"][row]
+        return self._read([int(row) % len(self)])[0]
+
+    def _read(self, rows: Sequence[int]) -> Array:
+        """Of rows that follow one another in a shard it is opened once."""
+        import h5py
+
+        made = np.empty((len(rows), *self._shape()), np.float32)
+        numbers = np.searchsorted(self._ends, np.array(rows, np.int64), "right").tolist()
+        for number, group in itertools.groupby(range(len(rows)), numbers.__getitem__):
+            path, begin = shard_path(self.out, number), int(self._ends[number]) - self._heads[number].rows
+            try:
+                with h5py.File(path, "r", locking=False) as file:
+                    for i in group:
+                        made[i] = file[_LARGE][rows[i] - begin]
+            except (OSError, LookupError, RuntimeError) as error:
+                raise OutputError(f"{str(path)!r} cannot be read ({error}); `fastdtd verify {self.out}` says more"
+                                  ) from None
+        made *= self.columns["scale"][rows, None, None, None]
+        return made
 
     def _shape(self) -> tuple[int, ...]:
         storage = Storage(**self.manifest["storage"])
