@@ -13,6 +13,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -176,6 +177,8 @@ def _spread(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def _write_analysis(path: Path, run: results.Results, classes: dict[int, npt.NDArray[np.int64]], digits: int,
                     on_progress: Callable[[str, int, int], Any]) -> None:
+    from threadpoolctl import threadpool_limits
+
     row_bytes = 4 * (1 + 2 * _DIMENSIONS + len(_CLUSTERS))
     with tempfile.TemporaryFile(dir=path.parent) as scratch:
         step = _rows_at_a_time(4 * math.prod(run[:0].shape[1:]))
@@ -185,7 +188,9 @@ def _write_analysis(path: Path, run: results.Results, classes: dict[int, npt.NDA
             on_progress("heatmaps", first + len(small), len(run))
         scratch.flush()
         heatmaps = np.memmap(scratch, np.float32, "r", shape=(len(run), small.shape[1]))
-        with results.hdf5_with_room(path, row_bytes * len(run) + (1 << 15) * len(classes)) as file:
+        # With one thread sums have one order, and small classes do not wait for threads.
+        nbytes = row_bytes * len(run) + (1 << 15) * len(classes)
+        with threadpool_limits(1), results.hdf5_with_room(path, nbytes) as file:
             for done, (number, rows) in enumerate(classes.items(), 1):
                 # ViRelAy takes the names of embeddings and clusterings from the first class: all have the same.
                 group = f"{number:0{digits}}"
@@ -215,17 +220,18 @@ def _reduced(relevance: Array) -> Array:
 
 
 def _embeddings(heatmaps: Array) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Points (n, 2 to 8) and eigenvalues, by method."""
+    """Points (n, 2 to 8) and eigenvalues, by method; ViRelAy shows the last eigenvalue first."""
     from sklearn.decomposition import PCA
 
     count = min(_COMPONENTS, *heatmaps.shape)
     if len(heatmaps) == 1:
-        alone = np.zeros((1, 2)), np.zeros(1)
+        alone = _wide(np.zeros((1, 1))), np.zeros(1)
         return {"pca": alone, "spectral": alone}
     pca = PCA(count, random_state=_SEED)
     with np.errstate(divide="ignore", invalid="ignore"):  # where all are the same
         points = pca.fit_transform(heatmaps)
-    return {"pca": (_wide(points), pca.explained_variance_), "spectral": _spectral(points)}
+    points[np.abs(points) < 1e-6] = 0  # which is rounding
+    return {"pca": (_wide(points), pca.explained_variance_[::-1]), "spectral": _spectral(points)}
 
 
 def _spectral(points: Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -247,21 +253,24 @@ def _spectral(points: Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     order = np.argsort(-values, kind="stable")[:_EIGENVALUES]
     found = vectors[:, order] / root[:, None] * np.sqrt(graph.sum())
     found *= np.where(found[np.abs(found).argmax(0), np.arange(len(order))] < 0, -1, 1)
-    return _wide(found[:, 1:]), np.maximum(1 - values[order], 0)
+    return _wide(found[:, 1:]), np.maximum(1 - values[order[::-1]], 0)
 
 
 def _wide(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """With 2 to 8 dimensions, since ViRelAy draws two."""
-    return np.pad(points[:, :_DIMENSIONS], ((0, 0), (0, max(0, 2 - points.shape[1]))))
+    """With 2 to 8 dimensions, since ViRelAy draws two; and it draws nothing where all are 0."""
+    wide = np.pad(points[:, :_DIMENSIONS], ((0, 0), (0, max(0, 2 - points.shape[1]))))
+    return wide if wide.any() else np.eye(1, wide.shape[1]).repeat(len(wide), 0)
 
 
 def _clusters(points: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
     """The cluster of each, 0 for the largest; fewer than `count` where there are fewer points that differ."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
-    seen = points[:, :count - 1]
-    count = min(count, len(np.unique(seen, axis=0)))
-    found = KMeans(count, n_init=4, random_state=_SEED).fit_predict(seen)
+    means = KMeans(min(count, len(points)), n_init=4, random_state=_SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer points that differ
+        found = means.fit_predict(points[:, :count - 1])
     places = np.argsort(np.argsort(-np.bincount(found, minlength=count), kind="stable"))
     clusters: npt.NDArray[np.int64] = places[found]
     return clusters

@@ -434,7 +434,8 @@ class Results(Sequence[Array]):
             except (OSError, LookupError, RuntimeError) as error:
                 raise OutputError(f"{str(path)!r} cannot be read ({error}); `fastdtd verify {self.out}` says more"
                                   ) from None
-        made *= self.columns["scale"][rows, None, None, None]
+        if len(rows):
+            made *= self.columns["scale"][rows, None, None, None]
         return made
 
     def _shape(self) -> tuple[int, ...]:
