@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -97,8 +98,14 @@ def analyze(out: str | os.PathLike[str], by: str = "target",
     Examples
     --------
     >>> import fastdtd
-    >>> fastdtd.analyze("out").project
-    PosixPath('out/project.yaml')
+    >>> from fastdtd import cli
+    >>> cli.main(["explain", "squeezenet1_1", "cat.jpg", "coffee.jpg", "-o", "out"])    # or in a shell
+    cat.jpg  ...
+    2 explained; see out/
+    0
+    >>> made = fastdtd.analyze("out")
+    >>> made.rows, made.classes, made.project.name
+    (2, 2, 'project.yaml')
     """
     place = as_path(out, OutputError, "the output folder of a run")
     if by not in BY:
@@ -114,7 +121,7 @@ def analyze(out: str | os.PathLike[str], by: str = "target",
         raise OutputError(f"{str(place)!r} has no heatmap: all {len(run.failed)} images failed")
     digest, names = _result(place, len(run))
     if not names:
-        names = [f"class {number}" for number in range(run.columns["prediction"].shape[1])]
+        names = [f"class {number}" for number in range(run.manifest["model"]["outputs"])]
     numbers = run.columns["prediction"].argmax(1) if by == "predicted" else run.columns[by]
     classes = {number: _spread(np.flatnonzero(numbers == number)) for number in np.unique(numbers).tolist()
                if number >= 0}
@@ -147,6 +154,23 @@ def _writing(place: Path) -> Iterator[None]:
                           "written and has free space") from None
 
 
+@contextlib.contextmanager
+def _hdf5_with_room(path: Path, nbytes: int) -> Iterator[Any]:
+    """A new HDF5 file in place of an empty one, which has room for `nbytes`; in the end it has the size that it needs.
+    """
+    import h5py
+
+    content = io.BytesIO()
+    with h5py.File(content, "w"):
+        pass
+    results.take_space(path, content.getbuffer(), nbytes)
+    with h5py.File(path, "r+", locking=False) as file:
+        yield file
+        file.flush()
+        size = file.id.get_filesize()
+    os.truncate(path, size)
+
+
 def _result(place: Path, rows: int) -> tuple[str, list[str]]:
     """What attribution.h5 says of its shards, and the names of classes."""
     import h5py
@@ -177,6 +201,7 @@ def _spread(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def _write_analysis(path: Path, run: results.Results, classes: dict[int, npt.NDArray[np.int64]], digits: int,
                     on_progress: Callable[[str, int, int], Any]) -> None:
+    import sklearn.cluster  # noqa: F401  # loads what threads are limited of
     from threadpoolctl import threadpool_limits
 
     row_bytes = 4 * (1 + 2 * _DIMENSIONS + len(_CLUSTERS))
@@ -190,7 +215,7 @@ def _write_analysis(path: Path, run: results.Results, classes: dict[int, npt.NDA
         heatmaps = np.memmap(scratch, np.float32, "r", shape=(len(run), small.shape[1]))
         # With one thread sums have one order, and small classes do not wait for threads.
         nbytes = row_bytes * len(run) + (1 << 15) * len(classes)
-        with threadpool_limits(1), results.hdf5_with_room(path, nbytes) as file:
+        with threadpool_limits(1), _hdf5_with_room(path, nbytes) as file:
             for done, (number, rows) in enumerate(classes.items(), 1):
                 # ViRelAy takes the names of embeddings and clusterings from the first class: all have the same.
                 group = f"{number:0{digits}}"
@@ -304,7 +329,7 @@ def _write_input(place: Path, run: results.Results, digest: str, on_progress: Ca
 
     def write(beside: Path) -> None:
         nbytes = math.prod(shape) + 8 * len(run)
-        with (results.hdf5_with_room(beside, nbytes) as file, ThreadPoolExecutor(usable_processors()) as threads):
+        with (_hdf5_with_room(beside, nbytes) as file, ThreadPoolExecutor(usable_processors()) as threads):
             results.put(file, "label", run.columns["label"])
             stored = file.create_dataset("data" if ranks == 1 else "images", shape, np.uint8, track_times=False)
             step = _rows_at_a_time(math.prod(shape[1:]))

@@ -159,23 +159,6 @@ def take_space(path: Path, content: memoryview, nbytes: int) -> None:
             os.posix_fallocate(file.fileno(), 0, len(content) + nbytes + _SPARE_BYTES)
 
 
-@contextlib.contextmanager
-def hdf5_with_room(path: Path, nbytes: int) -> Iterator[Any]:
-    """A new HDF5 file in place of an empty one, which has room for `nbytes`; in the end it has the size that it needs.
-    """
-    import h5py
-
-    content = io.BytesIO()
-    with h5py.File(content, "w"):
-        pass
-    take_space(path, content.getbuffer(), nbytes)
-    with h5py.File(path, "r+", locking=False) as file:
-        yield file
-        file.flush()
-        size = file.id.get_filesize()
-    os.truncate(path, size)
-
-
 def put(file: Any, name: str, values: npt.NDArray[Any]) -> None:
     """A column; texts, of type object, are of fixed length, with which the bytes are the same every time."""
     import h5py
@@ -305,8 +288,12 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: 
         return
 
     def write(path: Path) -> None:
-        nbytes = sum(map(_nbytes, rows.values())) + _nbytes(np.array(classes, object)) + 4096 * len(filled)
-        with hdf5_with_room(path, nbytes) as file:
+        content = io.BytesIO()
+        with h5py.File(content, "w"):
+            pass
+        take_space(path, content.getbuffer(), sum(_nbytes(values) for values in rows.values())
+                   + _nbytes(np.array(classes, object)) + 4096 * len(filled))
+        with h5py.File(path, "r+", locking=False) as file:
             file.attrs["shards"] = digest
             for name, value in header.items():
                 put(file, name, np.array(value, object)) if not isinstance(value, str) else file.attrs.create(
@@ -317,6 +304,9 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], header: 
             file["ledger"].attrs["layers"] = layers
             if manifest["storage"] is not None:
                 _add_virtual(file, out, [(number, heads[number].rows) for number in filled])
+            file.flush()
+            size = file.id.get_filesize()
+        os.truncate(path, size)
 
     replace(out / RESULT, write)
 
