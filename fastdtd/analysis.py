@@ -51,10 +51,16 @@ _SEED = 0
 class Analysis:
     """What `analyze` made.
 
-    project : ViRelAy's project file
-    classes, rows : how many classes there are, and heatmaps in them
-    left_out : heatmaps that are in no class: images without a true label, and all above 20,000 of a class
-    failed : name and reason of each image that could not be read again, and is gray in input.h5
+    Attributes
+    ----------
+    project : Path
+        ViRelAy's project file.
+    classes, rows : int
+        How many classes there are, and heatmaps in them.
+    left_out : int
+        Heatmaps that are in no class: of images without a true label, and above 20,000 of a class.
+    failed : list of (str, str)
+        Name and reason of each image that could not be read again, and is gray in input.h5.
     """
 
     project: Path
