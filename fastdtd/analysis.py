@@ -35,7 +35,7 @@ ANALYSIS, INPUT, LABEL_MAP, PROJECT = "analysis.h5", "input.h5", "label-map.json
 BY = ("target", "predicted", "label")
 _WRITTEN = r"analysis\.h5|input\.h5|label-map\.json|project\.yaml"
 _SIDE = 32  # of a reduced heatmap; Lapuschkin et al. take 20
-_MOST = 20_000  # heatmaps of a class that are compared
+_MOST = 5_000  # heatmaps of a class that are compared: eigenvectors of long chains take the square of it
 _DIMENSIONS = 8  # of an embedding, at most: with them k-means finds up to 9 clusters
 _CLUSTERS = range(2, 9)
 _NEIGHBORS = 10  # of each, or a third of a small class, in which all would be neighbours
@@ -58,7 +58,7 @@ class Analysis:
     classes, rows : int
         How many classes there are, and heatmaps in them.
     left_out : int
-        Heatmaps that are in no class: of images without a true label, and above 20,000 of a class.
+        Heatmaps that are in no class: of images without a true label, and above 5,000 of a class.
     failed : list of (str, str)
         Name and reason of each image that could not be read again, and is gray in input.h5.
     """
