@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
 QUANTUS := .venv-quantus
+VIRELAY := .venv-virelay
 INNVESTIGATE := .venv-innvestigate
 PIP := -m pip install --quiet --disable-pip-version-check
 # As many processes as there are processors. Their kernels are compiled before: else each would compile all.
@@ -16,7 +17,7 @@ PORTABLE := tests/test_kernels.py tests/test_plan.py tests/test_steps.py tests/t
 AVX2 := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 NO_AVX := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 
-.PHONY: help demo test quick test-cuda test-portable test-peers test-quantus faults fuzz compare bench profile gpu gpu-table check
+.PHONY: help demo test quick test-cuda test-portable test-peers test-quantus test-virelay faults fuzz compare bench profile gpu gpu-table check
 .PHONY: docs dist gallery models clean
 
 help:
@@ -27,6 +28,7 @@ help:
 	@echo "make test-portable  what depends on the processor, as one with AVX2 and as one without"
 	@echo "make test-peers  comparisons with PyTorch, zennit and onnxruntime, in an environment of their own"
 	@echo "make test-quantus  Quantus's metrics with explanations of ours, in an environment of their own"
+	@echo "make test-virelay  ViRelAy with an analysis of ours, in Chromium; in an environment of their own"
 	@echo "make faults      200 kills and 200 interrupts of runs, full disks, other runs, spoiled caches; about 7 minutes"
 	@echo "make fuzz        mutated model files, pictures and image sets for MINUTES=10, on all cores; findings go to out/fuzz"
 	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
@@ -63,6 +65,9 @@ test-peers: $(PEERS)/ready
 
 test-quantus: $(QUANTUS)/ready
 	$(QUANTUS)/bin/pytest tests/peers/test_quantus.py
+
+test-virelay: $(VIRELAY)/ready
+	$(VIRELAY)/bin/pytest tests/virelay
 
 faults: $(VENV)/ready-dev
 	$(VENV)/bin/fastdtd warmup
@@ -115,7 +120,7 @@ models: $(VENV)/ready
 	$(VENV)/bin/python -m fastdtd.models.build
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(QUANTUS) $(INNVESTIGATE) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(QUANTUS) $(VIRELAY) $(INNVESTIGATE) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -141,6 +146,12 @@ $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt
 $(QUANTUS)/ready: pyproject.toml tests/peers/requirements-quantus.txt
 	$(PYTHON) -m venv $(QUANTUS)
 	$(QUANTUS)/bin/python $(PIP) --editable . --requirement tests/peers/requirements-quantus.txt
+	touch $@
+
+# Python 3.11 and newer; and Chromium, which is not installed here.
+$(VIRELAY)/ready: pyproject.toml tests/virelay/requirements.txt
+	$(PYTHON) -m venv $(VIRELAY)
+	$(VIRELAY)/bin/python $(PIP) --editable '.[analysis]' --requirement tests/virelay/requirements.txt
 	touch $@
 
 # Python 3.11 at most, for TensorFlow 2.14, the last with the Keras that iNNvestigate works with.

@@ -10,6 +10,7 @@ Explanation of 1 image, 3x227x227
 (1, 3, 227, 227)
 """
 
+from fastdtd.analysis import Analysis, analyze
 from fastdtd.errors import (
     ConversionError,
     DeviceError,
@@ -34,8 +35,8 @@ from fastdtd.rules import Rule, search_direction
 
 __version__ = "0.1.0"
 __all__ = [
-    "ConversionError", "DeviceError", "Evaluation", "Explainer", "Explanation", "ExplanationWarning", "FastDTDError",
-    "Graph", "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing", "Results", "Rule",
-    "RuleError", "convert", "evaluate", "explain_func", "from_torch", "load", "open_results", "save",
-    "search_direction",
+    "Analysis", "ConversionError", "DeviceError", "Evaluation", "Explainer", "Explanation", "ExplanationWarning",
+    "FastDTDError", "Graph", "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing",
+    "Results", "Rule", "RuleError", "analyze", "convert", "evaluate", "explain_func", "from_torch", "load",
+    "open_results", "save", "search_direction",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fastdtd explain`, `evaluate`, `convert`, `show` and `warmup`."""
+"""The command line: `fastdtd explain`, `analyze`, `evaluate`, `convert`, `show` and `warmup`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ Which pixels does a network's prediction come from?
   fastdtd convert net.onnx net.h5 --labels names.txt
   fastdtd show net.h5                              its layers and the rule each will get
   fastdtd explain net.h5 pictures/ -o out          a heatmap and an overlay for each picture
+  fastdtd analyze out                              heatmaps of a class compared, for ViRelAy
   fastdtd evaluate net.h5 pictures/ -o out         is the heatmap right? its curve beside other methods'
   fastdtd warmup                                   compile ahead what is otherwise compiled on first use
 
@@ -60,6 +61,26 @@ examples:
 _VERIFY = """\
 Check a finished run: every shard is there, with its checksum; every image is in one of them; relevance is finite and,
 with what layers absorbed, sums to the scores. The exit status is 1 where anything is wrong.
+"""
+_ANALYZE = """\
+Compare the heatmaps of a finished run with one another, class by class, to see by what different features a network
+knows a class: a cluster of heatmaps that all lie on a watermark, say. That is spectral relevance analysis (SpRAy), and
+ViRelAy shows it in the browser. OUT gets
+
+  analysis.h5      of each class embeddings (principal components; eigenvectors of the graph of nearest neighbours) and
+                   clusterings (k-means on these eigenvectors, for 2 to 8 clusters) of its heatmaps
+  input.h5         the images as the network saw them, read again: 3 bytes a pixel
+  label-map.json   names of classes
+  project.yaml     what ViRelAy opens
+
+It needs scikit-learn: pip install "fastdtd[analysis]". ViRelAy (pip install virelay) is a program of its own.
+"""
+_ANALYZE_EXAMPLES = """\
+examples:
+  fastdtd explain net.h5 imagenet/val/ -o out --labels --store float16
+  fastdtd analyze out                    heatmaps that explain the same class together
+  fastdtd analyze out --by label         heatmaps of images with the same true label
+  virelay out/project.yaml               then open http://localhost:8000
 """
 _EVALUATE = """\
 Is the heatmap right? Replace the regions that a method finds most relevant by noise, one after the other, and see how
@@ -325,6 +346,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     verify.add_argument("out", metavar="OUT", help="output folder of `fastdtd explain`")
 
+    analyze = command("analyze", _ANALYZE, _ANALYZE_EXAMPLES, "compare the heatmaps of a run, for ViRelAy")
+    analyze.set_defaults(run=_analyze)
+    analyze.add_argument("out", metavar="OUT", help="output folder of `fastdtd explain`")
+    analyze.add_argument("--by", choices=("target", "predicted", "label"), default="target",
+                         help="which heatmaps are a class: those that explain it (target), of images for which the "
+                         "network predicts it, or whose true label it is (default: %(default)s)")
+
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
     warmup.set_defaults(run=_warmup)
     command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
@@ -536,6 +564,29 @@ def _verify(options: argparse.Namespace) -> int:
     print(f"{found.shards} shards, {found.rows} explanations, {found.failed} images failed: "
           f"{f'{len(found.troubles)} troubles' if found.troubles else 'sound'}")
     return 1 if found.troubles else 0
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastdtd import analysis
+
+    with contextlib.ExitStack() as stack:
+        bars: dict[str, Any] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = stack.enter_context(tqdm(total=total, desc=stage, file=sys.stderr, disable=None))
+            bars[stage].update(done - bars[stage].n)
+
+        made = analysis.analyze(options.out, options.by, on_progress)
+    for name, reason in made.failed[:_LINES]:
+        print(printable(f"fastdtd: gray in {analysis.INPUT}: {name}: {reason}"), file=sys.stderr)
+    if len(made.failed) > _LINES:
+        print(f"fastdtd: and {len(made.failed) - _LINES:,} more", file=sys.stderr)
+    left_out = f", {made.left_out} left out" if made.left_out else ""
+    print(f"{made.rows} heatmaps in {made.classes} classes{left_out}; see them with: virelay {made.project}")
+    return 1 if made.failed else 0
 
 
 def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:

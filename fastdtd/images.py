@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -40,10 +41,16 @@ class _Quiet(threading.local):
     """
 
     asked = False
+    # scikit-learn copies filters, whose patterns it takes to be regular expressions, to threads and processes of its
+    # own. There they match nothing.
+    pattern = "(?!)"
 
     def match(self, module: str) -> bool:
         """What filters ask of a pattern of modules' names."""
         return self.asked and module.startswith("PIL.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return re.compile, (self.pattern, )
 
     def __enter__(self) -> None:
         filters: Any = warnings.filters

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -453,26 +454,32 @@ class Results(Sequence[Array]):
 
     def __getitem__(self, row: Any) -> Any:
         """Relevance (C, H, W) of a row, or (n, C, H, W) of a slice, as float32 whatever it is stored as."""
-        import h5py
-
         if self.manifest["storage"] is None:
             raise OutputError("the run did not keep relevance; required: one whose outputs have it")
         if isinstance(row, slice):
-            rows = range(*row.indices(len(self)))
-            return np.stack([self[i] for i in rows]) if rows else np.zeros((0, *self._shape()), np.float32)
+            return self._read(range(*row.indices(len(self))))
         if not isinstance(row, (int, np.integer)) or not -len(self) <= row < len(self):
             raise IndexError(f"row {shown(row)} of {len(self)} was asked for")
-        row = int(row) % len(self)
-        number = int(np.searchsorted(self._ends, row, "right"))
-        within = row - (int(self._ends[number]) - self._heads[number].rows)
-        path = shard_path(self.out, number)
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                stored = file[_LARGE][within]
-        except (OSError, LookupError, RuntimeError) as error:
-            raise OutputError(f"{str(path)!r} cannot be read ({error}); `fastdtd verify {self.out}` says more"
-                              ) from None
-        return stored.astype(np.float32) * self.columns["scale"][row]
+        return self._read([int(row) % len(self)])[0]
+
+    def _read(self, rows: Sequence[int]) -> Array:
+        """Of rows that follow one another in a shard it is opened once."""
+        import h5py
+
+        made = np.empty((len(rows), *self._shape()), np.float32)
+        numbers = np.searchsorted(self._ends, np.array(rows, np.int64), "right").tolist()
+        for number, group in itertools.groupby(range(len(rows)), numbers.__getitem__):
+            path, begin = shard_path(self.out, number), int(self._ends[number]) - self._heads[number].rows
+            try:
+                with h5py.File(path, "r", locking=False) as file:
+                    for i in group:
+                        made[i] = file[_LARGE][rows[i] - begin]
+            except (OSError, LookupError, RuntimeError) as error:
+                raise OutputError(f"{str(path)!r} cannot be read ({error}); `fastdtd verify {self.out}` says more"
+                                  ) from None
+        if len(rows):
+            made *= self.columns["scale"][rows, None, None, None]
+        return made
 
     def _shape(self) -> tuple[int, ...]:
         storage = Storage(**self.manifest["storage"])

@@ -211,7 +211,7 @@ def test_calls_that_cannot_be_understood(run):
 
 
 def test_help(run):
-    for command in ([], ["explain"], ["verify"], ["convert"], ["evaluate"], ["show"], ["warmup"]):
+    for command in ([], ["explain"], ["verify"], ["analyze"], ["convert"], ["evaluate"], ["show"], ["warmup"]):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, [])
         assert max(map(len, out)) <= 140

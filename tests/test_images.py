@@ -5,6 +5,8 @@ exception.
 import io
 import multiprocessing
 import os
+import pickle
+import re
 import socket
 import struct
 import threading
@@ -337,6 +339,15 @@ def test_damaged_images_of_pillow():
                                                                                                     (3, 3)), closed):
         with pytest.raises(PictureError, match="the image"):
             images.open_picture(image)
+
+
+def test_filters_of_warnings_can_be_copied(tmp_path):
+    """As scikit-learn and others copy them: they take patterns to be regular expressions, and pickle them."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    images.open_picture(tmp_path / "a.png")
+    pattern = warnings.filters[0][3]
+    for copied in (re.compile(pattern.pattern), pickle.loads(pickle.dumps(pattern))):
+        assert not any(copied.match(module) for module in ("", "PIL.Image", "others"))
 
 
 def test_filters_of_warnings_stay_as_they_are(tmp_path):
