@@ -277,7 +277,7 @@ def _data(drawer: _Drawer) -> dict[str, Any]:
     if len(results):
         targets, number = np.unique(all_of["target"], return_counts=True)
         counts = dict(zip(targets.tolist(), number.tolist(), strict=True))
-        winner = all_of["prediction"].argmax(1)
+        winner = results.winners()
         first = all_of["rank"] == 0
         known = int((first & (all_of["label"] >= 0)).sum())
         right = int((first & (all_of["label"] == winner)).sum())

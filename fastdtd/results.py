@@ -456,6 +456,12 @@ class Results(Sequence[Array]):
                               ) from None
         return stored.astype(np.float32) * self.columns["scale"][row]
 
+    def winners(self) -> npt.NDArray[np.int64]:
+        """(N,): the output with the highest score. Scores of all outputs are read shard by shard."""
+        found = [read_columns(shard_path(self.out, number), ["prediction"])["prediction"].argmax(1)
+                 for number, head in enumerate(self._heads) if head.rows]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
     def _shape(self) -> tuple[int, ...]:
         storage = Storage(**self.manifest["storage"])
         return storage.shape(self.manifest["model"]["input"])
