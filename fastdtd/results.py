@@ -413,6 +413,9 @@ class Results(Sequence[Array]):
     """
 
     def __init__(self, out: Path, manifest: dict[str, Any], heads: Sequence[Head]) -> None:
+        self.classes: tuple[str, ...] = ()
+        with contextlib.suppress(OutputError):  # a network without names has no such column
+            self.classes = tuple(read_columns(out / RESULT, ["classes"])["classes"].tolist())
         self.out, self.manifest, self._heads = out, manifest, list(heads)
         self._ends = np.cumsum([head.rows for head in heads])
         parts = [read_columns(shard_path(out, number)) for number in range(len(heads))]
@@ -420,9 +423,6 @@ class Results(Sequence[Array]):
         for part in parts:
             found = (part.pop(name).tolist() for name in ("failed_image", "failed_file", "failed_reason"))
             self.failed += zip(*found, strict=True)
-        self.classes: tuple[str, ...] = ()
-        with contextlib.suppress(OutputError):  # a network without names has no such column
-            self.classes = tuple(read_columns(out / RESULT, ["classes"])["classes"].tolist())
         names = max(parts, key=len)
         self.columns: dict[str, npt.NDArray[Any]] = {
             name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
