@@ -57,10 +57,6 @@ examples:
   fastdtd explain vgg16.h5 photos/ --device cuda             on all GPUs; cuda:1 is one of them
   fastdtd explain vgg16.h5 photos/ --device cuda --precision 3xtf32
 """
-_VERIFY = """\
-Check a finished run: every shard is there, with its checksum; every image is in one of them; relevance is finite and,
-with what layers absorbed, sums to the scores. The exit status is 1 where anything is wrong.
-"""
 _REPORT = """\
 Write a finished run as a page to look at: OUT/report.html, which any browser opens from disk, without a server and
 without a network. Its thumbnails are in OUT/report.
@@ -79,6 +75,10 @@ examples:
   fastdtd report out --images 1000        of a large run, explanations of images at even distances
 
 keys in the page: arrows move, Enter enlarges, Esc closes, / searches
+"""
+_VERIFY = """\
+Check a finished run: every shard is there, with its checksum; every image is in one of them; relevance is finite and,
+with what layers absorbed, sums to the scores. The exit status is 1 where anything is wrong.
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt
