@@ -8,7 +8,6 @@ heatmap i. docs/howto-many-pictures.md says what is in each file.
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -29,7 +28,6 @@ from fastdtd.errors import InputError, OutputError, PictureError, printable, sho
 from fastdtd.explainer import usable_processors
 from fastdtd.files import FolderLock, HeldError, as_path, remove_abandoned, replace
 from fastdtd.graph import Array
-from fastdtd.sources import Entry
 
 ANALYSIS, INPUT, LABEL_MAP, PROJECT = "analysis.h5", "input.h5", "label-map.json", "project.yaml"
 BY = ("target", "predicted", "label")
@@ -321,7 +319,7 @@ def _write_input(place: Path, run: results.Results, digest: str, on_progress: Ca
             return []
     ranks = int(run.columns["rank"].max()) + 1
     numbers = run.columns["image"][::ranks].tolist()
-    entries = _read_set(place, set(numbers))
+    entries = results.read_set(place, set(numbers))
     size = run.manifest["model"]["input"][1:]
     shape = len(numbers), *size, 3
 
@@ -364,19 +362,6 @@ def _add_repeated(file: Any, shape: Sequence[int], ranks: int) -> None:
         layout.set_virtual(space, b".", b"images", h5py.h5s.create_simple(tuple(shape)))
     space.select_all()
     h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U8LE, space, layout)
-
-
-def _read_set(out: Path, numbers: set[int]) -> dict[int, Entry]:
-    """Images of a run's set, those of these numbers."""
-    path = out / results.SET
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return {int(row["image"]): Entry(row["path"], row["name"], row["label"], int(row.get("member", -1)),
-                                             int(row.get("size", -1)), dataset=row.get("dataset", ""))
-                    for row in csv.DictReader(file, strict=True) if int(row["image"]) in numbers}
-    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise OutputError(f"{str(path)!r} cannot be read ({error}); required: the list of images that a run writes"
-                          ) from None
 
 
 # ---- The project -----------------------------------------------------------------------------------------------------

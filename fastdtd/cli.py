@@ -1,4 +1,4 @@
-"""The command line: `fastdtd explain`, `analyze`, `evaluate`, `convert`, `show` and `warmup`."""
+"""The command line: `fastdtd explain`, `report`, `analyze`, `evaluate`, `convert`, `show` and others."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ Which pixels does a network's prediction come from?
   fastdtd convert net.onnx net.h5 --labels names.txt
   fastdtd show net.h5                              its layers and the rule each will get
   fastdtd explain net.h5 pictures/ -o out          a heatmap and an overlay for each picture
+  fastdtd report out                               a page to look at them: out/report.html
   fastdtd analyze out                              heatmaps of a class compared, for ViRelAy
   fastdtd evaluate net.h5 pictures/ -o out         is the heatmap right? its curve beside other methods'
   fastdtd warmup                                   compile ahead what is otherwise compiled on first use
@@ -57,6 +58,25 @@ examples:
   fastdtd explain vgg16.h5 photos/ --memory 2GiB             no more than that for the network's activations
   fastdtd explain vgg16.h5 photos/ --device cuda             on all GPUs; cuda:1 is one of them
   fastdtd explain vgg16.h5 photos/ --device cuda --precision 3xtf32
+"""
+_REPORT = """\
+Write a finished run as a page to look at: OUT/report.html, which any browser opens from disk, without a server and
+without a network. Its thumbnails are in OUT/report.
+
+The page has picture, heatmap and overlay of each explanation, with class, score, sum of relevance, what layers
+absorbed, and the true class where the source said it. They can be searched by file name, filtered by class, and by
+whether the winner is the true class, and sorted by score, or by how concentrated relevance is: the share of it in the
+10 % of pixels that have most. It has the mean heatmap of each class, what was run, and which images failed, and why.
+
+Pictures are read again from where the run found them; of those that are gone the heatmap alone is shown.
+"""
+_REPORT_EXAMPLES = """\
+examples:
+  fastdtd explain squeezenet1_1 photos/ -o out
+  fastdtd report out                      then open out/report.html
+  fastdtd report out --images 1000        of a large run, explanations of images at even distances
+
+keys in the page: arrows move, Enter enlarges, Esc closes, / searches
 """
 _VERIFY = """\
 Check a finished run: every shard is there, with its checksum; every image is in one of them; relevance is finite and,
@@ -353,6 +373,14 @@ def _parser() -> argparse.ArgumentParser:
                          help="which heatmaps are a class: those that explain it (target), of images for which the "
                          "network predicts it, or whose true label it is (default: %(default)s)")
 
+    report = command("report", _REPORT, _REPORT_EXAMPLES, "write a page to look at a run's results")
+    report.set_defaults(run=_report)
+    report.add_argument("out", metavar="OUT", help="output folder of `fastdtd explain`")
+    report.add_argument("--images", metavar="N", type=int, default=10_000,  # fastdtd.report.SHOWN takes NumPy
+                        help="the most explanations in the page, up to 50000 (default: %(default)s)")
+    report.add_argument("--workers", metavar="N", type=int, help="threads that read pictures and draw (default: all "
+                        "processors)")
+
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
     warmup.set_defaults(run=_warmup)
     command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
@@ -587,6 +615,23 @@ def _analyze(options: argparse.Namespace) -> int:
     left_out = f", {made.left_out} left out" if made.left_out else ""
     print(f"{made.rows} heatmaps in {made.classes} classes{left_out}; see them with: virelay {made.project}")
     return 1 if made.failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastdtd import report
+    from fastdtd.explainer import usable_processors
+
+    with tqdm(unit="image", file=sys.stderr, disable=None) as bar:
+        def on_progress(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count)
+
+        workers = usable_processors() if options.workers is None else options.workers
+        page = report.write(options.out, options.images, workers, on_progress)
+    print(f"open {page} in a browser")
+    return 0
 
 
 def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:

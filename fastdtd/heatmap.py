@@ -54,6 +54,11 @@ def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:
     pixels = pixel_relevance(relevance)
     scale = scale_of(pixels)
     size = _drawn_size(picture.size if picture is not None else (pixels.shape[1], pixels.shape[0]))
+    return _with_bar(shaded(pixels, scale, size, picture), scale, signed=bool((pixels < 0).any()))
+
+
+def shaded(pixels: Pixels, scale: float, size: tuple[int, int], picture: Image.Image | None = None) -> Image.Image:
+    """The colours alone, at (width, height); with a picture over it in grey."""
     drawn = _resized(pixels, size)
     if picture is None:
         image = colors(drawn, scale)
@@ -63,7 +68,7 @@ def draw(relevance: Array, picture: Image.Image | None = None) -> Image.Image:
         # From half-way on: the paler colours would veil the picture.
         shades = colors(np.copysign((1 + opacity) / 2, drawn), 1.0)
         image = (_BLACK + (255 - _BLACK) / 255 * gray) * (1 - opacity[..., None]) + shades * opacity[..., None]
-    return _with_bar(Image.fromarray(np.round(image).astype(np.uint8)), scale, signed=bool((pixels < 0).any()))
+    return Image.fromarray(np.round(image).astype(np.uint8))
 
 
 def write(path: Path, relevance: Array, picture: Image.Image | None = None) -> None:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ import numpy.typing as npt
 from fastdtd.errors import OutputError, shown
 from fastdtd.files import as_path, open_to_read, replace
 from fastdtd.graph import Array
+from fastdtd.sources import Entry
 
 MANIFEST, SET, RESULT, SCORES, FAILED = "manifest.json", "images.csv", "attribution.h5", "scores.csv", "failed.csv"
+SET_COLUMNS = ("image", "name", "label", "path", "member", "size", "dataset")  # of images.csv; sources.Entry has them
 SHARDS = "shards"
 WRITTEN = r"manifest\.json|images\.csv|attribution\.h5|scores\.csv|failed\.csv|\d{5}\.h5"  # names of all files of a run
 VERSION = 1
@@ -399,6 +401,34 @@ def write_failed(out: Path, failed: Sequence[tuple[int, str, str]]) -> None:
     replace(out / FAILED, write)
 
 
+# ---- The set ---------------------------------------------------------------------------------------------------------
+
+_UNDECODED = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a path that is no UTF-8, as images.csv has it
+
+
+def read_set(out: Path, numbers: Container[int]) -> dict[int, Entry]:
+    """Images of a run's set, those of these numbers, as images.csv has them.
+
+    Raises OutputError where it cannot be read.
+    """
+    path = out / SET
+    found = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.reader(file, strict=True)
+            header = next(table, [])
+            if tuple(header) != SET_COLUMNS:
+                raise ValueError(f"its columns are {shown(', '.join(header))}")
+            for number, name, label, written, member, size, dataset in table:
+                if int(number) in numbers:
+                    place = _UNDECODED.sub(lambda match: chr(0xdc00 + int(match[1], 16)), written)
+                    found[int(number)] = Entry(place, name, label, int(member), int(size), dataset=dataset)
+    except (OSError, ValueError, csv.Error) as error:
+        raise OutputError(f"{str(path)!r} cannot be read ({error}); required: the list of images that a run writes, "
+                          f"with the columns {', '.join(SET_COLUMNS)}") from None
+    return found
+
+
 # ---- Reading results -------------------------------------------------------------------------------------------------
 
 
@@ -435,11 +465,16 @@ class Results(Sequence[Array]):
         As docs/howto-many-pictures.md lists them: file, image, label, target, explained, sum, absorbed, prediction, ...
     manifest : dict
         What was run: model, rules, preprocessing, target, storage, versions.
+    classes : tuple of str
+        Names of the network's outputs; empty where they have none.
     failed : list of (int, str, str)
         Number, name and reason of each image that was not explained.
     """
 
     def __init__(self, out: Path, manifest: dict[str, Any], heads: Sequence[Head]) -> None:
+        self.classes: tuple[str, ...] = ()
+        with contextlib.suppress(OutputError):  # a network without names has no such column
+            self.classes = tuple(read_columns(out / RESULT, ["classes"])["classes"].tolist())
         self.out, self.manifest, self._heads = out, manifest, list(heads)
         self._ends = np.cumsum([head.rows for head in heads])
         self.failed = [one for number, head in enumerate(heads) if head.failed
@@ -480,6 +515,12 @@ class Results(Sequence[Array]):
         if len(rows):
             made *= self.columns["scale"][rows, None, None, None]
         return made
+
+    def winners(self) -> npt.NDArray[np.int64]:
+        """(N,): the output with the highest score. Scores of all outputs are read shard by shard."""
+        found = [read_columns(shard_path(self.out, number), ["prediction"])["prediction"].argmax(1)
+                 for number, head in enumerate(self._heads) if head.rows]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def _shape(self) -> tuple[int, ...]:
         storage = Storage(**self.manifest["storage"])

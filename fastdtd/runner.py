@@ -286,8 +286,9 @@ class _Run:
     def _write_set(self, path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(("image", "name", "label", "path"))
-            table.writerows((number, entry.name, entry.label, entry.path) for number, entry in enumerate(self.entries))
+            table.writerow(results.SET_COLUMNS)
+            table.writerows((number, entry.name, entry.label, os.path.abspath(entry.path), entry.member, entry.size,
+                             entry.dataset) for number, entry in enumerate(self.entries))
 
     def _first_difference(self) -> str:
         """Between the images of then and those of now."""
