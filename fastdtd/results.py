@@ -130,7 +130,7 @@ class ShardWriter:
             row_bytes += math.prod(shape) * np.dtype(storage.dtype).itemsize * (2 if storage.compression else 1)
         take_space(path, content.getbuffer(), rows * row_bytes)
         self._file, self._large = h5py.File(path, "r+", locking=False), None
-        if storage is not None:
+        if storage is not None and rows:
             how = {"compression": storage.compression, "shuffle": True} if storage.compression else {}
             self._large = self._file.create_dataset(_LARGE, (rows, *shape), storage.dtype, chunks=(1, *shape),
                                                     maxshape=(rows, *shape), **how)
