@@ -23,6 +23,7 @@ from fastdtd.errors import PictureError
 from fastdtd.files import open_to_read
 
 MAX_PIXELS = 100_000_000  # of one picture: 400 MB in Pillow's memory, and as much again while it is turned upright
+MAX_ANIMATED = 25_000_000  # of a WebP animation, whose first frame takes as long as four pictures of its size
 MAX_SCANNED = 10 * MAX_PIXELS  # pixels times scans of a JPEG; progressive ones have about ten scans
 MIN_SCANS = 20  # that one of any size may have
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program, as EPS does
@@ -156,6 +157,9 @@ def _upright_rgb(image: Image.Image, name: str, draft: tuple[int, int] | None = 
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise PictureError(f"{name} has {image.width} x {image.height} pixels; 1 to {MAX_PIXELS} are accepted")
     _require_few_scans(image, name)
+    if image.format == "WEBP" and getattr(image, "is_animated", False) and image.width * image.height > MAX_ANIMATED:
+        raise PictureError(f"{name} is an animation of {image.width} x {image.height} pixels; at most {MAX_ANIMATED} "
+                           "are accepted")
     if draft and image.format in _JPEGS:
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
         image.draft("RGB", draft if is_turned else draft[::-1])

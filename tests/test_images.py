@@ -454,3 +454,15 @@ def test_images_that_are_given_stay_as_they_are():
         before = picture.tobytes(), dict(picture.info), picture.mode
         images.open_picture(picture)
         assert (picture.tobytes(), dict(picture.info), picture.mode) == before
+
+
+def test_large_animations_are_refused(tmp_path, monkeypatch):
+    """Decoding a frame takes four times as long as a picture."""
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(tmp_path / "b.webp", lossless=True)
+    assert images.open_picture(tmp_path / "a.webp").getpixel((0, 0)) == (255, 0, 0)
+    monkeypatch.setattr(images, "MAX_ANIMATED", 1199)
+    with pytest.raises(PictureError, match="is an animation of 40 x 30 pixels; at most 1199 are accepted"):
+        images.open_picture(tmp_path / "a.webp")
+    assert images.open_picture(tmp_path / "b.webp").size == (40, 30)
