@@ -308,7 +308,8 @@ class _Run:
         """Shards, one after the other; threads make batches of those that follow meanwhile."""
         maker = Maker(self.explainer, self.entries, 0, self.out, self.settings)
         threads = Threads(self.workers)
-        waiting = iter([Batch(numbers) for number in todo for numbers in split(self.shards[number], self.batch)])
+        # Made one by one: a list of them would keep what each was filled with.
+        waiting = (Batch(numbers) for number in todo for numbers in split(self.shards[number], self.batch))
         started: deque[Batch] = deque()
 
         def batches() -> Iterator[Batch]:

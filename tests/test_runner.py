@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import gc
 import io
 import json
 import os
@@ -348,6 +349,20 @@ def test_drawings_of_the_first(folder, tmp_path, count, drawn):
     for kind in ("heatmap", "overlay"):
         assert len(list(tmp_path.rglob(f"*.{kind}.png"))) == drawn
     assert len(read(tmp_path)["file"]) == 10
+
+
+def test_batches_are_not_kept(folder, tmp_path):
+    """However many there are, few are in memory at a time."""
+    entry = sources.find([folder / "5.png"])[0]
+    entries = [dataclasses.replace(entry, name=f"{i}") for i in range(200)]
+    counts = []
+
+    def on_progress(count):
+        counts.append(sum(isinstance(one, shard_maker.Batch) for one in gc.get_objects()))
+
+    runner.run(explainer(), entries, tmp_path, draw=0, batch=2, workers=2, on_progress=on_progress)
+    assert len(counts) == 101
+    assert max(counts) <= 8
 
 
 def test_what_each_stage_takes(folder, tmp_path):
