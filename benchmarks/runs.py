@@ -151,7 +151,7 @@ def measure(options, work):
     return found
 
 
-SETS = {"ImageNet, validation": (50_000, 1), "ImageNet, training": (1_281_167, 1), "a billion": (10**9, 800)}
+SETS = {"ImageNet, validation": (50_000, 1), "ImageNet, training": (1_281_167, 1), "a billion, in 800 runs": (10**9, 800)}
 STORAGES = {"float32": [], "float16": ["--store", "float16"], "int8": ["--store", "int8"],
             "float32, gzip": ["--compress", "gzip"], "int8, gzip": ["--store", "int8", "--compress", "gzip"],
             "float16, 95 % kept, gzip": ["--store", "float16", "--keep", "0.95", "--compress", "gzip"],
@@ -274,7 +274,7 @@ def table(found):
               "| --- | ---: | ---: | ---: | ---: | ---: |"]
     lines += [f"| {name} | {count:,} | {count * hours:,.1f} | "
               f"{' | '.join(f'{count * size / 1e9:,.0f} GB' for size in stored.values())} | "
-              f"{runs * min(499, -(-count // runs // 64)):,} in {runs} runs |" for name, (count, runs) in SETS.items()]
+              f"{runs * min(499, -(-count // runs // 64)):,} |" for name, (count, runs) in SETS.items()]
     draft = found["draft"]
     lines += ["", f"`--draft` takes {draft['ms']:.1f} ms an image; scores move by {draft['score']:.1%} (median), "
               f"{draft['other winners']:.1%} of the winners are others, and heatmaps correlate by "

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastdtd import model_file, results
+from fastdtd.cost import cost
 from fastdtd.errors import InputError, OutputError, shown
 from fastdtd.explainer import MAX_THREADS, Explainer
 from fastdtd.files import FolderLock, HeldError, remove_abandoned, replace
@@ -55,6 +56,7 @@ from fastdtd.threads import Threads
 
 SHARD = 64  # images of a shard, unless there would be more than results.MAX_SHARDS
 _BATCH = 16  # of processors; GPUs take more
+_BATCH_BYTES = 2**26  # of activations, beyond which a processor's caches do not help: then batches are smaller
 _AHEAD = 2  # batches for each thread, being made or waiting to be written
 _DRAWINGS = r"\.heatmap\.png|\.overlay\.png"
 
@@ -118,7 +120,8 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
     outputs : some of "heatmap", "overlay", "relevance"
         What to write beside scores: drawings, and the relevance itself.
     batch : int, optional
-        Images that a worker takes at a time. None: 16, or as many as GPUs take at once.
+        Images that a worker takes at a time. None: 2 to 16, the fewer the larger the network, or as many as GPUs take
+        at once.
     on_line, on_progress : callable
         Told of each explanation that is on disk, those of before first, and of each batch how many images it settled.
     flow : bool
@@ -164,7 +167,8 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         if value is not None:
             _require_count(name, value, 1, most)
     if batch is None:
-        batch = max(_BATCH, explainer.at_once) if explainer.precision else _BATCH
+        small = max(2, min(_BATCH, _BATCH_BYTES // cost(explainer.model.graph).activation_bytes))
+        batch = max(_BATCH, explainer.at_once) if explainer.precision else small
     size = max(shard or SHARD, -(-len(entries) // results.MAX_SHARDS))
     with _locked(out) as lock:
         return _Run(explainer, entries, out, lock, settings, size, batch, workers or explainer.threads).go(
