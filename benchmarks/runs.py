@@ -151,7 +151,8 @@ def measure(options, work):
     return found
 
 
-SETS = {"ImageNet, validation": (50_000, 1), "ImageNet, training": (1_281_167, 1), "a billion, in 800 runs": (10**9, 800)}
+SETS = {"ImageNet, validation": (50_000, 1), "ImageNet, training": (1_281_167, 1),
+        "a billion, in 800 runs": (10**9, 800)}  # images and runs
 STORAGES = {"float32": [], "float16": ["--store", "float16"], "int8": ["--store", "int8"],
             "float32, gzip": ["--compress", "gzip"], "int8, gzip": ["--store", "int8", "--compress", "gzip"],
             "float16, 95 % kept, gzip": ["--store", "float16", "--keep", "0.95", "--compress", "gzip"],

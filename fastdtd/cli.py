@@ -296,8 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--workers", "--threads", metavar="N", type=int, dest="workers", help="threads that read, "
                          "explain and draw, at most 1024 (default: all processors)")
     how.add_argument("--batch", metavar="N", type=int,
-                         help="images that a thread takes at a time (default: 2 to 16, "
-                     "the fewer the larger the network; on GPUs, as many as they take)")
+                     help="images that a thread takes at a time (default: 2 to 16, the fewer the larger the network; "
+                     "on GPUs, as many as they take)")
     how.add_argument(
         "--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB or 500MB; with "
         "less, fewer pictures are explained at a time (default: 256 MiB, or one picture, for each thread; of a GPU 80 "
