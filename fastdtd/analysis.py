@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd import images, results, sources
+from fastdtd import results
 from fastdtd.errors import InputError, OutputError, PictureError, printable, shown
 from fastdtd.explainer import usable_processors
 from fastdtd.files import FolderLock, HeldError, as_path, remove_abandoned, replace
@@ -312,6 +312,8 @@ def _write_input(place: Path, run: results.Results, digest: str, on_progress: Ca
                  ) -> list[tuple[str, str]]:
     """Write input.h5, unless it is there. Returns name and reason of each image that cannot be read."""
     import h5py
+
+    from fastdtd import images, sources  # which import Pillow
 
     path, failed = place / INPUT, []
     with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as file:

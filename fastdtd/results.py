@@ -18,7 +18,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,9 @@ import numpy.typing as npt
 from fastdtd.errors import OutputError, shown
 from fastdtd.files import as_path, open_to_read, replace
 from fastdtd.graph import Array
-from fastdtd.sources import Entry
+
+if TYPE_CHECKING:
+    from fastdtd.sources import Entry
 
 MANIFEST, SET, RESULT, SCORES, FAILED = "manifest.json", "images.csv", "attribution.h5", "scores.csv", "failed.csv"
 SET_COLUMNS = ("image", "name", "label", "path", "member", "size", "dataset")  # of images.csv; sources.Entry has them
@@ -411,6 +413,8 @@ def read_set(out: Path, numbers: Container[int]) -> dict[int, Entry]:
 
     Raises OutputError where it cannot be read.
     """
+    from fastdtd.sources import Entry
+
     path = out / SET
     found = {}
     try:

@@ -583,12 +583,13 @@ def test_keyboard(opened, made):
     assert not page.page.is_visible("dialog")
     assert page.active() == 1
     keyboard.press("/")
-    assert page.page.evaluate("document.activeElement.id") == "search"
+    page.page.wait_for_function("document.activeElement.id === 'search'")
     keyboard.type("07")
+    page.page.wait_for_function("document.querySelector('#search').value === '07'")
     assert page.names() == ["07.png"]
     keyboard.press("Escape")
+    page.page.wait_for_function("document.activeElement.id === 'grid'")
     assert page.count() == "40"
-    assert page.page.evaluate("document.activeElement.id") == "grid"
     page.page.focus("#tab-explanations")
     keyboard.press("ArrowRight")
     assert page.page.is_visible("#classes")

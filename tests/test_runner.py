@@ -358,7 +358,7 @@ def test_batches_are_not_kept(folder, tmp_path):
     counts = []
 
     def on_progress(count):
-        counts.append(sum(isinstance(one, shard_maker.Batch) for one in gc.get_objects()))
+        counts.append(sum(type(one) is shard_maker.Batch for one in gc.get_objects()))
 
     runner.run(explainer(), entries, tmp_path, draw=0, batch=2, workers=2, on_progress=on_progress)
     assert len(counts) == 101

@@ -24,7 +24,7 @@ from fastdtd import graph as g
 from fastdtd import runner, sources
 from fastdtd.results import Storage
 
-pytest.importorskip("virelay")
+pytest.importorskip("corelay")  # "virelay" would be this folder
 CHROMIUM = os.environ.get("FASTDTD_CHROMIUM", "/usr/bin/chromium")
 SIDE, COUNT = 16, 30
 CLASSES = ("ant", "bee", "cat")
