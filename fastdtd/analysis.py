@@ -26,7 +26,7 @@ import numpy.typing as npt
 from fastdtd import results
 from fastdtd.errors import InputError, OutputError, PictureError, printable, shown
 from fastdtd.explainer import usable_processors
-from fastdtd.files import FolderLock, HeldError, as_path, remove_abandoned, replace
+from fastdtd.files import as_path, remove_abandoned, replace
 from fastdtd.graph import Array
 
 ANALYSIS, INPUT, LABEL_MAP, PROJECT = "analysis.h5", "input.h5", "label-map.json", "project.yaml"
@@ -135,7 +135,7 @@ def analyze(out: str | os.PathLike[str], by: str = "target",
     made = Analysis(place / PROJECT, len(classes), sum(map(len, classes.values())))
     made.left_out = len(run) - made.rows
     digits = len(str(len(names) - 1))
-    with _writing(place):
+    with results.added_to(place, "another process"):
         remove_abandoned(place, _WRITTEN)
         replace(place / ANALYSIS, lambda path: _write_analysis(path, run, classes, digits, on_progress))
         replace(place / LABEL_MAP, lambda path: path.write_text(_label_map(names, digits)))
@@ -143,19 +143,6 @@ def analyze(out: str | os.PathLike[str], by: str = "target",
         strategy = "true_label" if run.manifest["target"] == "true label" else "predicted_label"
         replace(place / PROJECT, lambda path: path.write_text(_project(place, run, strategy), encoding="utf-8"))
     return made
-
-
-@contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    try:
-        with FolderLock(place):
-            yield
-    except HeldError as holder:
-        raise OutputError(f"another process is writing to {str(place)!r}: {holder}; wait until it has finished, or end "
-                          "it") from None
-    except OSError as error:
-        raise OutputError(f"cannot write to {str(place)!r}: {error.strerror or error}; required: a folder that can be "
-                          "written and has free space") from None
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from PIL import Image
 
 from fastdtd import heatmap, images, sources
 from fastdtd.errors import InputError, OutputError, PictureError, shown
-from fastdtd.files import FolderLock, HeldError, as_path, remove_abandoned, replace
-from fastdtd.results import FAILED, Results, open_results, read_set
+from fastdtd.files import as_path, remove_abandoned, replace
+from fastdtd.results import FAILED, Results, added_to, open_results, read_set
 from fastdtd.sources import Entry
 from fastdtd.threads import Task, Threads
 
@@ -79,19 +79,12 @@ def write(out: str | os.PathLike[str], shown_at_most: int = SHOWN, workers: int 
     place = as_path(out, OutputError, "the output folder of a run")
     if not os.path.isdir(place):
         raise OutputError(f"{str(place)!r} is no folder; required: the output folder of a run of `fastdtd explain`")
-    try:
-        with FolderLock(place):
-            results = open_results(place)
-            if results.manifest["storage"] is None and len(results):
-                raise OutputError(f"{str(place)!r} is a run that did not keep relevance, which a report is made of; "
-                                  "required: one whose --outputs have it, to another folder")
-            return _write(results, shown_at_most, workers, on_progress)
-    except HeldError as holder:
-        raise OutputError(f"a run or another report is writing to {str(place)!r}: {holder}; wait until it has "
-                          "finished") from None
-    except OSError as error:
-        raise OutputError(f"cannot write to {str(place)!r}: {error.strerror or error}; required: a folder that can be "
-                          "written and has free space") from None
+    with added_to(place, "a run or another report"):
+        results = open_results(place)
+        if results.manifest["storage"] is None and len(results):
+            raise OutputError(f"{str(place)!r} is a run that did not keep relevance, which a report is made of; "
+                              "required: one whose --outputs have it, to another folder")
+        return _write(results, shown_at_most, workers, on_progress)
 
 
 def _write(results: Results, shown_at_most: int, workers: int, on_progress: Callable[[int, int], Any]) -> Path:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd.errors import OutputError, shown
-from fastdtd.files import as_path, open_to_read, replace
+from fastdtd.files import FolderLock, HeldError, as_path, open_to_read, replace
 from fastdtd.graph import Array
 
 if TYPE_CHECKING:
@@ -299,14 +299,15 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], classes:
                 (out / FAILED).exists() == any(head.failed for head in heads)):
             return
     filled = [(shard_path(out, number), head.rows) for number, head in enumerate(heads) if head.rows]
-    replace(out / SCORES, lambda path: _write_scores(path, [path for path, _ in filled], classes))
+    layout = _layout([shard for shard, _ in filled])
+    replace(out / SCORES, lambda path: _write_scores(path, filled, layout, classes))
     write_failed(out, [one for number, head in enumerate(heads) if head.failed
                        for one in read_failed(shard_path(out, number))])
     if not filled:
         with contextlib.suppress(FileNotFoundError):
             (out / RESULT).unlink()
         return
-    count, layout = sum(rows for _, rows in filled), _layout([path for path, _ in filled])
+    count = sum(rows for _, rows in filled)
 
     def write(path: Path) -> None:
         content = io.BytesIO()
@@ -317,16 +318,17 @@ def join(out: Path, manifest: Mapping[str, Any], heads: Sequence[Head], classes:
         take_space(path, content.getbuffer(), 4096 * len(filled) + sum(
             count * dtype.itemsize * math.prod(shape) for dtype, shape in layout.values()))
         with h5py.File(path, "r+", locking=False) as file:
-            for name, (dtype, shape) in layout.items():
-                column = file.create_dataset(name, (count, *shape), dtype, track_times=False)
-                at = 0
-                for shard, rows in filled:
-                    with h5py.File(shard, "r", locking=False) as source:
+            columns = {name: file.create_dataset(name, (count, *shape), dtype, track_times=False)
+                       for name, (dtype, shape) in layout.items()}
+            at = 0
+            for shard, rows in filled:
+                with h5py.File(shard, "r", locking=False) as source:
+                    for name, column in columns.items():
                         column[at:at + rows] = source[name][...]
-                    at += rows
+                at += rows
             file["ledger"].attrs["layers"] = _encoded(ledger_layers(filled[0][0]))
             if manifest["storage"] is not None:
-                _add_virtual(file, out, [(shard, rows) for shard, rows in filled])
+                _add_virtual(file, out, filled)
             file.flush()
             size = file.id.get_filesize()
         os.truncate(path, size)
@@ -368,13 +370,14 @@ def _add_virtual(file: Any, out: Path, shards: Sequence[tuple[Path, int]]) -> No
     h5py.h5d.create(file.id, _LARGE.encode(), h5py.h5t.py_create(dtype), space, layout)
 
 
-def _write_scores(path: Path, shards: Sequence[Path], classes: Sequence[str]) -> None:
+def _write_scores(path: Path, shards: Sequence[tuple[Path, int]],
+                  layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], classes: Sequence[str]) -> None:
     """The columns of one number or text, as CSV."""
-    names = [name for name, (_, shape) in _layout(shards).items() if not shape]
+    names = [name for name, (_, shape) in layout.items() if not shape]
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*names, "class"] if classes else names)
-        for shard in shards:
+        for shard, _ in shards:
             columns = [values.tolist() for values in read_columns(shard, names).values()]
             if classes:
                 columns.append([classes[target] for target in columns[names.index("target")]])
@@ -403,9 +406,34 @@ def write_failed(out: Path, failed: Sequence[tuple[int, str, str]]) -> None:
     replace(out / FAILED, write)
 
 
+@contextlib.contextmanager
+def added_to(out: Path, who: str) -> Iterator[None]:
+    """A run's folder, while something is added to it; who: may hold it otherwise, for the message."""
+    try:
+        with FolderLock(out):
+            yield
+    except HeldError as holder:
+        raise OutputError(f"{who} is writing to {str(out)!r}: {holder}; wait until it has finished, or end it"
+                          ) from None
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(out)!r}: {error.strerror or error}; required: a folder that can be "
+                          "written and has free space") from None
+
+
 # ---- The set ---------------------------------------------------------------------------------------------------------
 
 _UNDECODED = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a path that is no UTF-8, as images.csv has it
+
+
+def write_set(out: Path, entries: Sequence[Entry]) -> None:
+    def write(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(SET_COLUMNS)
+            table.writerows((number, entry.name, entry.label, os.path.abspath(entry.path), entry.member, entry.size,
+                             entry.dataset) for number, entry in enumerate(entries))
+
+    replace(out / SET, write)
 
 
 def read_set(out: Path, numbers: Container[int]) -> dict[int, Entry]:

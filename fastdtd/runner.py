@@ -52,7 +52,7 @@ from fastdtd.shards import (
     writing,
 )
 from fastdtd.sources import Entry
-from fastdtd.threads import Threads
+from fastdtd.threads import Task, Threads
 
 SHARD = 64  # images of a shard, unless there would be more than results.MAX_SHARDS
 _BATCH = 16  # of processors; GPUs take more
@@ -224,21 +224,20 @@ class _Run:
         begun = time.perf_counter()
         manifest = _manifest(self.explainer, self.entries, self.settings, self.shard)
         self._begin(manifest)
-        for number in range(len(self.shards)):
-            head = read_head(shard_path(self.out, number))
-            if head is not None and not (retry_failed and head.failed):
-                self.heads[number] = head
-        todo = [number for number, head in enumerate(self.heads) if head is None]
-        self.summary.done_before = sum(len(self.shards[number]) - head.failed for number, head in enumerate(self.heads)
-                                       if head is not None)
-        before = sum(len(self.shards[number]) for number, head in enumerate(self.heads) if head is not None)
-        on_progress(before)
         failed: dict[int, tuple[int, str, str]] = {}
-        for number, head in enumerate(self.heads):
-            if head is not None:
-                if head.failed:
-                    failed |= {one[0]: one for one in results.read_failed(shard_path(self.out, number))}
-                self._tell(number, head, on_line)
+        before = 0
+        for number, numbers in enumerate(self.shards):
+            head = read_head(shard_path(self.out, number))
+            if head is None or (retry_failed and head.failed):
+                continue
+            self.heads[number] = head
+            before += len(numbers)
+            self.summary.done_before += len(numbers) - head.failed
+            if head.failed:
+                failed |= {one[0]: one for one in results.read_failed(shard_path(self.out, number))}
+            self._tell(number, head, on_line)
+        on_progress(before)
+        todo = [number for number, head in enumerate(self.heads) if head is None]
         # Warnings are recorded out here, around all threads: which are shown and which are not is a setting of the
         # whole process.
         with warnings.catch_warnings(record=True) as told:
@@ -264,8 +263,9 @@ class _Run:
         return self.summary
 
     def _tell(self, number: int, head: Head, on_line: Callable[[Line], Any]) -> None:
-        for line in _lines(shard_path(self.out, number), self.explainer.model) if head.rows else ():
-            on_line(line)
+        if head.rows:
+            for line in _lines(shard_path(self.out, number), self.explainer.model, self.settings.flow):
+                on_line(line)
 
     def _begin(self, manifest: dict[str, Any]) -> None:
         """Make sure that `out` is this run's, or is to be."""
@@ -284,15 +284,8 @@ class _Run:
                 if any((self.out / results.SHARDS).iterdir()):
                     raise OutputError(f"{str(self.out / results.SHARDS)!r} has files, and no manifest says whose; "
                                       "choose another folder, or remove them")
-                replace(self.out / results.SET, self._write_set)
+                results.write_set(self.out, self.entries)
                 results.write_manifest(self.out, manifest)
-
-    def _write_set(self, path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(results.SET_COLUMNS)
-            table.writerows((number, entry.name, entry.label, os.path.abspath(entry.path), entry.member, entry.size,
-                             entry.dataset) for number, entry in enumerate(self.entries))
 
     def _first_difference(self) -> str:
         """Between the images of then and those of now."""
@@ -314,18 +307,16 @@ class _Run:
         threads = Threads(self.workers)
         # Made one by one: a list of them would keep what each was filled with.
         waiting = (Batch(numbers) for number in todo for numbers in split(self.shards[number], self.batch))
-        started: deque[Batch] = deque()
+        started: deque[tuple[Batch, Task]] = deque()
 
         def batches() -> Iterator[Batch]:
             while True:
                 for batch in itertools.islice(waiting, _AHEAD * self.workers - len(started)):
-                    started.append(batch)
-                    batch.task = threads.submit(maker.make, batch)
+                    started.append((batch, threads.submit(maker.make, batch)))
                 if not started:
                     return
-                batch = started.popleft()
-                assert batch.task is not None
-                batch.task.result()
+                batch, task = started.popleft()
+                task.result()
                 yield batch
 
         coming = batches()
@@ -381,10 +372,12 @@ class _Run:
             yield
 
 
-def _lines(path: Path, model: Model) -> Iterator[Line]:
+def _lines(path: Path, model: Model, has_flow: bool) -> Iterator[Line]:
     """What is said of a shard's rows."""
-    columns, layers = results.read_columns(path), results.ledger_layers(path)
-    for row in range(len(columns["image"])):
+    # Not the scores of all classes, which are most of what a shard has beside relevance.
+    names = ["file", "target", "score", "sum", "absorbed", "ledger", *(["flow"] if has_flow else [])]
+    columns, layers = results.read_columns(path, names), results.ledger_layers(path)
+    for row in range(len(columns["file"])):
         target = int(columns["target"][row])
         ledgers = [dict(zip(layers, columns[name][row].tolist(), strict=True)) if name in columns else {}
                    for name in ("ledger", "flow")]

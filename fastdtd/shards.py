@@ -26,7 +26,6 @@ from fastdtd.graph import Array
 from fastdtd.inputs import BeyondFloat32Error, checked_targets
 from fastdtd.results import Head, ShardWriter, Storage, shard_path
 from fastdtd.sources import Entry
-from fastdtd.threads import Task
 
 OUTPUTS = ("heatmap", "overlay", "relevance")
 DRAWN = 100  # images of which heatmaps and overlays are drawn, unless it is said
@@ -70,7 +69,6 @@ class Batch:
     columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     failed: list[tuple[int, str, str]] = field(default_factory=list)  # number, name, reason
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    task: Task | None = None
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -235,8 +233,8 @@ def _label(entry: Entry, explainer: Explainer, is_needed: bool) -> int:
 
 
 def write_shard(maker: Maker, batches: Iterator[Batch], place: Path, numbers: range,
-                 on_progress: Callable[[int], Any], seconds: dict[str, float]
-                 ) -> tuple[Head, list[tuple[int, str, str]]]:
+                on_progress: Callable[[int], Any], seconds: dict[str, float]
+                ) -> tuple[Head, list[tuple[int, str, str]]]:
     """Write the next shard: batches come in order."""
     failed: list[tuple[int, str, str]] = []
     settings, graph = maker.settings, maker.explainer.model.graph
@@ -263,7 +261,6 @@ def write_shard(maker: Maker, batches: Iterator[Batch], place: Path, numbers: ra
         finally:
             writer.close()
     return head, failed
-
 
 
 def split(numbers: range, size: int) -> Iterator[range]:
