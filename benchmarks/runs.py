@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -44,8 +45,15 @@ LOOPED = 2000  # images of the loop, which is slow
 def make_set(folder, pictures, count, size=SIZE):
     """JPEGs of one size: `count` of them, always the same."""
     folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        parts = [range(i, count, os.cpu_count()) for i in range(os.cpu_count())]
+        list(pool.map(make_pictures, *zip(*[(folder, pictures, part, size) for part in parts], strict=True)))
+    return folder
+
+
+def make_pictures(folder, pictures, numbers, size):
     sources = [Image.open(path).convert("RGB") for path in pictures]
-    for i in range(count):
+    for i in numbers:
         rng = random.Random(i)
         picture = sources[i % len(sources)]
         turned = picture.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
@@ -54,7 +62,6 @@ def make_set(folder, pictures, count, size=SIZE):
         left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
         part = turned.resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         part.save(folder / f"{i:06}.jpg", quality=90)
-    return folder
 
 
 def explain(images, out, *options, **how):
