@@ -10,8 +10,8 @@ images it comes from the cache. Whatever the piece, the block or the other image
 multiply-adds (in each lane, in the forward pass).
 """
 
-import numpy as np
 from fastdtd.kernels.codes import AS_IS, BOX, FLAT, NEGATIVE, ONES, SIGNED, SQUARED
+from fastdtd.kernels.cpu.arrays import as_int32, flat
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import clip, ratio_of, redistributed_pair
 from fastdtd.kernels.cpu.vector_code import (
@@ -184,7 +184,7 @@ def dense_forward(x, ratio, dead, a, weight, bias, constant, low, high, sums, x_
     of a block's outputs, lane by lane.
     """
     images, outputs, count = ratio.shape[0], weight.shape[0], weight.shape[1]
-    flat_x, flat_ratio = x.reshape(x.size), ratio.reshape(ratio.size)
+    flat_x, flat_ratio = flat(x), flat(ratio)
     p_sums, p_a, p_weight, p_low = sums.ctypes.data, a.ctypes.data, weight.ctypes.data, low.ctypes.data
     p_high = high.ctypes.data
     bounded, box = features in (SIGNED, BOX), features == BOX
@@ -250,7 +250,7 @@ def _list_contributions(contributions, ratio, c, c_channel):
     to follow it.
     """
     images, outputs = ratio.shape[0], ratio.shape[1]
-    flat_ratio, flat_c, numbers = ratio.reshape(ratio.size), c.reshape(c.size), contributions.view(np.int32)
+    flat_ratio, flat_c, numbers = flat(ratio), flat(c), as_int32(contributions)
     count = 0
     for k in range(outputs):
         line, is_listed = count * (images + 1), False
@@ -302,7 +302,7 @@ def dense_redistribute(c_in, c, ratio, a, weight, low, high, sums, contributions
     """
     images, count = ratio.shape[0], weight.shape[1]
     parts, part = 2 if features in (SIGNED, BOX) else 1, images * _STRIDE
-    flat_a, flat_in = a.reshape(a.size), c_in.reshape(c_in.size)
+    flat_a, flat_in = flat(a), flat(c_in)
     listed, as_it_is = _list_contributions(contributions, ratio, c, c_channel), parts == 1 and not relevance
     for unit in range(first, last):
         begin = unit * DENSE_FEATURES

@@ -8,6 +8,7 @@ channel does all of them in one loop.
 
 import numpy as np
 from fastdtd.kernels.codes import BOX
+from fastdtd.kernels.cpu.arrays import flat
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import (
     activation,
@@ -143,7 +144,7 @@ def span(flat, begin, count):
 def absorb_dead_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
     """ledger[n, column] += the relevance of outputs with z = 0, where dead[n]; their ratios become 0. Units: images."""
     elements, positions = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
-    flat_ratio, flat_c = ratio.reshape(ratio.size), c.reshape(c.size)
+    flat_ratio, flat_c = flat(ratio), flat(c)
     for n in range(first, last):
         if not dead[n]:
             continue
@@ -168,7 +169,7 @@ def clear_redistribute(c_in, begin, end, first, last):
 def activate_forward(x, a, x_channel, a_channel, channels, slope, x_min, x_max, first, last):
     """x <- a clipped to x_min..x_max, negative values times slope before that."""
     positions = a.shape[2] * a.shape[3]
-    flat_x, flat_a = x.reshape(x.size), a.reshape(a.size)
+    flat_x, flat_a = flat(x), flat(a)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
@@ -190,7 +191,7 @@ def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channe
     If `derivative`, c is a derivative, and so is c_in.
     """
     positions = a.shape[2] * a.shape[3]
-    flat_in, flat_c, flat_a = c_in.reshape(c_in.size), c.reshape(c.size), a.reshape(a.size)
+    flat_in, flat_c, flat_a = flat(c_in), flat(c), flat(a)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
@@ -209,7 +210,7 @@ def activate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channe
 def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first, last):
     """x <- |a|^exponent, ratio <- x / |a|, which is 0 where a is; the derivative if `derivative`."""
     channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    flat_x, flat_ratio, flat_a = flat(x), flat(ratio), flat(a)
     for unit in range(first, last):
         n, k = unit // channels, unit % channels
         out = span(flat_x, (n * x.shape[1] + x_channel + k) * positions, positions)
@@ -223,7 +224,7 @@ def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first
 def rearrange_forward(x, a, index, x_channel, a_channel, first, last):
     """x <- a[index], 0 where index (C, H, W) is -1. Units are images."""
     x_positions, a_positions = x.shape[2] * x.shape[3], a.shape[2] * a.shape[3]
-    flat_x, flat_a, positions = x.reshape(x.size), a.reshape(a.size), index.reshape(index.size)
+    flat_x, flat_a, positions = flat(x), flat(a), flat(index)
     for n in range(first, last):
         out = span(flat_x, (n * x.shape[1] + x_channel) * x_positions, len(positions))
         value = flat_a[(n * a.shape[1] + a_channel) * a_positions:(n + 1) * a.shape[1] * a_positions]
@@ -237,7 +238,7 @@ def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channe
     """c_in[i] <- the sum of c over the readers of element i, readers[starts[i]:starts[i + 1]]. Those before starts[0]
     read none: their relevance goes to ledger[n, column]. Units are images."""
     in_positions, positions = c_in.shape[2] * c_in.shape[3], c.shape[2] * c.shape[3]
-    flat_in, flat_c = c_in.reshape(c_in.size), c.reshape(c.size)
+    flat_in, flat_c = flat(c_in), flat(c)
     for n in range(first, last):
         out = span(flat_in, (n * c_in.shape[1] + c_in_channel) * in_positions, len(starts) - 1)
         factor = flat_c[(n * c.shape[1] + c_channel) * positions:(n + 1) * c.shape[1] * positions]
@@ -256,9 +257,10 @@ def rearrange_redistribute(c_in, ledger, c, starts, readers, column, c_in_channe
 @kernel
 def copy_forward(x, a, x_begin, a_begin, count, accumulate, first, last):
     """x[n, x_begin:x_begin + count] <- a[n, a_begin:a_begin + count], or added to it. Units: images."""
-    flat_x, flat_a = x.reshape(x.shape[0], x.shape[1]), a.reshape(a.shape[0], a.shape[1])
+    flat_x, flat_a = flat(x), flat(a)
     for n in range(first, last):
-        out, value = flat_x[n, x_begin:x_begin + count], flat_a[n, a_begin:a_begin + count]
+        out = span(flat_x, n * x.shape[1] + x_begin, count)
+        value = span(flat_a, n * a.shape[1] + a_begin, count)
         if accumulate:
             for i in range(count):
                 out[i] += value[i]
@@ -272,8 +274,8 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
                 x_channel, a_channel, b_channel, features, x_min, x_max, relevance, first, last):
     """x <- a + b, clipped to x_min..x_max; ratio <- |x| / z with z the sum of both features."""
     channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
-    flat_b = b.reshape(b.size)
+    flat_x, flat_ratio, flat_a = flat(x), flat(ratio), flat(a)
+    flat_b = flat(b)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
@@ -303,8 +305,8 @@ def add_redistribute(c_in, c, ratio, a, low, high,
                      c_in_channel, c_channel, a_channel, features, relevance, accumulate, first, last):
     """What one of the two inputs, a, gets: c_in <- ratio * c, for the features that it has."""
     channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_in, flat_c, flat_ratio = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size)
-    flat_a = a.reshape(a.size)
+    flat_in, flat_c, flat_ratio = flat(c_in), flat(c), flat(ratio)
+    flat_a = flat(a)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels

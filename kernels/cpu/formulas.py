@@ -6,6 +6,7 @@ formulas are in kernels/scalar.py. What they leave of an output's relevance is a
 
 import numpy as np
 from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, SIGNS
+from fastdtd.kernels.cpu.arrays import flat
 from fastdtd.kernels.cpu.elementwise import span
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
@@ -69,8 +70,8 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
     """
     channels, height, width = ratio_pos.shape[1:]
     size = height * width
-    flat_x, flat_pos, flat_neg = x.reshape(x.size), ratio_pos.reshape(ratio_pos.size), ratio_neg.reshape(ratio_neg.size)
-    flat_bias, flat_absorbed = ratio_bias.reshape(ratio_bias.size), absorbed.reshape(absorbed.size)
+    flat_x, flat_pos, flat_neg = flat(x), flat(ratio_pos), flat(ratio_neg)
+    flat_bias, flat_absorbed = flat(ratio_bias), flat(absorbed)
     is_mean = rule_writes(formula, beta, bias_mode)[3] and (count_h.max() > 1 or count_w.max() > 1)
     for unit in range(first, last):
         n, k, at = unit // channels, unit % channels, unit * size
@@ -108,7 +109,7 @@ def absorb_remainder_redistribute(ledger, absorbed, c, column, c_channel, first,
     """ledger[n, column] += what stabilisers and biases absorb of relevance c. Units are images."""
     elements = absorbed.shape[1] * absorbed.shape[2] * absorbed.shape[3]
     positions = absorbed.shape[2] * absorbed.shape[3]
-    flat_absorbed, flat_c = absorbed.reshape(absorbed.size), c.reshape(c.size)
+    flat_absorbed, flat_c = flat(absorbed), flat(c)
     for n in range(first, last):
         part = span(flat_absorbed, n * elements, elements)
         relevance = span(flat_c, (n * c.shape[1] + c_channel) * positions, elements)
@@ -122,7 +123,7 @@ def absorb_remainder_redistribute(ledger, absorbed, c, column, c_channel, first,
 def relevance_redistribute(out, x, c, x_channel, c_channel, relevance, first, last):
     """out (N, C, H, W) <- the relevance of x, |x| c, or c where that is relevance itself. Units are images."""
     elements, positions = out.shape[1] * out.shape[2] * out.shape[3], out.shape[2] * out.shape[3]
-    flat_out, flat_x, flat_c = out.reshape(out.size), x.reshape(x.size), c.reshape(c.size)
+    flat_out, flat_x, flat_c = flat(out), flat(x), flat(c)
     for n in range(first, last):
         to = span(flat_out, n * elements, elements)
         value = span(flat_x, (n * x.shape[1] + x_channel) * positions, elements)

@@ -19,7 +19,9 @@ from numba import njit
 from numba.core import config
 
 try:
+    from llvmlite.binding import Linkage
     from numba.core.caching import NullCache
+    from numba.core.codegen import CPUCodeLibrary
     from numba.core.compiler import CompileResult
     from numba.core.serialize import dumps
     from numba.misc.appdirs import AppDirs
@@ -106,7 +108,7 @@ class _KernelCache(NullCache or object):
 
     def _name_and_key(self, sig, codegen):
         """A file's name, one for each signature and processor, and all that its code depends on."""
-        what_for = repr((self._stem, sig, codegen.magic_tuple()))
+        what_for = repr((self._stem, sig, codegen.magic_tuple(), *_other_target()))
         name = f"{self._stem}.{hashlib.sha256(what_for.encode()).hexdigest()[:16]}.nbc"
         return name, repr((numba.__version__, llvmlite.__version__, sys.version, _SOURCES, what_for))
 
@@ -124,6 +126,39 @@ def _write(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ---- For other programs ----------------------------------------------------------------------------------------------
+
+_keeps_ir = False
+
+
+def _other_target():
+    """What else the code depends on where it is made for another program."""
+    return [os.environ.get("FASTDTD_VECTORS"), "IR"] if _keeps_ir else []
+
+
+def keep_ir():
+    """From now on keep kernels' optimised IR as it is before machine code is made of it, which takes masked loads and
+    atomics apart for this processor. `ir_of` gives it; on disk it is kept beside the machine code."""
+    global _keeps_ir  # noqa: PLW0603
+    _keeps_ir = True
+    original = CPUCodeLibrary._finalize_final_module
+
+    def finalize(library):
+        if library._shared_module is None:  # else it comes from disk
+            library._shared_module = library._final_module.clone()
+            for function in library._shared_module.functions:
+                if not function.is_declaration and function.linkage == Linkage.external:
+                    function.linkage = "linkonce_odr"  # as Numba does before it links a library into another
+        original(library)
+
+    CPUCodeLibrary._finalize_final_module = finalize
+
+
+def ir_of(result):
+    """(bitcode, name) of the native function of what Numba compiled."""
+    return result.library._shared_module.as_bitcode(), result.fndesc.llvm_func_name
 
 
 # ---- The decorator ---------------------------------------------------------------------------------------------------

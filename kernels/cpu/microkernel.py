@@ -25,6 +25,7 @@ from fastdtd.kernels.cpu.vector_code import (
     I32,
     I64,
     LANES,
+    REGISTERS,
     ZEROS,
     integer,
     load_vector,
@@ -39,7 +40,8 @@ from numba import types
 from numba.extending import intrinsic
 
 # Rows of a tile and vectors across it: as many accumulators as the registers hold with the operands.
-TILE_ROWS, TILE_VECTORS = {16: (8, 3), 8: (6, 2), 4: (4, 2)}[LANES]  # 24 of 32 registers, 12 of 16, 8 of 16
+# 24 of 32 registers; 12 of 16; of four lanes, which are slow in any case, 8 of 16 for less code
+TILE_ROWS, TILE_VECTORS = (8, 3) if REGISTERS == 32 else (6, 2) if LANES == 8 else (4, 2)
 TILE_COLUMNS = LANES * TILE_VECTORS
 SPLIT_ROWS, SPLIT_VECTORS = 4, 3  # 12 accumulators in use at a time
 SPLIT_COLUMNS = LANES * SPLIT_VECTORS

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 from fastdtd.kernels.codes import NORM_TAYLOR
+from fastdtd.kernels.cpu.arrays import flat
 from fastdtd.kernels.cpu.elementwise import channels_in_span, span
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import norm_passed, norm_scale, norm_terms
@@ -29,7 +30,7 @@ def normalize_forward(x, ratio, a, x_channel, a_channel, before, after, within_c
     """
     channels, height, width = ratio.shape[1:]
     positions = height * width
-    flat_x, flat_ratio, flat_a = x.reshape(x.size), ratio.reshape(ratio.size), a.reshape(a.size)
+    flat_x, flat_ratio, flat_a = flat(x), flat(ratio), flat(a)
     for unit in range(first, last):
         n, row = unit // height, unit % height
         for k in range(channels):
@@ -56,7 +57,7 @@ def normalize_forward(x, ratio, a, x_channel, a_channel, before, after, within_c
 def normalize_redistribute(c_in, c, ratio, c_in_channel, c_channel, relevance, accumulate, first, last):
     """Relevance passes: c_in <- c * ratio, for |x| c = |a| ratio c; relevance itself as it is."""
     channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
-    flat_in, flat_c, flat_ratio = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size)
+    flat_in, flat_c, flat_ratio = flat(c_in), flat(c), flat(ratio)
     unit = first
     while unit < last:
         n, k = unit // channels, unit % channels
@@ -100,8 +101,8 @@ def normalize_taylor_redistribute(c_in, ledger, c, ratio, a, scratch, column, c_
     """
     channels, height, width = ratio.shape[1:]
     size, taylor = channels * height * width, formula == NORM_TAYLOR
-    flat_in, flat_c, flat_ratio = c_in.reshape(c_in.size), c.reshape(c.size), ratio.reshape(ratio.size)
-    flat_a = a.reshape(a.size)
+    flat_in, flat_c, flat_ratio = flat(c_in), flat(c), flat(ratio)
+    flat_a = flat(a)
     terms, own, sums = span(scratch, 0, size), span(scratch, size, size), span(scratch, 2 * size, width)
     for n in range(first, last):
         out = span(flat_in, (n * c_in.shape[1] + c_in_channel) * height * width, size)

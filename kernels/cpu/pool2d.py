@@ -11,6 +11,7 @@ are flat scratch.
 
 import numpy as np
 from fastdtd.kernels.codes import BOX, NEGATED, ONES, SIGNED, VALUE
+from fastdtd.kernels.cpu.arrays import flat
 from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
@@ -270,7 +271,7 @@ def pool2d_forward(x, ratio, dead, a, low, planes, offsets, count_h, count_w, bl
     channels, height, across = ratio.shape[1:]
     width, plane_rows = block_columns + halo_columns, block_rows + halo_rows
     plane, size, a_size = plane_rows * width, height * across, a.shape[2] * a.shape[3]
-    flat_x, flat_ratio = x.reshape(x.size), ratio.reshape(ratio.size)
+    flat_x, flat_ratio = flat(x), flat(ratio)
     p_x, p_ratio, p_a, p_block = x.ctypes.data, ratio.ctypes.data, a.ctypes.data, block.ctypes.data
     counted, largest = features == ONES, maximum != 0
     for unit in range(first, last):
@@ -334,7 +335,7 @@ def pool2d_redistribute(c_in, c, ratio, a, low, block, results, c_in_channel, c_
     block_width += LANES
     as_it_is = features == ONES or (features not in (SIGNED, NEGATED) and not relevance)
     straight = as_it_is and (whole or stride_w == 1)  # from the sums into c_in
-    flat_c, flat_ratio, add = c.reshape(c.size), ratio.reshape(ratio.size), accumulate != 0
+    flat_c, flat_ratio, add = flat(c), flat(ratio), accumulate != 0
     p_in, p_block, p_row = c_in.ctypes.data, block.ctypes.data, results.ctypes.data
     p_ratio, p_c, p_a, p_phase = ratio.ctypes.data, c.ctypes.data, a.ctypes.data, p_row + 4 * (size + LANES)
     lines, length = (1, size) if whole else (height, width)

@@ -11,11 +11,11 @@ Threads that run a plan together wait at a barrier after each step: a counter in
 import hashlib
 
 import numpy as np
-from fastdtd.kernels.cpu.jit import is_kept, kernel
+from fastdtd.kernels.cpu.arrays import borrowed
+from fastdtd.kernels.cpu.jit import ir_of, is_kept, kernel
 from fastdtd.kernels.cpu.vector_code import F32, I32, I64
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
@@ -35,13 +35,13 @@ def bind(function, arguments):
     slots (int64) holds addresses of the arrays among the arguments, which are to be C-contiguous; the caller keeps both
     alive. Others are integers, or floats, which arrive as float32.
     """
-    kinds = tuple(_kind(argument) for argument in arguments)
+    kinds = tuple(map(kind_of, arguments))
     slots = []
     for argument in arguments:
         if isinstance(argument, np.ndarray):
             slots += [argument.ctypes.data, *argument.shape]
         else:
-            slots.append(int(np.float32(argument).view(np.int32)) if isinstance(argument, float) else argument)
+            slots.append(number_slot(argument))
     return _address(_step(function, kinds)), np.array(slots, np.int64)
 
 
@@ -56,11 +56,26 @@ def steps_compiled():
     return dict(_bound)
 
 
-def _kind(argument):
-    if not isinstance(argument, np.ndarray):
-        return types.float32 if isinstance(argument, float) else types.int64
-    assert argument.flags.c_contiguous
-    return types.Array(from_dtype(argument.dtype), argument.ndim, "C")
+def kind_of(argument):
+    """The type of a step's argument; that of an array is (dtype, number of axes), or follows from the array itself."""
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous
+        argument = argument.dtype, argument.ndim
+    if isinstance(argument, tuple):
+        return types.Array(from_dtype(np.dtype(argument[0])), argument[1], "C")
+    return types.float32 if isinstance(argument, float) else types.int64
+
+
+def number_slot(argument):
+    """What stands in a slot for an integer or a float."""
+    return int(np.float32(argument).view(np.int32)) if isinstance(argument, float) else int(argument)
+
+
+def step_ir(function, kinds):
+    """(bitcode, name) of the function of (result, exception, slots, first, last) that makes a step's call, where
+    jit.keep_ir() was called before."""
+    result = _step(function, kinds).get_compile_result(_SIGNATURE)
+    return ir_of(result)
 
 
 def _step(function, kinds):
@@ -97,29 +112,13 @@ def _make_arguments(kinds):
                     results.append(builder.bitcast(builder.trunc(bits, I32), F32) if kind == types.float32 else bits)
                     continue
                 address, shape = following(), [following() for _ in range(kind.ndim)]
-                results.append(_array(context, builder, kind, address, shape))
+                pointer = builder.inttoptr(address, context.get_value_type(kind.dtype).as_pointer())
+                results.append(borrowed(context, builder, kind, pointer, shape))
             return context.make_tuple(builder, signature.return_type, results)
 
         return types.Tuple(kinds)(types.intp), codegen
 
     return arguments
-
-
-def _array(context, builder, kind, address, shape):
-    """A C-contiguous array of borrowed memory, as Numba's functions take it."""
-    item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-    strides, below = [], ir.Constant(I64, item)
-    for size in reversed(shape):
-        strides.insert(0, below)
-        below = builder.mul(below, size)
-    array = context.make_array(kind)(context, builder)
-    array.meminfo = cgutils.get_null_value(array.meminfo.type)
-    array.parent = cgutils.get_null_value(array.parent.type)
-    array.data = builder.inttoptr(address, array.data.type)
-    array.itemsize = ir.Constant(I64, item)
-    array.nitems = builder.sdiv(below, array.itemsize)
-    array.shape, array.strides = (cgutils.pack_array(builder, values, I64) for values in (shape, strides))
-    return array._getvalue()
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ and integers: an array that is sliced or passed to a function is a counted refer
 than a short loop.
 """
 
+import os
+
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
@@ -18,14 +20,21 @@ def _cpu_features():
     return "" if config.CPU_NAME == "generic" else llvm.get_host_cpu_features().flatten()
 
 
-def _lanes():
-    """Floats in a vector."""
+def _vectors():
+    """Floats in a vector, and how many vectors there are registers for."""
+    if told := os.environ.get("FASTDTD_VECTORS"):  # as in "4x32": code is made for another processor than this one
+        lanes, _, registers = told.partition("x")
+        return int(lanes), int(registers)
     features = _cpu_features().split(",")
-    # 4: SSE2, NEON and whatever else LLVM maps four lanes to
-    return 16 if "+avx512f" in features else 8 if "+avx2" in features else 4
+    if "+avx512f" in features:
+        return 16, 32
+    if "+avx2" in features:
+        return 8, 16
+    # SSE2, NEON and whatever else LLVM maps four lanes to
+    return 4, 32 if llvm.get_process_triple().startswith(("aarch64", "arm64")) else 16
 
 
-LANES = _lanes()
+LANES, REGISTERS = _vectors()
 
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR, INTEGERS, BITS = (ir.VectorType(kind, LANES) for kind in (F32, I32, ir.IntType(1)))

@@ -19,6 +19,7 @@ the list of outputs whose inputs are zero.
 """
 
 import numpy as np
+from fastdtd.kernels.cpu.arrays import as_int32
 from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
@@ -380,7 +381,7 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (channel * block + t + i), stride, p_lines + 16 * i, width)
             t, at = t + length, at + 6 * width
-    return _list_blind(seen.view(np.int32), 36 * block, seen, tile, count, tiles_across, tiles_of_image)
+    return _list_blind(as_int32(seen), 36 * block, seen, tile, count, tiles_across, tiles_of_image)
 
 
 @kernel
@@ -420,7 +421,7 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
     p_points, p_sums, p_stage = points.ctypes.data, sums.ctypes.data, stage.ctypes.data
     p_packed, p_packed_v = packed[0].ctypes.data, packed[1].ctypes.data
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
-    marks, transformed, any_blind = seen.view(np.int32), -1, False
+    marks, transformed, any_blind = as_int32(seen), -1, False
     for unit in range(first, last):
         split, g, tile = unit % splits, unit // splits % groups, unit // (splits * groups) * block
         count = min(block, all_tiles - tile)

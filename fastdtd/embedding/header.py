@@ -1,0 +1,109 @@
+"""The C header of an embedded library."""
+
+from __future__ import annotations
+
+from fastdtd.embedding.job import Compiled
+from fastdtd.embedding.targets import Target
+from fastdtd.kernels.cpu import program
+
+_CODES = {
+    program.OK: "OK", program.NULL: "NULL", program.MISALIGNED: "MISALIGNED", program.BAD_TARGET: "BAD_TARGET",
+    program.NOT_FINITE: "NOT_FINITE", program.NO_WEIGHTS: "NO_WEIGHTS", program.OTHER_VERSION: "OTHER_VERSION",
+    program.OTHER_NETWORK: "OTHER_NETWORK", program.WRONG_SIZE: "WRONG_SIZE", program.BEYOND: "BEYOND",
+    program.LOST: "LOST", program.BAD_PICTURE: "BAD_PICTURE",
+}
+
+_TEXT = """\
+/* {name}.h: a network's predictions and their explanations by deep Taylor decomposition.
+
+   Written by fastdtd for {target}. C99 and C++.
+
+   Input and relevance are float[{channels}][{height}][{width}], output is float[{outputs}]. Relevance and what layers
+   absorbed sum to the score that is explained:
+
+       sum of relevance + absorbed = output[target]     (zero where that is not positive)
+
+   Nothing is allocated and no state is kept: any number of threads may call at once, each with a workspace of its own.
+   No library is needed, neither of C nor for mathematics.
+
+   weights     {weights}
+   workspace   {workspace_bytes} bytes at a multiple of 64. Nothing in it outlives a call, nothing has to be cleared.
+
+   All functions that return int return 0, or one of the negative codes below; {name}_error says what each means. */
+#ifndef {upper}_H
+#define {upper}_H
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+#define {upper}_ABI_VERSION {abi}
+#define {upper}_ALIGNMENT 64
+#define {upper}_WORKSPACE_BYTES {workspace_bytes}u
+#define {upper}_WEIGHTS_BYTES {weights_bytes}u
+#define {upper}_CHANNELS {channels}
+#define {upper}_HEIGHT {height}
+#define {upper}_WIDTH {width}
+#define {upper}_CLASSES {outputs}
+
+enum {{
+{codes}
+}};
+
+/* What the library was made as: compare it with {upper}_ABI_VERSION. */
+unsigned {name}_abi_version(void);
+
+/* The same as the constants above. */
+size_t {name}_workspace_bytes(void);
+size_t {name}_weights_bytes(void);
+int {name}_classes(void);
+void {name}_input_shape(int shape[3]);
+
+/* UTF-8; NULL where there is no such class or classes have no names. */
+const char *{name}_class_name(int index);
+
+/* What a code means, in English. */
+const char *{name}_error(int code);
+
+/* Whether so many bytes are this network's weights, by what they begin with: the content is not read. */
+int {name}_check_weights(const void *weights, size_t bytes);
+
+/* Whether so many bytes are enough, and aligned. */
+int {name}_check_workspace(const void *workspace, size_t bytes);
+
+/* Class scores, before any softmax. */
+int {name}_predict(const void *weights, const float *input, float *output, void *workspace);
+
+/* The relevance of the input for one output; target -1: the one with the highest score. output and absorbed (one float)
+   may be NULL. Input values beyond the network's bounds are clipped to them. */
+int {name}_explain(const void *weights, const float *input, int target, float *output, float *relevance,
+                   float *absorbed, void *workspace);
+{preprocess}
+#ifdef __cplusplus
+}}
+#endif
+#endif
+"""
+
+_PREPROCESS = """
+/* The input from a picture of any size, 8 bits a channel, red first, rows row_bytes apart: resized bilinearly as Pillow
+   does it ({resize}), then as the network wants its values. */
+int {name}_preprocess_rgb(const unsigned char *pixels, int height, int width, int row_bytes, float *input);
+"""
+
+
+def header(name: str, compiled: Compiled, target: Target, has_weights: bool, resize: str) -> str:
+    channels, height, width = compiled.input_shape
+    upper = name.upper()
+    weights = (f"{compiled.weights_bytes} bytes at a multiple of 64, the content of {name}.weights, read or mapped"
+               if not has_weights else "inside of the library: pass NULL")
+    preprocess = _PREPROCESS.format(
+        name=name, resize="the middle, as large as fits" if resize == "crop" else "stretched"
+    ) if compiled.reads_pictures else ""
+    codes = ",\n".join(f"    {upper}_{text} = {code}" for code, text in _CODES.items())
+    return _TEXT.format(name=name, upper=upper, target=target.name, channels=channels, height=height, width=width,
+                        outputs=compiled.outputs, weights=weights, workspace_bytes=compiled.workspace_bytes,
+                        weights_bytes=0 if has_weights else compiled.weights_bytes, abi=program.ABI_VERSION,
+                        codes=codes, preprocess=preprocess)

@@ -1,0 +1,36 @@
+"""What passes between the process that asks for an embedded library and the one that compiles it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdtd.embedding.targets import Target
+from fastdtd.model import Model
+from fastdtd.rules import Rules
+
+OBJECT, WEIGHTS, COMPILED = "object", "weights", "compiled"  # files that it leaves
+
+
+@dataclass(frozen=True)
+class Job:
+    """A library to compile."""
+
+    model: Model
+    rules: Rules
+    target: Target
+    name: str
+    embeds_weights: bool
+    small: bool
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the header and the documentation say of a library."""
+
+    input_shape: tuple[int, int, int]
+    outputs: int
+    classes: tuple[str, ...]
+    workspace_bytes: int
+    weights_bytes: int
+    steps: int
+    reads_pictures: bool

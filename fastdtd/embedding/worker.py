@@ -1,0 +1,140 @@
+"""The process in which an embedded library is compiled: kernels are written for a processor when they are imported, so
+each target has a process of its own.
+
+    python -m fastdtd.embedding.worker JOB FOLDER
+
+JOB is a pickled `Job` of the process that started this one. In FOLDER it leaves the object, the weights and a
+`Compiled`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdtd.embedding.job import COMPILED, OBJECT, WEIGHTS, Compiled, Job
+from fastdtd.errors import FastDTDError
+from fastdtd.model import Model
+
+_MAGIC, _VERSION = b"fastdtdW", 1
+
+
+def main(arguments: list[str]) -> None:
+    job_path, folder = map(Path, arguments)
+    job = pickle.loads(job_path.read_bytes())
+    try:
+        outcome: Any = _compile(job, folder)
+    except FastDTDError as error:
+        outcome = error
+    (folder / COMPILED).write_bytes(pickle.dumps(outcome))
+
+
+def _compile(job: Job, folder: Path) -> Compiled:
+    from fastdtd.kernels.cpu import jit
+
+    jit.keep_ir()
+    from fastdtd.embedding import code, layout
+    from fastdtd.kernels.cpu import program
+    from fastdtd.lowering import lower
+    from fastdtd.rules import assign
+    from fastdtd.warmup import load_kernels
+
+    graph = job.model.graph
+    assignment = assign(graph, job.rules)
+    kernels: Any = load_kernels("cpu")
+    schedule = lower(graph, assignment, _Direct(kernels) if job.small else kernels).schedule(1)
+    found = layout.lay_out(schedule, _aligned(8 * program.HEADER_WORDS))
+    layers: dict[int, str] = {}
+    for step, row in zip(schedule.steps, found.steps, strict=True):
+        layers.setdefault(int(row[0]), step.layer)
+    digest = hashlib.sha256()
+    for piece in found.weights:
+        digest.update(piece)
+    digest.update(found.slots.tobytes() + found.steps.tobytes() + job.target.vectors.encode())
+    header = _MAGIC + np.array([_VERSION, found.weights_bytes], "<i8").tobytes() + digest.digest()
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write(header + bytes(_aligned(len(header)) - len(header)))
+        file.writelines(found.weights)
+    facts = _facts(job.model, assignment.derivative, schedule, found, header, job.embeds_weights)
+    content = code.emit(found, facts, _numbers(job.model), job.model.classes, job.name, job.target,
+                        folder / WEIGHTS if job.embeds_weights else None, layers)
+    (folder / OBJECT).write_bytes(content)
+    return Compiled(graph.input_shape, graph.shapes[graph.output][0], job.model.classes, found.workspace_bytes,
+                    found.weights_bytes, len(schedule.steps), job.model.preprocessing.color is not None)
+
+
+class _Direct:
+    """Kernels without Winograd's algorithm, whose transformed weights are four times as large."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    @staticmethod
+    def winograd2d_pays(*shape: int) -> bool:
+        return False
+
+
+def _facts(model: Model, derivative: str | None, schedule: Any, found: Any, header: bytes, embedded: bool
+           ) -> list[int]:
+    """The network, as fastdtd.kernels.cpu.program reads it."""
+    from fastdtd.kernels.cpu import program
+
+    graph, p = model.graph, model.preprocessing
+    channels, height, width = graph.input_shape
+    facts = [0] * program.FACTS
+    facts[:program.HEADER_WORDS] = np.frombuffer(header, "<i8").tolist()
+    dead, ledger = (schedule.states[name][0] for name in ("dead", "ledger"))
+    for index, value in {
+        program.STEPS: len(schedule.steps), program.FORWARD_STEPS: schedule.forward_steps, program.CHANNELS: channels,
+        program.HEIGHT: height, program.WIDTH: width, program.OUTPUTS: graph.shapes[graph.output][0],
+        program.LAYERS: ledger[1], program.WORKSPACE_BYTES: found.workspace_bytes,
+        program.EMBEDDED_WEIGHTS: embedded, program.INPUT_AT: found.places["input"],
+        program.OUTPUT_AT: found.places["output"], program.START_AT: found.places["start"],
+        program.RELEVANCE_AT: found.places["relevance"], program.LEDGER_AT: found.places["ledger"],
+        program.DEAD_AT: found.places["dead"], program.DEAD_BYTES: dead[0] * dead[1],
+        program.SLOTS_AT: found.places["slots"], program.HAS_BOUNDS: graph.box is not None,
+        program.STARTS_WITH_RELEVANCE: schedule.starts_with_relevance,
+        program.DERIVATIVE: _DERIVATIVES.index(derivative),
+        program.COLOR: _COLORS.index(p.color), program.CROPS: p.resize == "crop",
+        program.HAS_PLANES: not _is_by_channel(model),
+    }.items():
+        facts[index] = int(value)
+    return facts
+
+
+_DERIVATIVES = (None, "gradient", "gradient*input", "sensitivity")
+_COLORS = (None, "rgb", "bgr", "gray")
+
+
+def _is_by_channel(model: Model) -> bool:
+    return bool(model.preprocessing.mean.shape[1:] == model.preprocessing.std.shape[1:] == (1, 1))
+
+
+def _numbers(model: Model) -> Any:
+    """The input's bounds, then what pixels become: by channel and value, or scale, means and deviations."""
+    graph, p = model.graph, model.preprocessing
+    channels = graph.input_shape[0]
+    bounds = np.zeros((2, channels)) if graph.box is None else np.stack(graph.box)
+    if p.color is None:
+        pixels = [np.zeros(0)]
+    elif _is_by_channel(model):
+        pixels = [(np.arange(256, dtype=np.float32) * np.float32(p.scale) - p.mean[:, 0]) / p.std[:, 0]]
+    else:
+        pixels = [np.array([p.scale]), *(np.broadcast_to(each, graph.input_shape) for each in (p.mean, p.std))]
+    return np.concatenate([np.ravel(part).astype(np.float32) for part in (bounds, *pixels)])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
