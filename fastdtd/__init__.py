@@ -11,6 +11,7 @@ Explanation of 1 image, 3x227x227
 """
 
 from fastdtd.analysis import Analysis, analyze
+from fastdtd.embedding import Embedded, embed
 from fastdtd.errors import (
     ConversionError,
     DeviceError,
@@ -35,8 +36,8 @@ from fastdtd.rules import Rule, search_direction
 
 __version__ = "0.1.0"
 __all__ = [
-    "Analysis", "ConversionError", "DeviceError", "Evaluation", "Explainer", "Explanation", "ExplanationWarning",
-    "FastDTDError", "Graph", "InputError", "Model", "ModelError", "OutputError", "PictureError", "Preprocessing",
-    "Results", "Rule", "RuleError", "analyze", "convert", "evaluate", "explain_func", "from_torch", "load",
-    "open_results", "save", "search_direction",
+    "Analysis", "ConversionError", "DeviceError", "Embedded", "Evaluation", "Explainer", "Explanation",
+    "ExplanationWarning", "FastDTDError", "Graph", "InputError", "Model", "ModelError", "OutputError", "PictureError",
+    "Preprocessing", "Results", "Rule", "RuleError", "analyze", "convert", "embed", "evaluate", "explain_func",
+    "from_torch", "load", "open_results", "save", "search_direction",
 ]

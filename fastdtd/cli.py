@@ -1,4 +1,4 @@
-"""The command line: `fastdtd explain`, `report`, `analyze`, `evaluate`, `convert`, `show` and others."""
+"""The command line: `fastdtd explain`, `report`, `analyze`, `evaluate`, `convert`, `embed` and others."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ Which pixels does a network's prediction come from?
   fastdtd report out                               a page to look at them: out/report.html
   fastdtd analyze out                              heatmaps of a class compared, for ViRelAy
   fastdtd evaluate net.h5 pictures/ -o out         is the heatmap right? its curve beside other methods'
+  fastdtd embed net.h5 -o lib                      a library for C that explains, without Python
   fastdtd warmup                                   compile ahead what is otherwise compiled on first use
 
 `fastdtd COMMAND --help` says more and gives examples.
@@ -159,6 +160,22 @@ examples:
 _RULES = """\
 List the presets and rules by which relevance can be redistributed, with their parameters. docs/method.md has the
 formulas.
+"""
+_EMBED = """\
+Write a library that predicts and explains without Python, for programs in C or any language that calls C.
+
+DIR gets NAME.h, which documents the functions; NAME.o and libNAME.a; libNAME.so, where there is a linker; and with
+--weights file NAME.weights. No C compiler is needed. The library needs nothing else: it allocates no memory, keeps no
+state, calls no other library, and any number of threads may call it. docs/howto-embed.md leads to a linked program.
+"""
+_EMBED_EXAMPLES = """\
+examples:
+  fastdtd embed squeezenet1_1 -o lib                         for this machine's architecture, weights inside
+  fastdtd embed net.h5 -o lib --name net --weights file      weights in a file that programs map
+  fastdtd embed net.h5 -o lib --target aarch64               for another one
+  fastdtd embed net.h5 -o web --target wasm32 --weights compact
+  fastdtd embed net.h5 -o lib --algorithms small             less memory, more time
+  fastdtd embed net.h5 -o lib --rules zennit.epsilon_plus
 """
 _WARMUP = """\
 Compile all kernels ahead, so that nobody waits for it later: when a container image is built, say.
@@ -382,6 +399,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--workers", metavar="N", type=int, help="threads that read pictures and draw (default: all "
                         "processors)")
 
+    embed = command("embed", _EMBED, _EMBED_EXAMPLES, "write a library that explains without Python")
+    _add_embed(embed)
     warmup = command("warmup", _WARMUP, _WARMUP_EXAMPLES, "compile all kernels ahead, for images and containers")
     warmup.set_defaults(run=_warmup)
     command("rules", _RULES, "", "list presets and rules").set_defaults(run=_list_rules)
@@ -415,6 +434,28 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
                         "methods together, as in 2GiB or 500MB")
     parser.add_argument("--device", metavar="DEVICE", default="cpu",
                         help="what computes: cpu, cuda, cuda:N or auto, as in `fastdtd explain` (default: %(default)s)")
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    from fastdtd.embedding import ALGORITHMS, TARGETS, WEIGHTS
+
+    parser.set_defaults(run=_embed)
+    parser.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
+    parser.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path("lib"),
+                        help="folder for the files (default: %(default)s)")
+    parser.add_argument("--name", metavar="NAME", help="what the names of functions and files begin with (default: the "
+                        "model's)")
+    parser.add_argument("--target", metavar="TARGET",
+                        help=f"{', '.join(TARGETS)}; or any triple that LLVM knows, untested, as "
+                        "TRIPLE[:CPU[:FEATURES]] (default: this machine's architecture; of x86-64 v3, with AVX2)")
+    parser.add_argument("--device-cpu", action="store_true",
+                        help="for this very processor: the bits that `fastdtd explain` gives here")
+    parser.add_argument("--weights", metavar="HOW", choices=WEIGHTS, default="embedded",
+                        help="embedded: inside of the library; file: in NAME.weights, as the kernels read them; compact "
+                        "or compact16: there as float32 or float16, for NAME_unpack (default: %(default)s)")
+    parser.add_argument("--algorithms", metavar="WHICH", choices=ALGORITHMS, default="fast",
+                        help="fast; or small: no Winograd, whose weights take more (default: %(default)s)")
+    _add_rules(parser)
 
 
 def _add_rules(parser: argparse._ActionsContainer) -> None:
@@ -773,6 +814,24 @@ def _list_rules(_: argparse.Namespace) -> int:
     print("Parameters and their defaults:")
     for name, parameters in rules.PARAMETERS.items():
         print(f"  {name}({', '.join(f'{key}={value}' for key, value in parameters.items())})")
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from fastdtd import model_file
+    from fastdtd.embedding import embed
+
+    model = model_file.load(options.model)
+    name = options.name or re.sub(r"\W|^(?=\d)", "_", Path(options.model).stem, flags=re.ASCII)
+    made = embed(model, options.out, _rules(options), options.target, options.weights, options.algorithms, name,
+                 options.device_cpu)
+    for path in (made.header, made.object, made.static, made.shared, made.weights):
+        if path:
+            print(f"{path}: {path.stat().st_size:,} bytes")
+    print(f"for {made.target}; a call needs {made.workspace_bytes:,} bytes of workspace and {made.weights_bytes:,} of "
+          "weights")
+    for line in made.missing:
+        print(printable(f"fastdtd: {line}"), file=sys.stderr)
     return 0
 
 

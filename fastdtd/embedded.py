@@ -30,21 +30,24 @@ __all__ = ["EmbeddedError", "Explained", "Network", "load"]
 
 _ABI_VERSION = 1
 _ALIGNMENT = 64
-_PROBE = ctypes.c_void_p
+_ADDRESS = ctypes.c_void_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "abi_version": (ctypes.c_uint, []),
     "workspace_bytes": (ctypes.c_size_t, []),
     "weights_bytes": (ctypes.c_size_t, []),
-    "input_shape": (None, [_PROBE]),
+    "input_shape": (None, [_ADDRESS]),
     "classes": (ctypes.c_int, []),
     "class_name": (ctypes.c_char_p, [ctypes.c_int]),
     "error": (ctypes.c_char_p, [ctypes.c_int]),
-    "check_weights": (ctypes.c_int, [_PROBE, ctypes.c_size_t]),
-    "check_workspace": (ctypes.c_int, [_PROBE, ctypes.c_size_t]),
-    "predict": (ctypes.c_int, [_PROBE] * 4),
-    "explain": (ctypes.c_int, [_PROBE, _PROBE, ctypes.c_int, _PROBE, _PROBE, _PROBE, _PROBE]),
-    "preprocess_rgb": (ctypes.c_int, [_PROBE, ctypes.c_int, ctypes.c_int, ctypes.c_int, _PROBE]),
+    "check_weights": (ctypes.c_int, [_ADDRESS, ctypes.c_size_t]),
+    "check_workspace": (ctypes.c_int, [_ADDRESS, ctypes.c_size_t]),
+    "predict": (ctypes.c_int, [_ADDRESS] * 4),
+    "explain": (ctypes.c_int, [_ADDRESS, _ADDRESS, ctypes.c_int, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS]),
+    "preprocess_rgb": (ctypes.c_int, [_ADDRESS, ctypes.c_int, ctypes.c_int, ctypes.c_int, _ADDRESS]),
+    "compact_bytes": (ctypes.c_size_t, []),
+    "unpack": (ctypes.c_int, [_ADDRESS, ctypes.c_size_t, _ADDRESS, _ADDRESS]),
 }
+_OF_COMPACT_WEIGHTS = ("compact_bytes", "unpack")
 
 
 class EmbeddedError(_Error):
@@ -98,17 +101,23 @@ class Network:
         self.outputs = int(self._functions["classes"]())
         self.workspace_bytes = int(self._functions["workspace_bytes"]())
         self._weights, self._mapped = None, None
-        if wanted := int(self._functions["weights_bytes"]()):
-            self._mapped = _mapped(weights or path.with_name(f"{name}.weights"), wanted)
-            self._weights = self._mapped.ctypes.data
-            self._check("check_weights", self._weights, self._mapped.size)
         self._own = threading.local()
+        if wanted := int(self._functions["weights_bytes"]()):
+            compact = int(self._functions["compact_bytes"]()) if "compact_bytes" in self._functions else 0
+            self._mapped = _mapped(weights or path.with_name(f"{name}.weights"), compact or wanted)
+            if compact:
+                memory = _aligned(wanted)
+                self._check("unpack", self._mapped.ctypes.data, compact, memory.ctypes.data, self._workspace())
+                self._mapped = memory
+            self._weights = self._mapped.ctypes.data
+            self._check("check_weights", self._weights, wanted)
 
     def preprocess(self, pixels: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """The network's input from a picture: uint8 (H, W, 3), red first, of any size."""
         given = np.asarray(pixels)
         if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or not given.size:
-            raise EmbeddedError(f"the pixels have type {given.dtype} and shape {given.shape}; required: uint8 (H, W, 3)")
+            raise EmbeddedError(
+                f"the pixels have type {given.dtype} and shape {given.shape}; required: uint8 (H, W, 3)")
         given = np.ascontiguousarray(given)
         result = np.empty(self.input_shape, np.float32)
         self._check("preprocess_rgb", given.ctypes.data, *given.shape[:2], given.strides[0], result.ctypes.data)
@@ -146,9 +155,8 @@ class Network:
     def _workspace(self) -> int:
         """Of the calling thread, aligned."""
         if not hasattr(self._own, "memory"):
-            self._own.memory = np.empty(self.workspace_bytes + _ALIGNMENT, np.uint8)
-        address = self._own.memory.ctypes.data
-        return int(address + -address % _ALIGNMENT)
+            self._own.memory = _aligned(self.workspace_bytes)
+        return int(self._own.memory.ctypes.data)
 
     def _check(self, function: str, *arguments: Any) -> None:
         if code := self._functions[function](*arguments):
@@ -193,6 +201,8 @@ def _bound(path: Path, name: str) -> dict[str, Any]:
         try:
             bound = getattr(library, f"{name}_{function}")
         except AttributeError:
+            if function in _OF_COMPACT_WEIGHTS:
+                continue
             raise EmbeddedError(f"{str(path)!r} has no function {name}_{function}; required: a library that fastdtd "
                                 "embed wrote, with name= as it was written with") from None
         bound.restype, bound.argtypes = result, arguments
@@ -200,6 +210,12 @@ def _bound(path: Path, name: str) -> dict[str, Any]:
     if (version := functions["abi_version"]()) != _ABI_VERSION:
         raise EmbeddedError(f"{str(path)!r} has version {version} of the interface; required: {_ABI_VERSION}")
     return functions
+
+
+def _aligned(size: int) -> npt.NDArray[np.uint8]:
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin:begin + size]
 
 
 def _mapped(path: Path, wanted: int) -> npt.NDArray[np.uint8]:

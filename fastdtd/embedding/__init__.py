@@ -24,7 +24,7 @@ from fastdtd.rules import Rules, assign
 
 __all__ = ["ALGORITHMS", "TARGETS", "WEIGHTS", "Embedded", "embed"]
 
-WEIGHTS = ("embedded", "file")
+WEIGHTS = ("embedded", "file", "compact", "compact16")
 ALGORITHMS = ("fast", "small")
 _MAX_NAME = 64
 _KEYWORDS = {
@@ -85,8 +85,9 @@ def embed(model: Model, folder: str | os.PathLike[str], rules: Rules = "dtd", ta
         "x86-64-v2", "x86-64-v3" (AVX2), "x86-64-v4" (AVX-512), "aarch64", "wasm32", or any triple that LLVM knows, for
         which nothing was tested, as TRIPLE, TRIPLE:CPU or TRIPLE:CPU:FEATURES. None: this machine's architecture;
         "x86-64-v3" on x86-64.
-    weights : {"embedded", "file"}
-        Inside of the library, or in a file beside, which programs read or map.
+    weights : {"embedded", "file", "compact", "compact16"}
+        Inside of the library; in a file beside, as kernels read them, which programs read or map; or there as the
+        network has them, in float32 or float16, for `NAME_unpack`.
     algorithms : {"fast", "small"}
         "small": without Winograd's algorithm, whose weights take four times the memory.
     name : str
@@ -127,13 +128,13 @@ def embed(model: Model, folder: str | os.PathLike[str], rules: Rules = "dtd", ta
     to = as_path(folder, OutputError, "a folder")
     with tempfile.TemporaryDirectory(prefix="fastdtd") as temporary:
         place = Path(temporary)
-        compiled = _compiled(Job(model, rules, found, name, weights == "embedded", algorithms == "small"), place)
+        compiled = _compiled(Job(model, rules, found, name, weights, algorithms == "small"), place)
         try:
             to.mkdir(parents=True, exist_ok=True)
             return _written(to, place, compiled, found, model, name, weights == "embedded")
         except OSError as error:
-            raise OutputError(f"folder {str(to)!r} cannot be written to: {error.strerror or error}; give another one"
-                              ) from None
+            raise OutputError(
+                f"folder {str(to)!r} cannot be written to: {error.strerror or error}; give another one") from None
 
 
 def _check_name(name: object) -> None:
@@ -153,8 +154,8 @@ def _compiled(wanted: Job, place: Path) -> Compiled:
                           env=os.environ | environment, stderr=None, check=False)
     outcome = place / COMPILED
     if done.returncode or not outcome.exists():
-        raise InputError(f"no code could be made for {wanted.target.name} ({wanted.target.triple}): the compiler stopped "
-                         f"with {done.returncode}, see what it said; required: another target")
+        raise InputError(f"no code could be made for {wanted.target.name} ({wanted.target.triple}): the compiler "
+                         f"stopped with {done.returncode}, see what it said; required: another target")
     result = pickle.loads(outcome.read_bytes())
     if isinstance(result, Exception):
         raise result
@@ -165,12 +166,14 @@ def _compiled(wanted: Job, place: Path) -> Compiled:
 def _written(to: Path, place: Path, compiled: Compiled, target: Target, model: Model, name: str, has_weights: bool
              ) -> Embedded:
     from fastdtd.embedding import linking
-    from fastdtd.embedding.code import EXPORTS
+    from fastdtd.embedding.code import COMPACT_EXPORTS, EXPORTS
     from fastdtd.embedding.header import header
 
-    content, symbols = (place / OBJECT).read_bytes(), [f"{name}_{export}" for export in EXPORTS]
+    content = (place / OBJECT).read_bytes()
+    is_compact = not has_weights and compiled.file_bytes != compiled.weights_bytes
+    symbols = [f"{name}_{export}" for export in (*EXPORTS, *(COMPACT_EXPORTS if is_compact else ()))]
     suffix = ".obj" if target.format == "coff" else ".o"
-    text = header(name, compiled, target, has_weights, model.preprocessing.resize)
+    text = header(name, compiled, target, is_compact, model.preprocessing.resize)
     files = {f"{name}.h": text.encode(), f"{name}{suffix}": content,
              f"lib{name}.a": linking.archive(content, f"{name}{suffix}", symbols, target)}
     for file, written in files.items():

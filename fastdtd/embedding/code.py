@@ -16,6 +16,7 @@ import numpy.typing as npt
 from numba import types
 
 from fastdtd.embedding.layout import ALIGNMENT, Layout
+from fastdtd.embedding.packing import Compact
 from fastdtd.embedding.targets import Target
 from fastdtd.errors import InputError
 from fastdtd.kernels.cpu import program
@@ -104,16 +105,18 @@ done:
 _SET = re.compile(r"@llvm\.memset\.p0\.i64\((ptr [^,]*, i8 [^,]*), i64 ([^,]*), i1 \w+\)")
 _COPY = re.compile(r"@llvm\.mem(?:cpy|move)\.p0\.p0\.i64\((ptr [^,]*, ptr [^,]*), i64 ([^,]*), i1 \w+\)")
 
-_TABLES = ("facts", "steps", "slots", "regions", "call", "numbers")
+_TABLES = ("facts", "steps", "slots", "regions", "call", "numbers")  # that both passes take
 
 
-def emit(layout: Layout, facts: Sequence[int], numbers: npt.NDArray[np.float32], classes: Sequence[str], name: str,
-         target: Target, weights: Path | None, layers: dict[int, str]) -> bytes:
+def emit(layout: Layout, compact: Compact | None, facts: Sequence[int], numbers: npt.NDArray[np.float32],
+         classes: Sequence[str], name: str, target: Target, weights: Path | None, layers: dict[int, str]) -> bytes:
     """An object file.
 
     Parameters
     ----------
     layout : Layout
+    compact : Compact or None
+        What weights are unpacked from.
     facts : sequence of int
         By the names of fastdtd.kernels.cpu.program.
     numbers : (F,) float32
@@ -138,22 +141,26 @@ def emit(layout: Layout, facts: Sequence[int], numbers: npt.NDArray[np.float32],
         cpu=target.cpu, features=target.features, opt=3, reloc="static" if is_wasm else "pic",
         codemodel="default" if is_wasm else "small")
     data_layout = str(machine.target_data)
-    whole = _parsed(_tables(layout, facts, numbers, classes) + _weights(target, weights), target, data_layout)
+    whole = _parsed(_tables(layout, compact, facts, numbers, classes) + _weights(target, weights), target, data_layout)
     callers: dict[str, set[str]] = {}
-    for number, (kernel, kinds) in enumerate(layout.calls):
-        bitcode, native = step_ir(kernel, kinds)
+    packers = compact.calls if compact else []
+    for number, (kernel, kinds) in enumerate([*layout.calls, *packers]):
+        bitcode, native = step_ir(kernel, kinds, has_units=number < len(layout.calls))
         module = _linked(bitcode, _STEP.format(number=number, native=native), {f"fastdtd.step{number}"})
         for function in module.functions:
             if function.is_declaration:
-                callers.setdefault(function.name, set()).add(layers[number])
+                callers.setdefault(function.name, set()).add(layers.get(number, ""))
         _link(whole, module, target, data_layout)
-    for function, (tables, given) in _FUNCTIONS.items():
+    functions = [function for function in _FUNCTIONS if compact or function not in COMPACT_EXPORTS]
+    for function in functions:
+        tables, given = _FUNCTIONS[function]
         count = len(tables) + len(given)
         bitcode, native = ir_of(getattr(program, function).get_compile_result(types.int64(*[types.intp] * count)))
         _link(whole, _linked(bitcode, _glue(function, native, count), {f"fastdtd.{function}"}), target, data_layout)
-    whole.link_in(_parsed(_dispatch(len(layout.calls)) + _exports(name, data_layout, weights is not None, len(classes)),
+    whole.link_in(_parsed(_dispatch(len(layout.calls) + len(packers)) + _exports(
+        name, data_layout, weights is not None, len(classes), functions),
                           target, data_layout))
-    _internalise(whole, {f"{name}_{export}" for export in EXPORTS})
+    _internalise(whole, {f"{name}_{export}" for export in (*EXPORTS, *COMPACT_EXPORTS)})
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(whole, passes)  # drops what nothing reaches: what only Python calls
     whole = _without_library_calls(whole)
@@ -187,7 +194,10 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
                           "absorbed": "ptr", "workspace": "ptr"}),
     "preprocess_rgb": (("facts", "numbers"), {"pixels": "ptr", "height": "i32", "width": "i32", "row_bytes": "i32",
                                               "input": "ptr"}),
+    "unpack": (("facts", "operations", "pack_slots", "pack_regions", "call"),
+               {"compact": "ptr", "bytes": "size", "weights": "ptr", "workspace": "ptr"}),
 }
+COMPACT_EXPORTS = ("compact_bytes", "unpack")
 
 
 def _glue(function: str, native: str, arguments: int) -> str:
@@ -252,13 +262,19 @@ def _without_library_calls(module: Any) -> Any:
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
 
-def _tables(layout: Layout, facts: Sequence[int], numbers: npt.NDArray[np.float32], classes: Sequence[str]) -> str:
+def _tables(layout: Layout, compact: Compact | None, facts: Sequence[int], numbers: npt.NDArray[np.float32],
+            classes: Sequence[str]) -> str:
     last = np.array([[0, len(layout.slots), 0, 0, 0]], np.int64)
     texts = [text.encode() + b"\0" for text in classes] + [
         text.encode() + b"\0" for text in program.MESSAGES.values()]
     begins = np.cumsum([0, *map(len, texts)])[:-1]
+    of_packing = [] if compact is None else [
+        _integers("operations", compact.operations.ravel()), _integers("pack_slots", compact.slots),
+        _integers("pack_regions", compact.regions)
+    ]
     return "\n".join([
-        _integers("facts", np.array(facts, np.int64)), _integers("steps", np.concatenate([layout.steps, last]).ravel()),
+        *of_packing, _integers("facts", np.array(facts, np.int64)),
+        _integers("steps", np.concatenate([layout.steps, last]).ravel()),
         _integers("slots", layout.slots), _integers("regions", layout.regions),
         _integers("numbers", numbers.view(np.int32)),  # as bits: exact
         _integers("texts", np.array(begins, np.int64)), _bytes("characters", b"".join(texts)), ""
@@ -299,7 +315,7 @@ def _weights(target: Target, path: Path | None) -> str:
 # ---- What C calls ----------------------------------------------------------------------------------------------------
 
 EXPORTS = ("abi_version", "workspace_bytes", "weights_bytes", "input_shape", "classes", "class_name", "error",
-           *_FUNCTIONS)
+           *(function for function in _FUNCTIONS if function not in COMPACT_EXPORTS))
 
 _TEXT_OF = """
 define ptr @{name}_{function}(i32 %index) {{
@@ -334,9 +350,11 @@ none:
 """
 
 
-def _exports(name: str, data_layout: str, has_weights: bool, classes: int) -> str:
+def _exports(name: str, data_layout: str, has_weights: bool, classes: int, functions: Sequence[str]) -> str:
     size = "i32" if "p:32:32" in data_layout else "i64"
     data = ["facts", "steps", "slots", "regions", "numbers", "texts", "characters", *["weights"] * has_weights]
+    if is_compact := "unpack" in functions:
+        data += ["operations", "pack_slots", "pack_regions"]
     unknown = '@fastdtd.no_code = internal constant [13 x i8] c"no such code\\00"\n'
     return unknown + "\n".join([
         *(f"@fastdtd.{table} = external constant i8" for table in data),
@@ -349,7 +367,8 @@ def _exports(name: str, data_layout: str, has_weights: bool, classes: int) -> st
                         otherwise="null"),
         _TEXT_OF.format(name=name, function="error", number="sub i32 0, %index", count=len(program.MESSAGES),
                         first=classes, otherwise="@fastdtd.no_code"),
-        *(_call(name, function, size, has_weights) for function in _FUNCTIONS), ""
+        *[_fact(f"{name}_compact_bytes", size, program.COMPACT_BYTES)] * is_compact,
+        *(_call(name, function, size, has_weights) for function in functions), ""
     ])
 
 

@@ -43,7 +43,7 @@ extern "C" {{
 #define {upper}_ALIGNMENT 64
 #define {upper}_WORKSPACE_BYTES {workspace_bytes}u
 #define {upper}_WEIGHTS_BYTES {weights_bytes}u
-#define {upper}_CHANNELS {channels}
+{compact_bytes}#define {upper}_CHANNELS {channels}
 #define {upper}_HEIGHT {height}
 #define {upper}_WIDTH {width}
 #define {upper}_CLASSES {outputs}
@@ -80,7 +80,7 @@ int {name}_predict(const void *weights, const float *input, float *output, void 
    may be NULL. Input values beyond the network's bounds are clipped to them. */
 int {name}_explain(const void *weights, const float *input, int target, float *output, float *relevance,
                    float *absorbed, void *workspace);
-{preprocess}
+{preprocess}{unpack}
 #ifdef __cplusplus
 }}
 #endif
@@ -94,16 +94,29 @@ int {name}_preprocess_rgb(const unsigned char *pixels, int height, int width, in
 """
 
 
-def header(name: str, compiled: Compiled, target: Target, has_weights: bool, resize: str) -> str:
+_UNPACK = """
+/* The weights as the other functions want them, {upper}_WEIGHTS_BYTES at a multiple of 64, from the content of
+   {name}.weights, as many bytes at a multiple of 64; the workspace is one as for a call. */
+size_t {name}_compact_bytes(void);
+int {name}_unpack(const void *compact, size_t bytes, void *weights, void *workspace);
+"""
+
+
+def header(name: str, compiled: Compiled, target: Target, is_compact: bool, resize: str) -> str:
     channels, height, width = compiled.input_shape
-    upper = name.upper()
-    weights = (f"{compiled.weights_bytes} bytes at a multiple of 64, the content of {name}.weights, read or mapped"
-               if not has_weights else "inside of the library: pass NULL")
+    upper, has_weights = name.upper(), not compiled.file_bytes
+    weights = f"{compiled.weights_bytes} bytes at a multiple of 64, the content of {name}.weights, read or mapped"
+    if has_weights:
+        weights = "inside of the library: pass NULL"
+    elif is_compact:
+        weights = f"{compiled.weights_bytes} bytes at a multiple of 64, which {name}_unpack makes of {name}.weights"
     preprocess = _PREPROCESS.format(
         name=name, resize="the middle, as large as fits" if resize == "crop" else "stretched"
     ) if compiled.reads_pictures else ""
     codes = ",\n".join(f"    {upper}_{text} = {code}" for code, text in _CODES.items())
-    return _TEXT.format(name=name, upper=upper, target=target.name, channels=channels, height=height, width=width,
-                        outputs=compiled.outputs, weights=weights, workspace_bytes=compiled.workspace_bytes,
-                        weights_bytes=0 if has_weights else compiled.weights_bytes, abi=program.ABI_VERSION,
-                        codes=codes, preprocess=preprocess)
+    return _TEXT.format(
+        name=name, upper=upper, target=target.name, channels=channels, height=height, width=width,
+        outputs=compiled.outputs, weights=weights, workspace_bytes=compiled.workspace_bytes,
+        weights_bytes=0 if has_weights else compiled.weights_bytes, abi=program.ABI_VERSION, codes=codes,
+        preprocess=preprocess, unpack=_UNPACK.format(name=name, upper=upper) if is_compact else "",
+        compact_bytes=f"#define {upper}_COMPACT_BYTES {compiled.file_bytes}u\n" if is_compact else "")

@@ -19,7 +19,7 @@ class Job:
     rules: Rules
     target: Target
     name: str
-    embeds_weights: bool
+    weights: str
     small: bool
 
 
@@ -32,5 +32,6 @@ class Compiled:
     classes: tuple[str, ...]
     workspace_bytes: int
     weights_bytes: int
+    file_bytes: int  # of the weights file; 0 where they are inside
     steps: int
     reads_pictures: bool

@@ -6,6 +6,7 @@ scratch, states. An address is a region and an offset; the library adds the regi
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from fastdtd.kernels.cpu.steps import kind_of, number_slot
 from fastdtd.schedule import Schedule, Scratch, State, Tensor, View
 
 ALIGNMENT = 64
+_SLOTS_OF_PACKING = 64  # of a call that packs, at most
 _MOST = 2**32 - 1  # bytes of a region
 Call = tuple[Callable[..., None], tuple[Any, ...]]  # a kernel and the types of its arguments
 
@@ -44,6 +46,8 @@ class Layout:
         Of a step.
     weights : list of bytes
         The region's content, in pieces.
+    arrays : list of (array, offset)
+        That the weights are made of, but for those that hold the same as another.
     weights_bytes, workspace_bytes : int
     places : dict of str to int
         Offsets in the workspace, in bytes: input, output, start, relevance, dead, ledger, slots.
@@ -55,9 +59,16 @@ class Layout:
     regions: npt.NDArray[np.int8]
     most_slots: int
     weights: list[bytes]
+    arrays: list[tuple[npt.NDArray[Any], int]]
     weights_bytes: int
     workspace_bytes: int
     places: dict[str, int]
+
+    def with_scratch(self, size: int) -> Layout:
+        """The same with so many bytes of the workspace before the slots, for what else is done there."""
+        begin = max(self.places["slots"], _aligned(size))
+        return dataclasses.replace(self, places={**self.places, "slots": begin},
+                                   workspace_bytes=begin + self.workspace_bytes - self.places["slots"])
 
 
 class _Weights:
@@ -65,6 +76,7 @@ class _Weights:
 
     def __init__(self, begin: int) -> None:
         self.pieces: list[bytes] = []
+        self.arrays: list[tuple[npt.NDArray[Any], int]] = []
         self.size = begin
         self._places: dict[bytes, int] = {}
         self._known: dict[int, tuple[Any, int]] = {}  # by identity; the array is kept, so that no other gets its number
@@ -75,6 +87,7 @@ class _Weights:
             key = hashlib.sha256(content).digest() + len(content).to_bytes(8, "little")
             if key not in self._places:
                 self._places[key] = self.size
+                self.arrays.append((array, self.size))
                 self.pieces.append(content + bytes(-len(content) % ALIGNMENT))
                 self.size += len(self.pieces[-1])
             self._known[id(array)] = array, self._places[key]
@@ -143,7 +156,7 @@ def lay_out(schedule: Schedule, header_bytes: int) -> Layout:
             slots += argument(one)
         steps.append((number, first, step.units, *flags))
         most = max(most, len(slots) - first)
-    slots_at, at = at, at + _aligned(8 * most)
+    slots_at, at = at, at + _aligned(8 * max(most, _SLOTS_OF_PACKING))
 
     def place(tensor: Tensor) -> int:
         return 4 * (schedule.buffers[tensor.view.buffer].offset + tensor.channel * math.prod(tensor.view.shape[1:]))
@@ -153,10 +166,10 @@ def lay_out(schedule: Schedule, header_bytes: int) -> Layout:
     values, regions = (np.array(column, np.int64) for column in zip(*slots, strict=True))
     largest = max(weights.size, at, int(values.max()), -int(values.min()))
     if largest > _MOST or abs(values[regions == program.NUMBER]).max() >= _MOST / 2:
-        raise InputError(f"weights take {weights.size / 2**30:.1f} GiB and a call's memory {at / 2**30:.1f}; an embedded "
-                         "library takes at most 4 of each; required: a smaller network")
+        raise InputError(f"weights take {weights.size / 2**30:.1f} GiB and a call's memory {at / 2**30:.1f}; an "
+                         "embedded library takes at most 4 of each; required: a smaller network")
     return Layout(list(calls), np.array(steps, np.int64), values.astype(np.uint32).view(np.int32),
-                  regions.astype(np.int8), most, weights.pieces, weights.size, at, places)
+                  regions.astype(np.int8), most, weights.pieces, weights.arrays, weights.size, at, places)
 
 
 def _aligned(size: int) -> int:

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import llvmlite.binding as llvm
-
-from fastdtd.embedding.targets import Target
+from fastdtd.embedding.targets import Target, process_triple
 
 _SUFFIXES = {"elf": ".so", "macho": ".dylib", "coff": ".dll", "wasm": ".wasm"}
 _LLD = {"elf": "ld.lld", "coff": "lld-link", "wasm": "wasm-ld", "macho": "ld64.lld"}
@@ -75,7 +73,7 @@ def link(source: Path, to: Path, name: str, symbols: Sequence[str], target: Targ
 
 
 def _linkers(target: Target) -> Iterator[list[str]]:
-    is_own = target.architecture == llvm.get_process_triple().split("-")[0] and target.format != "wasm"
+    is_own = target.architecture == process_triple().split("-")[0] and target.format != "wasm"
     if target.format == "macho":
         if sys.platform == "darwin" and shutil.which("cc"):
             yield ["cc"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import llvmlite.binding as llvm
+from typing import Any
 
 from fastdtd.errors import InputError, shown
 
@@ -61,6 +60,7 @@ def this_processor() -> Target:
     """This very processor, and those that have all that it has."""
     from fastdtd.kernels.cpu.vector_code import LANES, REGISTERS
 
+    llvm = _llvm()
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     return Target(cpu, llvm.get_process_triple(), cpu, features, f"{LANES}x{REGISTERS}", (cpu, features))
 
@@ -75,7 +75,7 @@ def find_target(name: str | None) -> Target:
     InputError
         An unknown target.
     """
-    here = llvm.get_process_triple()
+    here = process_triple()
     own = here.split("-")[0].replace("arm64", "aarch64")
     if name is None:
         if own == "x86_64":
@@ -97,6 +97,7 @@ def find_target(name: str | None) -> Target:
 
 
 def _any_triple(name: str) -> Target:
+    llvm = _llvm()
     triple, cpu, features = ([*str(name).split(":", 2), "", ""])[:3]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -115,5 +116,16 @@ def _any_triple(name: str) -> Target:
 
 
 def _runs(level: str) -> bool:
-    has = llvm.get_host_cpu_features()
+    has = _llvm().get_host_cpu_features()
     return all(has.get(one) for name, own in _LEVELS.items() if name <= level for one in own)
+
+
+def process_triple() -> str:
+    """This process's."""
+    return str(_llvm().get_process_triple())
+
+
+def _llvm() -> Any:
+    import llvmlite.binding as llvm
+
+    return llvm

@@ -9,19 +9,23 @@ JOB is a pickled `Job` of the process that started this one. In FOLDER it leaves
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdtd.embedding.job import COMPILED, OBJECT, WEIGHTS, Compiled, Job
-from fastdtd.errors import FastDTDError
+from fastdtd.errors import FastDTDError, InputError
+from fastdtd.graph import Conv2d, Dense, Graph, Layer
 from fastdtd.model import Model
 
-_MAGIC, _VERSION = b"fastdtdW", 1
+_MAGIC, _COMPACT_MAGIC, _VERSION = b"fastdtdW", b"fastdtdC", 1
 
 
 def main(arguments: list[str]) -> None:
@@ -35,20 +39,25 @@ def main(arguments: list[str]) -> None:
 
 
 def _compile(job: Job, folder: Path) -> Compiled:
+    from fastdtd.kernels import load
     from fastdtd.kernels.cpu import jit
 
     jit.keep_ir()
-    from fastdtd.embedding import code, layout
+    from fastdtd.embedding import code, layout, packing
     from fastdtd.kernels.cpu import program
     from fastdtd.lowering import lower
     from fastdtd.rules import assign
-    from fastdtd.warmup import load_kernels
 
-    graph = job.model.graph
+    half, is_compact = job.weights == "compact16", job.weights in ("compact", "compact16")
+    graph = _in_half(job.model.graph) if half else job.model.graph
     assignment = assign(graph, job.rules)
-    kernels: Any = load_kernels("cpu")
-    schedule = lower(graph, assignment, _Direct(kernels) if job.small else kernels).schedule(1)
-    found = layout.lay_out(schedule, _aligned(8 * program.HEADER_WORDS))
+    kernels: Any = load("cpu", functools.cache(partial(_say_compiling, job.target.name)))
+    kernels = _Direct(kernels) if job.small else kernels
+    recorder: Any = packing.Recorder(kernels)
+    lowered = lower(graph, assignment, recorder)
+    schedule = lowered.schedule(1)
+    header_bytes = _aligned(8 * program.HEADER_WORDS)
+    found = layout.lay_out(schedule, header_bytes)
     layers: dict[int, str] = {}
     for step, row in zip(schedule.steps, found.steps, strict=True):
         layers.setdefault(int(row[0]), step.layer)
@@ -56,16 +65,47 @@ def _compile(job: Job, folder: Path) -> Compiled:
     for piece in found.weights:
         digest.update(piece)
     digest.update(found.slots.tobytes() + found.steps.tobytes() + job.target.vectors.encode())
-    header = _MAGIC + np.array([_VERSION, found.weights_bytes], "<i8").tobytes() + digest.digest()
+    compact = None
+    if is_compact:
+        compact = packing.compact(lowered.graph, lowered.assignment, kernels, recorder.packings, found, header_bytes,
+                                  half)
+        found = found.with_scratch(compact.scratch_bytes)
+    headers = [magic + np.array([_VERSION, size], "<i8").tobytes() + digest.digest()
+               for magic, size in ((_MAGIC, found.weights_bytes), (_COMPACT_MAGIC, compact.size if compact else 0))]
     with open(folder / WEIGHTS, "wb") as file:
-        file.write(header + bytes(_aligned(len(header)) - len(header)))
-        file.writelines(found.weights)
-    facts = _facts(job.model, assignment.derivative, schedule, found, header, job.embeds_weights)
-    content = code.emit(found, facts, _numbers(job.model), job.model.classes, job.name, job.target,
-                        folder / WEIGHTS if job.embeds_weights else None, layers)
+        file.write(headers[is_compact].ljust(header_bytes, b"\0"))
+        file.writelines(compact.content if compact else found.weights)
+    facts = _facts(job.model, assignment.derivative, schedule, found, headers[0], job.weights == "embedded")
+    if compact:
+        for index, value in ((program.COMPACT_MAGIC, int.from_bytes(_COMPACT_MAGIC, "little")),
+                             (program.COMPACT_BYTES, compact.size), (program.IS_HALF, half),
+                             (program.OPERATIONS, len(compact.operations))):
+            facts[index] = int(value)
+    content = code.emit(found, compact, facts, _numbers(job.model), job.model.classes, job.name, job.target,
+                        folder / WEIGHTS if job.weights == "embedded" else None, layers)
     (folder / OBJECT).write_bytes(content)
     return Compiled(graph.input_shape, graph.shapes[graph.output][0], job.model.classes, found.workspace_bytes,
-                    found.weights_bytes, len(schedule.steps), job.model.preprocessing.color is not None)
+                    found.weights_bytes, 0 if job.weights == "embedded" else (folder / WEIGHTS).stat().st_size,
+                    len(schedule.steps), job.model.preprocessing.color is not None)
+
+
+def _in_half(graph: Graph) -> Graph:
+    """The network with its weights rounded to float16."""
+    def rounded(layer: Layer) -> Layer:
+        if not isinstance(layer, (Conv2d, Dense)):
+            return layer
+        with np.errstate(over="ignore"):
+            weight = layer.weight.astype(np.float16).astype(np.float32)
+        if not np.isfinite(weight).all():
+            raise InputError(f"layer {layer.name!r} has weights up to {np.abs(layer.weight).max():.3g}, and float16 "
+                             "holds 65504; required: other weights, or --weights compact")
+        return dataclasses.replace(layer, weight=weight)
+
+    return Graph(tuple(map(rounded, graph)), graph.input_shape, graph.box)
+
+
+def _say_compiling(target: str) -> None:
+    print(f"fastdtd: compiling kernels for {target}, once; this can take a minute", file=sys.stderr)
 
 
 class _Direct:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,10 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
         offsets = blocks.offsets(per_group * len(copies))
     matrices = np.concatenate([w.reshape(layer.groups, outputs // layer.groups, -1) for w, _ in copies], 2)
     signs = np.repeat(np.array([sign for _, sign in copies]), matrices.shape[2] // len(copies))
-    packed, packed_offsets, bounds = _pack_split(matrices, offsets, signs, kernels)
+    packed = np.empty(kernels.conv2d_split_shape(*matrices.shape), np.float32)
+    packed_offsets = np.empty(packed.shape[:3], np.int32)
+    bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
+    kernels.conv2d_pack_split(packed, packed_offsets, bounds, np.ascontiguousarray(matrices), offsets, signs)
     constant, pattern, z_min = constant_z(layer, term, graph, is_pointwise(layer), kernels)
     return Forward(term.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
                    0 if in_place else per_group * len(copies), constant, pattern, z_min)
@@ -119,39 +123,37 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: Blocked
     v = backward_weights(layer, term)
     shape_of = kernels.conv2d_split_shape if is_split else kernels.conv2d_packed_shape
 
-    weights, offsets, bounds = [np.zeros(0, np.float32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    shapes = [shape_of(layer.groups, per_group, from_group * len(own)) for own in taps]
+    panel_rows = shapes[0][3]
+    weights = np.empty(sum(map(math.prod, shapes)), np.float32)
+    lines = sum(math.prod(shape[:3]) for shape in shapes) if is_split else from_group * sum(map(len, taps))
+    offsets = np.empty(lines, np.int32)
+    panels = shapes[0][0] * shapes[0][1]
+    classes = kernels.conv2d_split_bounds(panel_rows) if is_split else 0
+    bounds = np.empty(len(taps) * panels * classes, np.int32)
     table: list[tuple[int, ...]] = []
-    before = 0
-    for grid, own in zip(grids, taps, strict=True):
-        table.append((*grid, len(own), *(sum(part.size for part in parts) for parts in (weights, offsets, bounds))))
+    before, at, line = 0, 0, 0
+    for phase, (grid, own, shape) in enumerate(zip(grids, taps, shapes, strict=True)):
+        table.append((*grid, len(own), at, line, phase * panels * classes))
         index = [i * kernel_w + j for i, j in own]
         matrices = np.ascontiguousarray(v[..., index].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1))
         reads_at = np.ascontiguousarray(all_offsets[:, before:before + len(own)].ravel())
         before += len(own)
+        packed = weights[at:at + math.prod(shape)].reshape(shape)
+        at += packed.size
         if is_split:
-            signs = np.ones(len(reads_at), np.int64)
-            packed, packed_offsets, packed_bounds = _pack_split(matrices, reads_at, signs, kernels)
-            offsets.append(packed_offsets.ravel())
-            bounds.append(packed_bounds.ravel())
+            count = math.prod(shape[:3])
+            bound = bounds[phase * panels * classes:(phase + 1) * panels * classes]
+            kernels.conv2d_pack_split(packed, offsets[line:line + count].reshape(shape[:3]),
+                                      bound.reshape(*shape[:2], classes), matrices, reads_at,
+                                      np.ones(len(reads_at), np.int64))
         else:
-            packed = np.empty(shape_of(*matrices.shape), np.float32)
+            count = len(reads_at)
             kernels.conv2d_pack(packed, matrices)
-            offsets.append(reads_at)
-        weights.append(packed.ravel())
-    groups, panels = shape_of(layer.groups, per_group, 1)[:2]
-    return Backward(term.features, blocks, read_only(np.concatenate(weights)), groups * panels,
-                    read_only(np.concatenate(offsets)), read_only(np.concatenate(bounds)), int_table(table, 8),
-                    blocks.count(rows, columns), from_group)
-
-
-def _pack_split(matrices: Array, offsets: npt.NDArray[np.int32], signs: npt.NDArray[np.int64], kernels: BlockedDevice
-                ) -> tuple[Array, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Weights in panels sorted by sign, so that one product gives both sums; their offsets; where each sign begins."""
-    packed = np.empty(kernels.conv2d_split_shape(*matrices.shape), np.float32)
-    packed_offsets = np.empty(packed.shape[:3], np.int32)
-    bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
-    kernels.conv2d_pack_split(packed, packed_offsets, bounds, np.ascontiguousarray(matrices), offsets, signs)
-    return packed, packed_offsets, bounds
+            offsets[line:line + count] = reads_at
+        line += count
+    return Backward(term.features, blocks, read_only(weights), panels, read_only(offsets), read_only(bounds),
+                    int_table(table, 8), blocks.count(rows, columns), from_group)
 
 
 def _in_one_row(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, View]:

@@ -4,7 +4,7 @@ A slice or a reshape is a counted reference in Numba. Counting takes longer than
 library that an embedded program does not have.
 """
 
-from fastdtd.kernels.cpu.vector_code import I32, I64
+from fastdtd.kernels.cpu.vector_code import F32, I32, I64
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -50,6 +50,15 @@ def as_int32(typing_context, array):
         return borrowed(context, builder, kind, builder.bitcast(source.data, I32.as_pointer()), [source.nitems])
 
     return kind(array), codegen
+
+
+@intrinsic
+def as_float(typing_context, bits):
+    """The float32 that has these bits (int32)."""
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], F32)
+
+    return types.float32(types.int32), codegen
 
 
 def _make_array_at(dtype):

@@ -10,7 +10,15 @@ And numbers, float32: the bounds of the input's channels, then what pixels becom
 from itertools import count
 
 import numpy as np
-from fastdtd.kernels.cpu.arrays import float32_at, float64_at, int8_at, int32_at, int64_at, uint8_at
+from fastdtd.kernels.cpu.arrays import (
+    as_float,
+    float32_at,
+    float64_at,
+    int8_at,
+    int32_at,
+    int64_at,
+    uint8_at,
+)
 from fastdtd.kernels.cpu.jit import kernel, part
 from fastdtd.kernels.cpu.vector_code import I64
 from fastdtd.kernels.scalar import ZERO
@@ -19,7 +27,7 @@ from numba import types
 from numba.extending import intrinsic
 
 ABI_VERSION = 1
-NUMBER, WEIGHTS, WORKSPACE = 0, 1, 2  # what a slot is: a number, or an offset in a region
+NUMBER, WEIGHTS, WORKSPACE, COMPACT = range(4)  # what a slot is: a number, or an offset in a region
 
 # What functions return.
 OK, NULL, MISALIGNED, BAD_TARGET, NOT_FINITE, NO_WEIGHTS, OTHER_VERSION, OTHER_NETWORK, WRONG_SIZE, BEYOND, LOST, \
@@ -45,11 +53,20 @@ HEADER = next(_next)  # of the weights, HEADER_WORDS of int64: magic, version, b
 HEADER_WORDS = 7
 for _ in range(HEADER_WORDS - 1):
     next(_next)
+COMPACT_MAGIC, COMPACT_BYTES, IS_HALF, OPERATIONS = (next(_next) for _ in range(4))
 (STEPS, FORWARD_STEPS, CHANNELS, HEIGHT, WIDTH, OUTPUTS, LAYERS, WORKSPACE_BYTES, EMBEDDED_WEIGHTS,
  INPUT_AT, OUTPUT_AT, START_AT, RELEVANCE_AT, LEDGER_AT, DEAD_AT, DEAD_BYTES, SLOTS_AT,
  HAS_BOUNDS, STARTS_WITH_RELEVANCE, DERIVATIVE,
  COLOR, CROPS, HAS_PLANES) = (next(_next) for _ in range(23))
 FACTS = next(_next)  # how many there are
+
+# What weights are unpacked by, rows of int64: kind, to (in the weights), from (in the compact file), count; of GATHER,
+# which goes to the workspace, by what positive and negative weights are multiplied, the first weight's number, sizes
+# and strides of loops, the innermost first; of PACK 0, call, number of slots, first slot.
+COPY, WIDEN, GATHER, PACK = range(4)
+LOOPS = 6
+OPERATION = 4 + 3 + 2 * LOOPS
+
 NO_DERIVATIVE, GRADIENT, GRADIENT_INPUT, SENSITIVITY = range(4)  # DERIVATIVE
 NO_PICTURE, RGB, BGR, GRAY = range(4)  # COLOR
 
@@ -57,6 +74,8 @@ _ALIGNMENT = 64
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _LARGEST_LOSS = 1e-3  # of an image's relevance, as fastdtd.explainer has it
 _MAX_SIDE = 1 << 16
+_MAX_SIZE = 1 << 32  # of a table whose size is not needed
+_HALF_SCALE = np.float32(2.0**112)  # from float16's exponent to float32's
 _PRECISION = 22  # bits of the resampling's fixed-point weights, as Pillow has them
 
 
@@ -285,6 +304,88 @@ def _results(to, relevance, inputs, bounds, facts, derivative, ledger, explained
         turnover += abs(value)
     lost = abs(np.float64(explained) - total - absorbed)
     return LOST if lost > _LARGEST_LOSS * max(abs(np.float64(explained)), turnover) else OK
+
+
+# ---- Compact weights -------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _weight(source, index, is_half):
+    """A weight of a compact file, stored as float32 or float16."""
+    if not is_half:
+        return float32_at(source, index + 1)[index]
+    stored = uint8_at(source + 2 * index, 2)
+    bits = np.int64(stored[0]) | np.int64(stored[1]) << 8
+    value = as_float(np.int32((bits & 0x7fff) << 13)) * _HALF_SCALE  # exact, for numbers below the normal ones too
+    return -value if bits >> 15 else value
+
+
+@part
+def _times(weight, sign):
+    return weight if sign == 1 else -weight if sign == -1 else ZERO
+
+
+@kernel
+def _gather(to, source, row, is_half):
+    """A matrix of weights in another order."""
+    count, size, stride = row[3], row[7], row[7 + LOOPS]
+    result = float32_at(to, count)
+    for block in range(count // size):
+        index, rest = row[6], block
+        for loop in range(1, LOOPS):
+            index += rest % row[7 + loop] * row[7 + LOOPS + loop]
+            rest //= row[7 + loop]
+        for i in range(size):
+            weight = _weight(source, index + i * stride, is_half)
+            result[block * size + i] = _times(weight, row[4] if weight > ZERO else row[5])
+
+
+@kernel
+def unpack(facts, operations, slots, regions, call, compact, size, weights, workspace):
+    """The weights as kernels read them, with what they begin with, from a compact file's content."""
+    if compact == 0 or weights == 0 or workspace == 0:
+        return NULL
+    if (compact | weights | workspace) % _ALIGNMENT:
+        return MISALIGNED
+    if size < 8 * HEADER_WORDS:
+        return WRONG_SIZE
+    given, wanted, to = int64_at(compact, HEADER_WORDS), int64_at(facts, FACTS), int64_at(weights, HEADER_WORDS + 1)
+    if given[0] != wanted[COMPACT_MAGIC]:
+        return NO_WEIGHTS
+    if given[1] != wanted[HEADER + 1]:
+        return OTHER_VERSION
+    for i in range(3, HEADER_WORDS):
+        if given[i] != wanted[HEADER + i]:
+            return OTHER_NETWORK
+    if given[2] != wanted[COMPACT_BYTES] or size != wanted[COMPACT_BYTES]:
+        return WRONG_SIZE
+    count, is_half = wanted[OPERATIONS], wanted[IS_HALF] != 0
+    values, kinds = int32_at(slots, _MAX_SIZE), int8_at(regions, _MAX_SIZE)
+    own = int64_at(workspace + wanted[SLOTS_AT], _MAX_SIZE)
+    for i in range(count):
+        row = int64_at(operations + 8 * OPERATION * i, OPERATION)
+        kind, source = row[0], compact + row[2]
+        if kind == COPY:
+            _copy(uint8_at(weights + row[1], row[3]), uint8_at(source, row[3]))
+        elif kind == WIDEN:
+            wide = float32_at(weights + row[1], row[3])
+            for j in range(row[3]):
+                wide[j] = _weight(source, j, is_half)
+        elif kind == GATHER:
+            _gather(workspace, source, row, is_half)
+        else:
+            for j in range(row[3]):
+                value = np.int64(values[row[4] + j])
+                region = kinds[row[4] + j]
+                if region != NUMBER:
+                    value = value & 0xffffffff
+                    value += weights if region == WEIGHTS else workspace if region == WORKSPACE else compact
+                own[j] = value
+            _call(call, row[2], own.ctypes.data, 0, 0)
+    for i in range(HEADER_WORDS):
+        to[i] = wanted[HEADER + i]
+    to[HEADER_WORDS] = 0
+    return OK
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------

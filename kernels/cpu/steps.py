@@ -71,22 +71,24 @@ def number_slot(argument):
     return int(np.float32(argument).view(np.int32)) if isinstance(argument, float) else int(argument)
 
 
-def step_ir(function, kinds):
+def step_ir(function, kinds, has_units=True):
     """(bitcode, name) of the function of (result, exception, slots, first, last) that makes a step's call, where
-    jit.keep_ir() was called before."""
-    result = _step(function, kinds).get_compile_result(_SIGNATURE)
-    return ir_of(result)
+    jit.keep_ir() was called before; of a call without units, which ignores first and last."""
+    return ir_of(_step(function, kinds, has_units).get_compile_result(_SIGNATURE))
 
 
-def _step(function, kinds):
+def _step(function, kinds, has_units=True):
     if (function, kinds) not in _bound:
         arguments = _make_arguments(kinds)
 
         def step(slots, first, last):
             function(*arguments(slots), first, last)
 
+        def call(slots, first, last):
+            function(*arguments(slots))
+
         name = f"{function.py_func.__name__}-{hashlib.sha256(repr(kinds).encode()).hexdigest()[:8]}"
-        _bound[function, kinds] = kernel(step, name, is_kept(function))
+        _bound[function, kinds] = kernel(step if has_units else call, name, is_kept(function))
     return _bound[function, kinds]
 
 
