@@ -411,9 +411,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_evaluate)
     parser.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
     parser.add_argument("sources", metavar="SOURCE", nargs="*", default=[],
-                        help="pictures, folders, globs, or lists of pictures (default: two bundled ones)")
+                        help="images, as `fastdtd explain` takes them (default: two bundled ones)")
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
                         help="folder for the results (default: %(default)s)")
+    parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
+                        help="one more method: dtd with another rule for a layer, for all that a pattern matches, or for "
+                        "a type such as type:dense; may be given several times")
     parser.add_argument("--methods", metavar="LIST", default="dtd,gradient*input,sensitivity,random,edges",
                         help="methods to compare, separated by commas (default: %(default)s)")
     parser.add_argument("--order", metavar="ORDER", default="most",
@@ -713,18 +716,20 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     found = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")))
-    pictures = [Path(entry.path) for entry in found if not entry.trouble]
+    pictures = [entry for entry in found if not entry.trouble]
     failed = [entry.trouble for entry in found if entry.trouble]
-    if any(entry.member >= 0 for entry in found):
-        raise InputError("images within another file were given; required: pictures that are files of their own")
     if not pictures:
         raise InputError(failed[0])
+    methods: Any = options.methods.split(",")
+    if options.rule:
+        name = ", ".join(["dtd", *(f"{layer}={rule}" for layer, rule in options.rule)])
+        methods = {name: ["dtd", *({layer: rule} for layer, rule in options.rule)], **{one: one for one in methods}}
     out = evaluation.writable_folder(options.out)
     with (tqdm(total=len(pictures), unit="picture", file=sys.stderr, disable=None) as bar,
           warnings.catch_warnings(record=True) as told):
         warnings.simplefilter("always", ExplanationWarning)
         result = evaluation.evaluate(
-            model, pictures, options.methods.split(","), options.order, options.steps, options.region, options.repeats,
+            model, pictures, methods, options.order, options.steps, options.region, options.repeats,
             _targets([] if options.target is None else [options.target]), options.seed, bar.update,
             threads=options.threads, memory=options.memory, device=options.device)
     result.save(out)

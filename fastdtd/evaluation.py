@@ -7,7 +7,7 @@ import csv
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,12 @@ from fastdtd.files import replace
 from fastdtd.graph import Array
 from fastdtd.inputs import BeyondFloat32Error, Target, checked_images, checked_targets, memory_size, pictures_of
 from fastdtd.model import Model
-from fastdtd.rules import PRESETS
+from fastdtd.rules import PRESETS, Rules
 
 if TYPE_CHECKING:
     from PIL import Image
 
+Methods = str | Sequence[str] | Mapping[str, Rules]
 RANDOM, EDGES = "random", "edges"  # methods that do not ask the network
 METHODS = ("dtd", "gradient*input", "sensitivity", RANDOM, EDGES)
 ORDERS = ("most", "least")
@@ -174,7 +175,7 @@ def _writing(out: Path) -> Iterator[None]:
 # ---- The measure -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS, order: str = "most",
+def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str = "most",
              steps: int | None = None, region: int = 9, repeats: int = 1, target: Target = None, seed: int = 0,
              on_progress: Callable[[int], Any] = lambda count: None, **options: Any) -> Evaluation:
     """How fast scores fall as the regions that a method finds relevant are replaced, one after the other, by noise.
@@ -188,10 +189,11 @@ def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS
     ----------
     model : Model
     pictures : sequence of pictures, or (N, C, H, W) array
-        As an `Explainer` takes them; of a sequence of paths a few are held at a time.
-    methods : str or sequence of str
+        As an `Explainer` takes them; of a sequence of paths a few are held at a time. Or images of a set, as
+        `fastdtd.sources.find` gives them.
+    methods : str, sequence of str, or mapping from str to rules
         Presets of rules, such as "dtd", "gradient*input" and "sensitivity"; "random", which is any order; "edges",
-        the picture's own edges (Sobel), which know no network.
+        the picture's own edges (Sobel), which know no network. Or any names, with rules as an `Explainer` takes them.
     order : {"most", "least", "both"}
         Which regions go first: the most relevant, so that the score should fall fast, or the least, so that it should
         hardly fall.
@@ -235,10 +237,12 @@ def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS
     Samek, Binder, Montavon, Lapuschkin, Müller: Evaluating the Visualization of What a Deep Neural Network Has Learned.
     IEEE Transactions on Neural Networks and Learning Systems 28:2660-2673, 2017.
     """
+    from fastdtd.sources import Entry, open_image
+
     if not isinstance(model, Model):
         raise InputError(f"the model is {shown(model)}, of type {type(model).__name__}; required: a Model, as "
                          "fastdtd.load(...) and fastdtd.convert(...) return it")
-    names = _checked_methods(methods)
+    chosen = _checked_methods(methods)
     if not isinstance(order, str) or order not in (*ORDERS, "both"):
         raise InputError(f"order is {shown(order)}; required: most, least or both")
     _, height, width = model.graph.input_shape
@@ -246,11 +250,14 @@ def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS
     grid = _Grid(height, width, _checked_number("region", region, 1, min(height, width), of))
     of = f"for there are {grid.count} regions of {region} x {region} pixels; smaller ones are more"
     steps = min(_STEPS, grid.count) if steps is None else _checked_number("steps", steps, 1, grid.count, of)
-    run = _Run(model, names, ORDERS if order == "both" else (order,), grid, steps,
+    run = _Run(model, chosen, ORDERS if order == "both" else (order,), grid, steps,
                _checked_number("repeats", repeats, 1), _checked_number("seed", seed, 0), options)
-    given = [] if isinstance(pictures, (list, tuple)) and not pictures else pictures_of(pictures, model)
+    is_set = isinstance(pictures, (list, tuple)) and all(isinstance(one, Entry) for one in pictures)  # as an empty one
+    given = pictures if is_set else pictures_of(pictures, model)
     read: Callable[[int], Array]
-    if given is None:
+    if is_set:
+        count, read = len(pictures), lambda number: model.preprocess(open_image(pictures[number]))
+    elif given is None:
         array = checked_images(pictures, model, np)
         count, read = len(array), array.__getitem__
     else:
@@ -265,14 +272,17 @@ def evaluate(model: Model, pictures: Any, methods: str | Sequence[str] = METHODS
                       failed)
 
 
-def _checked_methods(methods: str | Sequence[str]) -> list[str]:
+def _checked_methods(methods: Methods) -> dict[str, Rules | None]:
+    """Rules by name; None for what has none."""
+    if isinstance(methods, Mapping) and methods and all(isinstance(name, str) for name in methods):
+        return {name: None if name in (RANDOM, EDGES) else rules for name, rules in methods.items()}
     given = [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else list(methods)
     known = (*PRESETS, RANDOM, EDGES)
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise InputError(f"method {shown(unknown[0])} is unknown; required: some of {', '.join(known)}" if unknown else
                          f"there are no methods; required: some of {', '.join(known)}")
-    return list(dict.fromkeys(given))
+    return {name: None if name in (RANDOM, EDGES) else name for name in given}
 
 
 def _checked_number(name: str, value: int, lowest: int, highest: float = math.inf, why: str = "") -> int:
@@ -307,16 +317,17 @@ class _Run:
     """One evaluation. Of each picture come `repeats` times all curves, of each curve its steps, as images to be scored;
     these are numbered, and cut into jobs wherever one is full."""
 
-    def __init__(self, model: Model, methods: list[str], orders: Sequence[str], grid: _Grid, steps: int, repeats: int,
+    def __init__(self, model: Model, methods: Mapping[str, Rules | None], orders: Sequence[str], grid: _Grid, steps: int, repeats: int,
                  seed: int, options: dict[str, Any]) -> None:
-        self.model, self.methods, self.grid, self.seed = model, methods, grid, seed
+        self.model, self.methods, self.grid, self.seed = model, list(methods), grid, seed
         self.curves = [(name, order) for name in methods for order in (orders if name != RANDOM else [_ANY])]
         self.shape = repeats, len(self.curves), steps  # of one picture's scores
-        presets = [name for name in methods if name not in (RANDOM, EDGES)]
+        rules = {name: own for name, own in methods.items() if own is not None}
         if options.get("memory") is not None:  # is for all explainers together
-            options = {**options, "memory": max(1, memory_size(options["memory"]) // len({*presets, "dtd"}))}
-        self.explainers = {name: Explainer(model, name, **options) for name in presets}
-        self.scorer = self.explainers.get("dtd") or Explainer(model, **options)  # the same, whatever the methods
+            options = {**options, "memory": max(1, memory_size(options["memory"]) // len({*rules, "dtd"}))}
+        self.explainers = {name: Explainer(model, own, **options) for name, own in rules.items()}
+        own = self.explainers["dtd"] if methods.get("dtd") == "dtd" else None
+        self.scorer = own or Explainer(model, **options)  # the same, whatever the methods
         image = 4 * math.prod(model.graph.input_shape)
         self.job = max(1, min(self.scorer.at_once, _JOB_BYTES // image))
 

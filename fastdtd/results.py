@@ -45,7 +45,7 @@ _HEAD_PATTERN = re.compile(_HEAD.format(version=VERSION, size=r"(\d+)", sha256="
                                         failed=r"(\d+)").encode() + rb"\0*")
 _FAILED = "failed_"  # columns of images that are not among the rows
 _LARGE = "attribution"  # all other columns are small, and are copied into the result
-_BALANCE = 1e-3  # of what is explained: the largest loss, as Explainer has it
+_LARGEST_LOSS, _LARGEST_LOSS_TF32 = 1e-3, 1e-2  # of what is explained, as Explainer has them
 
 
 @dataclass(frozen=True)
@@ -697,5 +697,6 @@ def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) 
                     return
                 turnover[row] = max(turnover[row], size)
     lost = np.abs(columns["explained"] - columns["sum"] - columns["absorbed"])
-    for row in np.flatnonzero(lost > _BALANCE * turnover)[:1] if manifest["conserves"] else ():
+    largest = _LARGEST_LOSS_TF32 if manifest["precision"] == "tf32" else _LARGEST_LOSS
+    for row in np.flatnonzero(lost > largest * turnover)[:1] if manifest["conserves"] else ():
         yield f"row {row} loses {lost[row]:.3g} of {columns['explained'][row]:.3g}"

@@ -270,10 +270,16 @@ def activation_redistributed(c, a, slope, x_min, x_max, relevance, derivative):
 
 
 @formula
+def raised(base, exponent):
+    """base ** exponent, of a base from 0; processors compute it without a library."""
+    return base ** exponent
+
+
+@formula
 def power(a, exponent, derivative):
     """(x, ratio): |a|^exponent, and x / |a|, which is 0 where a is; its derivative if `derivative`."""
     size = abs(a)
-    x = size ** exponent
+    x = raised(size, exponent)
     kept = x / size if size > MIN_DENOMINATOR else ZERO
     if derivative:
         kept *= exponent if a > ZERO else -exponent
@@ -287,7 +293,7 @@ def norm_scale(squares, alpha, beta, bias):
     if beta == _THREE_QUARTERS:  # everybody's; square roots are quick
         root = np.float32(math.sqrt(z))
         return ONE / (root * np.float32(math.sqrt(root)))
-    return z ** -beta
+    return raised(z, -beta)
 
 
 @formula
@@ -308,12 +314,12 @@ def norm_terms(a, scale, c, alpha, beta, bias, taylor, epsilon):
 
     (Binder et al., arXiv:1604.00825), whose sum is moved away from zero by epsilon.
     """
-    denominator = scale ** (-ONE / beta) if beta > ZERO else ONE
+    denominator = raised(scale, -ONE / beta) if beta > ZERO else ONE
     slope = -TWO * alpha * beta * a * scale / denominator
     if not taylor:
         return slope * c, scale * c, np.float64(0)
     square = a * a
-    own = a * (bias + alpha * square) ** -beta
+    own = a * raised(bias + alpha * square, -beta)
     others = max((denominator - bias) - alpha * square, ZERO) / alpha if alpha > ZERO else ZERO
     z = own + slope * others
     stable = z + epsilon if z >= ZERO else z - epsilon

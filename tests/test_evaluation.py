@@ -1,6 +1,7 @@
 """Evaluation: against the curve written down in plain NumPy, and what its numbers must not depend on."""
 
 import csv
+import tarfile
 
 import naive
 import numpy as np
@@ -9,7 +10,7 @@ from explaining import small, two_layers
 from PIL import Image
 
 import fastdtd
-from fastdtd import evaluation, plot
+from fastdtd import cli, evaluation, plot, sources
 from fastdtd import graph as g
 from fastdtd.errors import FastDTDError, InputError, OutputError
 from fastdtd.model import Model, Preprocessing
@@ -200,6 +201,30 @@ def test_pictures_and_those_that_cannot_be_read(tmp_path):
     np.testing.assert_array_equal(some.curves[0].drops, all_good.curves[0].drops[[0, 2, 3]])
     with pytest.raises(InputError, match=r"none of 1 pictures can be evaluated: picture .* is damaged"):
         fastdtd.evaluate(model, [tmp_path / "bad.png"], "dtd", region=2)
+
+
+def test_images_of_a_set_and_rules_of_ones_own(tmp_path, capsys):
+    """From a tar; by a preset with another rule for a layer."""
+    graph = one_channel()
+    model = Model(graph, Preprocessing("gray", scale=1 / 255))
+    rng = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 255, (9, 14), np.uint8)).save(tmp_path / f"{i}.png")
+            tar.add(tmp_path / f"{i}.png", f"{i}.png")
+    rules = {"conv": "flat"}
+    files = fastdtd.evaluate(model, [tmp_path / f"{i}.png" for i in range(3)], {"mine": rules, "dtd": "dtd"}, region=2)
+    of_tar = fastdtd.evaluate(model, sources.find([tmp_path / "set.tar"]), {"mine": rules, "dtd": "dtd"}, region=2)
+    assert list(drops_of(of_tar)) == [("mine", "most"), ("dtd", "most")]
+    for curve, drops in drops_of(files).items():
+        np.testing.assert_array_equal(drops_of(of_tar)[curve], drops)
+    assert not np.array_equal(drops_of(files)["mine", "most"], drops_of(files)["dtd", "most"])
+    fastdtd.save(model, tmp_path / "net.h5")
+    assert cli.main(["evaluate", str(tmp_path / "net.h5"), str(tmp_path / "set.tar"), "-o", str(tmp_path / "out"),
+                     "--region", "2", "--methods", "dtd", "--rule", "conv=flat"]) == 0
+    said = capsys.readouterr().out
+    assert "dtd, conv=flat" in said
+    assert "3 evaluated" in said
 
 
 @pytest.mark.parametrize("method", ["dtd", "random"])

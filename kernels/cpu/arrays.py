@@ -52,13 +52,21 @@ def as_int32(typing_context, array):
     return kind(array), codegen
 
 
-@intrinsic
-def as_float(typing_context, bits):
-    """The float32 that has these bits (int32)."""
-    def codegen(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], F32)
+def _make_reader(result, given, kind):
+    @intrinsic
+    def read(typing_context, value):
+        def codegen(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], kind)
 
-    return types.float32(types.int32), codegen
+        return result(given), codegen
+
+    return read
+
+
+# The same bits as a number of another type.
+float32_of = _make_reader(types.float32, types.int32, F32)
+float_of = _make_reader(types.float64, types.int64, ir.DoubleType())
+bits_of = _make_reader(types.int64, types.float64, I64)
 
 
 def _make_array_at(dtype):

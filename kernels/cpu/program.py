@@ -11,8 +11,8 @@ from itertools import count
 
 import numpy as np
 from fastdtd.kernels.cpu.arrays import (
-    as_float,
     float32_at,
+    float32_of,
     float64_at,
     int8_at,
     int32_at,
@@ -316,7 +316,7 @@ def _weight(source, index, is_half):
         return float32_at(source, index + 1)[index]
     stored = uint8_at(source + 2 * index, 2)
     bits = np.int64(stored[0]) | np.int64(stored[1]) << 8
-    value = as_float(np.int32((bits & 0x7fff) << 13)) * _HALF_SCALE  # exact, for numbers below the normal ones too
+    value = float32_of(np.int32((bits & 0x7fff) << 13)) * _HALF_SCALE  # exact, for numbers below the normal ones too
     return -value if bits >> 15 else value
 
 

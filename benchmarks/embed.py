@@ -1,0 +1,174 @@
+"""What an embedded library takes: code, workspace, weights, time to start and to explain; and are its bits the same?
+
+    .venv/bin/python benchmarks/embed.py [--networks VGG-16 ...] [--rules] [--write NAME]
+
+Each network is embedded for this very processor. Its relevance is compared with an explainer's, bit by bit, before
+anything is timed; then the two explain one picture in turns, in one thread each. --rules compares other rules' bits too.
+--write writes benchmarks/results/embed-NAME.json and the table in docs/howto-embed.md.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+from networks import NETWORKS, pictures
+
+import fastdtd
+from fastdtd import embedded
+from fastdtd.model import Model, Preprocessing
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = "<!-- table by benchmarks/embed.py -->", "<!-- end of table -->"
+RULES = {
+    "epsilon": {"type:conv": "epsilon", "type:dense": "epsilon"},
+    "gamma": {"type:conv": "gamma", "type:dense": "gamma"},
+    "alpha-beta": {"type:conv": "alpha_beta", "type:dense": "alpha_beta"},
+    "gradient": "gradient",
+}
+# In a process of its own, with a copy of the one file that it needs.
+START = """
+import sys, time
+begun = time.perf_counter()
+import numpy as np, embedded
+network = embedded.load(sys.argv[1])
+loaded = time.perf_counter()
+network.explain(np.fromfile(sys.argv[2], np.float32).reshape(network.input_shape))
+ended = time.perf_counter()
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(loaded - begun, ended - begun, 1024 * peak)
+"""
+
+
+def measure(name, with_rules):
+    graph = NETWORKS[name]()
+    model, picture = Model(graph, Preprocessing(None)), pictures(graph, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        made = fastdtd.embed(model, folder, weights="file", name="net", device_cpu=True)
+        exported = time.perf_counter() - begun
+        network, explainer = embedded.load(made.shared), fastdtd.Explainer(model, threads=1)
+        check(name, "dtd", network, explainer, picture)
+        compact = fastdtd.embed(model, Path(folder) / "compact", weights="compact", name="net", device_cpu=True)
+        ours, python = in_turns(lambda: network.explain(picture[0]), lambda: explainer(picture))
+        found = {
+            "exported s": exported, "code": sections(made.object), "object": made.object_bytes,
+            "workspace": made.workspace_bytes, "weights": made.weights_bytes,
+            "compact": compact.weights.stat().st_size, "unpack s": unpacked(compact), "ms": 1000 * ours,
+            "Python ms": 1000 * python, **start(made, picture, Path(folder)), "same bits": ["dtd"]
+        }
+    for rules, chosen in RULES.items() if with_rules else ():
+        with tempfile.TemporaryDirectory() as folder:
+            made = fastdtd.embed(model, folder, chosen, weights="file", name="net", device_cpu=True)
+            check(name, rules, embedded.load(made.shared), fastdtd.Explainer(model, chosen, threads=1), picture)
+            found["same bits"].append(rules)
+    return found
+
+
+def check(name, rules, network, explainer, picture):
+    e, expected = network.explain(picture[0]), explainer(picture)
+    if e.relevance.tobytes() != expected.relevance[0].tobytes() or e.output.tobytes() != expected.output[0].tobytes():
+        raise SystemExit(f"{name}, {rules}: the library's bits are not the explainer's")
+
+
+def in_turns(*calls, turns=15):
+    times = [[] for _ in calls]
+    for _ in range(turns):
+        for call, own in zip(calls, times, strict=True):
+            begun = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - begun)
+    return [statistics.median(own) for own in times]
+
+
+def unpacked(made):
+    begun = time.perf_counter()
+    embedded.load(made.shared)
+    return time.perf_counter() - begun
+
+
+def start(made, picture, folder):
+    """Seconds until the library is loaded and until the first heatmap, with Python's own; the most memory in bytes."""
+    (folder / "embedded.py").write_bytes(Path(embedded.__file__).read_bytes())
+    picture.tofile(folder / "picture.f32")
+    runs = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        said = subprocess.run([sys.executable, "-c", START, made.shared, folder / "picture.f32"], cwd=folder, check=True,
+                              capture_output=True, text=True).stdout
+        loaded, _, peak = map(float, said.split())
+        runs.append((loaded, time.perf_counter() - begun, peak))
+    loaded, first, peak = map(statistics.median, zip(*runs, strict=True))
+    return {"load s": loaded, "first heatmap s": first, "peak": peak}
+
+
+def sections(path):
+    """Bytes of machine code in an ELF object."""
+    content = path.read_bytes()
+    at, (size, count, names) = int.from_bytes(content[40:48], "little"), (
+        int.from_bytes(content[place:place + 2], "little") for place in (58, 60, 62))
+    headers = [content[at + size * i:at + size * (i + 1)] for i in range(count)]
+
+    def field(header, place):
+        return int.from_bytes(header[place:place + 8], "little")
+
+    texts = content[field(headers[names], 24):]
+    return sum(field(header, 32) for header in headers
+               if texts[int.from_bytes(header[:4], "little"):].startswith(b".text"))
+
+
+def table(found):
+    lines = [
+        "| network | code | workspace | weights, as kernels read them | compact, unpacked in | loaded in | a picture, "
+        "one thread | over Python's time |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    ]
+    for name, one in found["networks"].items():
+        lines.append(
+            f"| {name} | {one['code'] / 1e3:.0f} KB | {one['workspace'] / 1e6:.1f} MB | {one['weights'] / 1e6:.1f} MB | "
+            f"{one['compact'] / 1e6:.1f} MB, {one['unpack s']:.2f} s | {1000 * one['load s']:.0f} ms | {one['ms']:.2f} ms"
+            f" | {one['ms'] / one['Python ms']:.2f} |")
+    rules = sorted({rule for one in found["networks"].values() for rule in one["same bits"]})
+    first = next(iter(found["networks"].values()))
+    lines += ["", f"For {found['cpu']}, {found['date']}. The relevance had the same bits as an explainer's, under "
+              f"{', '.join(rules)}. \"Loaded\" is from Python, with NumPy's own import. Of {next(iter(found['networks']))} "
+              f"the first heatmap is there {first['first heatmap s']:.2f} s after Python is started, with "
+              f"{(first['peak'] - first['weights'] - first['workspace']) / 1e6:.0f} MB beside weights and workspace."]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in NETWORKS if "LRN" not in name]
+    parser.add_argument("--networks", nargs="*", default=names)
+    parser.add_argument("--rules", action="store_true", help="compare other rules' bits")
+    parser.add_argument("--write", metavar="NAME", help="of the machine")
+    options = parser.parse_args()
+    found = {"cpu": cpu(), "date": datetime.date.today().isoformat(), "networks": {}}
+    for name in options.networks:
+        found["networks"][name] = measure(name, options.rules)
+        print(name, json.dumps(found["networks"][name]), flush=True)
+    print(table(found))
+    if options.write:
+        (ROOT / "benchmarks" / "results" / f"embed-{options.write}.json").write_text(json.dumps(found, indent=1) + "\n")
+        page = ROOT / "docs" / "howto-embed.md"
+        text = page.read_text()
+        before, rest = text.split(TABLE[0])
+        page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{rest.split(TABLE[1])[1]}")
+
+
+def cpu():
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else 'this processor'} ({llvm.get_host_cpu_name()})"
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()
