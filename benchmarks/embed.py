@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/embed.py [--networks VGG-16 ...] [--rules] [--write NAME]
 
 Each network is embedded for this very processor. Its relevance is compared with an explainer's, bit by bit, before
-anything is timed; then the two explain one picture in turns, in one thread each. --rules compares other rules' bits too.
---write writes benchmarks/results/embed-NAME.json and the table in docs/howto-embed.md.
+anything is timed; then the two explain one picture in turns, in one thread each. --rules compares other rules' bits,
+too. --write writes benchmarks/results/embed-NAME.json and the table in docs/howto-embed.md.
 """
 
 import argparse
@@ -102,8 +102,8 @@ def start(made, picture, folder):
     runs = []
     for _ in range(5):
         begun = time.perf_counter()
-        said = subprocess.run([sys.executable, "-c", START, made.shared, folder / "picture.f32"], cwd=folder, check=True,
-                              capture_output=True, text=True).stdout
+        said = subprocess.run([sys.executable, "-c", START, made.shared, folder / "picture.f32"], cwd=folder,
+                              check=True, capture_output=True, text=True).stdout
         loaded, _, peak = map(float, said.split())
         runs.append((loaded, time.perf_counter() - begun, peak))
     loaded, first, peak = map(statistics.median, zip(*runs, strict=True))
@@ -131,16 +131,18 @@ def table(found):
         "one thread | over Python's time |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     ]
     for name, one in found["networks"].items():
+        size, work, packed, compact = (one[what] for what in ("code", "workspace", "weights", "compact"))
         lines.append(
-            f"| {name} | {one['code'] / 1e3:.0f} KB | {one['workspace'] / 1e6:.1f} MB | {one['weights'] / 1e6:.1f} MB | "
-            f"{one['compact'] / 1e6:.1f} MB, {one['unpack s']:.2f} s | {1000 * one['load s']:.0f} ms | {one['ms']:.2f} ms"
-            f" | {one['ms'] / one['Python ms']:.2f} |")
+            f"| {name} | {size / 1e3:.0f} KB | {work / 1e6:.1f} MB | {packed / 1e6:.1f} MB | {compact / 1e6:.1f} MB, "
+            f"{one['unpack s']:.2f} s | {1000 * one['load s']:.0f} ms | {one['ms']:.2f} ms | "
+            f"{one['ms'] / one['Python ms']:.2f} |")
     rules = sorted({rule for one in found["networks"].values() for rule in one["same bits"]})
-    first = next(iter(found["networks"].values()))
+    name, one = next(((name, one) for name, one in found["networks"].items() if name.startswith("SqueezeNet")),
+                     next(iter(found["networks"].items())))
     lines += ["", f"For {found['cpu']}, {found['date']}. The relevance had the same bits as an explainer's, under "
-              f"{', '.join(rules)}. \"Loaded\" is from Python, with NumPy's own import. Of {next(iter(found['networks']))} "
-              f"the first heatmap is there {first['first heatmap s']:.2f} s after Python is started, with "
-              f"{(first['peak'] - first['weights'] - first['workspace']) / 1e6:.0f} MB beside weights and workspace."]
+              f"{', '.join(rules)}. \"Loaded\" is from Python, with NumPy's own import. Of {name} the first heatmap is "
+              f"there {one['first heatmap s']:.2f} s after Python is started, with "
+              f"{(one['peak'] - one['weights'] - one['workspace']) / 1e6:.0f} MB beside weights and workspace."]
     return "\n".join(lines)
 
 

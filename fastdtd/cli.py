@@ -415,8 +415,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
                         help="folder for the results (default: %(default)s)")
     parser.add_argument("--rule", metavar="LAYER=RULE", action="append", default=[], type=_rule,
-                        help="one more method: dtd with another rule for a layer, for all that a pattern matches, or for "
-                        "a type such as type:dense; may be given several times")
+                        help="one more method: dtd with another rule for a layer, for all that a pattern matches, or "
+                        "for a type such as type:dense; may be given several times")
     parser.add_argument("--methods", metavar="LIST", default="dtd,gradient*input,sensitivity,random,edges",
                         help="methods to compare, separated by commas (default: %(default)s)")
     parser.add_argument("--order", metavar="ORDER", default="most",
@@ -454,8 +454,8 @@ def _add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-cpu", action="store_true",
                         help="for this very processor: the bits that `fastdtd explain` gives here")
     parser.add_argument("--weights", metavar="HOW", choices=WEIGHTS, default="embedded",
-                        help="embedded: inside of the library; file: in NAME.weights, as the kernels read them; compact "
-                        "or compact16: there as float32 or float16, for NAME_unpack (default: %(default)s)")
+                        help="embedded: inside of the library; file: in NAME.weights, as kernels read them; compact or "
+                        "compact16: there as float32 or float16, for NAME_unpack (default: %(default)s)")
     parser.add_argument("--algorithms", metavar="WHICH", choices=ALGORITHMS, default="fast",
                         help="fast; or small: no Winograd, whose weights take more (default: %(default)s)")
     _add_rules(parser)

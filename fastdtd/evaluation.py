@@ -317,8 +317,8 @@ class _Run:
     """One evaluation. Of each picture come `repeats` times all curves, of each curve its steps, as images to be scored;
     these are numbered, and cut into jobs wherever one is full."""
 
-    def __init__(self, model: Model, methods: Mapping[str, Rules | None], orders: Sequence[str], grid: _Grid, steps: int, repeats: int,
-                 seed: int, options: dict[str, Any]) -> None:
+    def __init__(self, model: Model, methods: Mapping[str, Rules | None], orders: Sequence[str], grid: _Grid,
+                 steps: int, repeats: int, seed: int, options: dict[str, Any]) -> None:
         self.model, self.methods, self.grid, self.seed = model, list(methods), grid, seed
         self.curves = [(name, order) for name in methods for order in (orders if name != RANDOM else [_ANY])]
         self.shape = repeats, len(self.curves), steps  # of one picture's scores

@@ -697,6 +697,6 @@ def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) 
                     return
                 turnover[row] = max(turnover[row], size)
     lost = np.abs(columns["explained"] - columns["sum"] - columns["absorbed"])
-    largest = _LARGEST_LOSS_TF32 if manifest["precision"] == "tf32" else _LARGEST_LOSS
+    largest = _LARGEST_LOSS_TF32 if manifest.get("precision") == "tf32" else _LARGEST_LOSS
     for row in np.flatnonzero(lost > largest * turnover)[:1] if manifest["conserves"] else ():
         yield f"row {row} loses {lost[row]:.3g} of {columns['explained'][row]:.3g}"

@@ -1,9 +1,13 @@
 """Embedded libraries: the explainer's bits, the C interface, what it refuses, memory, threads, other processors."""
 
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
+import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -473,6 +477,60 @@ def test_webassembly(image, tmp_path):
     (tmp_path / "host.js").write_text(HOST_JS)
     run("node", tmp_path / "host.js", made.shared, made.weights, tmp_path / "input.f32", tmp_path / "relevance.f32")
     assert (tmp_path / "relevance.f32").read_bytes() == expected_relevance("wasm32", tmp_path).tobytes()
+
+
+def test_page(squeezenet, tmp_path, browser):
+    """A picture is explained in a browser, without a server that computes; its other classes, too."""
+    for file in (EXAMPLES / "web").iterdir():
+        shutil.copy(file, tmp_path)
+    made = fastdtd.embed(squeezenet, tmp_path, target="wasm32", weights="compact16", name="net")
+    if made.shared is None:
+        pytest.skip(f"no linker for WebAssembly: {made.missing}")
+    told = []
+    with serving(tmp_path) as address:
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.goto(address)
+        page.wait_for_function("document.getElementById('status').textContent === 'Ready.'", timeout=20_000)
+        page.set_input_files("#file", model_file.MODELS / "coffee.png")
+        page.wait_for_function("document.querySelectorAll('#scores tr').length === 5", timeout=20_000)
+        said = page.text_content("#status")
+        assert re.match(r"espresso: score 29\.\d\d, sum of relevance 29\.\d\d, explained in \d+ ms", said), said
+        colours = page.evaluate("""() => {
+            const canvas = document.getElementById("heatmap");
+            return [canvas.width, canvas.height, ...canvas.getContext("2d").getImageData(0, 0, 227, 227).data];
+        }""")
+        expected = fastdtd.Explainer(squeezenet)(model_file.MODELS / "coffee.png").relevance[0].sum(0)
+        pale = 255 - np.maximum(255 * expected / expected.max(), 0)
+        green = np.array(colours[2:]).reshape(227, 227, 4)[..., 1]
+        assert colours[:2] == [227, 227]
+        assert np.abs(green - pale).mean() < 1  # weights are rounded to 11 bits
+        page.click("#scores tr:nth-child(2) button")
+        page.wait_for_function(f"document.getElementById('status').textContent !== {said!r}")
+        assert not page.text_content("#status").startswith("espresso")
+        page.set_input_files("#file", EXAMPLES / "web" / "explain.js")
+        page.wait_for_function("document.getElementById('status').textContent.startsWith('This cannot be explained')")
+        page.close()
+    assert not told
+
+
+@contextlib.contextmanager
+def serving(folder):
+    """The address of a server of a folder's files."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_aarch64(image, tmp_path):

@@ -18,8 +18,8 @@ OF_PROCESSORS = {"block", "results", "sums", "contributions", "planes", "positio
                  "block_columns", "halo_rows", "halo_columns", "splits"}
 # Where a thread of a GPU finds what it reads, which a processor's blocks say otherwise.
 OF_GPUS = {"taps", "precision", "panel_rows", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left"}
-# Vector instructions, and libraries for C; on tensor cores a direct product is fast, and Winograd's transforms would lose digits of TF32's
-# eleven bits.
+# Vector instructions, and libraries for C; on tensor cores a direct product is fast, and Winograd's transforms would
+# lose digits of TF32's eleven bits.
 FILES_OF_PROCESSORS = {"arrays", "planes", "program", "rows", "winograd"}
 KINDS = {cpu: BlockedDevice, cuda: ImplicitDevice}
 # Where the two take other arguments: packed weights have other shapes.

@@ -13,8 +13,8 @@ _INFINITE, _NAN = np.float32(np.inf), np.float32(np.nan)
 
 @part
 def raised(base, exponent):
-    """base ** exponent in float64, as 2^(exponent log2(base)): all but as good as rounding it once, and the same bits on
-    every processor, whatever library of mathematics there is, if any."""
+    """base ** exponent, in float64 as 2^(exponent log2(base)): all but as good as rounding it once, and the same bits
+    on every processor, whatever library of mathematics there is, if any."""
     if not base > ZERO:
         if base == ZERO:
             return ONE if exponent == ZERO else ZERO if exponent > ZERO else _INFINITE
