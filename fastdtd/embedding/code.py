@@ -28,6 +28,20 @@ _LIBRARY_CALLS = re.compile(r"llvm\.(pow|powi|exp|exp2|exp10|log|log2|log10|sin|
 _MAX_TEXT = 1 << 28  # bytes of weights that are written into a module as text
 _SMALL = 64  # bytes that every target sets or copies without a call
 
+# The one function of a library of mathematics that kernels call, which is an instruction.
+_ROOTS = """
+declare float @llvm.sqrt.f32(float)
+declare double @llvm.sqrt.f64(double)
+define float @sqrtf(float %x) {
+  %root = call float @llvm.sqrt.f32(float %x)
+  ret float %root
+}
+define double @sqrt(double %x) {
+  %root = call double @llvm.sqrt.f64(double %x)
+  ret double %root
+}
+"""
+
 # In place of the C library's. "no-builtins": else their loops would become calls of what they stand for.
 _MEMORY = """
 define internal void @fastdtd.set(ptr %to, i8 %byte, i64 %count, i1 %v) noinline nounwind "no-builtins" {
@@ -141,7 +155,8 @@ def emit(layout: Layout, compact: Compact | None, facts: Sequence[int], numbers:
         cpu=target.cpu, features=target.features, opt=3, reloc="static" if is_wasm else "pic",
         codemodel="default" if is_wasm else "small")
     data_layout = str(machine.target_data)
-    whole = _parsed(_tables(layout, compact, facts, numbers, classes) + _weights(target, weights), target, data_layout)
+    data = _tables(layout, compact, facts, numbers, classes)
+    whole = _parsed(data + _weights(target, weights) + _ROOTS, target, data_layout)
     callers: dict[str, set[str]] = {}
     packers = compact.calls if compact else []
     for number, (kernel, kinds) in enumerate([*layout.calls, *packers]):

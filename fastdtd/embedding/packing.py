@@ -201,6 +201,8 @@ def _gather(layer: Conv2d, wanted: Array, positive: Array, negative: Array) -> l
 
     positive, negative: what became of weights 1, 2, 3, ... and -1, -2, -3, ....
     """
+    if not wanted.size:  # inputs that no tap reaches
+        return [0, 0, 0, *[1] * program.LOOPS, *[0] * program.LOOPS]
     positive, negative = positive.ravel(), negative.ravel()
     either = np.where(positive != 0, np.abs(positive), np.abs(negative))
     if layer.weight.size >= _MOST_NUMBERED or not either.all() or (either != np.floor(either)).any():
