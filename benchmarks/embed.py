@@ -29,9 +29,9 @@ from fastdtd.model import Model, Preprocessing
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = "<!-- table by benchmarks/embed.py -->", "<!-- end of table -->"
 RULES = {
-    "epsilon": {"type:conv": "epsilon", "type:dense": "epsilon"},
-    "gamma": {"type:conv": "gamma", "type:dense": "gamma"},
-    "alpha-beta": {"type:conv": "alpha_beta", "type:dense": "alpha_beta"},
+    "epsilon": {"type:conv2d": "epsilon", "type:dense": "epsilon"},
+    "gamma": {"type:conv2d": "gamma", "type:dense": "gamma"},
+    "alpha-beta": {"type:conv2d": "alpha-beta", "type:dense": "alpha-beta"},
     "gradient": "gradient",
 }
 # In a process of its own, with a copy of the one file that it needs.

@@ -83,8 +83,8 @@ def test_relevance_is_the_explainers(squeezenet, network, pictures):
 
 @pytest.mark.parametrize("rules", [
     "dtd", "zennit.epsilon_plus", "gradient", "gradient*input", "sensitivity",
-    {"type:conv": "gamma(gamma=0.3)", "type:dense": "epsilon"}, {"type:conv": "alpha_beta(alpha=2, beta=1)"},
-    {"type:conv": "z+(bias=absorbed)", "normed again": "taylor", "proportional": "proportional"},
+    {"type:conv2d": "gamma(gamma=0.3)", "type:dense": "epsilon"}, {"type:conv2d": "alpha-beta(alpha=2, beta=1)"},
+    {"type:conv2d": "z+(bias=absorbed)", "normed again": "taylor", "proportional": "proportional"},
 ], ids=str)
 def test_all_layers_and_rules(rules, tmp_path):
     model = small_model()

@@ -59,6 +59,14 @@ def _divide_by_counts(out, count_h, count_w):
 
 
 @kernel
+def _largest(values):
+    largest = values[0]
+    for value in values:
+        largest = max(largest, value)
+    return largest
+
+
+@kernel
 def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg, bias, count_h, count_w, x_channel,
                    formula, factor, beta, epsilon, bias_mode, x_min, x_max, relevance, first, last):
     """x <- x + bias, clipped to x_min..x_max; ratio_pos, ratio_neg, ratio_bias, absorbed <- of P, of Q, of a SHARED
@@ -72,7 +80,7 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
     size = height * width
     flat_x, flat_pos, flat_neg = flat(x), flat(ratio_pos), flat(ratio_neg)
     flat_bias, flat_absorbed = flat(ratio_bias), flat(absorbed)
-    is_mean = rule_writes(formula, beta, bias_mode)[3] and (count_h.max() > 1 or count_w.max() > 1)
+    is_mean = rule_writes(formula, beta, bias_mode)[3] and (_largest(count_h) > 1 or _largest(count_w) > 1)
     for unit in range(first, last):
         n, k, at = unit // channels, unit % channels, unit * size
         out = span(flat_x, (n * x.shape[1] + x_channel + k) * size, size)
