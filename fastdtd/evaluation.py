@@ -276,7 +276,7 @@ def _checked_methods(methods: Methods) -> dict[str, Rules | None]:
     """Rules by name; None for what has none."""
     if isinstance(methods, Mapping) and methods and all(isinstance(name, str) for name in methods):
         return {name: None if name in (RANDOM, EDGES) else rules for name, rules in methods.items()}
-    given = [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else list(methods)
+    given: list[Any] = [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else list(methods)
     known = (*PRESETS, RANDOM, EDGES)
     unknown = [name for name in given if name not in known]
     if unknown or not given:

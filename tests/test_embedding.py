@@ -330,7 +330,7 @@ def test_c_example(for_examples, tmp_path):
     run("cc", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{for_examples}", EXAMPLES / "embed" / "explain.c",
         for_examples / "libnet.a", "-o", tmp_path / "explain")
     said = run(tmp_path / "explain", tmp_path / "coffee.ppm", tmp_path / "heatmap.ppm")
-    assert said.startswith("espresso, score 29.1")
+    assert said.startswith("espresso, score 31.1063")
     heatmap = np.asarray(Image.open(tmp_path / "heatmap.ppm"))
     model = fastdtd.load("squeezenet1_1")
     expected = fastdtd.Explainer(model)(model_file.MODELS / "coffee.png").relevance[0].sum(0)
@@ -348,7 +348,7 @@ def test_c_example(for_examples, tmp_path):
 COMMANDS = {
     "explain.cpp": ["c++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-I{lib}", "{source}", "{lib}/libnet.a",
                     "-pthread", "-o", "{out}"],
-    "explain.rs": ["rustc", "-O", "{source}", "-L", "{lib}", "-l", "static=net", "-o", "{out}"],
+    "explain.rs": ["rustc", "--edition", "2021", "-O", "{source}", "-L", "{lib}", "-l", "static=net", "-o", "{out}"],
     "explain.go": ["go", "build", "-o", "{out}", "{source}"],
 }
 
@@ -443,8 +443,8 @@ def test_levels_of_x86(target, image, tmp_path):
 
 
 HOST_JS = """
-const fs = require("fs"), [module, weights, input, output] = process.argv.slice(2);
-WebAssembly.instantiate(fs.readFileSync(module)).then(({ instance: { exports: net } }) => {
+const fs = require("fs"), [library, weights, input, output] = process.argv.slice(2);
+WebAssembly.instantiate(fs.readFileSync(library)).then(({ instance: { exports: net } }) => {
   let top = Number(net.__heap_base.value);
   const take = (bytes) => {
     const at = Math.ceil(top / 64) * 64;
@@ -474,8 +474,8 @@ def test_webassembly(image, tmp_path):
     if made.shared is None or not shutil.which("node"):
         pytest.skip(f"no linker for WebAssembly, or no node: {made.missing}")
     assert made.shared.name == "net.wasm"
-    (tmp_path / "host.js").write_text(HOST_JS)
-    run("node", tmp_path / "host.js", made.shared, made.weights, tmp_path / "input.f32", tmp_path / "relevance.f32")
+    (tmp_path / "host.cjs").write_text(HOST_JS)
+    run("node", tmp_path / "host.cjs", made.shared, made.weights, tmp_path / "input.f32", tmp_path / "relevance.f32")
     assert (tmp_path / "relevance.f32").read_bytes() == expected_relevance("wasm32", tmp_path).tobytes()
 
 
@@ -496,7 +496,7 @@ def test_page(squeezenet, tmp_path, browser):
         page.set_input_files("#file", model_file.MODELS / "coffee.png")
         page.wait_for_function("document.querySelectorAll('#scores tr').length === 5", timeout=20_000)
         said = page.text_content("#status")
-        assert re.match(r"espresso: score 29\.\d\d, sum of relevance 29\.\d\d, explained in \d+ ms", said), said
+        assert re.match(r"espresso: score 31\.\d\d, sum of relevance 31\.\d\d, explained in \d+ ms", said), said
         colours = page.evaluate("""() => {
             const canvas = document.getElementById("heatmap");
             return [canvas.width, canvas.height, ...canvas.getContext("2d").getImageData(0, 0, 227, 227).data];
@@ -575,13 +575,22 @@ def test_a_direction_that_calls_a_library_is_named(tmp_path):
     layers = (Dense("hidden", ("flat",), np.ones((3, 4))), ReLU("relu", ("hidden",)),
               Dense("scores", ("relu",), np.ones((2, 3))), Flatten("flat", ("input",)))
     model = Model(Graph(layers, (4, 1, 1), (0.0, 1.0)), Preprocessing(None))
-    rule = fastdtd.search_direction(_exponential)
     with pytest.raises(fastdtd.InputError, match=r"layer scores calls .*exp.*required: rules of arithmetic"):
-        fastdtd.embed(model, tmp_path, {"scores": rule})
+        fastdtd.embed(model, tmp_path, {"scores": fastdtd.search_direction(_exponential)})
+    with pytest.raises(fastdtd.RuleError, match="a function that another process can import"):
+        fastdtd.embed(model, tmp_path, {"scores": fastdtd.search_direction(lambda a, w: a * w)})
+    made = fastdtd.embed(model, tmp_path, {"scores": fastdtd.search_direction(_product)}, device_cpu=True)
+    image = np.float32([0.2, 0.5, 0.1, 0.9]).reshape(4, 1, 1)
+    expected = fastdtd.Explainer(model, {"scores": fastdtd.search_direction(_product)}, threads=1)(image)
+    assert embedded.load(made.shared).explain(image).relevance.tobytes() == expected.relevance.tobytes()
 
 
 def _exponential(a, w):
     return np.exp(a) * w
+
+
+def _product(a, w):
+    return a * w
 
 
 def test_without_a_linker_the_rest_is_written(tmp_path, monkeypatch, capsys):

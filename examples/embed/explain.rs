@@ -1,7 +1,7 @@
 // From Rust, by the C interface:
 //
 //     fastdtd embed squeezenet1_1 -o lib --name net
-//     rustc -O explain.rs -L lib -l static=net -o explain
+//     rustc --edition 2021 -O explain.rs -L lib -l static=net -o explain
 //     ./explain INPUT.f32                            (C, H, W) float32, as net_preprocess_rgb makes it
 use std::ffi::{c_char, c_int, c_void, CStr};
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from fastdtd.embedding import job
 from fastdtd.embedding.job import COMPILED, OBJECT, Compiled, Job
 from fastdtd.embedding.targets import TARGETS, Target, find_target, this_processor
-from fastdtd.errors import InputError, OutputError, shown
+from fastdtd.errors import InputError, OutputError, RuleError, shown
 from fastdtd.files import as_path, replacing
 from fastdtd.model import Model
 from fastdtd.rules import Rules, assign
@@ -147,9 +148,14 @@ def _check_name(name: object) -> None:
 
 def _compiled(wanted: Job, place: Path) -> Compiled:
     """In a process of its own: kernels are written for a processor when they are imported."""
-    (place / "job").write_bytes(pickle.dumps(wanted, protocol=5))
+    try:
+        (place / "job").write_bytes(pickle.dumps(wanted, protocol=5))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise RuleError(f"a search direction cannot be given to the process that compiles ({error}); required: a "
+                        "function that another process can import, of a module's own") from None
     cpu, features = wanted.target.compiled_for
-    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "FASTDTD_VECTORS": wanted.target.vectors}
+    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "FASTDTD_VECTORS": wanted.target.vectors,
+                   "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-m", "fastdtd.embedding.worker", place / "job", place],
                           env=os.environ | environment, stderr=None, check=False)
     outcome = place / COMPILED
@@ -182,9 +188,8 @@ def _written(to: Path, place: Path, compiled: Compiled, target: Target, model: M
     weights = None
     if not has_weights:
         weights = to / f"{name}.weights"
-        with replacing(weights) as beside, open(place / job.WEIGHTS, "rb") as source, open(beside, "wb") as file:
-            while piece := source.read(1 << 24):
-                file.write(piece)
+        with replacing(weights) as beside:
+            shutil.copyfile(place / job.WEIGHTS, beside)
     shared: Path | None = to / linking.shared_name(name, target)
     assert shared is not None
     problem = linking.link(place / OBJECT, place / shared.name, name, symbols, target)

@@ -148,14 +148,14 @@ def compact(graph: Graph, assignment: Assignment, kernels: Any, packings: Sequen
         number = len(layout.calls) + calls.setdefault(call, len(calls))
         operations.append(_operation(program.PACK, 0, number, len(slots) - first, first))
     weights = {one.weight.tobytes(): one for one in graph if isinstance(one, (Conv2d, Dense))}
-    for (array, place), done in zip(layout.arrays, packed_bytes, strict=True):
+    for (array, to), done in zip(layout.arrays, packed_bytes, strict=True):
         if done == array.nbytes:
             continue
         plain = np.ascontiguousarray(array).tobytes()
         if array.dtype == np.float32 and plain in weights:
-            operations.append(_operation(program.WIDEN, place, raw_at(weights[plain]), array.size))
+            operations.append(_operation(program.WIDEN, to, raw_at(weights[plain]), array.size))
         else:
-            operations.append(_operation(program.COPY, place, content.add(plain), len(plain)))
+            operations.append(_operation(program.COPY, to, content.add(plain), len(plain)))
     values = np.array([value for value, _ in slots], np.int64).reshape(-1)
     return Compact(content.pieces, content.size, np.array(operations, np.int64), list(calls),
                    values.astype(np.uint32).view(np.int32), np.array([region for _, region in slots], np.int8), scratch)
