@@ -24,16 +24,12 @@ from networks import NETWORKS, pictures
 
 import fastdtd
 from fastdtd import embedded
+from fastdtd import graph as g
 from fastdtd.model import Model, Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = "<!-- table by benchmarks/embed.py -->", "<!-- end of table -->"
-RULES = {
-    "epsilon": {"type:conv2d": "epsilon", "type:dense": "epsilon"},
-    "gamma": {"type:conv2d": "gamma", "type:dense": "gamma"},
-    "alpha-beta": {"type:conv2d": "alpha-beta", "type:dense": "alpha-beta"},
-    "gradient": "gradient",
-}
+RULES = ("epsilon", "gamma", "alpha-beta", "gradient")  # of all convolutions and dense layers; the last of all layers
 # In a process of its own, with a copy of the one file that it needs.
 START = """
 import sys, time
@@ -65,7 +61,10 @@ def measure(name, with_rules):
             "compact": compact.weights.stat().st_size, "unpack s": unpacked(compact), "ms": 1000 * ours,
             "Python ms": 1000 * python, **start(made, picture, Path(folder)), "same bits": ["dtd"]
         }
-    for rules, chosen in RULES.items() if with_rules else ():
+    for rules in RULES if with_rules else ():
+        chosen = rules if rules == "gradient" else {
+            f"type:{kind}": rules for kind, layer in (("conv2d", g.Conv2d), ("dense", g.Dense))
+            if any(isinstance(one, layer) for one in graph)}
         with tempfile.TemporaryDirectory() as folder:
             made = fastdtd.embed(model, folder, chosen, weights="file", name="net", device_cpu=True)
             check(name, rules, embedded.load(made.shared), fastdtd.Explainer(model, chosen, threads=1), picture)

@@ -57,11 +57,15 @@ class Target:
 
 
 def this_processor() -> Target:
-    """This very processor, and those that have all that it has."""
+    """What kernels are compiled for in this process: this very processor, unless NUMBA_CPU_NAME says otherwise."""
+    from numba.core import config
+
     from fastdtd.kernels.cpu.vector_code import LANES, REGISTERS
 
     llvm = _llvm()
-    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    cpu, features = config.CPU_NAME or llvm.get_host_cpu_name(), config.CPU_FEATURES
+    if features is None:
+        features = "" if cpu == "generic" else llvm.get_host_cpu_features().flatten()
     return Target(cpu, llvm.get_process_triple(), cpu, features, f"{LANES}x{REGISTERS}", (cpu, features))
 
 
