@@ -133,7 +133,7 @@ def table(found):
         size, work, packed, compact = (one[what] for what in ("code", "workspace", "weights", "compact"))
         lines.append(
             f"| {name} | {size / 1e3:.0f} KB | {work / 1e6:.1f} MB | {packed / 1e6:.1f} MB | {compact / 1e6:.1f} MB, "
-            f"{one['unpack s']:.2f} s | {1000 * one['load s']:.0f} ms | {one['ms']:.2f} ms | "
+            f"{one['unpack s']:.2g} s | {1000 * one['load s']:.1f} ms | {one['ms']:.2f} ms | "
             f"{one['ms'] / one['Python ms']:.2f} |")
     rules = sorted({rule for one in found["networks"].values() for rule in one["same bits"]})
     name, one = next(((name, one) for name, one in found["networks"].items() if name.startswith("SqueezeNet")),
