@@ -1,12 +1,11 @@
 """Libraries that ``fastdtd embed`` wrote, called from Python with NumPy alone.
 
-This file needs nothing else of fastdtd: copy it to a machine that has NumPy.
+This file needs nothing else of fastdtd: copy it to a machine that has NumPy. There::
 
->>> import embedded
->>> network = embedded.load("libsqueezenet.so")
->>> e = network.explain(network.preprocess(pixels))  # uint8 (H, W, 3), red first
->>> network.class_name(e.target), e.relevance.shape
-('espresso', (3, 227, 227))
+    import embedded
+    network = embedded.load("libsqueezenet.so")
+    e = network.explain(network.preprocess(pixels))  # uint8 (H, W, 3), red first
+    print(network.class_name(e.target), e.relevance.shape)
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from fastdtd.kernels.cpu.microkernel import (
     multiply_split_row,
     multiply_split_three,
 )
+from fastdtd.kernels.cpu.scalar import raised
 from fastdtd.kernels.cpu.vector_code import LANES
 from layers import KEPT, every_example, weights
 from numba import njit
@@ -209,3 +210,26 @@ print(sum(activate_forward.stats.cache_hits.values()))
     source.write_text(source.read_text() + "\n# another constant\n")
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert [hits(), hits()] == ["0", "1"]
+
+
+# ---- Powers ----------------------------------------------------------------------------------------------------------
+
+
+def test_powers_are_rounded_once():
+    """Of any size, against float64; and what has no logarithm."""
+    rng = np.random.default_rng(0)
+    base = np.exp(rng.uniform(-80, 80, 20_000)).astype(np.float32)
+    exponent = rng.uniform(-3, 3, 20_000).astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        exact = np.float64(base)**np.float64(exponent)
+        expected = exact.astype(np.float32)
+    found = np.array([raised(*pair) for pair in zip(base, exponent, strict=True)], np.float32)
+    unequal = found != expected
+    assert unequal.mean() < 1e-3  # where float64's own rounding decides
+    np.testing.assert_allclose(found[unequal], expected[unequal], rtol=2.0**-23, atol=2.0**-149)
+    inf, tiny = np.float32(np.inf), np.float32(2.0**-149)
+    for b, e, wanted in ((0, 2, 0), (0, 0, 1), (0, -1, inf), (inf, 1, inf), (inf, -1, 0), (1, 5, 1), (4, 0.5, 2),
+                         (2, -149, tiny), (tiny, 1, tiny), (2, 127, 2.0**127), (2, 128, inf), (3, 0, 1), (5, 1, 5)):
+        assert raised(np.float32(b), np.float32(e)) == np.float32(wanted), (b, e)
+    for b in (-1, np.nan, -inf):
+        assert np.isnan(raised(np.float32(b), np.float32(2)))

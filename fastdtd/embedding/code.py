@@ -172,9 +172,8 @@ def emit(layout: Layout, compact: Compact | None, facts: Sequence[int], numbers:
         count = len(tables) + len(given)
         bitcode, native = ir_of(getattr(program, function).get_compile_result(types.int64(*[types.intp] * count)))
         _link(whole, _linked(bitcode, _glue(function, native, count), {f"fastdtd.{function}"}), target, data_layout)
-    whole.link_in(_parsed(_dispatch(len(layout.calls) + len(packers)) + _exports(
-        name, data_layout, weights is not None, len(classes), functions),
-                          target, data_layout))
+    interface = _exports(name, data_layout, weights is not None, len(classes), functions)
+    whole.link_in(_parsed(_dispatch(len(layout.calls) + len(packers)) + interface, target, data_layout))
     _internalise(whole, {f"{name}_{export}" for export in (*EXPORTS, *COMPACT_EXPORTS)})
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(whole, passes)  # drops what nothing reaches: what only Python calls
