@@ -839,6 +839,8 @@ def _embed(options: argparse.Namespace) -> int:
             print(f"{path}: {path.stat().st_size:,} bytes")
     print(f"for {made.target}; a call needs {made.workspace_bytes:,} bytes of workspace and {made.weights_bytes:,} of "
           "weights")
+    if not made.is_tested:
+        print(printable(f"fastdtd: nothing was ever run on {made.target}; try what was written"), file=sys.stderr)
     for line in made.missing:
         print(printable(f"fastdtd: {line}"), file=sys.stderr)
     return 0

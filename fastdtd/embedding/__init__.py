@@ -53,6 +53,8 @@ class Embedded:
         That a call needs.
     object_bytes : int
         With the weights, where they are inside.
+    is_tested : bool
+        Whether libraries for this target were ever run.
     missing : tuple of str
         What could not be made, and why.
     """
@@ -67,6 +69,7 @@ class Embedded:
     workspace_bytes: int
     weights_bytes: int
     object_bytes: int
+    is_tested: bool = True
     missing: tuple[str, ...] = field(default=())
 
 
@@ -201,4 +204,4 @@ def _written(to: Path, place: Path, compiled: Compiled, target: Target, model: M
     else:
         shared, missing = None, (f"no shared library was written: {problem}",)
     return Embedded(to / f"{name}.h", to / f"{name}{suffix}", to / f"lib{name}.a", shared, weights, name, target.name,
-                    compiled.workspace_bytes, compiled.weights_bytes, len(content), missing)
+                    compiled.workspace_bytes, compiled.weights_bytes, len(content), target.is_tested, missing)
