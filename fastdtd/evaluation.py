@@ -190,7 +190,7 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
     model : Model
     pictures : sequence of pictures, or (N, C, H, W) array
         As an `Explainer` takes them; of a sequence of paths a few are held at a time. Or images of a set, as
-        `fastdtd.sources.find` gives them.
+        ``fastdtd.sources.find`` gives them.
     methods : str, sequence of str, or mapping from str to rules
         Presets of rules, such as "dtd", "gradient*input" and "sensitivity"; "random", which is any order; "edges",
         the picture's own edges (Sobel), which know no network. Or any names, with rules as an `Explainer` takes them.
