@@ -42,6 +42,10 @@ PEERS = ROOT / ".venv-peers" / "bin" / "python"
 LOOPED, LOOP_TURNS = 2000, 3  # images of the loop, which is slow
 
 
+def pictures_in(folders):
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png")]
+
+
 def make_set(folder, pictures, count, size=SIZE):
     """JPEGs of one size: `count` of them, always the same."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +128,7 @@ def killed(images, out, kills, seconds, seed=0):
 
 
 def measure(options, work):
-    pictures = [path for folder in options.folders for path in sorted(folder.iterdir())
-                if path.suffix in (".jpg", ".png")]
+    pictures = pictures_in(options.folders)
     images = make_set(work / "images", pictures, options.images)
     few = make_set(work / "few", pictures, min(1000, options.images // 5))
     found = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors",
@@ -338,10 +341,8 @@ def main():
     result = ROOT / "benchmarks" / "results" / f"runs-{options.write}.json"
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         if options.again:
-            pictures = [path for place in options.folders for path in sorted(place.iterdir())
-                        if path.suffix in (".jpg", ".png")]
-            found = json.loads(result.read_text())
-            found["loop"] = looped(make_set(Path(folder) / "looped", pictures, LOOPED), Path(folder))
+            found, images = json.loads(result.read_text()), Path(folder) / "looped"
+            found["loop"] = looped(make_set(images, pictures_in(options.folders), LOOPED), Path(folder))
         else:
             found = measure(options, Path(folder))
     print(json.dumps(found, indent=1))

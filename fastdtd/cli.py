@@ -521,7 +521,7 @@ def _box(text: str) -> list[tuple[float, float]] | tuple[float, float]:
 def _explain(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from fastdtd import model_file, results, runner, sources
+    from fastdtd import analysis, model_file, report, results, runner, sources
     from fastdtd.explainer import Explainer, usable_processors
 
     model = model_file.load(options.model)
@@ -579,7 +579,7 @@ def _explain(options: argparse.Namespace) -> int:
     if len(summary.failed) > _LINES:
         print(f"fastdtd: and {len(summary.failed) - _LINES:,} more, see {out / results.FAILED}",
               file=sys.stderr)
-    for made, command in (("report.html", "report"), ("analysis.h5", "analyze")):
+    for made, command in ((report.PAGE, "report"), (analysis.ANALYSIS, "analyze")):
         if summary.explained and (out / made).exists():
             print(printable(f"fastdtd: {out / made} was made before; `fastdtd {command} {out}` makes it anew"),
                   file=sys.stderr)

@@ -45,6 +45,15 @@ class Preprocessing:
     std: Any = 1.0
     scale: float = 1.0
 
+    @property
+    def values(self) -> Array | None:
+        """What each of 256 values of a pixel becomes, (C, 256), once a Model has it; None where pixels have means and
+        deviations of their own."""
+        if not self.mean.shape[1:] == self.std.shape[1:] == (1, 1):
+            return None
+        values: Array = (np.arange(256, dtype=np.float32) * np.float32(self.scale) - self.mean[:, 0]) / self.std[:, 0]
+        return values
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
@@ -147,8 +156,8 @@ class Model:
                              f"{self.graph.input_shape} to the explainer")
         pixels = images.read(picture, self.graph.input_shape, self.preprocessing.color, self.preprocessing.resize)
         p = self.preprocessing
-        if p.mean.shape[1:] == p.std.shape[1:] == (1, 1):  # each of 256 values once, not each pixel
-            values = (np.arange(256, dtype=np.float32) * np.float32(p.scale) - p.mean[:, 0]) / p.std[:, 0]
+        values = p.values
+        if values is not None:
             return np.stack([of_channel[plane] for of_channel, plane in zip(values, pixels, strict=True)])
         return np.ascontiguousarray((pixels.astype(np.float32) * np.float32(p.scale) - p.mean) / p.std, np.float32)
 

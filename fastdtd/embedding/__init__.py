@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastdtd.embedding import job
 from fastdtd.embedding.job import COMPILED, OBJECT, Compiled, Job
-from fastdtd.embedding.targets import TARGETS, Target, find_target, this_processor
+from fastdtd.embedding.targets import TARGETS, find_target, this_processor
 from fastdtd.errors import InputError, OutputError, RuleError, shown
 from fastdtd.files import as_path, replacing
 from fastdtd.model import Model
@@ -132,10 +132,11 @@ def embed(model: Model, folder: str | os.PathLike[str], rules: Rules = "dtd", ta
     to = as_path(folder, OutputError, "a folder")
     with tempfile.TemporaryDirectory(prefix="fastdtd") as temporary:
         place = Path(temporary)
-        compiled = _compiled(Job(model, rules, found, name, weights, algorithms == "small"), place)
+        wanted = Job(model, rules, found, name, weights, algorithms == "small")
+        compiled = _compiled(wanted, place)
         try:
             to.mkdir(parents=True, exist_ok=True)
-            return _written(to, place, compiled, found, model, name, weights == "embedded")
+            return _written(to, place, compiled, wanted)
         except OSError as error:
             raise OutputError(
                 f"folder {str(to)!r} cannot be written to: {error.strerror or error}; give another one") from None
@@ -172,24 +173,24 @@ def _compiled(wanted: Job, place: Path) -> Compiled:
     return result
 
 
-def _written(to: Path, place: Path, compiled: Compiled, target: Target, model: Model, name: str, has_weights: bool
-             ) -> Embedded:
+def _written(to: Path, place: Path, compiled: Compiled, wanted: Job) -> Embedded:
     from fastdtd.embedding import linking
     from fastdtd.embedding.code import COMPACT_EXPORTS, EXPORTS
     from fastdtd.embedding.header import header
 
+    name, target = wanted.name, wanted.target
     content = (place / OBJECT).read_bytes()
-    is_compact = not has_weights and compiled.file_bytes != compiled.weights_bytes
+    is_compact = wanted.weights in ("compact", "compact16")
     symbols = [f"{name}_{export}" for export in (*EXPORTS, *(COMPACT_EXPORTS if is_compact else ()))]
     suffix = ".obj" if target.format == "coff" else ".o"
-    text = header(name, compiled, target, is_compact, model.preprocessing.resize)
+    text = header(name, compiled, target, is_compact, wanted.model.preprocessing.resize)
     files = {f"{name}.h": text.encode(), f"{name}{suffix}": content,
              f"lib{name}.a": linking.archive(content, f"{name}{suffix}", symbols, target)}
     for file, written in files.items():
         with replacing(to / file) as beside:
             beside.write_bytes(written)
     weights = None
-    if not has_weights:
+    if compiled.file_bytes:
         weights = to / f"{name}.weights"
         with replacing(weights) as beside:
             shutil.copyfile(place / job.WEIGHTS, beside)
@@ -199,7 +200,7 @@ def _written(to: Path, place: Path, compiled: Compiled, target: Target, model: M
     missing: tuple[str, ...] = ()
     if problem is None:
         with replacing(shared) as beside:
-            beside.write_bytes((place / shared.name).read_bytes())
+            shutil.copyfile(place / shared.name, beside)
         shared.chmod(0o755)
     else:
         shared, missing = None, (f"no shared library was written: {problem}",)

@@ -33,5 +33,4 @@ class Compiled:
     workspace_bytes: int
     weights_bytes: int
     file_bytes: int  # of the weights file; 0 where they are inside
-    steps: int
     reads_pictures: bool

@@ -42,8 +42,6 @@ class Layout:
         Arguments, as fastdtd.kernels.cpu.steps.bind lays them out, with offsets (unsigned) in place of addresses.
     regions : (A,) int8
         Of each slot: program.NUMBER, program.WEIGHTS or program.WORKSPACE.
-    most_slots : int
-        Of a step.
     weights : list of bytes
         The region's content, in pieces.
     arrays : list of (array, offset)
@@ -57,7 +55,6 @@ class Layout:
     steps: npt.NDArray[np.int64]
     slots: npt.NDArray[np.int32]
     regions: npt.NDArray[np.int8]
-    most_slots: int
     weights: list[bytes]
     arrays: list[tuple[npt.NDArray[Any], int]]
     weights_bytes: int
@@ -66,7 +63,7 @@ class Layout:
 
     def with_scratch(self, size: int) -> Layout:
         """The same with so many bytes of the workspace before the slots, for what else is done there."""
-        begin = max(self.places["slots"], _aligned(size))
+        begin = max(self.places["slots"], aligned(size))
         return dataclasses.replace(self, places={**self.places, "slots": begin},
                                    workspace_bytes=begin + self.workspace_bytes - self.places["slots"])
 
@@ -98,12 +95,12 @@ def lay_out(schedule: Schedule, header_bytes: int) -> Layout:
     """Of a schedule of one image for one worker. header_bytes: what the weights begin with."""
     assert schedule.batch == schedule.workers == 1
     weights = _Weights(header_bytes)
-    at = _aligned(4 * (schedule.workspace_elements + schedule.margin))
+    at = aligned(4 * (schedule.workspace_elements + schedule.margin))
     scratch, states = {}, {}
     for name, elements in schedule.scratch.items():
-        scratch[name], at = at, at + _aligned(4 * (elements + schedule.margin))
+        scratch[name], at = at, at + aligned(4 * (elements + schedule.margin))
     for name, (shape, dtype) in schedule.states.items():
-        states[name], at = at, at + _aligned(math.prod(shape) * np.dtype(dtype).itemsize)
+        states[name], at = at, at + aligned(math.prod(shape) * np.dtype(dtype).itemsize)
 
     def state(one: State) -> tuple[int, tuple[int, ...], Any]:
         """Offset, shape, dtype."""
@@ -156,7 +153,7 @@ def lay_out(schedule: Schedule, header_bytes: int) -> Layout:
             slots += argument(one)
         steps.append((number, first, step.units, *flags))
         most = max(most, len(slots) - first)
-    slots_at, at = at, at + _aligned(8 * max(most, _SLOTS_OF_PACKING))
+    slots_at, at = at, at + aligned(8 * max(most, _SLOTS_OF_PACKING))
 
     def place(tensor: Tensor) -> int:
         return 4 * (schedule.buffers[tensor.view.buffer].offset + tensor.channel * math.prod(tensor.view.shape[1:]))
@@ -169,8 +166,9 @@ def lay_out(schedule: Schedule, header_bytes: int) -> Layout:
         raise InputError(f"weights take {weights.size / 2**30:.1f} GiB and a call's memory {at / 2**30:.1f}; an "
                          "embedded library takes at most 4 of each; required: a smaller network")
     return Layout(list(calls), np.array(steps, np.int64), values.astype(np.uint32).view(np.int32),
-                  regions.astype(np.int8), most, weights.pieces, weights.arrays, weights.size, at, places)
+                  regions.astype(np.int8), weights.pieces, weights.arrays, weights.size, at, places)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -14,7 +14,6 @@ from fastdtd.embedding.targets import Target, process_triple
 
 _SUFFIXES = {"elf": ".so", "macho": ".dylib", "coff": ".dll", "wasm": ".wasm"}
 _LLD = {"elf": "ld.lld", "coff": "lld-link", "wasm": "wasm-ld", "macho": "ld64.lld"}
-_FLAVOR = {"elf": "gnu", "coff": "link", "wasm": "wasm", "macho": "darwin"}
 
 
 def archive(content: bytes, member: str, symbols: Sequence[str], target: Target) -> bytes:

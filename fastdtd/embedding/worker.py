@@ -20,10 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from fastdtd.embedding import code, layout, packing
 from fastdtd.embedding.job import COMPILED, OBJECT, WEIGHTS, Compiled, Job
 from fastdtd.errors import FastDTDError, InputError
 from fastdtd.graph import Conv2d, Dense, Graph, Layer
+from fastdtd.kernels import load
+from fastdtd.kernels.cpu import jit, program
+from fastdtd.lowering import lower
 from fastdtd.model import Model
+from fastdtd.rules import assign
 
 _MAGIC, _COMPACT_MAGIC, _VERSION = b"fastdtdW", b"fastdtdC", 1
 
@@ -39,15 +44,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _compile(job: Job, folder: Path) -> Compiled:
-    from fastdtd.kernels import load
-    from fastdtd.kernels.cpu import jit
-
     jit.keep_ir()
-    from fastdtd.embedding import code, layout, packing
-    from fastdtd.kernels.cpu import program
-    from fastdtd.lowering import lower
-    from fastdtd.rules import assign
-
     half, is_compact = job.weights == "compact16", job.weights in ("compact", "compact16")
     graph = _in_half(job.model.graph) if half else job.model.graph
     assignment = assign(graph, job.rules)
@@ -56,7 +53,7 @@ def _compile(job: Job, folder: Path) -> Compiled:
     recorder: Any = packing.Recorder(kernels)
     lowered = lower(graph, assignment, recorder)
     schedule = lowered.schedule(1)
-    header_bytes = _aligned(8 * program.HEADER_WORDS)
+    header_bytes = layout.aligned(8 * program.HEADER_WORDS)
     found = layout.lay_out(schedule, header_bytes)
     layers: dict[int, str] = {}
     for step, row in zip(schedule.steps, found.steps, strict=True):
@@ -86,7 +83,7 @@ def _compile(job: Job, folder: Path) -> Compiled:
     (folder / OBJECT).write_bytes(content)
     return Compiled(graph.input_shape, graph.shapes[graph.output][0], job.model.classes, found.workspace_bytes,
                     found.weights_bytes, 0 if job.weights == "embedded" else (folder / WEIGHTS).stat().st_size,
-                    len(schedule.steps), job.model.preprocessing.color is not None)
+                    job.model.preprocessing.color is not None)
 
 
 def _in_half(graph: Graph) -> Graph:
@@ -125,8 +122,6 @@ class _Direct:
 def _facts(model: Model, derivative: str | None, schedule: Any, found: Any, header: bytes, embedded: bool
            ) -> list[int]:
     """The network, as fastdtd.kernels.cpu.program reads it."""
-    from fastdtd.kernels.cpu import program
-
     graph, p = model.graph, model.preprocessing
     channels, height, width = graph.input_shape
     facts = [0] * program.FACTS
@@ -144,7 +139,7 @@ def _facts(model: Model, derivative: str | None, schedule: Any, found: Any, head
         program.STARTS_WITH_RELEVANCE: schedule.starts_with_relevance,
         program.DERIVATIVE: _DERIVATIVES.index(derivative),
         program.COLOR: _COLORS.index(p.color), program.CROPS: p.resize == "crop",
-        program.HAS_PLANES: not _is_by_channel(model),
+        program.HAS_PLANES: p.values is None,
     }.items():
         facts[index] = int(value)
     return facts
@@ -154,26 +149,18 @@ _DERIVATIVES = (None, "gradient", "gradient*input", "sensitivity")
 _COLORS = (None, "rgb", "bgr", "gray")
 
 
-def _is_by_channel(model: Model) -> bool:
-    return bool(model.preprocessing.mean.shape[1:] == model.preprocessing.std.shape[1:] == (1, 1))
-
-
 def _numbers(model: Model) -> Any:
     """The input's bounds, then what pixels become: by channel and value, or scale, means and deviations."""
     graph, p = model.graph, model.preprocessing
     channels = graph.input_shape[0]
     bounds = np.zeros((2, channels)) if graph.box is None else np.stack(graph.box)
     if p.color is None:
-        pixels = [np.zeros(0)]
-    elif _is_by_channel(model):
-        pixels = [(np.arange(256, dtype=np.float32) * np.float32(p.scale) - p.mean[:, 0]) / p.std[:, 0]]
+        pixels: list[Any] = [np.zeros(0)]
+    elif p.values is not None:
+        pixels = [p.values]
     else:
         pixels = [np.array([p.scale]), *(np.broadcast_to(each, graph.input_shape) for each in (p.mean, p.std))]
     return np.concatenate([np.ravel(part).astype(np.float32) for part in (bounds, *pixels)])
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 64) * 64
 
 
 if __name__ == "__main__":

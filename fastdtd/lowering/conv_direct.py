@@ -124,17 +124,16 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: Blocked
     shape_of = kernels.conv2d_split_shape if is_split else kernels.conv2d_packed_shape
 
     shapes = [shape_of(layer.groups, per_group, from_group * len(own)) for own in taps]
-    panel_rows = shapes[0][3]
     weights = np.empty(sum(map(math.prod, shapes)), np.float32)
     lines = sum(math.prod(shape[:3]) for shape in shapes) if is_split else from_group * sum(map(len, taps))
     offsets = np.empty(lines, np.int32)
     panels = shapes[0][0] * shapes[0][1]
-    classes = kernels.conv2d_split_bounds(panel_rows) if is_split else 0
-    bounds = np.empty(len(taps) * panels * classes, np.int32)
+    classes = kernels.conv2d_split_bounds(shapes[0][3]) if is_split else 0
+    bounds = np.empty((len(taps), panels * classes), np.int32)
     table: list[tuple[int, ...]] = []
     before, at, line = 0, 0, 0
     for phase, (grid, own, shape) in enumerate(zip(grids, taps, shapes, strict=True)):
-        table.append((*grid, len(own), at, line, phase * panels * classes))
+        table.append((*grid, len(own), at, line, phase * bounds.shape[1]))
         index = [i * kernel_w + j for i, j in own]
         matrices = np.ascontiguousarray(v[..., index].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1))
         reads_at = np.ascontiguousarray(all_offsets[:, before:before + len(own)].ravel())
@@ -143,16 +142,15 @@ def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: Blocked
         at += packed.size
         if is_split:
             count = math.prod(shape[:3])
-            bound = bounds[phase * panels * classes:(phase + 1) * panels * classes]
             kernels.conv2d_pack_split(packed, offsets[line:line + count].reshape(shape[:3]),
-                                      bound.reshape(*shape[:2], classes), matrices, reads_at,
+                                      bounds[phase].reshape(*shape[:2], classes), matrices, reads_at,
                                       np.ones(len(reads_at), np.int64))
         else:
             count = len(reads_at)
             kernels.conv2d_pack(packed, matrices)
             offsets[line:line + count] = reads_at
         line += count
-    return Backward(term.features, blocks, read_only(weights), panels, read_only(offsets), read_only(bounds),
+    return Backward(term.features, blocks, read_only(weights), panels, read_only(offsets), read_only(bounds.ravel()),
                     int_table(table, 8), blocks.count(rows, columns), from_group)
 
 

@@ -98,6 +98,20 @@ def _fact(facts, index):
 
 
 @kernel
+def _check_header(facts, content, magic, size):
+    """Whether a file of this network begins here; magic, size: which facts are its own."""
+    given, wanted = int64_at(content, HEADER_WORDS), int64_at(facts, FACTS)
+    if given[0] != wanted[magic]:
+        return NO_WEIGHTS
+    if given[1] != wanted[HEADER + 1]:
+        return OTHER_VERSION
+    for i in range(3, HEADER_WORDS):
+        if given[i] != wanted[HEADER + i]:
+            return OTHER_NETWORK
+    return OK if given[2] == wanted[size] else WRONG_SIZE
+
+
+@kernel
 def _check_weights(facts, weights):
     """Whether the weights are of this network, by what they begin with. Those inside of the library are."""
     if _fact(facts, EMBEDDED_WEIGHTS):
@@ -106,15 +120,7 @@ def _check_weights(facts, weights):
         return NULL
     if weights % _ALIGNMENT:
         return MISALIGNED
-    given, wanted = int64_at(weights, HEADER_WORDS), int64_at(facts, FACTS)
-    if given[0] != wanted[HEADER]:
-        return NO_WEIGHTS
-    if given[1] != wanted[HEADER + 1]:
-        return OTHER_VERSION
-    for i in range(3, HEADER_WORDS):
-        if given[i] != wanted[HEADER + i]:
-            return OTHER_NETWORK
-    return OK if given[2] == wanted[HEADER + 2] else WRONG_SIZE
+    return _check_header(facts, weights, HEADER, HEADER + 2)
 
 
 @kernel
@@ -162,6 +168,17 @@ def _check(facts, weights, inputs, workspace, count):
 # ---- The two passes --------------------------------------------------------------------------------------------------
 
 
+@part
+def _fill_slots(own, values, regions, first, last, weights, workspace, compact):
+    """Slots first..last-1 of a table, with addresses in place of offsets."""
+    for i in range(first, last):
+        value = np.int64(values[i])
+        if regions[i] != NUMBER:
+            value &= 0xffffffff
+            value += weights if regions[i] == WEIGHTS else workspace if regions[i] == WORKSPACE else compact
+        own[i - first] = value
+
+
 @kernel
 def _run(facts, steps, slots, regions, call, first, last, weights, workspace):
     """Steps first..last-1, each with its slots' addresses in the workspace."""
@@ -176,11 +193,7 @@ def _run(facts, steps, slots, regions, call, first, last, weights, workspace):
             is_needed |= flags[i] != 0
         if flag_bytes and not is_needed:  # no neuron is dead, so nothing is absorbed
             continue
-        for i in range(begin, table[5 * step + 6]):
-            value = np.int64(values[i])
-            if regions[i] != NUMBER:
-                value = (value & 0xffffffff) + (workspace if regions[i] == WORKSPACE else weights)
-            own[i - begin] = value
+        _fill_slots(own, values, regions, begin, table[5 * step + 6], weights, workspace, 0)
         _call(call, table[5 * step], own.ctypes.data, 0, table[5 * step + 2])
 
 
@@ -349,15 +362,11 @@ def unpack(facts, operations, slots, regions, call, compact, size, weights, work
         return MISALIGNED
     if size < 8 * HEADER_WORDS:
         return WRONG_SIZE
-    given, wanted, to = int64_at(compact, HEADER_WORDS), int64_at(facts, FACTS), int64_at(weights, HEADER_WORDS + 1)
-    if given[0] != wanted[COMPACT_MAGIC]:
-        return NO_WEIGHTS
-    if given[1] != wanted[HEADER + 1]:
-        return OTHER_VERSION
-    for i in range(3, HEADER_WORDS):
-        if given[i] != wanted[HEADER + i]:
-            return OTHER_NETWORK
-    if given[2] != wanted[COMPACT_BYTES] or size != wanted[COMPACT_BYTES]:
+    code = _check_header(facts, compact, COMPACT_MAGIC, COMPACT_BYTES)
+    if code != OK:
+        return code
+    wanted, to = int64_at(facts, FACTS), int64_at(weights, HEADER_WORDS + 1)
+    if size != wanted[COMPACT_BYTES]:
         return WRONG_SIZE
     count, is_half = wanted[OPERATIONS], wanted[IS_HALF] != 0
     values, kinds = int32_at(slots, _MAX_SIZE), int8_at(regions, _MAX_SIZE)
@@ -374,13 +383,7 @@ def unpack(facts, operations, slots, regions, call, compact, size, weights, work
         elif kind == GATHER:
             _gather(workspace, source, row, is_half)
         else:
-            for j in range(row[3]):
-                value = np.int64(values[row[4] + j])
-                region = kinds[row[4] + j]
-                if region != NUMBER:
-                    value = value & 0xffffffff
-                    value += weights if region == WEIGHTS else workspace if region == WORKSPACE else compact
-                own[j] = value
+            _fill_slots(own, values, kinds, row[4], row[4] + row[3], weights, workspace, compact)
             _call(call, row[2], own.ctypes.data, 0, 0)
     for i in range(HEADER_WORDS):
         to[i] = wanted[HEADER + i]
