@@ -58,8 +58,6 @@ class Device(Protocol):
 
     # -- Shapes of packed weights, floats of scratch: (results, block) where there are two
 
-    def conv2d_packed_shape(self, groups: int, rows: int, depth: int, *panel_rows: int) -> Shape:
-        """Of packed weights for a matrix (rows, depth) in each group; implicit devices ask for the rows of a panel."""
     def dense_forward_elements(self, images: int) -> int:
         """Floats of `sums`."""
     def dense_redistribute_elements(self, images: int, outputs: int) -> tuple[int, int]:
@@ -116,8 +114,8 @@ class BlockedDevice(Device, Protocol):
     """Convolutions copy blocks of their input into padded planes, or go through Winograd's transforms."""
 
     CONVOLUTION: Literal["blocked"]
-    CONV2D_COLUMNS: int  # of a tile
-    conv2d_pack_split: Kernel
+    CONV2D_COLUMNS: int  # tiles read this far beyond the last position
+    CONV2D_FEW_ROWS: int  # conv2d_redistribute to no more inputs of a group reads planes always
     winograd2d_pack: Kernel
     winograd2d_forward: Kernel
     winograd2d_redistribute: Kernel
@@ -125,14 +123,17 @@ class BlockedDevice(Device, Protocol):
     def conv2d_block_shape(self, rows: int, columns: int, halo_rows: int, halo_columns: int, planes: int
                            ) -> tuple[int, int]:
         """Rows and columns of a block of output positions."""
-    def conv2d_split_shape(self, groups: int, rows: int, depth: int) -> Shape:
-        """Of the weights of conv2d_pack_split."""
-    def conv2d_split_bounds(self, panel_rows: int) -> int:
-        """Bounds of each of their panels."""
-    def conv2d_results_elements(self, positions: int) -> int:
-        """Floats of `results` of conv2d_forward."""
-    def conv2d_redistribute_results_elements(self, positions: int, columns: int, stride_w: int) -> int:
-        """Floats of `results` of conv2d_redistribute."""
+    def conv2d_packed_shape(self, groups: int, rows: int, depth: int, is_backward: bool) -> Shape:
+        """Of packed weights for a matrix (rows, depth) in each group."""
+    def conv2d_bounds_shape(self, packed_shape: Shape) -> Shape:
+        """Of the bounds of packed weights."""
+    def conv2d_columns_elements(self) -> int:
+        """Floats of `columns`."""
+    def conv2d_sums_elements(self, outputs: int) -> int:
+        """Floats of `sums` of conv2d_forward."""
+    def conv2d_redistribute_sums_elements(self, inputs: int, features: int, stride_w: int, positions: int, columns: int
+                                          ) -> int:
+        """Floats of `sums` of conv2d_redistribute."""
     def winograd2d_pays(self, depth: int, rows: int, height: int, width: int) -> bool:
         """Whether it is faster than the direct convolution."""
     def winograd2d_packed_shape(self, groups: int, rows: int, depth: int) -> Shape:
@@ -154,6 +155,8 @@ class ImplicitDevice(Device, Protocol):
 
     def conv2d_panel_rows(self, rows: int, depth: int, precision: int) -> int:
         """Rows of a panel for a matrix (rows, depth) in each group."""
+    def conv2d_packed_shape(self, groups: int, rows: int, depth: int, panel_rows: int) -> Shape:
+        """Of packed weights for such a matrix in each group."""
     def conv2d_taps(self, downs: npt.NDArray[np.int64], rights: npt.NDArray[np.int64], channels: int, height: int,
                     width: int, panel_rows: int) -> npt.NDArray[np.int64]:
         """What each depth reads."""

@@ -18,11 +18,12 @@ _CHANNELS = "c_in_channel c_channel a_channel"
 _DIRECTION = f"groups stride_h stride_w {_PAD} dilation_h dilation_w"
 
 SIGNATURES = {name: tuple(names.split()) for name, names in {
-    "conv2d_forward": f"{_TAPES} packed offsets bounds taps bias constant pattern z_min planes block results x_channel "
-                      f"a_channel stride_h stride_w {_BLOCK} channels splits features precision x_min x_max relevance",
-    "conv2d_redistribute": f"{_BACKWARD} packed offsets bounds taps low high phases planes block results {_CHANNELS} "
-                           f"groups stride_h stride_w {_BLOCK} splits panel_rows features precision relevance "
-                           "accumulate",
+    "conv2d_forward": f"{_TAPES} packed offsets bounds taps bias constant pattern z_min planes block columns sums "
+                      f"x_channel a_channel stride_h stride_w {_BLOCK} channels splits features precision x_min x_max "
+                      "relevance",
+    "conv2d_redistribute": f"{_BACKWARD} packed offsets bounds taps low high phases planes block columns sums "
+                           f"{_CHANNELS} groups stride_h stride_w {_BLOCK} splits panel_rows features precision "
+                           "relevance accumulate",
     "winograd2d_forward": f"{_TAPES} weight packed offsets bias lines points sums stage seen x_channel a_channel "
                           f"channels groups {_PAD} block panels_at_once splits x_min x_max relevance",
     "winograd2d_redistribute": "c_in c ratio packed offsets lines points sums stage c_in_channel c_channel inputs "

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from fastdtd.kernels import cpu
 from fastdtd.kernels.cpu.microkernel import (
-    MULTIPLY_SPLIT,
+    FEW_VECTORS,
     MULTIPLY_TILE,
-    ROW_VECTORS,
-    SPLIT_ROWS,
-    SPLIT_VECTORS,
+    PANEL_DEPTH,
+    PANEL_PITCH,
+    PANEL_VECTORS,
     TILE_COLUMNS,
     TILE_ROWS,
     TILE_VECTORS,
-    multiply_row,
-    multiply_split_row,
-    multiply_split_three,
+    add_nonzero,
+    add_nonzero_few,
+    add_split,
+    add_split_few,
 )
 from fastdtd.kernels.cpu.scalar import raised
 from fastdtd.kernels.cpu.vector_code import LANES
@@ -81,16 +82,13 @@ def test_averages_hide_no_overflow(bad, padding):
     np.testing.assert_array_equal(plan.output.ravel(), np.full(plan.output.size, bad, np.float32))
 
 
-def _called(product, last, columns=None):
-    """`product` (an intrinsic) as a function of arrays; its last argument is an array or an integer, and strips take so
-    many columns."""
-    end = "end.ctypes.data" if last == "array" else "end"
-    strip = "" if columns is None else f", {columns}"
-    scope = {"product": product}
-    exec("def call(tile, a, offsets, b, end):\n"
-         "    product(tile.ctypes.data, tile.shape[-1], a.ctypes.data, offsets.ctypes.data, "
-         f"b.ctypes.data, {end}{strip})", scope)
-    return njit(scope["call"])
+def _tile_product(product):
+    """An intrinsic as a function of arrays."""
+    @njit
+    def multiply(tile, a, offsets, b, depth):
+        product(tile.ctypes.data, tile.shape[-1], a.ctypes.data, offsets.ctypes.data, b.ctypes.data, depth)
+
+    return multiply
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 7, 8, 100])
@@ -100,58 +98,74 @@ def test_multiply_tile(depth, vectors):
     a, b = rng.standard_normal((depth, TILE_ROWS), np.float32), rng.standard_normal(2000, np.float32)
     offsets = rng.integers(0, len(b) - TILE_COLUMNS, depth).astype(np.int32)
     tile = np.full((TILE_ROWS, TILE_COLUMNS), np.nan, np.float32)
-    _called(MULTIPLY_TILE[vectors - 1], "integer")(tile, a, offsets, b, depth)
+    _tile_product(MULTIPLY_TILE[vectors - 1])(tile, a, offsets, b, depth)
     columns = vectors * LANES
     rows = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
     np.testing.assert_allclose(tile[:, :columns], a.T.astype(float) @ rows, atol=1e-5 * depth)
     assert np.isnan(tile[:, columns:]).all()
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 2 + ROW_VECTORS])
-def test_multiply_row(vectors):
-    rng = np.random.default_rng(vectors)
-    depth, columns, rows = 9, vectors * LANES, 1
-    a, b = rng.standard_normal((depth, rows), np.float32), rng.standard_normal(2000, np.float32)
-    offsets = rng.integers(0, 1000, depth).astype(np.int32)
-    tile = np.full((rows, columns + ROW_VECTORS * LANES), np.nan, np.float32)
-    _called(multiply_row, "integer", columns - 1)(tile, a, offsets, b, depth)
-    seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
-    np.testing.assert_allclose(tile[:, :columns], a.T.astype(float) @ seen, atol=1e-5 * depth)
-    assert np.isnan(tile[:, columns + LANES:]).all()
+def _panel_adder(product):
+    """And one of panels."""
+    @njit
+    def add(vectors, out, start, weights, offsets, bounds, columns):
+        product(vectors, out.ctypes.data, out.shape[-1], start.ctypes.data, start.shape[-1], weights.ctypes.data,
+                offsets.ctypes.data, bounds.ctypes.data, columns.ctypes.data)
+
+    return add
 
 
-@pytest.mark.parametrize("depth", [1, 3, 64, 300])
-@pytest.mark.parametrize("rows", [1, 3, SPLIT_ROWS, 2 * SPLIT_ROWS + 1])
-@pytest.mark.parametrize("vectors", range(1, SPLIT_VECTORS + 1))
-def test_multiply_split(depth, rows, vectors):
-    rng = np.random.default_rng(depth)
-    w, b = rng.standard_normal((1, rows, depth), np.float32), rng.standard_normal(2000, np.float32)
-    w[rng.random(w.shape) < 0.2] = 0
-    width = cpu.CONV2D_COLUMNS + LANES  # of tiles; a strip of one row can end one vector after the last column
-    offsets = rng.integers(0, len(b) - width, depth).astype(np.int32)
-    sides = rng.choice([1, -1, 2, 0], depth)
-    shape = cpu.conv2d_split_shape(1, rows, depth)
-    panels, panel_rows = shape[1], shape[3]
-    assert panel_rows == (rows if rows in (1, 3) else SPLIT_ROWS)
-    columns = vectors * LANES
-    strip = {1: multiply_split_row, 3: multiply_split_three}.get(rows)
-    multiply = _called(MULTIPLY_SPLIT[vectors - 1], "array") if strip is None else _called(strip, "array", columns)
-    if rows == 1 and vectors % 2:
-        columns += LANES  # its strips end with a whole tile, of two vectors
-    packed, packed_offsets = np.full(shape, np.nan, np.float32), np.full(shape[:3], -1, np.int32)
-    bounds = np.full((1, panels, cpu.conv2d_split_bounds(panel_rows)), -1, np.int32)
-    cpu.conv2d_pack_split(packed, packed_offsets, bounds, w, offsets, sides)
-    seen = np.stack([b[offset:offset + columns] for offset in offsets]).astype(float)
-    positive = np.where((sides == 2) | (sides * w[0] > 0), w[0], 0)
-    for panel in range(panels):
-        tiles = np.full((2, panel_rows, width), np.nan, np.float32)
-        multiply(tiles, packed[0, panel], packed_offsets[0, panel], b, bounds[0, panel])
-        here = slice(panel * panel_rows, (panel + 1) * panel_rows)
-        for tile, weight in zip(tiles, (positive, w[0] - positive), strict=True):
-            expected = weight[here].astype(float) @ seen
-            np.testing.assert_allclose(tile[:len(expected), :columns], expected, atol=1e-5 * depth)
-            assert not tile[len(expected):, :columns].any()
-            assert np.isnan(tile[:, columns:]).all()
+def _aligned(count):
+    room = np.full(count + 16, np.nan, np.float32)
+    return room[-room.ctypes.data % 64 // 4:][:count]
+
+
+PANELS = {  # (product, most vectors, whether P and N, whether few rows)
+    "split": (add_split, PANEL_VECTORS, True, False), "nonzero": (add_nonzero, PANEL_VECTORS, False, False),
+    "split, few": (add_split_few, FEW_VECTORS, True, True), "nonzero, few": (add_nonzero_few, FEW_VECTORS, False, True)}
+
+
+@pytest.mark.parametrize("depth", [1, 3, PANEL_DEPTH, 2 * PANEL_DEPTH + 5])
+@pytest.mark.parametrize("name", PANELS)
+def test_panels(depth, name):
+    """All widths, with entries that count in no row, in all, by sign, where not zero; sums begin with what is there."""
+    product, most, is_split, is_few = PANELS[name]
+    rng, add, rows = np.random.default_rng(depth), _panel_adder(product), 3 if is_few else 5
+    w = rng.standard_normal((1, rows, depth), np.float32)
+    w[rng.random(w.shape) < 0.3] = 0
+    sides = rng.choice([1, -1, 2, 0, 3], depth) if is_split else np.full(depth, 3)
+    counting = (sides == 2) | (sides * w[0] > 0) & (sides != 3) | (sides == 3) & (w[0] != 0)
+    shape = cpu.conv2d_packed_shape(1, rows, depth, is_few)
+    packed, offsets = np.full(shape, np.nan, np.float32), np.full(shape[:-1], -1, np.int32)
+    bounds = np.full(cpu.conv2d_bounds_shape(shape), -1, np.int32)
+    b = rng.standard_normal(2000, np.float32)
+    taps = rng.integers(0, len(b) - PANEL_PITCH, depth).astype(np.int32)
+    cpu.conv2d_pack(packed, offsets, bounds, w, taps, sides)
+    _, chunks, panels, length, panel_rows = shape
+    assert not is_few or chunks == panels == 1
+    for vectors in range(1, most + 1):
+        columns = vectors * LANES
+        seen = np.stack([b[tap:tap + columns] for tap in taps])
+        for panel in range(panels):
+            sums = np.full(((2 if is_split else 1) * panel_rows, columns + LANES), 0.5, np.float32)
+            for chunk in range(chunks):
+                own = seen[chunk * length:(chunk + 1) * length]
+                read = b
+                if not is_few:
+                    read = _aligned(PANEL_DEPTH * PANEL_PITCH)
+                    read[:len(own) * PANEL_PITCH].reshape(-1, PANEL_PITCH)[:, :columns] = own
+                out = np.full_like(sums, np.nan)
+                add(vectors, out, sums, packed[0, chunk, panel], offsets[0, chunk, panel], bounds[0, chunk, panel],
+                    read)
+                assert np.isnan(out[:, columns:]).all()
+                sums = out
+            here = slice(panel * panel_rows, (panel + 1) * panel_rows)
+            parts = [np.where(counting, w[0], 0), np.where(counting, 0, w[0])][:2 if is_split else 1]
+            for part, weight in enumerate(parts):
+                expected = 0.5 + weight[here].astype(float) @ seen
+                got = sums[part * panel_rows:][:panel_rows, :columns]
+                np.testing.assert_allclose(got[:len(expected)], expected, atol=1e-5 * depth)
+                assert (got[len(expected):] == 0.5).all()
 
 
 @pytest.mark.parametrize(("features", "lanes"), [("", 4), ("+avx,+avx2,+fma", 8), ("+avx2,+avx512f", 16)])

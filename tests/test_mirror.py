@@ -14,16 +14,14 @@ from fastdtd.protocols import BlockedDevice, Device, ImplicitDevice, Kernel
 
 KERNELS = Path(fastdtd.kernels.__file__).parent
 # How a processor cuts its work into blocks that stay in its caches, and threads divide.
-OF_PROCESSORS = {"block", "results", "sums", "contributions", "planes", "positions", "offsets", "bounds", "block_rows",
-                 "block_columns", "halo_rows", "halo_columns", "splits"}
+OF_PROCESSORS = {"block", "columns", "results", "sums", "contributions", "planes", "positions", "offsets", "bounds",
+                 "block_rows", "block_columns", "halo_rows", "halo_columns", "splits"}
 # Where a thread of a GPU finds what it reads, which a processor's blocks say otherwise.
-OF_GPUS = {"taps", "precision", "panel_rows", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left"}
+OF_GPUS = {"precision", "panel_rows", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left"}
 # Vector instructions, and libraries for C; on tensor cores a direct product is fast, and Winograd's transforms would
 # lose digits of TF32's eleven bits.
 FILES_OF_PROCESSORS = {"arrays", "planes", "program", "rows", "winograd"}
 KINDS = {cpu: BlockedDevice, cuda: ImplicitDevice}
-# Where the two take other arguments: packed weights have other shapes.
-OWN_PARAMETERS = {"conv2d_pack": ["precision"], "conv2d_packed_shape": ["panel_rows"]}
 
 
 def members(protocol):
@@ -64,10 +62,7 @@ def test_devices_offer_what_their_protocol_says(device):
 def test_functions_have_the_parameters_of_their_protocol(device):
     for name in members(KINDS[device]):
         if inspect.isfunction(asked := getattr(KINDS[device], name, None)):
-            _, *parameters = inspect.signature(asked).parameters
-            optional = OWN_PARAMETERS.get(name, [])
-            assert [p for p in taken(getattr(device, name)) if p not in optional] == [
-                p for p in parameters if p not in optional], name
+            assert ["self", *taken(getattr(device, name))] == taken(asked), name
 
 
 def test_public_functions_are_in_the_same_files():

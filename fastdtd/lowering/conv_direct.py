@@ -1,4 +1,4 @@
-"""Convolutions as products over copied blocks of the input, on processors."""
+"""Convolutions as products of panels of weights with tiles of positions, on processors."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Forward:
     weights: Array
     offsets: npt.NDArray[np.int32]
     bounds: npt.NDArray[np.int32]
+    taps: npt.NDArray[np.int32]  # where each reads
     copies: int  # of channels of a group; 0: the tensor itself is read
     constant: Array
     pattern: npt.NDArray[np.int64]
@@ -38,15 +39,17 @@ class Forward:
         kernels, blocks, in_place = b.blocked_kernels, self.blocks, self.copies == 0
         _, height, width = b.graph.shapes[layer.name]
         units = blocks.count(*((1, height * width) if in_place else (height, width)))
-        splits = b.splits(b.batch * units, self.weights.shape[0] * self.weights.shape[1])
+        groups, chunks, panels, *_ = self.weights.shape
+        splits = b.splits(b.batch * units, groups * panels)
         if in_place:
             arguments |= _in_one_row(arguments, ("x", "ratio", "a"))
+        sums = kernels.conv2d_sums_elements(len(layer.weight) // groups if chunks > 1 else 0)
         b.step(kernels.conv2d_forward, b.batch * units * splits, **arguments, packed=self.weights,
                constant=self.constant, pattern=self.pattern, z_min=self.z_min, features=self.features,
                channels=layer.weight.shape[1], stride_h=layer.stride[0], stride_w=layer.stride[1], offsets=self.offsets,
-               bounds=self.bounds, block=b.scratch("block", blocks.elements(self.copies)),
-               results=b.scratch("results", kernels.conv2d_results_elements(blocks.positions())), splits=splits,
-               **blocks.arguments())
+               bounds=self.bounds, taps=self.taps, block=b.scratch("block", blocks.elements(self.copies)),
+               columns=b.scratch("columns", kernels.conv2d_columns_elements()), sums=b.scratch("sums", sums),
+               splits=splits, **blocks.arguments())
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +62,23 @@ class Backward:
     panels: int  # of all groups
     offsets: npt.NDArray[np.int32]
     bounds: npt.NDArray[np.int32]
+    taps: npt.NDArray[np.int32]
     phases: npt.NDArray[np.int64]
     units: int  # blocks in the layer's input
-    copies: int  # of channels of a group
+    copies: int  # of channels of a group; 0: the tensors themselves are read
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         kernels, blocks = b.blocked_kernels, self.blocks
         splits = b.splits(b.batch * self.units, self.panels)
         if is_pointwise(layer):
             arguments |= _in_one_row(arguments, ("c_in", "c", "ratio", "a"))
-        results = kernels.conv2d_redistribute_results_elements(blocks.positions(), blocks.columns, layer.stride[1])
+        sums = kernels.conv2d_redistribute_sums_elements(layer.weight.shape[1], self.features, layer.stride[1],
+                                                         blocks.positions(), blocks.columns)
         b.step(kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights,
                phases=self.phases, features=self.features, groups=layer.groups, stride_h=layer.stride[0],
-               stride_w=layer.stride[1], offsets=self.offsets, bounds=self.bounds, splits=splits,
-               block=b.scratch("block", blocks.elements(self.copies)), results=b.scratch("results", results),
+               stride_w=layer.stride[1], offsets=self.offsets, bounds=self.bounds, taps=self.taps, splits=splits,
+               block=b.scratch("block", blocks.elements(self.copies)),
+               columns=b.scratch("columns", kernels.conv2d_columns_elements()), sums=b.scratch("sums", sums),
                **blocks.arguments())
 
 
@@ -89,69 +95,76 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     }[term.features]
     in_place = is_pointwise(layer) and len(copies) == 1
     if in_place:
-        columns = kernels.conv2d_block_shape(1, out_shape[1] * out_shape[2], 0, 0, per_group)[1]
-        blocks = Blocks(int_table([], 2), [], 1, columns, 0, 0)
-        offsets = np.arange(per_group, dtype=np.int32) * np.int32(in_shape[1] * in_shape[2])
+        blocks, taps = _in_place(per_group, in_shape, kernels)
     else:
         reach = [(i * layer.dilation[0] - layer.padding[0], j * layer.dilation[1] - layer.padding[1])
                  for i in range(kernel[0]) for j in range(kernel[1])]
         blocks = blocks_of(reach, layer.stride, out_shape[1:], per_group * len(copies), kernels)
-        offsets = blocks.offsets(per_group * len(copies))
+        taps = blocks.offsets(per_group * len(copies))
     matrices = np.concatenate([w.reshape(layer.groups, outputs // layer.groups, -1) for w, _ in copies], 2)
     signs = np.repeat(np.array([sign for _, sign in copies]), matrices.shape[2] // len(copies))
-    packed = np.empty(kernels.conv2d_split_shape(*matrices.shape), np.float32)
-    packed_offsets = np.empty(packed.shape[:3], np.int32)
-    bounds = np.empty((*packed.shape[:2], kernels.conv2d_split_bounds(packed.shape[3])), np.int32)
-    kernels.conv2d_pack_split(packed, packed_offsets, bounds, np.ascontiguousarray(matrices), offsets, signs)
+    packed = np.empty(kernels.conv2d_packed_shape(layer.groups, outputs // layer.groups, matrices.shape[2], False),
+                      np.float32)
+    offsets = np.empty(packed.shape[:-1], np.int32)
+    bounds = np.empty(kernels.conv2d_bounds_shape(packed.shape), np.int32)
+    kernels.conv2d_pack(packed, offsets, bounds, np.ascontiguousarray(matrices), taps, signs)
     constant, pattern, z_min = constant_z(layer, term, graph, is_pointwise(layer), kernels)
-    return Forward(term.features, blocks, read_only(packed), read_only(packed_offsets), read_only(bounds),
+    return Forward(term.features, blocks, read_only(packed), read_only(offsets), read_only(bounds), read_only(taps),
                    0 if in_place else per_group * len(copies), constant, pattern, z_min)
 
 
 def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: BlockedDevice) -> Backward:
     outputs, per_group, _, kernel_w = layer.weight.shape
     from_group = outputs // layer.groups
+    in_place = is_pointwise(layer) and per_group > kernels.CONV2D_FEW_ROWS
     grids, taps = phases(layer, in_shape)
     if is_pointwise(layer):
         grids = [(top, left, 1, rows * columns) for top, left, rows, columns in grids]
-    reads = [(output_offset(grid[0], i, 0, layer), output_offset(grid[1], j, 1, layer))
-             for grid, own in zip(grids, taps, strict=True) for i, j in own]
-    rows, columns = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
-    blocks = blocks_of(reads, (1, 1), (rows, columns), from_group, kernels)
-    all_offsets = blocks.offsets(from_group).reshape(from_group, -1)
-    is_split = term.features in (codes.SIGNED, codes.BOX)  # W+ and -W-, or the other way
+    if in_place:
+        blocks, reads_in_place = _in_place(from_group, in_shape, kernels)
+        all_taps = reads_in_place[:, None]
+    else:
+        reads = [(output_offset(grid[0], i, 0, layer), output_offset(grid[1], j, 1, layer))
+                 for grid, own in zip(grids, taps, strict=True) for i, j in own]
+        grid_shape = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
+        blocks = blocks_of(reads, (1, 1), grid_shape, from_group, kernels)
+        all_taps = blocks.offsets(from_group).reshape(from_group, -1)
     v = backward_weights(layer, term)
-    shape_of = kernels.conv2d_split_shape if is_split else kernels.conv2d_packed_shape
+    side = 1 if term.features in (codes.SIGNED, codes.BOX) else 3  # W+ and -W-, or the other way; else all but zeros
 
-    shapes = [shape_of(layer.groups, per_group, from_group * len(own)) for own in taps]
-    weights = np.empty(sum(map(math.prod, shapes)), np.float32)
-    lines = sum(math.prod(shape[:3]) for shape in shapes) if is_split else from_group * sum(map(len, taps))
-    offsets = np.empty(lines, np.int32)
-    panels = shapes[0][0] * shapes[0][1]
-    classes = kernels.conv2d_split_bounds(shapes[0][3]) if is_split else 0
-    bounds = np.empty((len(taps), panels * classes), np.int32)
-    table: list[tuple[int, ...]] = []
-    before, at, line = 0, 0, 0
-    for phase, (grid, own, shape) in enumerate(zip(grids, taps, shapes, strict=True)):
-        table.append((*grid, len(own), at, line, phase * bounds.shape[1]))
+    shapes = [kernels.conv2d_packed_shape(layer.groups, per_group, from_group * len(own), True) for own in taps]
+    packed, offsets, bounds = (np.empty(sum(map(math.prod, sizes)), kind) for sizes, kind in (
+        (shapes, np.float32), ((shape[:-1] for shape in shapes), np.int32),
+        (map(kernels.conv2d_bounds_shape, shapes), np.int32)))
+    reads_at, table = np.empty(all_taps.size, np.int32), []
+    before = to_packed = to_offsets = to_bounds = to_taps = 0
+    for grid, own, shape in zip(grids, taps, shapes, strict=True):
+        table.append((*grid, len(own), to_packed, to_offsets, to_bounds, to_taps))
         index = [i * kernel_w + j for i, j in own]
         matrices = np.ascontiguousarray(v[..., index].transpose(0, 2, 1, 3).reshape(layer.groups, per_group, -1))
-        reads_at = np.ascontiguousarray(all_offsets[:, before:before + len(own)].ravel())
+        bounds_shape = kernels.conv2d_bounds_shape(shape)
+        own_packed, own_offsets, own_bounds = (
+            to[begin:begin + math.prod(sizes)].reshape(sizes) for to, begin, sizes in (
+                (packed, to_packed, shape), (offsets, to_offsets, shape[:-1]), (bounds, to_bounds, bounds_shape)))
+        own_reads = reads_at[to_taps:to_taps + matrices.shape[2]]
+        own_reads[:] = all_taps[:, before:before + len(own)].ravel()
+        kernels.conv2d_pack(own_packed, own_offsets, own_bounds, matrices, own_reads.copy(),
+                            np.full(matrices.shape[2], side))
         before += len(own)
-        packed = weights[at:at + math.prod(shape)].reshape(shape)
-        at += packed.size
-        if is_split:
-            count = math.prod(shape[:3])
-            kernels.conv2d_pack_split(packed, offsets[line:line + count].reshape(shape[:3]),
-                                      bounds[phase].reshape(*shape[:2], classes), matrices, reads_at,
-                                      np.ones(len(reads_at), np.int64))
-        else:
-            count = len(reads_at)
-            kernels.conv2d_pack(packed, matrices)
-            offsets[line:line + count] = reads_at
-        line += count
-    return Backward(term.features, blocks, read_only(weights), panels, read_only(offsets), read_only(bounds.ravel()),
-                    int_table(table, 8), blocks.count(rows, columns), from_group)
+        to_packed, to_offsets, to_bounds = (begin + one.size for begin, one in (
+            (to_packed, own_packed), (to_offsets, own_offsets), (to_bounds, own_bounds)))
+        to_taps += matrices.shape[2]
+    rows, columns = max(grid[2] for grid in grids), max(grid[3] for grid in grids)
+    return Backward(term.features, blocks, read_only(packed), layer.groups * shapes[0][2], read_only(offsets),
+                    read_only(bounds), read_only(reads_at), int_table(table, 9), blocks.count(rows, columns),
+                    0 if in_place else from_group)
+
+
+def _in_place(channels: int, shape: Shape, kernels: BlockedDevice) -> tuple[Blocks, npt.NDArray[np.int32]]:
+    """How a 1x1 convolution reads so many channels of a tensor: as one row, each position where it lies."""
+    positions = shape[1] * shape[2]
+    columns = kernels.conv2d_block_shape(1, positions, 0, 0, channels)[1]
+    return Blocks(int_table([], 2), [], 1, columns, 0, 0), np.arange(channels, dtype=np.int32) * np.int32(positions)
 
 
 def _in_one_row(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, View]:

@@ -74,8 +74,8 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: ImplicitDe
         row_offsets, column_offsets = (
             np.array([output_offset(grid[axis], tap[axis], axis, layer) for tap in own], np.int64) for axis in (0, 1))
         matrices = v[..., [i * layer.weight.shape[3] + j for i, j in own]].swapaxes(1, 2)
-        packed = np.empty(kernels.conv2d_packed_shape(*matrices.shape[:2], from_group * len(own), panel_rows),
-                          np.float32)
+        depth = from_group * len(own)
+        packed = np.empty(kernels.conv2d_packed_shape(layer.groups, per_group, depth, panel_rows), np.float32)
         kernels.conv2d_pack(packed, matrices, precision)
         table.append((*grid, packed.shape[2], sum(part.size for part in weights), sum(part.size for part in taps)))
         weights.append(packed.ravel())

@@ -2,9 +2,8 @@
 # ruff: noqa: I001  # names in filled lines
 
 from fastdtd.kernels.cpu.conv2d import (
-    CONV2D_COLUMNS, conv2d_block_shape, conv2d_forward, conv2d_pack, conv2d_pack_split, conv2d_packed_shape,
-    conv2d_redistribute, conv2d_redistribute_results_elements, conv2d_results_elements, conv2d_split_bounds,
-    conv2d_split_shape,
+    CONV2D_COLUMNS, CONV2D_FEW_ROWS, conv2d_block_shape, conv2d_bounds_shape, conv2d_columns_elements, conv2d_forward,
+    conv2d_pack, conv2d_packed_shape, conv2d_redistribute, conv2d_redistribute_sums_elements, conv2d_sums_elements,
 )
 from fastdtd.kernels.cpu.dense import (
     DENSE_FEATURES, dense_forward, dense_forward_elements, dense_redistribute, dense_redistribute_elements,
@@ -34,18 +33,18 @@ from fastdtd.kernels.cpu.winograd import (
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
-    "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONVOLUTION", "DENSE_FEATURES", "FILLS_MEMORY",
-    "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN",
-    "absorb_dead_redistribute", "absorb_remainder_redistribute", "activate_forward", "activate_redistribute",
-    "add_forward", "add_redistribute", "bind", "clear_redistribute", "constant", "conv2d_block_shape", "conv2d_forward",
-    "conv2d_pack", "conv2d_pack_split", "conv2d_packed_shape", "conv2d_redistribute",
-    "conv2d_redistribute_results_elements", "conv2d_results_elements", "conv2d_split_bounds", "conv2d_split_shape",
-    "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute", "dense_redistribute_elements",
-    "direction_kernels", "empty", "max_pool2d_forward", "max_pool2d_redistribute", "may_be_set", "memory_budget",
-    "namespace", "normalize_forward", "normalize_redistribute", "normalize_taylor_elements",
-    "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward", "pool2d_redistribute",
-    "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read", "rearrange_forward",
-    "rearrange_redistribute", "relevance_redistribute", "run_steps", "steps_compiled", "table", "winograd2d_block",
-    "winograd2d_forward", "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute",
-    "winograd2d_scratch", "winograd2d_tiles", "write", "zeros",
+    "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONVOLUTION",
+    "DENSE_FEATURES", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "POOLING",
+    "SURVIVES_FORK", "THREADS_SHARE_A_PLAN", "absorb_dead_redistribute", "absorb_remainder_redistribute",
+    "activate_forward", "activate_redistribute", "add_forward", "add_redistribute", "bind", "clear_redistribute",
+    "constant", "conv2d_block_shape", "conv2d_bounds_shape", "conv2d_columns_elements", "conv2d_forward",
+    "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
+    "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
+    "dense_redistribute_elements", "direction_kernels", "empty", "max_pool2d_forward", "max_pool2d_redistribute",
+    "may_be_set", "memory_budget", "namespace", "normalize_forward", "normalize_redistribute",
+    "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
+    "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
+    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "steps_compiled", "table",
+    "winograd2d_block", "winograd2d_forward", "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays",
+    "winograd2d_redistribute", "winograd2d_scratch", "winograd2d_tiles", "write", "zeros",
 ]

@@ -1,18 +1,20 @@
-"""Convolution and its redistribution: blocks of padded planes, multiplied tile by tile through a table of offsets.
+"""Convolution and its redistribution: products of packed weights with packed columns, panel by panel.
 
-Both directions are one loop. Copy the part of the input that a block of positions reads into a small padded copy;
-multiply it with packed weights by the micro-kernel; finish each tile while it is in cache.
+Both directions are one loop. Copy the part of the input that a block of positions reads into padded planes; for a tile
+of positions, pack what the taps read there as columns; multiply these with the weights of all outputs, two rows at a
+time, by the micro-kernel; finish the sums in registers, or while they are in cache.
 
     direction       positions                           summed over                 one tap of a position reads
     forward         outputs                          input channels x taps       the input at position * stride + offset
     redistribute    inputs of one phase, see below   output channels x taps      ratio * c at position + offset
 
-There is no im2col matrix. The copied block holds planes of row width `width`, a little wider than the block of
-positions is. Positions are counted along those rows too, so the tap (i, j) of 48 neighbouring positions is 48
-neighbouring values of the plane, shifted by i * width + j: a row of the matrix is an offset. Positions at the end of
-each row are computed for nothing and not stored. Under a stride, values are sorted into planes by the remainder of
-their position, so that it is the same again. Where this would be wasteful (a far dilation), each tap has a plane of its
-own, which is im2col. A 1x1 convolution reads the tensor itself.
+There is no im2col matrix, only a tile's part of one at a time, in the first-level cache. A block's planes have rows of
+`width`, a little wider than the block of positions is, so that the tap (i, j) reads i * width + j further. Positions
+are counted along the block's own rows, so that tiles are full vectors, however short rows are. Under a stride, values
+are sorted into planes by the remainder of their position, so that it is the same again. Where this would be wasteful (a
+far dilation), each tap has a plane of its own. A 1x1 convolution reads the tensor itself, as one row. Redistributing to
+FEW_ROWS inputs or fewer, packing would take as long as the product: there the planes are read as they are, and
+positions at the end of their rows are computed for nothing.
 
 Under a stride (s, t), the inputs of a redistribution fall into s t phases by the remainder of their position. All
 inputs of a phase are reached by the same taps of the kernel, so each phase is a plain convolution of its own and
@@ -20,7 +22,7 @@ nothing is multiplied by zero.
 
 Shapes: x, c (N, *, OH, OW) and a, c_in (N, *, H, W) are used from a given channel on (a concatenation's inputs are
 ranges of its channels); ratio is (N, K, OH, OW). The work is cut into units: image by image, block by block, and within
-a block by `splits` of its outputs; a call does the units first..last-1, so that threads divide them.
+a block by `splits` of its panels; a call does the units first..last-1, so that threads divide them.
 """
 
 import numpy as np
@@ -28,52 +30,64 @@ from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.elementwise import finish_row, redistribute_row
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
-    MULTIPLY_SPLIT,
-    MULTIPLY_TILE,
-    ROW_VECTORS,
-    SPLIT_COLUMNS,
-    SPLIT_ORDER,
-    SPLIT_ROWS,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    multiply_row,
-    multiply_split_row,
-    multiply_split_three,
+    FEW_CLASSES,
+    FEW_COLUMNS,
+    FEW_ROWS,
+    FEW_VECTORS,
+    PANEL_CLASSES,
+    PANEL_COLUMNS,
+    PANEL_DEPTH,
+    PANEL_PITCH,
+    PANEL_ROWS,
+    PANEL_VECTORS,
+    add_nonzero,
+    add_nonzero_few,
+    add_split,
+    add_split_few,
+    finish_split,
+    pack_columns,
+    pack_products,
 )
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
-from fastdtd.kernels.cpu.rows import copy_exactly, fill_vectors, interleave_vectors, keep_sign_vectors, spread
+from fastdtd.kernels.cpu.rows import (
+    any_negative,
+    copy_exactly,
+    fill_vectors,
+    interleave_vectors,
+    keep_sign_vectors,
+    spread,
+)
 from fastdtd.kernels.cpu.vector_code import LANES
 from fastdtd.kernels.scalar import ZERO
 
-# of a tile; tiles read this far beyond the last position
-CONV2D_COLUMNS = max(SPLIT_COLUMNS, TILE_COLUMNS, ROW_VECTORS * LANES)
+CONV2D_FEW_ROWS = FEW_ROWS
+CONV2D_COLUMNS = 2 * PANEL_COLUMNS  # tiles read, and ask for, this far beyond the last position
 _BLOCK_BYTES = 1 << 18  # a block of planes fits the second-level cache with the weights that stream past it
-_BLOCK_POSITIONS = 1536  # and so do its results
-_FEW_POSITIONS = 8 * SPLIT_COLUMNS  # fewer are not worth a pass over all weights
-_BITS = np.array(SPLIT_ORDER, np.int64)
+_BLOCK_POSITIONS = 1536
+_FEW_POSITIONS = 4 * PANEL_COLUMNS  # fewer are not worth a pass over all weights
+_CLASSES = np.array(PANEL_CLASSES, np.int64), np.array(FEW_CLASSES, np.int64)
+_BOUNDS, _FEW_BOUNDS = len(PANEL_CLASSES) + 1, len(FEW_CLASSES) + 1
+_ALIGNMENT = 64  # bytes
 
 
 # ---- Sizes, for the plan ---------------------------------------------------------------------------------------------
 
 
-def conv2d_results_elements(positions):
-    """Floats of `results` of conv2d_forward, for blocks of so many positions, counted along rows of planes."""
-    return (positions + 2 * CONV2D_COLUMNS) * 2 * SPLIT_ROWS
+def conv2d_columns_elements():
+    """Floats of `columns`."""
+    return PANEL_DEPTH * PANEL_PITCH + _ALIGNMENT
 
 
-def conv2d_redistribute_results_elements(positions, columns, stride_w):
-    """And of conv2d_redistribute, for blocks so many columns wide."""
-    return stride_w * _product_elements(positions) + (2 * _line_elements(columns, stride_w) if stride_w > 1 else 0)
+def conv2d_sums_elements(outputs):
+    """Floats of `sums` of conv2d_forward, for a group's outputs; 0 where there is only one chunk."""
+    return _STAGE + -(-outputs // PANEL_ROWS) * 2 * PANEL_ROWS * PANEL_COLUMNS + _ALIGNMENT
 
 
-@kernel
-def _product_elements(positions):
-    return (positions + CONV2D_COLUMNS) * max(TILE_ROWS, 2 * SPLIT_ROWS)
-
-
-@kernel
-def _line_elements(columns, stride_w):
-    return columns * stride_w + 2 * LANES
+def conv2d_redistribute_sums_elements(inputs, features, stride_w, positions, columns):
+    """And of conv2d_redistribute, for a group's inputs and blocks of so many positions, counted along rows of planes,
+    and columns."""
+    _, rows, row = _sums_shape(inputs, features, positions)
+    return PANEL_COLUMNS + stride_w * rows * row + 2 * _line_elements(columns, stride_w) + _ALIGNMENT
 
 
 def conv2d_block_shape(rows, columns, halo_rows, halo_columns, planes):
@@ -92,160 +106,170 @@ def conv2d_block_shape(rows, columns, halo_rows, halo_columns, planes):
     return -(-rows // -(-rows // down)), across  # blocks of equal height
 
 
-def conv2d_packed_shape(groups, rows, depth):
-    """Shape of packed weights for a matrix (rows, depth) in each group: a panel has a tile's rows, or only one."""
-    panel_rows = 1 if rows == 1 else TILE_ROWS
-    return groups, -(-rows // panel_rows), depth, panel_rows
+def conv2d_packed_shape(groups, rows, depth, is_backward):
+    """Shape of packed weights (groups, chunks, panels, entries, rows of a panel) for a matrix (rows, depth) in each
+    group."""
+    if is_backward and rows <= FEW_ROWS:
+        return groups, 1, 1, depth, FEW_ROWS
+    chunks = max(-(-depth // PANEL_DEPTH), 1)
+    return groups, chunks, -(-rows // PANEL_ROWS), -(-depth // chunks), PANEL_ROWS
 
 
-def conv2d_split_shape(groups, rows, depth):
-    """Shape of the weights of conv2d_pack_split."""
-    panel_rows = rows if rows in (1, 3) else SPLIT_ROWS
-    return groups, -(-rows // panel_rows), depth, panel_rows
-
-
-def conv2d_split_bounds(panel_rows):
-    """How many bounds each of their panels has."""
-    return 1 + 2**panel_rows
+def conv2d_bounds_shape(packed_shape):
+    """Shape of their bounds."""
+    return *packed_shape[:3], _FEW_BOUNDS if packed_shape[4] == FEW_ROWS else _BOUNDS
 
 
 # ---- Packing weights -------------------------------------------------------------------------------------------------
 
 
 @kernel
-def conv2d_pack(packed, matrices):
-    """packed (groups, panels, depth, panel rows) <- matrices (groups, rows, depth), the last panel filled with
-    zeros."""
-    groups, rows, depth = matrices.shape
-    panel_rows = packed.shape[3]
-    for g in range(groups):
-        for panel in range(packed.shape[1]):
-            for i in range(panel_rows):
-                row = panel * panel_rows + i
-                for d in range(depth):
-                    packed[g, panel, d, i] = matrices[g, row, d] if row < rows else ZERO
+def conv2d_pack(packed, offsets, bounds, matrices, taps, sides):
+    """Sort each panel's entries by class, chunk by chunk: packed (groups, chunks, panels, entries, rows of a panel),
+    offsets (.., entries) and bounds (.., classes + 1) <- matrices (groups, rows, depth).
 
-
-@kernel
-def conv2d_pack_split(packed, packed_offsets, bounds, matrices, offsets, sides):
-    """Sort each panel's entries by class for multiply_split: packed (groups, panels, depth, panel rows), packed_offsets
-    (.., depth) and bounds (groups, panels, 1 + classes) <- matrices (groups, rows, depth) and offsets (depth,).
-
-    sides (depth,) says what of an entry is positive: 1: positive weights, -1: negative ones, 2: all, 0: none.
+    sides (depth,) says where an entry counts: 1: where it is positive, -1: negative, 2: everywhere, 0: nowhere, 3:
+    where it is not zero. taps (depth,) is where each reads, for panels of FEW_ROWS; others read packed columns.
     """
     groups, rows, depth = matrices.shape
-    panel_rows = packed.shape[3]
+    chunks, panels, length, panel_rows = packed.shape[1:5]
+    classes = _CLASSES[1] if panel_rows == FEW_ROWS else _CLASSES[0]
     for g in range(groups):
-        for panel in range(packed.shape[1]):
-            to, bounds[g, panel, 0] = 0, 0
-            for i in range(1 << panel_rows):
-                for d in range(depth):
-                    positive_rows = 0
-                    for row in range(panel_rows):
-                        k = panel * panel_rows + row
-                        weight = matrices[g, k, d] if k < rows else ZERO
-                        if sides[d] == 2 or sides[d] * weight > ZERO:
-                            positive_rows |= 1 << row
-                    if positive_rows == _BITS[i]:
+        for chunk in range(chunks):
+            begin, end = chunk * length, min((chunk + 1) * length, depth)
+            for panel in range(panels):
+                to, bounds[g, chunk, panel, 0] = 0, 0
+                for i in range(len(classes)):
+                    for d in range(begin, end):
+                        counting = 0
                         for row in range(panel_rows):
                             k = panel * panel_rows + row
-                            packed[g, panel, to, row] = matrices[g, k, d] if k < rows else ZERO
-                        packed_offsets[g, panel, to] = offsets[d]
-                        to += 1
-                bounds[g, panel, i + 1] = to
+                            weight = matrices[g, k, d] if k < rows else ZERO
+                            if sides[d] == 2 or (weight != ZERO if sides[d] == 3 else sides[d] * weight > ZERO):
+                                counting |= 1 << row
+                        if counting == classes[i]:
+                            for row in range(panel_rows):
+                                k = panel * panel_rows + row
+                                packed[g, chunk, panel, to, row] = matrices[g, k, d] if k < rows else ZERO
+                            offsets[g, chunk, panel, to] = (taps[d] if panel_rows == FEW_ROWS else
+                                                            (d - begin) * PANEL_PITCH)
+                            to += 1
+                    bounds[g, chunk, panel, i + 1] = to
+                for entry in range(to, length):
+                    packed[g, chunk, panel, entry], offsets[g, chunk, panel, entry] = ZERO, 0
 
 
 # ---- Tiles -----------------------------------------------------------------------------------------------------------
 
-
-_SPLIT_1, _SPLIT_2, _SPLIT_3 = MULTIPLY_SPLIT
-_TILE_1, _TILE_2, _TILE_3 = (*MULTIPLY_TILE, MULTIPLY_TILE[-1])[:3]
+_STAGE = (2 * PANEL_ROWS + 1) * PANEL_COLUMNS  # floats: a panel's results, and a row of zeros
 
 
 @kernel
-def _tile_width(positions, max_columns):
-    """Columns of each tile but the last where all are about as wide, in whole vectors: narrow tiles are slow."""
-    tiles = -(-positions // max_columns)
-    return -(-positions // (tiles * LANES)) * LANES
+def _aligned(address):
+    return (address + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
 
 @kernel
-def _multiply_split(results, stride, a, offsets, bounds, b, positions, panel_rows):
-    """P and N of one panel for so many positions, (2, panel_rows, stride) from the address `results` on."""
-    if panel_rows == 1:
-        multiply_split_row(results, stride, a, offsets, b, bounds, positions)
-        return
-    if panel_rows == 3:
-        multiply_split_three(results, stride, a, offsets, b, bounds, positions)
-        return
-    width = _tile_width(positions, SPLIT_COLUMNS)
-    for j in range(0, positions, width):
-        columns = min(width, positions - j)
-        if columns <= LANES:
-            _SPLIT_1(results + 4 * j, stride, a, offsets, b + 4 * j, bounds)
-        elif columns <= 2 * LANES:
-            _SPLIT_2(results + 4 * j, stride, a, offsets, b + 4 * j, bounds)
+def _sums_shape(inputs, features, positions):
+    """Whether a product is one of few rows, how many rows of sums each phase has, and floats of a row, which holds a
+    tile or, of few rows, a block."""
+    is_few = inputs <= FEW_ROWS
+    rows = FEW_ROWS if is_few else -(-inputs // PANEL_ROWS) * PANEL_ROWS
+    return is_few, rows * (2 if features in (SIGNED, BOX) else 1), positions + FEW_COLUMNS if is_few else PANEL_COLUMNS
+
+
+@kernel
+def _line_elements(columns, stride_w):
+    """Floats of a row of inputs, joined from its phases."""
+    return max(columns, PANEL_COLUMNS) * stride_w + 2 * LANES
+
+
+@kernel
+def _tile(tile, positions, most):
+    """First position and number of vectors, at most so many, of a tile, where all are about as wide: narrow ones are
+    slow."""
+    vectors = -(-positions // LANES)
+    tiles = -(-vectors // most)
+    begin = vectors * tile // tiles
+    return begin * LANES, vectors * (tile + 1) // tiles - begin
+
+
+@kernel
+def _pack_tile(p_columns, p_a, p_c, taps, depth, place, vectors, positions, across, width):
+    """columns <- what `depth` taps (an address) read at the positions of a tile, in rows of `across` that begin `width`
+    floats one after the other: at p_a, times the same at p_c if that is not 0."""
+    done, end = 0, min(vectors * LANES, positions - place)
+    while done < end:
+        row, column = (place + done) // across, (place + done) % across
+        at = 4 * (row * width + column)
+        count = min(across - column, end - done)
+        if p_c:
+            pack_products(-(-count // LANES), p_columns + 4 * done, p_a + at, p_c + at, taps, depth)
         else:
-            _SPLIT_3(results + 4 * j, stride, a, offsets, b + 4 * j, bounds)
+            pack_columns(-(-count // LANES), p_columns + 4 * done, p_a + at, 0, taps, depth)
+        done += count
 
 
 @kernel
-def _multiply_tile(results, stride, a, offsets, b, depth, positions, panel_rows):
-    """The product of one panel for so many positions, (panel_rows, stride) from the address `results` on."""
-    if panel_rows == 1:
-        multiply_row(results, stride, a, offsets, b, depth, positions)
+def _store_rows(p_out, p_values, place, count, columns, across):
+    """out <- `count` values of the positions from `place` on, in rows of `columns` that begin `across` floats one after
+    the other."""
+    if columns == across:
+        copy_exactly(p_out + 4 * place, p_values, count, False)
         return
-    width = _tile_width(positions, TILE_COLUMNS)
-    for j in range(0, positions, width):
-        columns = min(width, positions - j)
-        if columns <= LANES:
-            _TILE_1(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
-        elif columns <= 2 * LANES:
-            _TILE_2(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
-        else:
-            _TILE_3(results + 4 * j, stride, a, offsets, b + 4 * j, depth)
+    done = 0
+    while done < count:
+        row, column = (place + done) // columns, (place + done) % columns
+        piece = min(columns - column, count - done)
+        copy_exactly(p_out + 4 * (row * across + column), p_values + 4 * done, piece, False)
+        done += piece
 
 
 # ---- Forward ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, pattern, z_min, planes, block, results,
-                   x_channel, a_channel, stride_h, stride_w, block_rows, block_columns, halo_rows, halo_columns,
-                   channels, splits, features, x_min, x_max, relevance, first, last):
+def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, constant, pattern, z_min, planes, block,
+                   columns, sums, x_channel, a_channel, stride_h, stride_w, block_rows, block_columns, halo_rows,
+                   halo_columns, channels, splits, features, x_min, x_max, relevance, first, last):
     """x <- W a + bias, clipped to x_min..x_max; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something
     (scalar.ratio_of).
 
-    packed, offsets, bounds are of conv2d_pack_split. Its depth runs over the copies that the features need (two of both
-    signs under SIGNED, else one), the channels of a group (`channels`), the taps. planes (P, 2) holds where each plane
-    of a channel begins, relative to a position; with none the tensor itself is read. bias is (K,).
+    packed, offsets, bounds are of conv2d_pack. Its depth runs over the copies that the features need (two of both signs
+    under SIGNED, else one), the channels of a group (`channels`), the taps; taps (depth,) is where each reads, from a
+    position on. planes (P, 2) holds where each plane of a channel begins, relative to a position; with none the tensor
+    itself is read. bias is (K,).
 
     Under ONES z depends on the position alone, and under BOX (W+ (a - low) - W- (high - a) = W a - W+ low - W- high) it
     is y without its bias and such a constant: constant (K, patterns, OW), pattern (OH,) says which of them a row has. A
-    z up to z_min (K,) counts as zero. block and results are flat scratch.
+    z up to z_min (K,) counts as zero. block, columns and sums are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     size = height * across
-    groups, panels, depth, panel_rows = packed.shape
-    per_group, copies = outputs // groups, 2 if features == SIGNED else 1
-    split = features in (NONNEGATIVE, SIGNED)
+    groups, chunks, panels, length, _ = packed.shape
+    per_group, copies, depth = outputs // groups, 2 if features == SIGNED else 1, len(taps)
+    is_split = features in (NONNEGATIVE, SIGNED)
     direct = len(planes) == 0
     width, plane_rows = block_columns + halo_columns, block_rows + halo_rows
     blocks_across = -(-across // block_columns)
     blocks = -(-height // block_rows) * blocks_across
-    p_x, p_ratio, p_constant, p_results = x.ctypes.data, ratio.ctypes.data, constant.ctypes.data, results.ctypes.data
-    p_a, p_block = a.ctypes.data, block.ctypes.data
+    p_x, p_ratio, p_constant = x.ctypes.data, ratio.ctypes.data, constant.ctypes.data
+    p_a, p_block, p_columns, p_stage = a.ctypes.data, block.ctypes.data, _aligned(columns.ctypes.data), _aligned(
+        sums.ctypes.data)
+    p_zeros = p_stage + 8 * PANEL_ROWS * PANEL_COLUMNS
+    p_sums, panel_bytes = p_stage + 4 * _STAGE, 8 * PANEL_ROWS * PANEL_COLUMNS
+    fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     copied = -1
     for unit in range(first, last):
         n, within = unit // (blocks * splits), unit % (blocks * splits)
         split_index, index = within % splits, within // splits
-        y, left = index // blocks_across * block_rows, index % blocks_across * block_columns
-        rows, columns = min(block_rows, height - y), min(block_columns, across - left)
-        positions = (rows - 1) * width + columns
-        stride = positions + CONV2D_COLUMNS
+        top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
+        columns_here = min(block_columns, across - left)
+        positions = min(block_rows, height - top) * columns_here
+        begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
         absorbs = False
-        for panel in range(groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits):
-            g, within_group = panel // panels, panel % panels
+        for g in range(begin // panels, -(-end // panels)):
+            own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
             if unit // splits * groups + g != copied and not direct:
                 copied = unit // splits * groups + g
                 at = 0
@@ -254,29 +278,66 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
                         for i in range(len(planes)):
                             p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
                             copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
-                                       y * stride_h + planes[i, 0], left * stride_w + planes[i, 1], stride_h, stride_w,
-                                       ZERO)
+                                       top * stride_h + planes[i, 0], left * stride_w + planes[i, 1], stride_h,
+                                       stride_w, ZERO)
                             if copies == 2:
                                 keep_sign_vectors(p_block + 4 * at, plane_rows * width, copy == 0)
                             at += plane_rows * width
-            p_b = p_block
+            p_read = p_block
             if direct:
-                p_b = p_a + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
-            _multiply_split(p_results, stride, packed.ctypes.data + 4 * panel * depth * panel_rows,
-                            offsets.ctypes.data + 4 * panel * depth, bounds.ctypes.data + 4 * panel * bounds.shape[2],
-                            p_b, positions, panel_rows)
-            for i in range(min(panel_rows, per_group - within_group * panel_rows)):
-                k = g * per_group + within_group * panel_rows + i
-                for row in range(rows):
-                    to = (y + row) * across + left
-                    positive = i * stride + row * width
-                    negative = positive + panel_rows * stride
-                    at_x, at_ratio = (n * x.shape[1] + x_channel + k) * size + to, (n * outputs + k) * size + to
-                    at_constant = (k * constant.shape[1] + pattern[y + row]) * across + left
-                    p_z = p_results + 4 * positive if split else p_constant + 4 * at_constant
-                    absorbs |= finish_row(p_x + 4 * at_x, p_ratio + 4 * at_ratio, p_z, p_results + 4 * negative,
-                                          columns, bias[k], split, features == BOX, x_min, x_max, relevance != 0,
-                                          z_min[k])
+                p_read = p_a + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
+            for tile in range(-(-positions // PANEL_COLUMNS)):
+                place, vectors = _tile(tile, positions, PANEL_VECTORS)
+                count = min(vectors * LANES, positions - place)
+                in_place = is_split and columns_here == across and count == vectors * LANES
+                for chunk in range(chunks):
+                    _pack_tile(p_columns, p_read, 0, taps.ctypes.data + 4 * chunk * length,
+                               min(length, depth - chunk * length), place, vectors, positions, columns_here, width)
+                    for panel in own_panels:
+                        entry = (g * chunks + chunk) * panels + panel
+                        weights, p_offsets = (packed.ctypes.data + 4 * entry * length * PANEL_ROWS,
+                                              offsets.ctypes.data + 4 * entry * length)
+                        p_bounds, own = bounds.ctypes.data + 4 * entry * _BOUNDS, p_sums + panel * panel_bytes
+                        start, stride = (own, PANEL_COLUMNS) if chunk else (p_zeros, 0)
+                        k = g * per_group + panel * PANEL_ROWS
+                        rows = min(PANEL_ROWS, per_group - panel * PANEL_ROWS)
+                        at_x = p_x + 4 * ((n * x.shape[1] + x_channel + k) * size + top * across + left)
+                        at_ratio = p_ratio + 4 * ((n * outputs + k) * size + top * across + left)
+                        second = bias[min(k + 1, outputs - 1)]
+                        if chunk < chunks - 1:
+                            add_split(vectors, own, PANEL_COLUMNS, start, stride, weights, p_offsets, p_bounds,
+                                      p_columns)
+                        elif in_place and rows == PANEL_ROWS:
+                            absorbs |= finish_split(vectors, at_x + 4 * place, at_ratio + 4 * place, size, start,
+                                                    stride, weights, p_offsets, p_bounds, p_columns, bias[k], second,
+                                                    x_min, x_max, relevance != 0)
+                        elif is_split:
+                            p_staged = p_stage + 4 * PANEL_ROWS * PANEL_COLUMNS
+                            finish_split(vectors, p_stage, p_staged, PANEL_COLUMNS, start, stride, weights, p_offsets,
+                                         p_bounds, p_columns, bias[k], second, x_min, x_max, relevance != 0)
+                            for row in range(rows):
+                                from_stage = 4 * row * PANEL_COLUMNS
+                                absorbs |= any_negative(p_staged + from_stage, count)
+                                _store_rows(at_x + 4 * row * size, p_stage + from_stage, place, count, columns_here,
+                                            across)
+                                _store_rows(at_ratio + 4 * row * size, p_staged + from_stage, place, count,
+                                            columns_here, across)
+                        else:
+                            add_split(vectors, p_stage, PANEL_COLUMNS, start, stride, weights, p_offsets, p_bounds,
+                                      p_columns)
+                            done = 0
+                            while done < count:
+                                y, column = (place + done) // columns_here, (place + done) % columns_here
+                                piece, to = min(columns_here - column, count - done), y * across + column
+                                for row in range(rows):
+                                    p_z = p_constant + 4 * (((k + row) * constant.shape[1] + pattern[top + y]) * across
+                                                            + left + column)
+                                    p_y = p_stage + 4 * ((PANEL_ROWS + row) * PANEL_COLUMNS + done)
+                                    to_row = 4 * (row * size + to)
+                                    absorbs |= finish_row(at_x + to_row, at_ratio + to_row, p_z, p_y, piece,
+                                                          bias[k + row], False, features == BOX, x_min, x_max,
+                                                          relevance != 0, z_min[k + row])
+                                done += piece
         if absorbs:
             dead[n] = 1
 
@@ -285,107 +346,163 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, bias, constant, p
 
 
 @kernel
-def _join_phases(p_line, p_row, phases, group, end, product, left, block_columns, stride_w):
-    """A row of inputs from the rows of its phases' products, `product` floats apart."""
+def _join_phases(p_line, p_row, phases, group, end, product, left, columns, stride_w):
+    """So many columns of a row of inputs, from the rows of its phases' products, `product` floats apart."""
     if stride_w == 2 and end - group == 2:
         even = phases[group, 1]  # 0, or 1 where the padding is odd
-        columns = min(block_columns, max(phases[group, 3], phases[group + 1, 3]) - left)
-        interleave_vectors(p_line, p_row + 4 * even * product, p_row + 4 * (1 - even) * product, columns)
+        count = min(columns, max(phases[group, 3], phases[group + 1, 3]) - left)
+        interleave_vectors(p_line, p_row + 4 * even * product, p_row + 4 * (1 - even) * product, count)
         return
     for phase in range(group, end):
-        columns = min(block_columns, phases[phase, 3] - left)
-        spread(p_line + 4 * phases[phase, 1], p_row + 4 * (phase - group) * product, stride_w, columns)
+        count = min(columns, phases[phase, 3] - left)
+        spread(p_line + 4 * phases[phase, 1], p_row + 4 * (phase - group) * product, stride_w, count)
 
 
 @kernel
-def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, low, high, phases, planes, block, results,
-                        c_in_channel, c_channel, a_channel, groups, stride_h, stride_w, block_rows, block_columns,
+def _multiply_few(p_sums, stride, p_zeros, weights, offsets, bounds, p_planes, positions, parts):
+    """sums (parts * FEW_ROWS, stride) <- one panel's product with planes, for so many positions."""
+    for tile in range(-(-positions // FEW_COLUMNS)):
+        place, vectors = _tile(tile, positions, FEW_VECTORS)
+        if parts == 1:
+            add_nonzero_few(vectors, p_sums + 4 * place, stride, p_zeros, 0, weights, offsets, bounds,
+                            p_planes + 4 * place)
+        else:
+            add_split_few(vectors, p_sums + 4 * place, stride, p_zeros, 0, weights, offsets, bounds,
+                          p_planes + 4 * place)
+
+
+@kernel
+def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, taps, low, high, phases, planes, block, columns,
+                        sums, c_in_channel, c_channel, a_channel, groups, stride_h, stride_w, block_rows, block_columns,
                         halo_rows, halo_columns, splits, features, relevance, accumulate, first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, times u.
 
-    packed is flat: the panels of one phase after those of another, made of the transposed V. Where an input has two
-    features (SIGNED, BOX), whose V are W+ and -W-, it is made of the transposed W by conv2d_pack_split, so that both
-    cost one product; offsets and bounds are flat like packed then. A phase without taps is reached by no output: it
-    gets zero.
+    packed, offsets, bounds are of conv2d_pack, flat, those of one phase after those of another, made of the transposed
+    V. Where an input has two features (SIGNED, BOX), whose V are W+ and -W-, they are made of the transposed W, so that
+    both cost one product. A phase without taps is reached by no output: it gets zero.
 
     phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its number of taps;
-    where it begins in packed, offsets and bounds. All phases read the same planes; a block is so many positions of each
-    phase. block and results are flat scratch.
+    where it begins in packed, offsets, bounds, and taps, which holds where each tap reads, from a position on. All
+    phases read the same planes; with none, ratio and c themselves. A block is so many positions of each phase. block,
+    columns and sums are flat scratch.
     """
     inputs, outputs = len(low), ratio.shape[1]
     height, across = c_in.shape[2], c_in.shape[3]
     per_group, from_group = inputs // groups, outputs // groups
-    parts = 2 if features in (SIGNED, BOX) else 1
-    panel_rows = 1 if per_group == 1 else TILE_ROWS
-    if parts == 2:
-        panel_rows = per_group if per_group in (1, 3) else SPLIT_ROWS
-    panels = -(-per_group // panel_rows)
-    blocks_down = blocks_across = 1
+    width, plane_rows, direct = block_columns + halo_columns, block_rows + halo_rows, len(planes) == 0
+    is_few, sum_rows, sum_columns = _sums_shape(per_group, features, block_rows * width)
+    panel_rows = FEW_ROWS if is_few else PANEL_ROWS
+    panels, parts = -(-per_group // panel_rows), 2 if features in (SIGNED, BOX) else 1
+    grid_rows = grid_columns = 1
     for phase in range(len(phases)):
-        blocks_down = max(blocks_down, -(-phases[phase, 2] // block_rows))
-        blocks_across = max(blocks_across, -(-phases[phase, 3] // block_columns))
-    blocks = blocks_down * blocks_across
-    width, plane_rows = block_columns + halo_columns, block_rows + halo_rows
-    as_it_is, plane_positions = (features == NONNEGATIVE and not relevance) or features == ONES, block_rows * width
-    stride, product = plane_positions + CONV2D_COLUMNS, _product_elements(plane_positions)
-    line = _line_elements(block_columns, stride_w)
-    p_in, p_a, p_results = c_in.ctypes.data, a.ctypes.data, results.ctypes.data
-    p_packed, p_offsets, p_bounds = packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data
-    p_line = p_results + 4 * stride_w * product
-    p_ratio, p_c, p_block, size = ratio.ctypes.data, c.ctypes.data, block.ctypes.data, c.shape[2] * c.shape[3]
+        grid_rows, grid_columns = max(grid_rows, phases[phase, 2]), max(grid_columns, phases[phase, 3])
+    blocks_across = -(-grid_columns // block_columns)
+    blocks = -(-grid_rows // block_rows) * blocks_across
+    as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
+    p_in, p_a, p_block, p_columns = c_in.ctypes.data, a.ctypes.data, block.ctypes.data, _aligned(columns.ctypes.data)
+    p_packed, p_offsets, p_bounds, p_taps = (packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data,
+                                             taps.ctypes.data)
+    p_zeros = _aligned(sums.ctypes.data)
+    p_sums, product = p_zeros + 4 * PANEL_COLUMNS, sum_rows * sum_columns
+    panel_floats = parts * panel_rows * sum_columns
+    p_line, line = p_sums + 4 * stride_w * product, _line_elements(block_columns, stride_w)
+    p_ratio, p_c, size, in_size = ratio.ctypes.data, c.ctypes.data, c.shape[2] * c.shape[3], height * across
+    fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     copied = -1
     for unit in range(first, last):
         n, within = unit // (blocks * splits), unit % (blocks * splits)
         split_index, index = within % splits, within // splits
-        y, left = index // blocks_across * block_rows, index % blocks_across * block_columns
-        for panel in range(groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits):
-            g, within_group = panel // panels, panel % panels
-            if unit // splits * groups + g != copied:
+        top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
+        columns_here, rows_here = min(block_columns, grid_columns - left), min(block_rows, grid_rows - top)
+        # how long a row of positions is, and how many of them there are
+        row_width = width if is_few else columns_here
+        positions = (rows_here - 1) * row_width + columns_here
+        contiguous = stride_h == stride_w == 1 and columns_here == across == row_width
+        begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
+        for g in range(begin // panels, -(-end // panels)):
+            own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
+            p_read, p_factor = p_block, 0
+            if direct:
+                p_read = p_ratio + 4 * ((n * outputs + g * from_group) * size + left)
+                p_factor = p_c + 4 * ((n * c.shape[1] + c_channel + g * from_group) * size + left)
+            elif unit // splits * groups + g != copied:
                 copied = unit // splits * groups + g
                 at = 0
                 for k in range(g * from_group, (g + 1) * from_group):
                     for i in range(len(planes)):
                         copy_product(p_block + 4 * at, plane_rows, width, p_ratio + 4 * (n * outputs + k) * size,
                                      p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3],
-                                     y + planes[i, 0], left + planes[i, 1], ZERO)
+                                     top + planes[i, 0], left + planes[i, 1], ZERO)
                         at += plane_rows * width
-            group = 0
-            while group < len(phases):  # a group of phases is one row of inputs, then the next below at stride_h
-                first_y, rows, end = phases[group, 0], min(block_rows, phases[group, 2] - y), group + 1
-                while end < len(phases) and phases[end, 0] == first_y:
-                    end += 1
-                for phase in range(group, end if rows > 0 else group):
-                    columns, depth, begin = phases[phase, 3] - left, from_group * phases[phase, 4], phases[phase, 5]
-                    to = p_results + 4 * (phase - group) * product
-                    positions = (rows - 1) * width + min(block_columns, columns)
-                    weights = p_packed + 4 * (begin + panel * depth * panel_rows)
-                    if columns > 0 and depth == 0:
-                        fill_vectors(to, parts * panel_rows * stride - CONV2D_COLUMNS, ZERO)
-                    elif columns > 0 and parts == 1:
-                        _multiply_tile(to, stride, weights, p_offsets + 4 * phases[phase, 6], p_block, depth, positions,
-                                       panel_rows)
-                    elif columns > 0:
-                        _multiply_split(to, stride, weights, p_offsets + 4 * (phases[phase, 6] + panel * depth),
-                                        p_bounds + 4 * (phases[phase, 7] + panel * (1 + (1 << panel_rows))), p_block,
-                                        positions, panel_rows)
-                for i in range(min(panel_rows, per_group - within_group * panel_rows)):
-                    channel = g * per_group + within_group * panel_rows + i
-                    for row in range(rows):
-                        p_pos = p_results + 4 * (i * stride + row * width)
-                        p_neg = p_pos + 4 * (parts - 1) * panel_rows * stride
-                        if stride_w > 1:
-                            _join_phases(p_line, p_pos, phases, group, end, product, left, block_columns, stride_w)
-                            if parts > 1:
-                                _join_phases(p_line + 4 * line, p_neg, phases, group, end, product, left, block_columns,
-                                             stride_w)
-                            p_pos, p_neg = p_line, p_line + 4 * (parts - 1) * line
-                        position = (first_y + (y + row) * stride_h) * across + left * stride_w
-                        count = min(across - left * stride_w, block_columns * stride_w)
-                        to = p_in + 4 * ((n * c_in.shape[1] + c_in_channel + channel) * height * across + position)
-                        if as_it_is:
-                            copy_exactly(to, p_pos, count, accumulate != 0)
-                        else:
-                            value = p_a + 4 * ((n * a.shape[1] + a_channel + channel) * height * across + position)
-                            redistribute_row(to, p_pos, p_neg, value, count, low[channel], high[channel],
-                                             features == BOX, relevance != 0, accumulate != 0)
-                group = end
+            for tile in range(1 if is_few else -(-positions // PANEL_COLUMNS)):
+                place, vectors = (0, 0) if is_few else _tile(tile, positions, PANEL_VECTORS)
+                count = positions if is_few else min(vectors * LANES, positions - place)
+                in_place = contiguous and as_it_is and not accumulate and count == vectors * LANES
+                group = 0
+                while group < len(phases):  # a group of phases is one row of inputs, then the next below at stride_h
+                    first_y, rows_down, next_group = phases[group, 0], phases[group, 2], group + 1
+                    while next_group < len(phases) and phases[next_group, 0] == first_y:
+                        next_group += 1
+                    for phase in range(group, next_group if top < rows_down else group):
+                        depth, p_phase = from_group * phases[phase, 4], p_sums + 4 * (phase - group) * product
+                        if is_few:
+                            entry = phases[phase, 6] + g * depth
+                            weights = p_packed + 4 * (phases[phase, 5] + g * depth * FEW_ROWS)
+                            own_bounds = p_bounds + 4 * (phases[phase, 7] + g * _FEW_BOUNDS)
+                            _multiply_few(p_phase, sum_columns, p_zeros, weights, p_offsets + 4 * entry, own_bounds,
+                                          p_read, positions, parts)
+                            continue
+                        chunks = max(-(-depth // PANEL_DEPTH), 1)
+                        length = -(-depth // chunks)
+                        for chunk in range(chunks):
+                            _pack_tile(p_columns, p_read, p_factor, p_taps + 4 * (phases[phase, 8] + chunk * length),
+                                       min(length, depth - chunk * length), place, vectors, positions, columns_here,
+                                       width)
+                            for panel in own_panels:
+                                entry = (g * chunks + chunk) * panels + panel
+                                weights = p_packed + 4 * (phases[phase, 5] + entry * length * PANEL_ROWS)
+                                own_offsets = p_offsets + 4 * (phases[phase, 6] + entry * length)
+                                own_bounds = p_bounds + 4 * (phases[phase, 7] + entry * _BOUNDS)
+                                own, own_stride = p_phase + 4 * panel * panel_floats, PANEL_COLUMNS
+                                if in_place and (panel + 1) * PANEL_ROWS <= per_group:
+                                    channel = c_in_channel + g * per_group + panel * PANEL_ROWS
+                                    own = p_in + 4 * ((n * c_in.shape[1] + channel) * in_size + top * across + place)
+                                    own_stride = in_size
+                                start, stride = (own, own_stride) if chunk else (p_zeros, 0)
+                                if parts == 1:
+                                    add_nonzero(vectors, own, own_stride, start, stride, weights, own_offsets,
+                                                own_bounds, p_columns)
+                                else:
+                                    add_split(vectors, own, own_stride, start, stride, weights, own_offsets, own_bounds,
+                                              p_columns)
+                    for panel in own_panels if top < rows_down else range(0):
+                        rows = min(panel_rows, per_group - panel * panel_rows)
+                        for row in range(0 if in_place and rows == panel_rows else rows):
+                            channel = g * per_group + panel * panel_rows + row
+                            done = 0
+                            while done < count:
+                                y, column = (place + done) // row_width, (place + done) % row_width
+                                piece = count if contiguous else min(columns_here - column, count - done)
+                                p_pos = p_sums + 4 * (panel * panel_floats + row * sum_columns + done)
+                                p_neg = p_pos + 4 * (parts - 1) * panel_rows * sum_columns
+                                done += piece + row_width - columns_here
+                                if top + y >= rows_down:
+                                    continue
+                                if stride_w > 1:
+                                    _join_phases(p_line, p_pos, phases, group, next_group, product, left + column,
+                                                 piece, stride_w)
+                                    if parts > 1:
+                                        _join_phases(p_line + 4 * line, p_neg, phases, group, next_group, product,
+                                                     left + column, piece, stride_w)
+                                    p_pos, p_neg = p_line, p_line + 4 * (parts - 1) * line
+                                position = (first_y + (top + y) * stride_h) * across + (left + column) * stride_w
+                                values = min(in_size - position if contiguous else across - (left + column) * stride_w,
+                                             piece * stride_w)
+                                to = p_in + 4 * ((n * c_in.shape[1] + c_in_channel + channel) * in_size + position)
+                                if as_it_is:
+                                    copy_exactly(to, p_pos, values, accumulate != 0)
+                                else:
+                                    value = p_a + 4 * ((n * a.shape[1] + a_channel + channel) * in_size + position)
+                                    redistribute_row(to, p_pos, p_neg, value, values, low[channel], high[channel],
+                                                     features == BOX, relevance != 0, accumulate != 0)
+                    group = next_group

@@ -4,29 +4,33 @@ Numba's own vectoriser leaves half of the chip unused on these loops; these inst
 (docs/kernels.md). A tile's size follows the processor's vector width, so everything that packs operands reads the sizes
 from here.
 
-Rows of the second factor b are found through a table of offsets. So b need not be a matrix in memory: the taps of a
-convolution read one padded plane from different positions, and the columns of a tile are neighbouring positions (see
-conv2d.py).
+MULTIPLY_TILE    A^T B, a tile of TILE_ROWS x TILE_COLUMNS: Winograd's points.
+Panels           products of two rows (PANEL_ROWS) with up to PANEL_VECTORS vectors of packed columns: convolutions;
+                 of three (FEW_ROWS) with columns where they lie: back to images, where packing would take longer.
 
-Two products:
+The entries of a panel are sorted by class: in which of its rows they count. With two rows there are four classes, so
+each is a long loop, even where little is summed, that knows its accumulators. What it means to count is up to who
+packs:
 
-MULTIPLY_TILE    A^T B, a tile of TILE_ROWS x TILE_COLUMNS.
-MULTIPLY_SPLIT   P = max(A, 0)^T B and N = min(A, 0)^T B at once, a tile of SPLIT_ROWS x SPLIT_COLUMNS each, in the time
-                 of one product: every weight belongs to P or to N, never to both. Entries of A are sorted by which of
-                 the rows they are positive in, so that each of the 2^SPLIT_ROWS classes is a loop which knows the
-                 accumulators that it adds to.
+SPLIT            P = max(A, 0)^T B and N = min(A, 0)^T B at once, in the time of one product, as every weight belongs to
+                 P or to N and never to both: an entry counts in a row for P, else for N.
+NONZERO          A^T B of an A that is half zeros, in little more than half the time: what does not count is left out.
 
-Both come by the number of vectors across a tile, and as strips: tile after tile, for matrices of fewer rows than a tile
-has.
+Columns are packed: up to PANEL_DEPTH rows of PANEL_COLUMNS positions, PANEL_PITCH floats apart and aligned, so that the
+first-level cache holds them and no load crosses one of its lines. A longer depth is cut into chunks, and the sums wait
+in memory.
 """
 
+from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I32,
     I64,
     LANES,
+    NO_LANE,
     REGISTERS,
     ZEROS,
+    any_lane,
     integer,
     load_vector,
     loop_range,
@@ -36,6 +40,8 @@ from fastdtd.kernels.cpu.vector_code import (
     splat,
     store_vector,
 )
+from fastdtd.kernels.scalar import MIN_DENOMINATOR
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -43,92 +49,52 @@ from numba.extending import intrinsic
 # 24 of 32 registers; 12 of 16; of four lanes, which are slow in any case, 8 of 16 for less code
 TILE_ROWS, TILE_VECTORS = (8, 3) if REGISTERS == 32 else (6, 2) if LANES == 8 else (4, 2)
 TILE_COLUMNS = LANES * TILE_VECTORS
-SPLIT_ROWS, SPLIT_VECTORS = 4, 3  # 12 accumulators in use at a time
-SPLIT_COLUMNS = LANES * SPLIT_VECTORS
-ROW_VECTORS = TILE_ROWS * TILE_VECTORS // 3
-# from class to class one row changes sides: few registers are exchanged
-SPLIT_ORDER = tuple(i ^ i >> 1 for i in range(2**SPLIT_ROWS))
+PANEL_ROWS, PANEL_VECTORS = 2, 6  # 12 accumulators in use at a time, 2 weights and 1 column: 15 of 16 registers
+PANEL_COLUMNS = LANES * PANEL_VECTORS
+PANEL_PITCH = PANEL_COLUMNS + LANES  # a last piece of columns may be a vector longer
+PANEL_DEPTH = 1024 // LANES  # 28 KB of columns
+FEW_ROWS, FEW_VECTORS = 3, 4
+FEW_COLUMNS = LANES * FEW_VECTORS
+# bit r is set where row r counts; from class to class one row changes sides
+PANEL_CLASSES, FEW_CLASSES = (tuple(i ^ i >> 1 for i in range(1 << rows)) for rows in (PANEL_ROWS, FEW_ROWS))
 _UNROLL = 4
 _LINE = 16  # floats of a cache line
 _AHEAD = 1024  # floats of the weights to come, which are often too many for the second-level cache
 
 
-class _Product:
-    """Emits the code of one tile. a (depth, rows); row d of b starts offsets[d] floats after b."""
-
-    def __init__(self, builder, rows, a, offsets):
-        self.builder, self.rows, (self.p_a, self.p_offsets) = builder, rows, pointers(builder, (a, offsets), F32, I32)
-
-    def add_step(self, step, sums, p_b, vectors):
-        """sums (rows, vectors) + row `step` of a times that of b."""
-        builder, row_a = self.builder, self.builder.mul(step, integer(self.rows))
-        row_b = builder.sext(builder.load(builder.gep(self.p_offsets, [step])), I64)
-        columns = [load_vector(builder, p_b, builder.add(row_b, integer(j * LANES))) for j in range(vectors)]
-        result = []
-        for i in range(self.rows):
-            weight = splat(builder, builder.load(builder.gep(self.p_a, [builder.add(row_a, integer(i))])))
-            result += [multiply_add(builder, sums[i * vectors + j], weight, columns[j]) for j in range(vectors)]
-        return result
-
-    def fetch(self, step, floats):
-        """Ask for so many weights that will be read _AHEAD floats after those of `step`."""
-        for line in range(0, floats, _LINE):
-            ahead = self.builder.add(self.builder.mul(step, integer(self.rows)), integer(line + _AHEAD))
-            prefetch(self.builder, self.builder.gep(self.p_a, [ahead]))
-
-    def store(self, sums, p_tile, tile_stride, vectors):
-        for index, vector in enumerate(sums):
-            at = self.builder.add(self.builder.mul(tile_stride, integer(index // vectors)),
-                                  integer(index % vectors * LANES))
-            store_vector(self.builder, vector, p_tile, at)
+# ---- Tiles -----------------------------------------------------------------------------------------------------------
 
 
-def _emit_tile(builder, rows, vectors, p_tile, p_b, tile_stride, a, offsets, depth):
-    product = _Product(builder, rows, a, offsets)
-
-    def one_step(step, sums):
-        return product.add_step(step, sums, p_b, vectors)
-
-    def several_steps(step, sums):
-        product.fetch(step, _UNROLL * rows)
-        for i in range(_UNROLL):
-            sums = one_step(builder.add(step, integer(i)), sums)
-        return sums
-
-    whole = builder.sub(depth, builder.srem(depth, integer(_UNROLL)))
-    sums = loop_range(builder, integer(0), whole, _UNROLL, [ZEROS] * (rows * vectors), several_steps)
-    product.store(loop_range(builder, whole, depth, 1, sums, one_step), p_tile, tile_stride, vectors)
-
-
-def _emit_split(builder, rows, vectors, p_tile, p_b, tile_stride, a, offsets, bounds):
-    product, (p_bounds,) = _Product(builder, rows, a, offsets), pointers(builder, (bounds,), I32)
-    sums = [ZEROS] * (2 * rows * vectors)
-
-    def one_step(step, part):
-        product.fetch(step, 1)
-        return product.add_step(step, part, p_b, vectors)
-
-    def bound(i):
-        return builder.sext(builder.load(builder.gep(p_bounds, [integer(i)])), I64)
-
-    first = bound(0)
-    for i, positive_rows in enumerate(SPLIT_ORDER[:2**rows]):
-        in_use = [(row + (0 if positive_rows >> row & 1 else rows)) * vectors + j for row in range(rows)
-                  for j in range(vectors)]
-        last = bound(i + 1)
-        for index, value in zip(in_use, loop_range(builder, first, last, 1, [sums[index] for index in in_use],
-                                                   one_step), strict=True):
-            sums[index] = value
-        first = last
-    product.store(sums, p_tile, tile_stride, vectors)
-
-
-def _make_tile(emit, rows, vectors):
+def _make_tile(vectors):
     @intrinsic
-    def multiply(typing_context, tile, tile_stride, a, offsets, b, end):
+    def multiply(typing_context, tile, tile_stride, a, offsets, b, depth):
         def codegen(context, builder, signature, arguments):
-            tile, tile_stride, a, offsets, b, end = arguments
-            emit(builder, rows, vectors, *pointers(builder, (tile, b), F32, F32), tile_stride, a, offsets, end)
+            tile_stride, depth = arguments[1], arguments[5]
+            p_tile, p_a, p_offsets, p_b = pointers(builder, [arguments[i] for i in (0, 2, 3, 4)], F32, F32, I32, F32)
+
+            def one_step(step, sums):
+                row_a = builder.mul(step, integer(TILE_ROWS))
+                row_b = builder.sext(builder.load(builder.gep(p_offsets, [step])), I64)
+                columns = [load_vector(builder, p_b, builder.add(row_b, integer(j * LANES))) for j in range(vectors)]
+                result = []
+                for i in range(TILE_ROWS):
+                    weight = splat(builder, builder.load(builder.gep(p_a, [builder.add(row_a, integer(i))])))
+                    result += [multiply_add(builder, sums[i * vectors + j], weight, columns[j]) for j in range(vectors)]
+                return result
+
+            def several_steps(step, sums):
+                for line in range(0, _UNROLL * TILE_ROWS, _LINE):
+                    ahead = builder.add(builder.mul(step, integer(TILE_ROWS)), integer(line + _AHEAD))
+                    prefetch(builder, builder.gep(p_a, [ahead]))
+                for i in range(_UNROLL):
+                    sums = one_step(builder.add(step, integer(i)), sums)
+                return sums
+
+            whole = builder.sub(depth, builder.srem(depth, integer(_UNROLL)))
+            sums = loop_range(builder, integer(0), whole, _UNROLL, [ZEROS] * (TILE_ROWS * vectors), several_steps)
+            for index, vector in enumerate(loop_range(builder, whole, depth, 1, sums, one_step)):
+                at = builder.add(builder.mul(tile_stride, integer(index // vectors)), integer(index % vectors * LANES))
+                store_vector(builder, vector, p_tile, at)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), codegen
@@ -136,43 +102,201 @@ def _make_tile(emit, rows, vectors):
     return multiply
 
 
-def _make_strip(emit, rows, wide, narrow):
-    @intrinsic
-    def multiply(typing_context, tile, tile_stride, a, offsets, b, end, columns):
-        def codegen(context, builder, signature, arguments):
-            tile, tile_stride, a, offsets, b, end, columns = arguments
-            p_tile, p_b = pointers(builder, (tile, b), F32, F32)
-
-            def strip(first, last, vectors):
-                def one_tile(column, nothing):
-                    emit(builder, rows, vectors, builder.gep(p_tile, [column]), builder.gep(p_b, [column]), tile_stride,
-                         a, offsets, end)
-                    return nothing
-
-                loop_range(builder, first, last, vectors * LANES, [], one_tile)
-
-            whole = builder.sub(columns, builder.srem(columns, integer(wide * LANES)))
-            strip(integer(0), whole, wide)
-            strip(whole, columns, narrow)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 7), codegen
-
-    return multiply
-
-
-# (tile, tile_stride, a, offsets, b, depth): tile (rows, vectors * LANES) <- a (depth, rows)^T times b.
+# By vectors across: (tile, tile_stride, a, offsets, b, depth): tile (rows, vectors * LANES) <- a (depth, rows)^T b.
 #
 # Rows of tile are tile_stride floats apart; row d of b starts offsets[d] (int32) floats after b. tile, a, offsets and b
 # are addresses. Each value of the tile is one chain of multiply-adds in the order of depth, so it does not depend on
 # where in a tile, or in which tile, a column lies.
-MULTIPLY_TILE = tuple(_make_tile(_emit_tile, TILE_ROWS, vectors) for vectors in range(1, TILE_VECTORS + 1))
-# (tiles, tile_stride, a, offsets, b, bounds): tiles (2, rows, vectors * LANES) <- P and N, one chain each.
+MULTIPLY_TILE = tuple(_make_tile(vectors) for vectors in range(1, TILE_VECTORS + 1))
+
+
+# ---- Panels ----------------------------------------------------------------------------------------------------------
+
+
+_SPLIT, _NONZERO = (True, PANEL_ROWS, 4 * LANES), (False, PANEL_ROWS, 4 * LANES)  # alignment of columns, in bytes
+
+
+class _Panel:
+    """Emits the code of one panel: entries, weights (entries, rows) and offsets of columns, between bounds."""
+
+    def __init__(self, builder, kind, vectors, weights, offsets, bounds, columns):
+        (self.is_split, self.panel_rows, self.align), self.builder, self.vectors = kind, builder, vectors
+        self.p_weights, self.p_offsets, self.p_bounds, self.p_columns = pointers(
+            builder, (weights, offsets, bounds, columns), F32, I32, I32, F32)
+        self.rows = 2 * self.panel_rows if self.is_split else self.panel_rows
+
+    def start(self, p_start, stride):
+        return [load_vector(self.builder, p_start, self._at(stride, row, j)) for row in range(self.rows)
+                for j in range(self.vectors)]
+
+    def store(self, sums, p_out, stride):
+        for index, value in enumerate(sums):
+            store_vector(self.builder, value, p_out, self._at(stride, index // self.vectors, index % self.vectors))
+
+    def fetch_next(self, p_out, stride):
+        """Ask for the lines that the next panel writes: its rows lie far apart, and nobody else foresees them."""
+        for row in range(self.panel_rows, 2 * self.panel_rows):
+            for line in range(0, LANES * self.vectors + _LINE, _LINE):
+                at = self.builder.add(self.builder.mul(stride, integer(row)), integer(line))
+                prefetch(self.builder, self.builder.gep(p_out, [at]), is_written=True)
+
+    def add(self, sums):
+        """What all entries add to sums (rows, vectors)."""
+        sums, first, count = list(sums), self._bound(0), self.panel_rows
+        for i, counting in enumerate(PANEL_CLASSES if count == PANEL_ROWS else FEW_CLASSES):
+            last = self._bound(i + 1)
+            # (row, where its sums are) of those that this class adds to
+            rows = [(row, row if counting >> row & 1 else count + row) for row in range(count)
+                    if self.is_split or counting >> row & 1]
+            if rows:
+                in_use = [to * self.vectors + j for _, to in rows for j in range(self.vectors)]
+                values = loop_range(self.builder, first, last, 1, [sums[index] for index in in_use],
+                                    lambda step, part, rows=rows: self._add_entry(step, part, [row for row, _ in rows]))
+                for index, value in zip(in_use, values, strict=True):
+                    sums[index] = value
+            first = last
+        return sums
+
+    def _add_entry(self, step, sums, rows):
+        """Weights first, then column by column: the other way round spills with 16 registers."""
+        builder, result = self.builder, list(sums)
+        column = builder.sext(builder.load(builder.gep(self.p_offsets, [step])), I64)
+        entry = builder.mul(step, integer(self.panel_rows))
+        weights = [splat(builder, builder.load(builder.gep(self.p_weights, [builder.add(entry, integer(row))])))
+                   for row in rows]
+        for j in range(self.vectors):
+            value = load_vector(builder, self.p_columns, builder.add(column, integer(j * LANES)), self.align)
+            for i, weight in enumerate(weights):
+                at = i * self.vectors + j
+                result[at] = multiply_add(builder, sums[at], weight, value)
+        return result
+
+    def _bound(self, i):
+        return self.builder.sext(self.builder.load(self.builder.gep(self.p_bounds, [integer(i)])), I64)
+
+    def _at(self, stride, row, j):
+        return self.builder.add(self.builder.mul(stride, integer(row)), integer(j * LANES))
+
+
+def _for_vectors(builder, vectors, most, kind, emit):
+    """emit(number) for the one number of vectors that it is, up to `most`, and its value of type `kind`."""
+    after, switch, results = builder.append_basic_block(), builder.block, []
+    for number in range(1, most + 1):
+        begin = builder.append_basic_block()
+        builder.position_at_end(begin)
+        results.append((begin, emit(number), builder.block))
+        builder.branch(after)
+    builder.position_at_end(switch)
+    choice = builder.switch(vectors, results[-1][0])
+    for number, (begin, _, _) in enumerate(results[:-1], 1):
+        choice.add_case(integer(number), begin)
+    builder.position_at_end(after)
+    value = builder.phi(kind)
+    for _, result, end in results:
+        value.add_incoming(result, end)
+    return value
+
+
+def _make_add(kind, most):
+    @intrinsic
+    def add(typing_context, vectors, out, stride, start, start_stride, weights, offsets, bounds, columns):
+        def codegen(context, builder, signature, arguments):
+            stride, start_stride = arguments[2], arguments[4]
+            p_out, p_start = pointers(builder, (arguments[1], arguments[3]), F32, F32)
+
+            def emit(number):
+                panel = _Panel(builder, kind, number, *arguments[5:])
+                if kind == _NONZERO:
+                    panel.fetch_next(p_out, stride)
+                panel.store(panel.add(panel.start(p_start, start_stride)), p_out, stride)
+                return integer(0)
+
+            _for_vectors(builder, arguments[0], most, I64, emit)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 9), codegen
+
+    return add
+
+
+# (vectors, out, stride, start, start_stride, weights, offsets, bounds, columns): out <- start + what a panel adds, for
+# so many vectors of columns.
 #
-# Entries of a are sorted by class: those from bounds[i] to bounds[i + 1] (int32) are added to P in the rows whose bits
-# are set in SPLIT_ORDER[i], to N in the others.
-MULTIPLY_SPLIT = tuple(_make_tile(_emit_split, SPLIT_ROWS, vectors) for vectors in range(1, SPLIT_VECTORS + 1))
-# The same for so many columns (a last argument), rounded up to whole tiles.
-multiply_row = _make_strip(_emit_tile, 1, ROW_VECTORS, 2)  # depthwise convolutions
-multiply_split_row = _make_strip(_emit_split, 1, ROW_VECTORS, 2)  # and back to grey images
-multiply_split_three = _make_strip(_emit_split, 3, 4, 1)  # back to images in colour
+# out and start have a row for each row of the panel, so many floats apart; of SPLIT those of P, then those of N.
+# weights (entries, rows); the column of entry i begins offsets[i] (int32) floats after `columns`; class j of
+# PANEL_CLASSES has the entries from bounds[j] to bounds[j + 1] (int32). All others are addresses. Each sum is one chain
+# in the order of entries, so it does not depend on where a column lies.
+add_split, add_nonzero = _make_add(_SPLIT, PANEL_VECTORS), _make_add(_NONZERO, PANEL_VECTORS)
+# The same for FEW_ROWS and up to FEW_VECTORS, with columns that are not aligned.
+add_split_few, add_nonzero_few = (_make_add((is_split, FEW_ROWS, 4), FEW_VECTORS) for is_split in (True, False))
+
+
+@intrinsic
+def finish_split(typing_context, vectors, x, ratio, stride, start, start_stride, weights, offsets, bounds, columns,
+                 bias, second_bias, x_min, x_max, relevance):
+    """As add_split for the last entries, with x and ratio (elementwise.Finish) of y = P + N and z = P as results: rows
+    `stride` floats apart. Returns whether a ratio is negative."""
+    signature = types.boolean(*[types.intp] * 10, *[types.float32] * 4, types.boolean)
+
+    def codegen(context, builder, signature, arguments):
+        p_x, p_ratio, p_start = pointers(builder, [arguments[i] for i in (1, 2, 4)], *[F32] * 3)
+        stride, biases, (x_min, x_max, relevance) = arguments[3], arguments[10:12], arguments[12:]
+
+        def emit(number):
+            panel = _Panel(builder, _SPLIT, number, *arguments[6:10])
+            for p_out in (p_x, p_ratio):
+                panel.fetch_next(p_out, stride)
+            sums, found, results = panel.add(panel.start(p_start, arguments[5])), NO_LANE, []
+            for row in range(PANEL_ROWS):
+                finish = Finish(builder, biases[row], x_min, x_max, relevance,
+                                ir.Constant(F32, float(MIN_DENOMINATOR)))
+                for index in range(row * number, (row + 1) * number):
+                    z = sums[index]
+                    results.append(finish(builder.fadd(z, sums[PANEL_ROWS * number + index]), z))
+                    found = builder.or_(found, builder.fcmp_ordered("<", results[-1][1], ZEROS))
+            for p_out, values in zip((p_x, p_ratio), zip(*results, strict=True), strict=True):
+                panel.store(values, p_out, stride)
+            return any_lane(builder, found)
+
+        return _for_vectors(builder, arguments[0], PANEL_VECTORS, ir.IntType(1), emit)
+
+    return signature, codegen
+
+
+# ---- Columns ---------------------------------------------------------------------------------------------------------
+
+
+def _make_pack(sources):
+    @intrinsic
+    def pack(typing_context, vectors, columns, a, c, taps, depth):
+        def codegen(context, builder, signature, arguments):
+            p_columns, p_a, p_c, p_taps = pointers(builder, arguments[1:5], F32, F32, F32, I32)
+
+            def emit(number):
+                def one_row(d, nothing):
+                    tap = builder.sext(builder.load(builder.gep(p_taps, [d])), I64)
+                    rows = [builder.gep(source, [tap]) for source in (p_a, p_c)[:sources]]
+                    to = builder.gep(p_columns, [builder.mul(d, integer(PANEL_PITCH))])
+                    for line in range(0, LANES * number, _LINE):
+                        for row in rows:
+                            prefetch(builder, builder.gep(row, [integer(LANES * number + line)]))
+                    for j in range(number):
+                        values = [load_vector(builder, row, integer(j * LANES)) for row in rows]
+                        store_vector(builder, builder.fmul(*values) if sources == 2 else values[0], to,
+                                     integer(j * LANES))
+                    return nothing
+
+                loop_range(builder, integer(0), arguments[5], 1, [], one_row)
+                return integer(0)
+
+            _for_vectors(builder, arguments[0], PANEL_VECTORS, I64, emit)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), codegen
+
+    return pack
+
+
+# (vectors, columns, a, c, taps, depth): columns (depth, PANEL_PITCH) <- so many vectors from a + taps[d] (int32,
+# floats) on; and these times those from c + taps[d]. The next ones are asked for: the rows of a tensor lie far apart.
+pack_columns, pack_products = _make_pack(1), _make_pack(2)

@@ -9,6 +9,9 @@ from fastdtd.kernels.cpu.vector_code import (
     I32,
     I64,
     LANES,
+    NO_LANE,
+    ZEROS,
+    any_lane,
     integer,
     load_vector,
     loop_over,
@@ -142,6 +145,20 @@ def copy_exactly(typing_context, out, values, count, add):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.boolean), codegen
+
+
+@intrinsic
+def any_negative(typing_context, values, count):
+    """Whether one of `count` values is."""
+    def codegen(context, builder, signature, arguments):
+        (p_values,) = pointers(builder, arguments[:1], F32)
+
+        def one_vector(step, found, load, store):
+            return [builder.or_(found[0], builder.fcmp_ordered("<", load(p_values, step), ZEROS))]
+
+        return any_lane(builder, loop_over(builder, arguments[1], [NO_LANE], one_vector)[0])
+
+    return types.boolean(types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -59,9 +59,9 @@ def vector_at(builder, base, offset):
     return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
 
 
-def load_vector(builder, base, offset):
+def load_vector(builder, base, offset, align=4):
     value = builder.load(vector_at(builder, base, offset))
-    value.align = 4
+    value.align = align
     return value
 
 
@@ -129,10 +129,10 @@ def multiply_add(builder, total, a, b):
     return builder.fadd(total, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
 
 
-def prefetch(builder, pointer):
+def prefetch(builder, pointer, is_written=False):
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
-    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    builder.call(function, [pointer, ir.Constant(I32, int(is_written)), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 
 
 # ---- Loops -----------------------------------------------------------------------------------------------------------
