@@ -134,7 +134,7 @@ class BlockedDevice(Device, Protocol):
     def conv2d_redistribute_sums_elements(self, inputs: int, features: int, stride_w: int, positions: int, columns: int
                                           ) -> int:
         """Floats of `sums` of conv2d_redistribute."""
-    def winograd2d_pays(self, depth: int, rows: int, height: int, width: int) -> bool:
+    def winograd2d_pays(self, depth: int, rows: int, height: int, width: int, products: int) -> bool:
         """Whether it is faster than the direct convolution."""
     def winograd2d_packed_shape(self, groups: int, rows: int, depth: int) -> Shape:
         """Of packed weights."""

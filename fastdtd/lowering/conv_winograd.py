@@ -80,7 +80,7 @@ def suits(layer: g.Conv2d, term: Term) -> bool:
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward | None:
     """None where another algorithm is faster."""
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
-    if not suits(layer, term) or not kernels.winograd2d_pays(channels, outputs, *graph.shapes[layer.name][1:]):
+    if not suits(layer, term) or not kernels.winograd2d_pays(channels, outputs, *graph.shapes[layer.name][1:], 2):
         return None
     weight = term.w(layer.weight)
     packed = _pack((weight, np.maximum(weight, 0)), layer.groups, kernels)
@@ -95,7 +95,7 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, sign
     """
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     _, height, width = graph.shapes[layer.inputs[0]]
-    if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, height, width):
+    if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, height, width, 1):
         return None
     v = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3, 3)
     packed = _pack((v[..., ::-1, ::-1].swapaxes(1, 2),), layer.groups, kernels)

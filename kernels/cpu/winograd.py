@@ -86,9 +86,18 @@ def winograd2d_tiles(height, width):
     return -(-height // 4) * -(-width // 4)
 
 
-def winograd2d_pays(depth, rows, height, width):
-    """Whether this is faster than conv2d for sums over `depth` channels to so many rows (docs/kernels.md)."""
-    return depth >= 8 and rows >= 8 and height * width >= 81
+def winograd2d_pays(depth, rows, height, width, products):
+    """Whether this is faster than conv2d for sums over `depth` channels to so many rows (docs/kernels.md).
+
+    Both take so many multiply-adds for a tile, at the rates that were measured; products: 2 forward, of y and z, for
+    which conv2d takes one, and 1 backward, where conv2d skips half.
+    """
+    if height * width < 81:  # one image has too few tiles to fill a vector, and to read so many weights for
+        return False
+    used = height * width / (16 * winograd2d_tiles(height, width))
+    direct = (1.18 if products == 2 else 0.83) * 144 * used * depth * rows
+    transforms = 625 * depth + 515 * products * rows
+    return products * 1.33 * WINOGRAD_POINTS * depth * rows + transforms < direct
 
 
 def winograd2d_block(panels, products, tiles):
