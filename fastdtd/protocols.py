@@ -116,6 +116,9 @@ class BlockedDevice(Device, Protocol):
     CONVOLUTION: Literal["blocked"]
     CONV2D_COLUMNS: int  # tiles read this far beyond the last position
     CONV2D_FEW_ROWS: int  # conv2d_redistribute to no more inputs of a group reads planes always
+    density_redistribute: Kernel
+    sparse2d_pack: Kernel
+    sparse2d_redistribute: Kernel
     winograd2d_pack: Kernel
     winograd2d_forward: Kernel
     winograd2d_redistribute: Kernel
@@ -134,6 +137,15 @@ class BlockedDevice(Device, Protocol):
     def conv2d_redistribute_sums_elements(self, inputs: int, features: int, stride_w: int, positions: int, columns: int
                                           ) -> int:
         """Floats of `sums` of conv2d_redistribute."""
+    def sparse2d_below(self, features: int, taps: int, box: bool, tiles_used: float) -> float:
+        """The density below which it is faster than Winograd's algorithm, or conv2d's where tiles_used is 0."""
+    def sparse2d_packed_shape(self, outputs: int, channels: int, kernel_h: int, kernel_w: int) -> Shape:
+        """Of packed weights."""
+    def sparse2d_block(self, outputs: int, height: int, across: int, is_pointwise: bool, parts: int) -> tuple[int, int]:
+        """Rows and columns of a block of inputs, of which there should be so many parts."""
+    def sparse2d_scratch(self, packed_shape: Shape, features: int, kernel_w: int, columns: int, stride_h: int,
+                         block_rows: int, block_columns: int) -> tuple[int, ...]:
+        """Floats of lists, tile, sums."""
     def winograd2d_pays(self, depth: int, rows: int, height: int, width: int, products: int) -> bool:
         """Whether it is faster than the direct convolution."""
     def winograd2d_packed_shape(self, groups: int, rows: int, depth: int) -> Shape:

@@ -21,13 +21,16 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "conv2d_forward": f"{_TAPES} packed offsets bounds taps bias constant pattern z_min planes block columns sums "
                       f"x_channel a_channel stride_h stride_w {_BLOCK} channels splits features precision x_min x_max "
                       "relevance",
-    "conv2d_redistribute": f"{_BACKWARD} packed offsets bounds taps low high phases planes block columns sums "
+    "conv2d_redistribute": f"{_BACKWARD} density packed offsets bounds taps low high phases planes block columns sums "
                            f"{_CHANNELS} groups stride_h stride_w {_BLOCK} splits panel_rows features precision "
-                           "relevance accumulate",
+                           "sparse_below relevance accumulate",
     "winograd2d_forward": f"{_TAPES} weight packed offsets bias lines points sums stage seen x_channel a_channel "
                           f"channels groups {_PAD} block panels_at_once splits x_min x_max relevance",
-    "winograd2d_redistribute": "c_in c ratio packed offsets lines points sums stage c_in_channel c_channel inputs "
-                               f"groups {_PAD} block panels_at_once splits c_min accumulate",
+    "winograd2d_redistribute": "c_in c ratio density packed offsets lines points sums stage c_in_channel c_channel "
+                               f"inputs groups {_PAD} block panels_at_once splits c_min sparse_below accumulate",
+    "density_redistribute": "density ratio c c_channel",
+    "sparse2d_redistribute": f"{_BACKWARD} density packed low high lists tile sums {_CHANNELS} inputs kernel_w "
+                             f"stride_h stride_w {_PAD} block_rows block_columns features sparse_below accumulate",
     "dense_forward": f"{_TAPES} weight bias constant low high sums x_channel a_channel features x_min x_max relevance",
     "dense_redistribute": f"{_BACKWARD} weight low high sums contributions {_CHANNELS} features weights relevance "
                           "accumulate",

@@ -26,7 +26,7 @@ from fastdtd.kernels.cpu.microkernel import (
 )
 from fastdtd.kernels.cpu.scalar import raised
 from fastdtd.kernels.cpu.vector_code import LANES
-from layers import KEPT, every_example, weights
+from layers import BOX, KEPT, NON_NEGATIVE, REAL, every_example, weights
 from numba import njit
 from single_layers import check, check_signed, rules_of_both_signs
 
@@ -49,6 +49,63 @@ def test_like_the_oracle(kind, example, rule, domain, threads, count):
 @pytest.mark.parametrize(("kind", "example", "rule", "domain"), rules_of_both_signs())
 def test_rules_of_both_signs_are_like_the_oracle(kind, example, rule, domain):
     check_signed(KEPT[kind].examples[example], rule, domain)
+
+
+# How a convolution is computed, whatever would be faster: (whether Winograd's algorithm is taken where it can be, the
+# density below which an image's zeros are skipped on the way back).
+WAYS = {"direct": (False, 0.0), "Winograd": (True, 0.0), "sparse": (False, 2.0), "some sparse": (True, 0.5)}
+
+
+def force(monkeypatch, way):
+    pays, below = WAYS[way]
+    monkeypatch.setattr(cpu, "winograd2d_pays", lambda *_: pays)
+    monkeypatch.setattr(cpu, "sparse2d_below", lambda features, taps, box, used: 0.0 if box and features > LANES
+                        else below)
+
+
+@pytest.mark.parametrize(("rule", "domain"), [("zB", BOX), ("z+", NON_NEGATIVE), ("w2", NON_NEGATIVE), ("flat", REAL)])
+@pytest.mark.parametrize("example", KEPT["conv2d"].examples)
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_of_a_convolution_are_like_the_oracle(monkeypatch, way, example, rule, domain):
+    force(monkeypatch, way)
+    check(KEPT["conv2d"].examples[example], rule, domain, threads=2 if way == "sparse" else 1)
+
+
+@pytest.mark.parametrize("rule", ["z+", "gamma(gamma=0.5, epsilon=0.5)", "epsilon(epsilon=0.5)"])
+@pytest.mark.parametrize("example", ["Winograd's tiles, cut at the edge", "pointwise"])
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_of_a_convolution_take_rules_of_both_signs(monkeypatch, way, example, rule):
+    force(monkeypatch, way)
+    check_signed(KEPT["conv2d"].examples[example], rule, REAL)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("pays", [False, True])
+def test_images_of_one_batch_go_each_its_own_way(monkeypatch, kernel, pays):
+    """Sparse ones and others, in any order; with the bits that they have alone."""
+    monkeypatch.setattr(cpu, "winograd2d_pays", lambda *_: pays)
+    monkeypatch.setattr(cpu, "sparse2d_below", lambda *_: 0.3)
+    random = np.random.default_rng(2)
+    layers = (g.Conv2d("first", (g.INPUT,), random.standard_normal((9, 2, 1, 1))), g.ReLU("r", ("first",)),
+              g.Conv2d("tested", ("r",), random.standard_normal((20, 9, kernel, kernel)), padding=(kernel // 2,) * 4),
+              g.ReLU("s", ("tested",)), g.Flatten("flat", ("s",)),
+              g.Dense("scores", ("flat",), np.abs(random.standard_normal((2, 20 * 11 * 13)))))
+    model = Model(g.Graph(layers, (2, 11, 13), (-1.0, 1.0)), Preprocessing(None))
+    batch = random.uniform(-1, 1, (5, 2, 11, 13)).astype(np.float32)
+    batch[[1, 4], :, 2:] = 0
+    plan = Plan(lower(model.graph, assign(model.graph), cpu).schedule(5), cpu)
+    plan.input[:] = batch
+    plan.forward()
+    plan.start[:] = 1
+    steps = [i for i, step in enumerate(plan.schedule.steps) if step.name == "density_redistribute"]
+    plan.run(range(plan.schedule.forward_steps, steps[0] + 1))
+    density = plan.arguments(steps[0])[0]
+    assert ((density < 0.3) == [False, True, False, False, True]).all()
+    explainer = Explainer(model, threads=1)
+    together = explainer(batch, 0).relevance
+    for i in range(5):
+        np.testing.assert_array_equal(explainer(batch[i:i + 1], 0).relevance[0], together[i])
+    np.testing.assert_array_equal(Explainer(model, threads=3)(batch[::-1], 0).relevance[::-1], together)
 
 
 def test_dense_gives_the_same_bits_in_any_batch():

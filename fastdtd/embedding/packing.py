@@ -25,7 +25,7 @@ from fastdtd.lowering import convolution
 from fastdtd.rules import Assignment
 
 # Kernels that pack, with how many arrays they write; these come first among their arguments.
-_PACKERS = {"conv2d_pack": 3, "winograd2d_pack": 1}
+_PACKERS = {"conv2d_pack": 3, "sparse2d_pack": 1, "winograd2d_pack": 1}
 _MOST_NUMBERED = 1 << 24  # whole numbers that float32 holds
 
 

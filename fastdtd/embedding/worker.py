@@ -106,7 +106,8 @@ def _say_compiling(target: str) -> None:
 
 
 class _Direct:
-    """Kernels without Winograd's algorithm, whose transformed weights are four times as large."""
+    """Kernels without Winograd's algorithm, whose transformed weights are four times as large, and without a second way
+    back for sparse relevance."""
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -117,6 +118,10 @@ class _Direct:
     @staticmethod
     def winograd2d_pays(*shape: int) -> bool:
         return False
+
+    @staticmethod
+    def sparse2d_below(*shape: int) -> float:
+        return 0.0
 
 
 def _facts(model: Model, derivative: str | None, schedule: Any, found: Any, header: bytes, embedded: bool

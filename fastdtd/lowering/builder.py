@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +250,15 @@ def bounds_of(graph: Graph, name: str) -> tuple[Array, Array]:
     if domain.low is None or domain.high is None:
         return (zeros(channels),) * 2
     return read_only(domain.low), read_only(domain.high)
+
+
+def in_one_row(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, View]:
+    """The same tensors, all positions of a channel in one row."""
+    views = {name: value.view if isinstance(value := arguments[name], Tensor) else value for name in names}
+    return {
+        name: View(view.buffer, (view.shape[0], 1, view.shape[1] * view.shape[2]), view.dtype)
+        for name, view in views.items()
+    }
 
 
 def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -13,11 +13,10 @@ from fastdtd import graph as g
 from fastdtd.graph import Array, Graph, Shape
 from fastdtd.kernels import codes
 from fastdtd.lowering.blocks import Blocks, blocks_of, int_table
-from fastdtd.lowering.builder import Builder, read_only
+from fastdtd.lowering.builder import Builder, in_one_row, read_only
 from fastdtd.lowering.conv_geometry import backward_weights, constant_z, is_pointwise, output_offset, phases
 from fastdtd.protocols import BlockedDevice
 from fastdtd.rules import Term
-from fastdtd.schedule import Tensor, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class Forward:
         groups, chunks, panels, *_ = self.weights.shape
         splits = b.splits(b.batch * units, groups * panels)
         if in_place:
-            arguments |= _in_one_row(arguments, ("x", "ratio", "a"))
+            arguments |= in_one_row(arguments, ("x", "ratio", "a"))
         sums = kernels.conv2d_sums_elements(len(layer.weight) // groups if chunks > 1 else 0)
         b.step(kernels.conv2d_forward, b.batch * units * splits, **arguments, packed=self.weights,
                constant=self.constant, pattern=self.pattern, z_min=self.z_min, features=self.features,
@@ -71,7 +70,7 @@ class Backward:
         kernels, blocks = b.blocked_kernels, self.blocks
         splits = b.splits(b.batch * self.units, self.panels)
         if is_pointwise(layer):
-            arguments |= _in_one_row(arguments, ("c_in", "c", "ratio", "a"))
+            arguments |= in_one_row(arguments, ("c_in", "c", "ratio", "a"))
         sums = kernels.conv2d_redistribute_sums_elements(layer.weight.shape[1], self.features, layer.stride[1],
                                                          blocks.positions(), blocks.columns)
         b.step(kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights,
@@ -165,12 +164,3 @@ def _in_place(channels: int, shape: Shape, kernels: BlockedDevice) -> tuple[Bloc
     positions = shape[1] * shape[2]
     columns = kernels.conv2d_block_shape(1, positions, 0, 0, channels)[1]
     return Blocks(int_table([], 2), [], 1, columns, 0, 0), np.arange(channels, dtype=np.int32) * np.int32(positions)
-
-
-def _in_one_row(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, View]:
-    """The same tensors, all positions of a channel in one row."""
-    views = {name: value.view if isinstance(value := arguments[name], Tensor) else value for name in names}
-    return {
-        name: View(view.buffer, (view.shape[0], 1, view.shape[1] * view.shape[2]), view.dtype)
-        for name, view in views.items()
-    }

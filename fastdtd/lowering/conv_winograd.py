@@ -16,7 +16,8 @@ from fastdtd.lowering.conv_geometry import backward_weights
 from fastdtd.protocols import BlockedDevice
 from fastdtd.rules import Term
 
-_BACKWARD = ("c_in", "c", "ratio", "c_in_channel", "c_channel", "accumulate")  # of all that a term's kernel may take
+# Of all that a term's kernel may take.
+_BACKWARD = ("c_in", "c", "ratio", "density", "c_in_channel", "c_channel", "sparse_below", "accumulate")
 
 
 @dataclass(frozen=True, eq=False)

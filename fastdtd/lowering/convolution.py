@@ -1,6 +1,7 @@
 """Convolutions: which algorithm computes each sum and term of a layer's rule.
 
-The choice follows from the layer's shape and rule alone, so that the same image gives the same bits in any batch.
+The choice follows from the layer's shape and rule, and on the way back from how sparse an image's relevance is: from
+the image alone, so that it gives the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastdtd import graph as g
 from fastdtd.graph import Graph
-from fastdtd.lowering import conv_direct, conv_implicit, conv_winograd, linear
+from fastdtd.lowering import conv_direct, conv_implicit, conv_sparse, conv_winograd, linear
 from fastdtd.lowering.builder import Builder
 from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment, Term
@@ -25,6 +26,7 @@ class Packed:
 
     forward: list[Forward]
     backward: list[Backward | None]  # None: a search direction, whose kernels read the weights themselves
+    sparse: list[conv_sparse.Sparse | None]  # for images that are sparse enough, where that can be faster
 
 
 def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int) -> Packed:
@@ -46,7 +48,15 @@ def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevi
         return (conv_winograd.pack_backward(layer, term, graph, carries, signed, kernels)
                 or conv_direct.pack_backward(layer, term, graph.shapes[layer.inputs[0]], kernels))
 
-    return Packed([forward(term) for term in rule.sums], [backward(term) for term in rule.terms])
+    def sparse(term: Term, otherwise: Backward | None) -> conv_sparse.Sparse | None:
+        if kernels.CONVOLUTION == "implicit" or otherwise is None:
+            return None
+        winograd = isinstance(otherwise, conv_winograd.Backward)
+        return conv_sparse.pack(layer, term, graph.shapes[layer.inputs[0]], carries, winograd, kernels)
+
+    ways_back = [backward(term) for term in rule.terms]
+    return Packed([forward(term) for term in rule.sums], ways_back,
+                  [sparse(term, way) for term, way in zip(rule.terms, ways_back, strict=True)])
 
 
 def forward(b: Builder, layer: g.Conv2d) -> None:
@@ -62,4 +72,11 @@ def _sum_step(b: Builder, layer: g.Conv2d, index: int, features: int, arguments:
 
 
 def _term_step(b: Builder, layer: g.Conv2d, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:
-    b.weights[layer.name].backward[part].step(b, layer, source, arguments)
+    packed = b.weights[layer.name]
+    way, sparse = packed.backward[part], packed.sparse[part]
+    if b.kernels.CONVOLUTION == "blocked":
+        arguments |= {"density": conv_sparse.density(b), "sparse_below": sparse.below if sparse else 0.0}
+    if sparse:
+        conv_sparse.density_step(b, arguments)
+        sparse.step(b, layer, source, arguments)
+    way.step(b, layer, source, arguments)

@@ -25,6 +25,10 @@ from fastdtd.kernels.cpu.normalize import (
 from fastdtd.kernels.cpu.pool2d import (
     max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute, pool2d_redistribute_elements,
 )
+from fastdtd.kernels.cpu.sparse import (
+    density_redistribute, sparse2d_below, sparse2d_block, sparse2d_pack, sparse2d_packed_shape, sparse2d_redistribute,
+    sparse2d_scratch,
+)
 from fastdtd.kernels.cpu.steps import BROKEN, bind, run_steps, steps_compiled, table
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block, winograd2d_forward, winograd2d_pack, winograd2d_packed_shape, winograd2d_pays,
@@ -40,11 +44,13 @@ __all__ = [
     "constant", "conv2d_block_shape", "conv2d_bounds_shape", "conv2d_columns_elements", "conv2d_forward",
     "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
-    "dense_redistribute_elements", "direction_kernels", "empty", "max_pool2d_forward", "max_pool2d_redistribute",
-    "may_be_set", "memory_budget", "namespace", "normalize_forward", "normalize_redistribute",
-    "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
-    "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
-    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "steps_compiled", "table",
-    "winograd2d_block", "winograd2d_forward", "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays",
-    "winograd2d_redistribute", "winograd2d_scratch", "winograd2d_tiles", "write", "zeros",
+    "dense_redistribute_elements", "density_redistribute", "direction_kernels", "empty", "max_pool2d_forward",
+    "max_pool2d_redistribute", "may_be_set", "memory_budget", "namespace", "normalize_forward",
+    "normalize_redistribute", "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device",
+    "on_device_of", "pool2d_forward", "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward",
+    "ratios_forward", "read", "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps",
+    "sparse2d_below", "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute",
+    "sparse2d_scratch", "steps_compiled", "table", "winograd2d_block", "winograd2d_forward", "winograd2d_pack",
+    "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute", "winograd2d_scratch",
+    "winograd2d_tiles", "write", "zeros",
 ]

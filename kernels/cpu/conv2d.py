@@ -372,10 +372,12 @@ def _multiply_few(p_sums, stride, p_zeros, weights, offsets, bounds, p_planes, p
 
 
 @kernel
-def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, taps, low, high, phases, planes, block, columns,
-                        sums, c_in_channel, c_channel, a_channel, groups, stride_h, stride_w, block_rows, block_columns,
-                        halo_rows, halo_columns, splits, features, relevance, accumulate, first, last):
-    """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, times u.
+def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, taps, low, high, phases, planes, block,
+                        columns, sums, c_in_channel, c_channel, a_channel, groups, stride_h, stride_w, block_rows,
+                        block_columns, halo_rows, halo_columns, splits, features, sparse_below, relevance, accumulate,
+                        first, last):
+    """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, times u. Images whose density[n] is
+    less than sparse_below are left to sparse2d_redistribute.
 
     packed, offsets, bounds are of conv2d_pack, flat, those of one phase after those of another, made of the transposed
     V. Where an input has two features (SIGNED, BOX), whose V are W+ and -W-, they are made of the transposed W, so that
@@ -411,6 +413,8 @@ def conv2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, taps, low, h
     copied = -1
     for unit in range(first, last):
         n, within = unit // (blocks * splits), unit % (blocks * splits)
+        if density[n] < sparse_below:
+            continue
         split_index, index = within % splits, within // splits
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
         columns_here, rows_here = min(block_columns, grid_columns - left), min(block_rows, grid_rows - top)

@@ -39,6 +39,7 @@ from fastdtd.kernels.cpu.vector_code import (
     prefetch,
     splat,
     store_vector,
+    switch_on,
 )
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 from llvmlite import ir
@@ -178,25 +179,6 @@ class _Panel:
         return self.builder.add(self.builder.mul(stride, integer(row)), integer(j * LANES))
 
 
-def _for_vectors(builder, vectors, most, kind, emit):
-    """emit(number) for the one number of vectors that it is, up to `most`, and its value of type `kind`."""
-    after, switch, results = builder.append_basic_block(), builder.block, []
-    for number in range(1, most + 1):
-        begin = builder.append_basic_block()
-        builder.position_at_end(begin)
-        results.append((begin, emit(number), builder.block))
-        builder.branch(after)
-    builder.position_at_end(switch)
-    choice = builder.switch(vectors, results[-1][0])
-    for number, (begin, _, _) in enumerate(results[:-1], 1):
-        choice.add_case(integer(number), begin)
-    builder.position_at_end(after)
-    value = builder.phi(kind)
-    for _, result, end in results:
-        value.add_incoming(result, end)
-    return value
-
-
 def _make_add(kind, most):
     @intrinsic
     def add(typing_context, vectors, out, stride, start, start_stride, weights, offsets, bounds, columns):
@@ -211,7 +193,7 @@ def _make_add(kind, most):
                 panel.store(panel.add(panel.start(p_start, start_stride)), p_out, stride)
                 return integer(0)
 
-            _for_vectors(builder, arguments[0], most, I64, emit)
+            switch_on(builder, arguments[0], most, I64, emit)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 9), codegen
@@ -258,7 +240,7 @@ def finish_split(typing_context, vectors, x, ratio, stride, start, start_stride,
                 panel.store(values, p_out, stride)
             return any_lane(builder, found)
 
-        return _for_vectors(builder, arguments[0], PANEL_VECTORS, ir.IntType(1), emit)
+        return switch_on(builder, arguments[0], PANEL_VECTORS, ir.IntType(1), emit)
 
     return signature, codegen
 
@@ -289,7 +271,7 @@ def _make_pack(sources):
                 loop_range(builder, integer(0), arguments[5], 1, [], one_row)
                 return integer(0)
 
-            _for_vectors(builder, arguments[0], PANEL_VECTORS, I64, emit)
+            switch_on(builder, arguments[0], PANEL_VECTORS, I64, emit)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), codegen

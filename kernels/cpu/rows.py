@@ -162,6 +162,22 @@ def any_negative(typing_context, values, count):
 
 
 @intrinsic
+def count_nonzero(typing_context, p, q, count):
+    """How many of `count` products p * q are not zero."""
+    def codegen(context, builder, signature, arguments):
+        p_p, p_q = pointers(builder, arguments[:2], F32, F32)
+
+        def one_vector(step, found, load, store):
+            product = builder.fmul(load(p_p, step), load(p_q, step))
+            mask = builder.bitcast(builder.fcmp_unordered("!=", product, ZEROS), ir.IntType(LANES))
+            return [builder.add(found[0], builder.ctpop(builder.zext(mask, I64)))]
+
+        return loop_over(builder, arguments[2], [integer(0)], one_vector)[0]
+
+    return types.intp(*[types.intp] * 3), codegen
+
+
+@intrinsic
 def fill_exactly(typing_context, out, value, count, add):
     """out <- value, or added to out if `add`: `count` values."""
     def codegen(context, builder, signature, arguments):

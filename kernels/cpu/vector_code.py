@@ -108,6 +108,26 @@ def pick(builder, a, b, order):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
 
 
+def transposed(builder, rows):
+    """LANES vectors of LANES: blocks of 4 x 4 change places, then each is transposed."""
+    rows, lanes = list(rows), range(LANES)
+    distance = LANES // 2
+    while distance >= 4:
+        for i in (i for i in lanes if not i & distance):
+            a, b = rows[i], rows[i + distance]
+            rows[i] = pick(builder, a, b, [LANES + lane - distance if lane & distance else lane for lane in lanes])
+            rows[i + distance] = pick(builder, a, b, [LANES + lane if lane & distance else lane + distance
+                                                      for lane in lanes])
+        distance //= 2
+    for i in range(0, LANES, 4):
+        for width in (1, 2):  # pairs of numbers, then pairs of pairs, of the low and the high half of each four
+            order = [[first + half * 2 + lane % width + (LANES if lane // width % 2 else 0) + lane // (2 * width)
+                      for first in range(0, LANES, 4) for lane in range(4)] for half in range(2)]
+            pairs = ((0, 1), (2, 3)) if width == 1 else ((0, 2), (1, 3))
+            rows[i:i + 4] = [pick(builder, rows[i + p], rows[i + q], half) for p, q in pairs for half in order]
+    return rows
+
+
 def any_lane(builder, bits):
     return builder.icmp_unsigned("!=", builder.bitcast(bits, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
 
@@ -166,6 +186,25 @@ def loop_range(builder, first, last, stride, values, body):
     return merged
 
 
+def switch_on(builder, number, most, kind, emit):
+    """emit(n) for the one n, from 1 to `most`, that the integer `number` is, and its value of type `kind`."""
+    after, switch, results = builder.append_basic_block(), builder.block, []
+    for n in range(1, most + 1):
+        begin = builder.append_basic_block()
+        builder.position_at_end(begin)
+        results.append((begin, emit(n), builder.block))
+        builder.branch(after)
+    builder.position_at_end(switch)
+    choice = builder.switch(number, results[-1][0])
+    for n, (begin, _, _) in enumerate(results[:-1], 1):
+        choice.add_case(integer(n), begin)
+    builder.position_at_end(after)
+    value = builder.phi(kind)
+    for _, result, end in results:
+        value.add_incoming(result, end)
+    return value
+
+
 def loop_over(builder, count, values, body):
     """values = body(step, values, load, store) for each vector of `count` values; returns the last values.
 
@@ -181,8 +220,8 @@ def loop_over(builder, count, values, body):
     def last_step(step, values):
         mask = lanes_before(builder, builder.sub(count, step))
         return body(step, values, lambda base, offset,
-                    outside=ZEROS: _masked_load(builder, base, offset, mask, outside), lambda vector, base,
-                    offset: _masked_store(builder, vector, base, offset, mask))
+                    outside=ZEROS: masked_load(builder, base, offset, mask, outside), lambda vector, base,
+                    offset: masked_store(builder, vector, base, offset, mask))
 
     whole = builder.sub(count, builder.srem(count, integer(LANES)))
     values = loop_range(builder, integer(0), whole, LANES, values, lambda step,
@@ -190,13 +229,13 @@ def loop_over(builder, count, values, body):
     return loop_range(builder, whole, count, LANES, values, last_step)
 
 
-def _masked_load(builder, base, offset, mask, outside):
+def masked_load(builder, base, offset, mask, outside=ZEROS):
     pointer = vector_at(builder, base, offset)
     function = _masked(builder, "load", VECTOR, [pointer.type, I32, BITS, VECTOR], VECTOR)
     return builder.call(function, [pointer, ir.Constant(I32, 4), mask, outside])
 
 
-def _masked_store(builder, vector, base, offset, mask):
+def masked_store(builder, vector, base, offset, mask):
     pointer = vector_at(builder, base, offset)
     function = _masked(builder, "store", ir.VoidType(), [vector.type, pointer.type, I32, BITS], vector.type)
     builder.call(function, [vector, pointer, ir.Constant(I32, 4), mask])

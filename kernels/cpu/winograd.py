@@ -95,9 +95,8 @@ def winograd2d_pays(depth, rows, height, width, products):
     if height * width < 81:  # one image has too few tiles to fill a vector, and to read so many weights for
         return False
     used = height * width / (16 * winograd2d_tiles(height, width))
-    direct = (1.18 if products == 2 else 0.83) * 144 * used * depth * rows
-    transforms = 625 * depth + 515 * products * rows
-    return products * 1.33 * WINOGRAD_POINTS * depth * rows + transforms < direct
+    direct = (1.06 if products == 2 else 0.83) * 144 * used * depth * rows
+    return products * (1.27 * WINOGRAD_POINTS * depth + 600) * rows + 700 * depth < direct
 
 
 def winograd2d_block(panels, products, tiles):
@@ -275,6 +274,28 @@ def _piece(tile, last, tiles_across, tiles_of_image):
 
 
 @kernel
+def _dense_image(index, density, sparse_below):
+    """The image that is number `index` of those that are dense enough; all are where sparse_below is 0."""
+    if sparse_below <= ZERO:
+        return index
+    n = -1
+    while index >= 0:
+        n += 1
+        if density[n] >= sparse_below:
+            index -= 1
+    return n
+
+
+@kernel
+def _count_dense(images, density, sparse_below):
+    found = 0
+    for n in range(images):
+        if density[n] >= sparse_below:
+            found += 1
+    return found
+
+
+@kernel
 def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points, points_stride, p_offsets, depth,
                      block, count):
     """sums (36, rows of `panels` panels, block) <- panels of packed (36, all_panels, depth, TILE_ROWS) times points
@@ -294,12 +315,14 @@ def _multiply_points(p_sums, sums_stride, p_packed, all_panels, panels, p_points
 
 
 @kernel
-def _store_tiles(p_out, p_stage, channels, channel, height, across, tile, count, tiles_across, tiles_of_image,
-                 accumulate):
-    """Rows of so many tiles go from the stage (4, 4 LANES) to their positions in out (N, channels, height, across)."""
+def _store_tiles(p_out, p_stage, density, sparse_below, channels, channel, height, across, tile, count, tiles_across,
+                 tiles_of_image, accumulate):
+    """Rows of so many tiles go from the stage (4, 4 LANES) to their positions in out (N, channels, height, across), of
+    images that are dense enough."""
     done = 0
     while done < count:
         n, row, column, length = _piece(tile + done, tile + count, tiles_across, tiles_of_image)
+        n = _dense_image(n, density, sparse_below)
         for i in range(min(4, height - 4 * row)):
             to = ((n * channels + channel) * height + 4 * row + i) * across + 4 * column
             copy_exactly(p_out + 4 * to, p_stage + 16 * (i * LANES + done), min(4 * length, across - 4 * column),
@@ -394,8 +417,8 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_
 
 
 @kernel
-def _transform_products(points, lines, ratio, c, group, c_channel, outputs, pad_top, pad_left, block, tile, count,
-                        tiles_across, tiles_of_image):
+def _transform_products(points, lines, ratio, c, density, sparse_below, group, c_channel, outputs, pad_top, pad_left,
+                        block, tile, count, tiles_across, tiles_of_image):
     """The points of `count` tiles of ratio * c, of a group's outputs; c_channel is the group's first."""
     stride, size = _stride(outputs, block), c.shape[2] * c.shape[3]
     p_ratio, p_c, p_lines, p_points = ratio.ctypes.data, c.ctypes.data, lines.ctypes.data, points.ctypes.data
@@ -403,7 +426,7 @@ def _transform_products(points, lines, ratio, c, group, c_channel, outputs, pad_
         t = 0
         while t < count:
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
-            width = 4 * length + 2
+            n, width = _dense_image(n, density, sparse_below), 4 * length + 2
             copy_product(p_lines, 6, width, p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size,
                          p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - pad_top,
                          4 * column - pad_left, ZERO)
@@ -466,20 +489,21 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                         absorbs |= _sum_doubtful(stage, a, a_channel + g * channels, weight, k, bias[k], tile + t, now,
                                                  tiles_across, tiles_of_image, height, across, pad_top, pad_left, x_min,
                                                  x_max, relevance)
-                    _store_tiles(p_x, p_stage, x.shape[1], x_channel + k, height, across, tile + t, now, tiles_across,
-                                 tiles_of_image, False)
-                    _store_tiles(p_ratio, p_stage + 64 * LANES, outputs, k, height, across, tile + t, now, tiles_across,
-                                 tiles_of_image, False)
+                    _store_tiles(p_x, p_stage, dead, ZERO, x.shape[1], x_channel + k, height, across, tile + t, now,
+                                 tiles_across, tiles_of_image, False)
+                    _store_tiles(p_ratio, p_stage + 64 * LANES, dead, ZERO, outputs, k, height, across, tile + t, now,
+                                 tiles_across, tiles_of_image, False)
         if absorbs:
             for n in range(tile // tiles_of_image, (tile + count - 1) // tiles_of_image + 1):
                 dead[n] = 1
 
 
 @kernel
-def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums, stage,
+def winograd2d_redistribute(c_in, c, ratio, density, packed, offsets, lines, points, sums, stage,
                             c_in_channel, c_channel, inputs, groups, pad_top, pad_left, block, panels_at_once, splits,
-                            c_min, accumulate, first, last):
+                            c_min, sparse_below, accumulate, first, last):
     """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
+    Tiles of images that are dense enough are counted through.
 
     packed (groups * 36, panels, K, TILE_ROWS) is of winograd2d_pack from V^T, taps turned round, for K outputs of a
     group; offsets (K,) are k * block; pad_top and pad_left are those of that convolution: 2 less the layer's own. What
@@ -489,16 +513,19 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
     per_group = inputs // groups
     tiles_across = -(-across // 4)
     tiles_of_image = -(-height // 4) * tiles_across
-    all_tiles, panels = tiles_of_image * ratio.shape[0], packed.shape[1]
+    all_tiles = tiles_of_image * _count_dense(ratio.shape[0], density, sparse_below)
+    panels = packed.shape[1]
     points_stride, sums_stride = _stride(outputs, block), _stride(panels_at_once * TILE_ROWS, block)
     p_points, p_sums, p_stage, transformed = points.ctypes.data, sums.ctypes.data, stage.ctypes.data, -1
     for unit in range(first, last):
         split, g, tile = unit % splits, unit // splits % groups, unit // (splits * groups) * block
         count = min(block, all_tiles - tile)
+        if count <= 0:
+            break
         if unit // splits != transformed:
             transformed = unit // splits
-            _transform_products(points, lines, ratio, c, g, c_channel + g * outputs, outputs, pad_top, pad_left, block,
-                                tile, count, tiles_across, tiles_of_image)
+            _transform_products(points, lines, ratio, c, density, sparse_below, g, c_channel + g * outputs, outputs,
+                                pad_top, pad_left, block, tile, count, tiles_across, tiles_of_image)
         end = panels * (split + 1) // splits
         for panel in range(panels * split // splits, end, panels_at_once):
             panel_count = min(panels_at_once, end - panel)
@@ -508,6 +535,6 @@ def winograd2d_redistribute(c_in, c, ratio, packed, offsets, lines, points, sums
             for i in range(min(panel_count * TILE_ROWS, per_group - panel * TILE_ROWS)):
                 for t in range(0, count, LANES):
                     _output_tiles(p_stage, p_sums + 4 * (i * block + t), sums_stride, c_min)
-                    _store_tiles(c_in.ctypes.data, p_stage, c_in.shape[1],
+                    _store_tiles(c_in.ctypes.data, p_stage, density, sparse_below, c_in.shape[1],
                                  c_in_channel + g * per_group + panel * TILE_ROWS + i, height, across, tile + t,
                                  min(LANES, count - t), tiles_across, tiles_of_image, accumulate != 0)
