@@ -58,20 +58,22 @@ class Contender:
     def __init__(self, who, folder, threads, rules="dtd"):
         self.is_slow = who not in (*FORWARD, "fastdtd")
         self.files = tempfile.TemporaryDirectory(dir=folder)
-        result, log = Path(self.files.name, "result.npy"), Path(self.files.name, "log")
+        result, self.log = Path(self.files.name, "result.npy"), Path(self.files.name, "log")
         command = [INNVESTIGATE, HERE / "innvestigate_server.py"] if who == "iNNvestigate" else [
             sys.executable, __file__, who]
-        with log.open("w") as errors:
+        with self.log.open("w") as errors:
             self.process = subprocess.Popen([*command, folder, str(threads), json.dumps(rules, default=str), result],
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-        ready = self.process.stdout.readline()
-        if not ready:
-            sys.exit(f"{who} ended:\n{log.read_text()}")
-        self.layout, self.result = json.loads(ready), np.load(result)
+        self.layout, self.result = self._answer(), np.load(result)
 
     def __call__(self):
         print(file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        return self._answer()
+
+    def _answer(self):
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        sys.exit(f"{self.process.args} ended:\n{self.log.read_text()}")
 
     def __enter__(self):
         return self
