@@ -31,7 +31,7 @@ help:
 	@echo "make test-virelay  ViRelAy with an analysis of ours, in Chromium; in an environment of their own"
 	@echo "make faults      200 kills and 200 interrupts of runs, full disks, other runs, spoiled caches; about 7 minutes"
 	@echo "make fuzz        mutated model files, pictures and image sets for MINUTES=10, on all cores; findings go to out/fuzz"
-	@echo "make compare     measure against PyTorch, zennit and Captum, about 20 minutes; writes benchmarks/results and the tables in README.md and docs/speed.md"
+	@echo "make compare     measure against ONNX Runtime, PyTorch, zennit and Captum, about an hour; writes benchmarks/results and the tables in README.md and docs/speed.md"
 	@echo "make bench       every kernel on every layer shape of seven networks, with pytest-benchmark; writes out/bench_kernels.json"
 	@echo "make profile     time by kernel of seven networks, next to its floor; benchmarks/profile_layers.py does it by layer"
 	@echo "make gpu         check and measure on a GPU, at most 8 minutes; writes benchmarks/results and prints tables"
@@ -90,7 +90,7 @@ gpu-table: $(VENV)/ready-dev
 	$(VENV)/bin/python benchmarks/gpu_resources.py --docs
 
 compare: $(PEERS)/ready
-	$(PEERS)/bin/python benchmarks/compare.py --save --readme
+	$(PEERS)/bin/python benchmarks/compare.py --save
 
 check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .

@@ -1,22 +1,27 @@
-"""How fast is an explanation, next to PyTorch's forward pass and to the explanations of zennit, Captum, iNNvestigate?
-And is it right?
+"""How fast is an explanation, next to the fastest forward pass there is and to the explanations of zennit, Captum,
+iNNvestigate? And is it right?
 
-    make compare                                   # everything, about 20 minutes; makes .venv-peers first
+    make compare                                   # everything, about an hour; makes .venv-peers first
     .venv-peers/bin/python benchmarks/compare.py --only speed --nets VGG-16 --batches 8
-    .venv-peers/bin/python benchmarks/compare.py --save --readme
+    .venv-peers/bin/python benchmarks/compare.py --save --pictures photos --models resnet20.h5
+    .venv-peers/bin/python benchmarks/compare.py --save --isa avx2     # as if there were no AVX-512
+    .venv-peers/bin/python benchmarks/compare.py --tables              # measures nothing
     make .venv-innvestigate/ready                  # iNNvestigate and TensorFlow; without them that section is left out
 
-Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64. What disagrees by
-more than 1e-3 is not timed, and the script ends with an error. Then the three run in turns, so that what else the
-machine does meets all of them; times are medians over the turns, ratios are medians of the turns' ratios. --save writes
-benchmarks/results/ (sections that were not run stay as they are there), --readme the table in docs/speed.md and the
-rows of it that README.md has.
+Every net is first checked: scores against PyTorch's and relevance against zennit's, both in float64, and then the
+scores of each forward pass. What disagrees by more than 1e-3 is not timed, and the script ends with an error. Each
+contender has a process of its own (contenders.py), and they run in turns, so that what else the machine does meets all
+of them; times are medians over the turns, ratios are medians of the turns' ratios. At the end is said which of the
+project's goals are met. --save writes benchmarks/results/ (sections that were not run stay as they are there) and the
+tables in docs/speed.md and README.md, which are of all results that there are.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -33,247 +38,233 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "peers")]
 
-import numpy as np  # noqa: E402  # after the paths
-from networks import NETWORKS, pictures  # noqa: E402  # as above
+import llvmlite.binding as llvm  # noqa: E402  # after the paths
+import numpy as np  # noqa: E402  # as above
+from contenders import FORWARD, INNVESTIGATE, PAUSE, Contender, prepare, zennit_rules  # noqa: E402  # as above
+from fastdtd.kernels.cpu.vector_code import LANES  # noqa: E402  # as above
+from networks import NETWORKS, averaged, pictures  # noqa: E402  # as above
+from tables import geometric_mean, markdown, processor, write_table  # noqa: E402  # as above
 
 import fastdtd  # noqa: E402  # as above
 from fastdtd import graph as g  # noqa: E402  # as above
 from fastdtd.model import Model, Preprocessing  # noqa: E402  # as above
 
-BEGIN, END = "<!-- table by benchmarks/compare.py -->", "<!-- end of table -->"
+RESULTS = ROOT / "benchmarks" / "results"
 MOST_DISAGREEMENT = 1e-3
-_PAUSE = 0.1  # seconds
-INNVESTIGATE = ROOT / ".venv-innvestigate" / "bin" / "python"
-SECTIONS = ("speed", "captum", "innvestigate", "memory", "threads", "bits", "growth", "start")
+SQUEEZENET, EFFICIENTNET = "SqueezeNet 1.1, trained", "EfficientNet-Lite0, trained"
+PRESETS = "zennit.epsilon_plus", "zennit.epsilon_gamma_box"
+SELDOM = 3  # explanations of others, which take long, have every third turn
+SECTIONS = ("speed", "rules", "thousand", "captum", "innvestigate", "memory", "threads", "bits", "growth", "start")
 
 
 def explainer_of(graph, threads=None):
     return fastdtd.Explainer(Model(graph, Preprocessing(None)), threads=threads)
 
 
+def subject(name, options):
+    """(model, images): of so many, drawn for networks with random weights, and photographs for trained ones."""
+    if name in NETWORKS:
+        graph = NETWORKS[name]()
+        return Model(graph, Preprocessing(None)), functools.partial(pictures, graph)
+    if name == EFFICIENTNET:
+        from torch_nets import efficientnet
+        _, model = efficientnet()
+    else:
+        model = fastdtd.load("squeezenet1_1" if name == SQUEEZENET else options.models[name])
+
+    def images(count):
+        return np.stack([model.preprocess(path) for path in itertools.islice(itertools.cycle(options.pictures), count)])
+
+    return model, images
+
+
 # ---- Right before fast -----------------------------------------------------------------------------------------------
 
 
-def averaged(graph):
-    """The same network with average pools: no winner of a max-pool that turns on the last bit."""
-    return g.Graph(
-        tuple(
-            g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode
-                            ) if isinstance(layer, g.MaxPool2d) else layer
-            for layer in graph), graph.input_shape, graph.box)
-
-
-def disagreement(graph):
+def disagreement(graph, picture, rules):
     """(scores, relevance, smallest relevance) of one picture, the first two relative to PyTorch and zennit in float64.
     """
     from torch_nets import zennit_relevance
-    explainer, picture = explainer_of(graph), pictures(graph, 1)
-    e = explainer(picture)
-    relevance, scores = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture,
-                                         e.target)
+    e = fastdtd.Explainer(Model(graph, Preprocessing(None)), rules)(picture)
+    relevance, scores = zennit_relevance(graph, zennit_rules(graph, rules), picture, e.target)
     return (float(abs(e.output - scores).max() / abs(scores).max()),
             float(np.linalg.norm(e.relevance - relevance) / np.linalg.norm(relevance)), float(e.relevance.min()))
+
+
+def checked(name, graph, picture):
+    """What is to be told of a network's errors; ends the script where they are large."""
+    from torch_nets import comparable_rules
+    rules = comparable_rules(graph)
+    errors, exact = disagreement(graph, picture, rules), disagreement(averaged(graph), picture, rules)
+    print(f"{name}: scores within {errors[0]:.1e}, relevance within {errors[1]:.1e} ({exact[1]:.1e} with average "
+          f"pools, where no winner turns on the last bit), least relevance {errors[2]:.1e}", flush=True)
+    if not (np.max([errors[:2], exact[:2]]) <= MOST_DISAGREEMENT and errors[2] >= 0):  # NaN is neither
+        sys.exit(f"{name} disagrees with PyTorch or zennit by more than {MOST_DISAGREEMENT}: not timed")
+    return {"scores": errors[0], "relevance": errors[1], "relevance with average pools": exact[1]}
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def contenders(graph, batch, threads):
-    """Functions of no arguments: PyTorch's forward pass, our explanation, zennit's."""
-    import torch
-    from torch_nets import Net, ZennitExplainer
-    torch.set_num_threads(threads)
-    explainer, images = explainer_of(graph, threads), pictures(graph, batch)
-    net, tensor = Net(graph).eval(), torch.tensor(images)
-    for module in net.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.inplace = True
-    targets = explainer(images).target
-    zennit = ZennitExplainer(graph, {name: rule.name for name, rule in explainer.rules.items()}, torch.float32)
-
-    def forward():
-        with torch.inference_mode():
-            return net(tensor)
-
-    return {
-        "PyTorch": forward, "fastdtd": lambda: explainer(images, targets), "zennit": lambda: zennit(tensor, targets)
-    }
+@contextlib.contextmanager
+def at_work(folder, options, wanted):
+    """Contenders by name; wanted: who each is and by which rules it explains."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(Contender(who, folder, options.threads, rules))
+               for name, (who, rules) in wanted.items()}
 
 
-def measure(functions, seconds):
-    """Seconds of each call, in turns, for about so long. The slow ones (zennit, Captum, iNNvestigate) have a third of
-    the turns, and 3.
-
-    Before its turn each has a pause, for PyTorch's threads keep turning for a while after a call, on processors that
-    the next one needs; and as long a run that does not count, for it finds cold caches and threads that sleep, or share
-    a processor.
+def in_turns(contenders, seconds):
+    """Seconds of a call in each turn, by name, for about so long. Before each turn is a pause: the threads of the last
+    one keep turning for a while, on processors that the next one needs.
     """
-    times = {name: [] for name in functions}
-    for function in functions.values():
-        function()
+    times = {name: [] for name in contenders}
     end, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or turn < 9:
-        for name, function in functions.items():
-            slow = name in ("zennit", "Captum", "iNNvestigate")
-            if slow and turn % 3:
-                continue
-            time.sleep(_PAUSE)
-            warm = time.perf_counter() + _PAUSE
-            while not slow and time.perf_counter() < warm:
-                function()
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+    while time.perf_counter() < end or turn < 3 * SELDOM:
+        for name, contender in contenders.items():
+            if not contender.is_slow or turn % SELDOM == 0:
+                time.sleep(PAUSE)
+                times[name].append(contender())
         turn += 1
     return times
+
+
+def ratio(times, who, to):
+    """Median over the turns that both have."""
+    fewer = min(len(times[who]), len(times[to]))
+    return statistics.median(a / b for a, b in zip(*(
+        own if len(own) == fewer else own[::SELDOM] for own in (times[who], times[to])), strict=True))
+
+
+def milliseconds(times, batch):
+    """Of an image, by name."""
+    return {name: statistics.median(own) / batch * 1e3 for name, own in times.items()}
 
 
 def speed(options):
     rows = []
     for name in options.nets:
-        graph = NETWORKS[name]()
-        errors = disagreement(graph)
-        exact = disagreement(averaged(graph))
-        print(
-            f"{name}: scores within {errors[0]:.1e}, relevance within {errors[1]:.1e} ({exact[1]:.1e} with average "
-            f"pools, where no "
-            f"winner turns on the last bit), least relevance {errors[2]:.1e}", flush=True)
-        if max(errors[:2]) > MOST_DISAGREEMENT or max(exact[:2]) > MOST_DISAGREEMENT or errors[2] < 0:
-            sys.exit(f"{name} disagrees with PyTorch or zennit by more than {MOST_DISAGREEMENT}: not timed")
-        for batch in options.batches:
-            times = measure(contenders(graph, batch, options.threads), options.seconds)
-            medians = {who: statistics.median(values) / batch * 1e3 for who, values in times.items()}
-            ratio = statistics.median(ours / theirs
-                                      for ours, theirs in zip(times["fastdtd"], times["PyTorch"], strict=True))
-            spreads = {who: (np.percentile(values, 75) - np.percentile(values, 25)) / statistics.median(values)
-                       for who, values in times.items()}
-            rows.append({"net": name, "batch": batch, "milliseconds": medians, "spread": spreads, "to PyTorch": ratio,
-                         "zennit to ours": medians["zennit"] / medians["fastdtd"], "turns": len(times["fastdtd"]),
-                         "scores": errors[0], "relevance": errors[1], "relevance with average pools": exact[1]})
-            print(
-                f"  batch {batch}: " + ", ".join(f"{who} {medians[who]:.2f} ms (spread {spreads[who]:.0%})"
-                                                 for who in medians)
-                + f"; to PyTorch {ratio:.2f}, zennit to ours {rows[-1]['zennit to ours']:.1f}", flush=True)
+        model, images = subject(name, options)
+        errors = checked(name, model.graph, images(1))
+        with tempfile.TemporaryDirectory() as folder:
+            for batch in options.batches:
+                rows.append({"net": name, "trained": name not in NETWORKS, "batch": batch,
+                             **raced(Path(folder), name, model, images(batch), options), **errors})
     return rows
+
+
+def raced(folder, name, model, images, options):
+    """One network and batch, as a row of the table."""
+    from torch_nets import comparable_rules
+    e = fastdtd.Explainer(model, threads=options.threads)(images)
+    prepare(folder, model, images, e.target)
+    wanted = {who: (who, "dtd") for who in (*FORWARD, "fastdtd")}
+    with at_work(folder, options, wanted | {"zennit": ("zennit", comparable_rules(model.graph))}) as contenders:
+        for who in FORWARD:
+            off = float(abs(contenders[who].result - e.output).max() / abs(e.output).max())
+            if not off <= MOST_DISAGREEMENT:
+                sys.exit(f"{name}: the scores of {who} are others by {off:.1e}: not timed")
+        if not np.array_equal(contenders["fastdtd"].result, e.relevance) or not e.relevance.min() >= 0:
+            sys.exit(f"{name}: what would be timed is not what was checked, or negative: not timed")
+        times = in_turns(contenders, options.seconds)
+        layout = contenders["zennit"].layout
+    medians = milliseconds(times, len(images))
+    fastest = min(FORWARD, key=medians.get)
+    spreads = {who: float(np.subtract(*np.percentile(own, [75, 25])) / statistics.median(own))
+               for who, own in times.items()}
+    ratios = {who: ratio(times, "fastdtd", who) for who in FORWARD}
+    row = {"milliseconds": medians, "spread": spreads, "turns": len(times["fastdtd"]), "fastest": fastest,
+           "fastdtd to": ratios, "zennit to fastdtd": ratio(times, "zennit", "fastdtd"), "zennit's layout": layout,
+           "least relevance": float(e.relevance.min())}
+    print(f"  batch {len(images)}: " + ", ".join(f"{who} {medians[who]:.3g} ms (spread {spreads[who]:.0%})"
+                                                 for who in medians)
+          + f"; fastdtd to {fastest} {ratios[fastest]:.2f}, to PyTorch {ratios['PyTorch']:.2f}, zennit to fastdtd "
+          f"{row['zennit to fastdtd']:.1f}", flush=True)
+    return row
+
+
+def rules(options):
+    """Other rules beside dtd, ours and zennit's, for the first of the batches."""
+    rows = []
+    for name in [name for name in ("SqueezeNet 1.1", SQUEEZENET, "VGG-16") if name in options.nets]:
+        model, images = subject(name, options)
+        errors = {preset: disagreement(averaged(model.graph), images(1), preset)[1] for preset in PRESETS}
+        if not np.max(list(errors.values())) <= MOST_DISAGREEMENT:
+            sys.exit(f"{name} disagrees with zennit by {errors}: not timed")
+        batch = images(options.batches[0])
+        wanted = {f"{who}, {preset}": (who, preset) for preset in PRESETS for who in ("fastdtd", "zennit")}
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder), model, batch, explainer_of(model.graph)(batch).target)
+            with at_work(Path(folder), options, {"dtd": ("fastdtd", "dtd"), **wanted}) as contenders:
+                times = in_turns(contenders, options.seconds)
+        for preset in PRESETS:
+            ours, theirs = f"fastdtd, {preset}", f"zennit, {preset}"
+            rows.append({"net": name, "batch": len(batch), "rules": preset,
+                         "milliseconds": milliseconds(times, len(batch))[ours], "to dtd": ratio(times, ours, "dtd"),
+                         "zennit to fastdtd": ratio(times, theirs, ours),
+                         "relevance with average pools": errors[preset]})
+            print(f"{name}, batch {len(batch)}, {preset}: {rows[-1]}", flush=True)
+    return rows
+
+
+def thousand(options):
+    """1,000 JPEGs, to relevance on disk by `fastdtd explain`, beside explanations of images in memory."""
+    from runs import alone, make_set, timed
+    with tempfile.TemporaryDirectory() as folder:
+        images = make_set(Path(folder, "images"), options.pictures, 1000)
+        before = alone(images, 64)
+        whole = timed(images, Path(folder, "out"), "--threads", str(options.threads))["seconds"]
+        result = {"ms": whole, "alone ms": (before + alone(images, 64)) / 2}  # of 1,000 images seconds are milliseconds
+    result["ratio"] = result["ms"] / result["alone ms"]
+    print(f"1,000 images, milliseconds an image: {result}", flush=True)
+    return result
 
 
 def captum(options):
-    """Captum's "deep Taylor" is z+ in the first layer too: so is ours here, on networks that it can do and pictures
-    without negatives.
+    """Captum has no rule for additions and concatenations. In float32 it picks other winners of max-pools here and
+    there, so its networks have average pools.
     """
-    import torch
-    from torch_nets import CaptumExplainer
-    torch.set_num_threads(options.threads)
-    rows = []
-    for name in [name for name in ("LeNet", "AlexNet", "VGG-16") if name in options.nets]:
-        graph = averaged(NETWORKS[name]())  # in float32 the two pick other winners of max-pools here and there
-        graph = g.Graph(graph.layers, graph.input_shape, (0 * graph.box[0], graph.box[1]))
-        explainer = fastdtd.Explainer(Model(graph, Preprocessing(None)), {graph.layers[0].name: "z+"},
-                                      threads=options.threads)
-        theirs = CaptumExplainer(graph)
-        for batch in options.batches:
-            images = pictures(graph, batch)
-            e, tensor = explainer(images), torch.tensor(images)
-            if (e.explained <= 0).any():
-                sys.exit(f"{name}: a score is not positive, so the two mean different things")
-            error = float(np.linalg.norm(e.relevance - theirs(tensor, e.target).numpy()) / np.linalg.norm(e.relevance))
-            if error > MOST_DISAGREEMENT:
-                sys.exit(f"{name} disagrees with Captum by {error:.1e}: not timed")
-            times = measure({"fastdtd": functools.partial(explainer, images, e.target),
-                             "Captum": functools.partial(theirs, tensor, e.target)}, options.seconds / 2)
-            rows.append(compared(name, batch, times, "Captum", error))
-    return rows
-
-
-class Innvestigate:
-    """iNNvestigate's deep Taylor decomposition of `images`, in a process of its own (innvestigate_server.py)."""
-
-    def __init__(self, model, images, target, threads, folder):
-        self.relevance, arguments = Path(
-            folder, "relevance.npy"), [str(Path(folder, name)) for name in ("net.h5", "pictures.npy")]
-        fastdtd.save(model, arguments[0])
-        np.save(arguments[1], images)
-        with open(Path(folder, "log"), "w") as log:
-            self.process = subprocess.Popen([
-                INNVESTIGATE,
-                str(ROOT / "benchmarks" / "innvestigate_server.py"), *arguments,
-                str(target),
-                str(threads), self.relevance
-            ], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                                            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"})
-        if self.process.stdout.readline() != "ready\n":
-            sys.exit(Path(folder, "log").read_text())
-
-    def __call__(self):
-        print(file=self.process.stdin, flush=True)
-        self.process.stdout.readline()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.communicate()
+    return against("Captum", [name for name in ("LeNet", "AlexNet", "VGG-16") if name in options.nets], averaged,
+                   options)
 
 
 def innvestigate(options):
-    """iNNvestigate's "deep_taylor" is z+ in the first layer too; it asks for TensorFlow 2.14, so for an environment of
-    its own.
-    """
+    """iNNvestigate asks for TensorFlow 2.14, so for an environment of its own."""
     if not INNVESTIGATE.exists():
         print("iNNvestigate is not installed: make .venv-innvestigate/ready", flush=True)
         return None
+    return against("iNNvestigate", [name for name in ("LeNet", "VGG-16") if name in options.nets], lambda graph: graph,
+                   options)
+
+
+def against(who, names, change, options):
+    """What both call "deep Taylor" is z+ in the first layer too: so is ours here, on pictures without negatives. One
+    target for all pictures, for iNNvestigate takes no others.
+    """
     rows = []
-    for name in [name for name in ("LeNet", "VGG-16") if name in options.nets]:
-        graph = NETWORKS[name]()
+    for name in names:
+        graph = change(NETWORKS[name]())
         graph = g.Graph(graph.layers, graph.input_shape, (0 * graph.box[0], graph.box[1]))
-        model = Model(graph, Preprocessing(None))
-        explainer = fastdtd.Explainer(model, {graph.layers[0].name: "z+"}, threads=options.threads)
+        model, first_too = Model(graph, Preprocessing(None)), {graph.layers[0].name: "z+"}
         for batch in options.batches:
             images = pictures(graph, batch)
-            target = int(explainer(images).output.min(0).argmax())
-            e = explainer(images, target)
-            with tempfile.TemporaryDirectory() as folder, Innvestigate(model, images, target, options.threads,
-                                                                       folder) as theirs:
-                error = float(np.linalg.norm(e.relevance - np.load(theirs.relevance)) / np.linalg.norm(e.relevance))
-                if error > MOST_DISAGREEMENT or (e.explained <= 0).any():
-                    sys.exit(f"{name} disagrees with iNNvestigate by {error:.1e}: not timed")
-                times = measure({"fastdtd": functools.partial(explainer, images, target), "iNNvestigate": theirs},
-                                options.seconds / 2)
-            rows.append(compared(name, batch, times, "iNNvestigate", error))
+            scores = explainer_of(graph).predict(images).min(0)
+            if scores.max() <= 0:
+                sys.exit(f"{name}: a score is not positive, so the two mean different things")
+            with tempfile.TemporaryDirectory() as folder:
+                prepare(Path(folder), model, images, np.full(batch, scores.argmax()))
+                with at_work(Path(folder), options, {"fastdtd": ("fastdtd", first_too),
+                                                     who: (who, first_too)}) as contenders:
+                    ours, theirs = (contenders[one].result for one in ("fastdtd", who))
+                    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(ours))
+                    if not error <= MOST_DISAGREEMENT:
+                        sys.exit(f"{name} disagrees with {who} by {error:.1e}: not timed")
+                    times = in_turns(contenders, options.seconds / 2)
+            rows.append({"net": name, "batch": batch, "milliseconds": milliseconds(times, batch), "relevance": error,
+                         "to fastdtd": ratio(times, who, "fastdtd")})
+            print(f"{name}, batch {batch}: {who} takes {rows[-1]['to fastdtd']:.1f} times as long; relevance within "
+                  f"{error:.1e}", flush=True)
     return rows
-
-
-def compared(name, batch, times, who, error):
-    medians = {own: statistics.median(values) / batch * 1e3 for own, values in times.items()}
-    print(f"{name}, batch {batch}: fastdtd {medians['fastdtd']:.2f} ms, {who} {medians[who]:.2f} ms, "
-          f"{medians[who] / medians['fastdtd']:.1f} times; relevance within {error:.1e}", flush=True)
-    return {"net": name, "batch": batch, "milliseconds": medians, "relevance": error}
-
-
-def table(rows):
-    """Markdown."""
-    lines = [
-        "| network | batch | PyTorch, forward only | **fastdtd, whole explanation** | ratio | zennit, same explanation "
-        "| times ours |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    ]
-    for row in rows:
-        t = row["milliseconds"]
-        lines.append(
-            f"| {row['net']} | {row['batch']} | {t['PyTorch']:.3g} ms | **{t['fastdtd']:.3g} ms** | "
-            f"{row['to PyTorch']:.2f} | "
-            f"{t['zennit']:.3g} ms | {row['zennit to ours']:.1f} |")
-    for batch in sorted({row["batch"] for row in rows}, reverse=True):
-        own = [row for row in rows if row["batch"] == batch and "LRN" not in row["net"]]  # each network once
-        lines.append(
-            f"| *geometric mean, without LRN* | {batch} | | | {geometric_mean(row['to PyTorch'] for row in own):.2f} | "
-            f"| "
-            f"{geometric_mean(row['zennit to ours'] for row in own):.1f} |")
-    return "\n".join(lines)
-
-
-def geometric_mean(values):
-    return float(np.exp(np.mean(np.log(list(values)))))
 
 
 # ---- Memory, threads, bits, growth, start ----------------------------------------------------------------------------
@@ -296,8 +287,8 @@ def peak_memory(who, name, batch, threads):
         import torch
         from torch_nets import ZennitExplainer
         torch.set_num_threads(threads)
-        explainer_rules = {key: rule.name for key, rule in fastdtd.rules.assign(graph, "dtd").rules.items()}
-        ZennitExplainer(graph, explainer_rules, torch.float32)(torch.tensor(pictures(graph, batch)), [0] * batch)
+        explainer = ZennitExplainer(graph, zennit_rules(graph, "dtd"), torch.float32)
+        explainer(torch.tensor(pictures(graph, batch)), [0] * batch)
     return {"peak MiB": peak_mebibytes(), "of which weights and interpreter MiB": before}
 
 
@@ -317,14 +308,13 @@ def memory(options):
 
 def threads(options):
     result = {}
-    for name in ("SqueezeNet 1.1", "VGG-16"):
-        graph = NETWORKS[name]()
-        images = pictures(graph, 8)
-        one, two = explainer_of(graph, 1), explainer_of(graph, 2)
-        times = measure(
-            {"one": lambda one=one, images=images: one(images), "two": lambda two=two, images=images: two(images)},
-            options.seconds)
-        result[name] = statistics.median(a / b for a, b in zip(times["one"], times["two"], strict=True))
+    for name in [name for name in ("SqueezeNet 1.1", "VGG-16") if name in options.nets]:
+        model, images = subject(name, options)
+        batch = images(8)
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder), model, batch, explainer_of(model.graph)(batch).target)
+            with Contender("fastdtd", folder, 1) as one, Contender("fastdtd", folder, 2) as two:
+                result[name] = ratio(in_turns({"one": one, "two": two}, options.seconds), "one", "two")
     print(f"two threads over one, batch 8: {result}", flush=True)
     return result
 
@@ -333,12 +323,12 @@ def bits(options):
     """Whether the same picture gives the same bits alone, in batches, at any place, with any number of threads."""
     result = {}
     for name in options.nets:
-        graph = NETWORKS[name]()
-        images = pictures(graph, 5)
-        alone = np.concatenate([explainer_of(graph, 1)(images[i:i + 1]).relevance for i in range(5)])
-        others = [explainer_of(graph, 1)(images).relevance, explainer_of(graph, 2)(images).relevance,
-                  explainer_of(graph, 3)(images[::-1]).relevance[::-1],
-                  np.concatenate([explainer_of(graph, 2)(images[i:i + 1]).relevance for i in range(5)])]
+        model, images = subject(name, options)
+        batch = images(5)
+        one, two, three = (fastdtd.Explainer(model, threads=count) for count in (1, 2, 3))
+        alone = np.concatenate([one(batch[i:i + 1]).relevance for i in range(5)])
+        others = [one(batch).relevance, two(batch).relevance, three(batch[::-1]).relevance[::-1],
+                  np.concatenate([two(batch[i:i + 1]).relevance for i in range(5)])]
         result[name] = all(np.array_equal(alone, other) for other in others)
     print(f"same bits in any batch, place and number of threads: {result}", flush=True)
     return result
@@ -392,78 +382,206 @@ def start(options):
     return result
 
 
+# ---- What is reached -------------------------------------------------------------------------------------------------
+
+
+def goals(result):
+    """(what, value, what it should be, whether it is) of the goals that the sections of a result tell of."""
+    found = []
+
+    def at_most(what, value, limit):
+        found.append((what, f"{value:.3g}", f"at most {limit:g}", value <= limit))
+
+    def at_least(what, value, limit):
+        found.append((what, f"{value:.3g}", f"at least {limit:g}", value >= limit))
+
+    rows = result.get("speed", [])
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        own = headline(rows, batch)
+        at = f"batch {batch}"
+        if own:
+            to_onnx, to_pytorch = ([row["fastdtd to"][who] for row in own] for who in ("ONNX Runtime", "PyTorch"))
+            at_most(f"over ONNX Runtime's forward pass, geometric mean of {len(own)}, {at}", geometric_mean(to_onnx),
+                    1.5)
+            at_most(f"over ONNX Runtime's forward pass, the most, {at}", max(to_onnx), 2)
+            at_most(f"over PyTorch's forward pass, geometric mean, {at}", geometric_mean(to_pytorch), 0.6)
+            at_most(f"over PyTorch's forward pass, the most, {at}", max(to_pytorch), 1)
+            at_least(f"zennit over ours, the least, {at}", min(row["zennit to fastdtd"] for row in own), 10)
+        for row in rows:
+            if row["batch"] == batch and row["net"] == SQUEEZENET:
+                at_most(f"over ONNX Runtime's forward pass, {row['net']}, {at}", row["fastdtd to"]["ONNX Runtime"], 1.2)
+            if row["batch"] == batch and row["net"] == "VGG-16":
+                at_least(f"zennit over ours, VGG-16, {at}", row["zennit to fastdtd"], 15)
+    if rows:
+        errors = [(row["scores"], row["relevance with average pools"]) for row in rows]
+        at_most("error against float64, the most", np.max(errors), 1e-5)
+        at_least("least relevance", np.min([row["least relevance"] for row in rows]), 0)
+    if "memory" in result:
+        at_most("peak memory over zennit's, VGG-16, batch 8", result["memory"]["ratio"], 0.4)
+    if "bits" in result:
+        at_most("networks whose bits depend on batch, place or threads", list(result["bits"].values()).count(False), 0)
+    return found
+
+
+def headline(rows, batch):
+    """Each architecture once: those with random weights, without LRN."""
+    return [row for row in rows if row["batch"] == batch and not row["trained"] and "LRN" not in row["net"]]
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """Markdown; the fastest forward pass is bold."""
+    def ratios(row):
+        return row["fastdtd to"][row["fastest"]], row["fastdtd to"]["PyTorch"], row["zennit to fastdtd"]
+
+    def line(name, batch, times, values):
+        return [name, batch, *times, *(f"{value:.2f}" for value in values[:2]), f"{values[2]:.1f}"]
+
+    lines = []
+    for row in rows:
+        times = {who: shown(row["milliseconds"][who]) for who in (*FORWARD, "fastdtd")}
+        times[row["fastest"]] = f"**{times[row['fastest']]}**"
+        lines.append(line(row["net"], row["batch"], times.values(), ratios(row)))
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        own = [ratios(row) for row in headline(rows, batch)]
+        if own:
+            lines.append(line("*geometric mean, random weights, without LRN*", batch, [""] * (len(FORWARD) + 1),
+                              [geometric_mean(values) for values in zip(*own, strict=True)]))
+    return markdown(["network", "batch", *(f"{who}, forward" for who in FORWARD), "fastdtd, explanation",
+                     "over the fastest forward", "over PyTorch's forward", "zennit over fastdtd"], lines)
+
+
+def shown(value):
+    """Three digits."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def note(machine):
+    told = " (what it has beyond is left unused, but by ONNX Runtime)" if machine["told"] else ""
+    return (f"{machine['instructions']}: {machine['processor']}{told}, {machine['threads']} threads, milliseconds an "
+            f"image, float32; PyTorch {machine['torch']}, ONNX Runtime {machine['onnxruntime']}, zennit "
+            f"{machine['zennit']}, {machine['date']}.")
+
+
+def others(result):
+    """Other rules, runs, and what Captum and iNNvestigate take for what they call deep Taylor, as sentences."""
+    told = []
+    for who, key in (("Captum", "captum"), ("iNNvestigate", "innvestigate")):
+        if rows := result.get(key):
+            times, nets = [row["to fastdtd"] for row in rows], ", ".join(dict.fromkeys(row["net"] for row in rows))
+            told.append(f"{who} takes {min(times):.1f} to {max(times):.0f} times as long ({nets})")
+    sentences = [f"For what they call deep Taylor, z+ in the first layer too, {' and '.join(told)}."] if told else []
+    if run := result.get("thousand"):
+        sentences.append(f"1,000 JPEGs by SqueezeNet, to relevance on disk, take {run['ms']:.1f} ms an image, with the "
+                         f"start of the process, {run['ratio']:.2f} times what explanations alone take.")
+    return " ".join(sentences)
+
+
+def rules_table(rows):
+    return markdown(["rules", "network", "batch", "fastdtd, ms an image", "over dtd", "zennit over fastdtd"],
+                    [[f"`{row['rules']}`", row["net"], row["batch"], shown(row["milliseconds"]), f"{row['to dtd']:.2f}",
+                      f"{row['zennit to fastdtd']:.1f}"] for row in rows])
+
+
+def write_tables():
+    """Of all results: all rows into docs/speed.md; into README.md those of batch 8, of one processor with AVX-512 and
+    one with AVX2.
+    """
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compare-*.json"))]
+    results = [result for result in results if result.get("speed") and "fastest" in result["speed"][0]]
+    if not results:
+        print("no result has ONNX Runtime's forward pass: the tables stay as they are")
+        return
+    results.sort(key=lambda result: result["machine"]["date"], reverse=True)
+    results.sort(key=lambda result: result["machine"]["instructions"])
+
+    def wrapped(text):
+        return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+    parts = []
+    for result in results:
+        parts += [wrapped(note(result["machine"])), table(result["speed"])]
+        parts += [rules_table(result["rules"])] if result.get("rules") else []
+        parts += [wrapped(others(result))] if others(result) else []
+    write_table(ROOT / "docs" / "speed.md", "compare.py", "\n\n".join(parts))
+    parts = []
+    for instructions in ("AVX-512", "AVX2"):
+        if newest := next((result for result in results if result["machine"]["instructions"] == instructions), None):
+            rows = [row for row in newest["speed"] if row["batch"] == 8 and "LRN" not in row["net"]]
+            parts += [wrapped(note(newest["machine"])), table(rows)]
+    if parts:
+        write_table(ROOT / "README.md", "compare.py", "\n\n".join(parts))
+
+
 # ---- The script ------------------------------------------------------------------------------------------------------
 
 
 def machine(options):
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1) if found else model
-    from fastdtd.kernels.cpu.vector_code import LANES
-    versions = {
-        name: importlib.metadata.version(name) for name in ("fastdtd", "numpy", "numba", "torch", "zennit", "captum")
-    }
-    return {"processor": model, "target": _numba_target(), "threads": options.threads, "float lanes": LANES,
-            "python": platform.python_version(), **versions, "date": datetime.date.today().isoformat()}
+    versions = {name: importlib.metadata.version(name)
+                for name in ("fastdtd", "numpy", "numba", "torch", "onnxruntime", "zennit", "captum")}
+    instructions = {16: "AVX-512", 8: "AVX2"}.get(LANES, f"vectors of {LANES} floats")
+    return {"processor": processor(), "target": llvm.get_host_cpu_name(), "instructions": instructions,
+            "told": bool(options.isa), "threads": options.threads, "python": platform.python_version(), **versions,
+            "date": datetime.date.today().isoformat()}
 
 
-def _numba_target():
-    import llvmlite.binding as llvm
-    return llvm.get_host_cpu_name()
+def start_again_with_avx2():
+    """This script, in an environment in which it and all that it starts use no AVX-512; ONNX Runtime cannot be told."""
+    features = ",".join(f"{'+' if has and '512' not in name and 'avx10' not in name else '-'}{name}"
+                        for name, has in llvm.get_host_cpu_features().items())
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {
+        "NUMBA_CPU_NAME": "znver3", "NUMBA_CPU_FEATURES": features, "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2"})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    names = [*NETWORKS, SQUEEZENET, EFFICIENTNET]
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
+                        help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--nets", nargs="*", choices=names, default=names, metavar="NET",
+                        help=f"of {', '.join(names)}")
+    parser.add_argument("--models", nargs="+", type=Path, default=[], metavar="FILE",
+                        help="more trained networks: model files, as `fastdtd convert` writes them")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "fastdtd" / "models", metavar="FOLDER",
+                        help="photographs for trained networks, .jpg and .png (default: the bundled two)")
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 1])
     parser.add_argument("--threads", type=int,
                         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--seconds", type=float, default=20, help="about how long each net and batch is measured")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/compare-<processor>.json")
-    parser.add_argument("--readme", action="store_true", help="put the tables into docs/speed.md and README.md")
+    parser.add_argument("--isa", choices=["avx2"], help="use AVX2 on a processor that has AVX-512")
+    parser.add_argument("--save", action="store_true",
+                        help="write benchmarks/results/compare-<processor>.json, and the tables")
+    parser.add_argument("--tables", action="store_true",
+                        help="only write the tables of docs/speed.md and README.md, from benchmarks/results")
     options = parser.parse_args()
+    if options.tables:
+        write_tables()
+        return
+    if options.isa and "ATEN_CPU_CAPABILITY" not in os.environ:
+        start_again_with_avx2()
+    options.pictures = sorted(path for path in options.pictures.iterdir() if path.suffix in (".jpg", ".png"))
+    options.models = {f"{path.stem}, trained": path for path in options.models}
+    options.nets = [*options.nets, *options.models]
     result = {"machine": machine(options)}
     print(result["machine"], flush=True)
     for section in options.only:
         result[section] = globals()[section](options)
     if "speed" in result:
         print(table(result["speed"]))
+    for what, value, wanted, holds in goals(result):
+        print(f"{'reached' if holds else 'MISSED':7}  {what}: {value} ({wanted})")
     if options.save:
-        path = ROOT / "benchmarks" / "results" / f"compare-{result['machine']['target']}.json"
+        suffix = f"-{options.isa}" if options.isa else ""
+        path = RESULTS / f"compare-{result['machine']['target']}{suffix}.json"
         path.parent.mkdir(exist_ok=True)
-        result = (json.loads(path.read_text()) if path.exists() else {}) | result
+        before = json.loads(path.read_text()) if path.exists() else {"machine": {}}
+        if before["machine"].keys() == result["machine"].keys():  # else it is of a time when other things were measured
+            result = before | result
         path.write_text(json.dumps(result, indent=1) + "\n")
-    if options.readme:
-        write_tables(result)
-
-
-def write_tables(result):
-    """All rows into docs/speed.md, the largest batch of each network that has no LRN into README.md."""
-    m, rows = result["machine"], result["speed"]
-    text = (
-        f"Milliseconds an image, {m['threads']} threads, float32, random weights; {m['processor']} ({m['target']}), "
-        f"PyTorch {m['torch']}, zennit {m['zennit']}, {m['date']}.")
-    largest = max(row["batch"] for row in rows)
-    headline = [row for row in rows if row["batch"] == largest and "LRN" not in row["net"]]
-    for path, shown, note in ((ROOT / "docs" / "speed.md", rows, text + others(result)),
-                              (ROOT / "README.md", headline, text)):
-        before, rest = path.read_text().split(BEGIN)
-        wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
-        path.write_text(f"{before}{BEGIN}\n{table(shown)}\n\n{wrapped}\n{END}{rest.split(END)[1]}")
-
-
-def others(result):
-    """What Captum and iNNvestigate take for what they call deep Taylor, as a sentence."""
-    told = []
-    for who, key in (("Captum", "captum"), ("iNNvestigate", "innvestigate")):
-        rows = result.get(key) or []
-        if rows:
-            times = [row["milliseconds"][who] / row["milliseconds"]["fastdtd"] for row in rows]
-            nets = ", ".join(dict.fromkeys(row["net"] for row in rows))
-            told.append(f"{who} takes {min(times):.1f} to {max(times):.0f} times as long ({nets})")
-    return f" For what they call deep Taylor, z+ in the first layer too, {' and '.join(told)}." if told else ""
+        write_tables()
 
 
 if __name__ == "__main__":

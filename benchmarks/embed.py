@@ -10,7 +10,6 @@ too. --write writes benchmarks/results/embed-NAME.json and the table in docs/how
 import argparse
 import datetime
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -18,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numpy as np
 from networks import NETWORKS, pictures
+from tables import processor, write_table
 
 import fastdtd
 from fastdtd import embedded
@@ -28,7 +27,6 @@ from fastdtd import graph as g
 from fastdtd.model import Model, Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = "<!-- table by benchmarks/embed.py -->", "<!-- end of table -->"
 RULES = ("epsilon", "gamma", "alpha-beta", "gradient")  # of all convolutions and dense layers; the last of all layers
 # In a process of its own, with a copy of the one file that it needs.
 START = """
@@ -152,22 +150,14 @@ def main():
     parser.add_argument("--rules", action="store_true", help="compare other rules' bits")
     parser.add_argument("--write", metavar="NAME", help="of the machine")
     options = parser.parse_args()
-    found = {"cpu": cpu(), "date": datetime.date.today().isoformat(), "networks": {}}
+    found = {"cpu": processor(), "date": datetime.date.today().isoformat(), "networks": {}}
     for name in options.networks:
         found["networks"][name] = measure(name, options.rules)
         print(name, json.dumps(found["networks"][name]), flush=True)
     print(table(found))
     if options.write:
         (ROOT / "benchmarks" / "results" / f"embed-{options.write}.json").write_text(json.dumps(found, indent=1) + "\n")
-        page = ROOT / "docs" / "howto-embed.md"
-        text = page.read_text()
-        before, rest = text.split(TABLE[0])
-        page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{rest.split(TABLE[1])[1]}")
-
-
-def cpu():
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1] if found else 'this processor'} ({llvm.get_host_cpu_name()})"
+        write_table(ROOT / "docs" / "howto-embed.md", "embed.py", table(found))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ make_importable()
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import numpy as np  # noqa: E402  # after the paths
-from compare import averaged  # noqa: E402  # as above
-from networks import NETWORKS, pictures  # noqa: E402  # as above
+from networks import NETWORKS, averaged, pictures  # noqa: E402  # as above
 from numba import config  # noqa: E402  # as above
 from steps import Steps  # noqa: E402  # as above
 

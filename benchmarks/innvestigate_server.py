@@ -1,18 +1,19 @@
 """iNNvestigate's deep Taylor decomposition of a network in fastdtd's file format, on demand: compare.py runs this in
 iNNvestigate's own environment, which needs an older NumPy and TensorFlow.
 
-    .venv-innvestigate/bin/python benchmarks/innvestigate_server.py net.h5 pictures.npy class threads relevance.npy
+    .venv-innvestigate/bin/python benchmarks/innvestigate_server.py FOLDER THREADS RULES RESULT
 
-Writes the relevance of the pictures (N, C, H, W), prints "ready", and then for each line on standard input explains
-them once more and prints a line. It knows layers one after the other: convolutions without groups, ReLU, max-pools,
-flatten, dense.
+As contenders.py, with the one rule that it has, and for all pictures the first one's target. It knows layers one after
+the other: convolutions without groups, ReLU, max-pools, flatten, dense.
 """
 
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import tensorflow as tf
+from contenders import serve
 
 tf.compat.v1.disable_eager_execution()
 import innvestigate  # noqa: E402  # after the switch that it asks for
@@ -65,16 +66,14 @@ def keras_layer(layer, x):
 
 
 def main():
-    path, pictures, target, threads, relevance = sys.argv[1:]
+    folder, threads, _, result = sys.argv[1:]
     tf.config.threading.set_intra_op_parallelism_threads(int(threads))
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    analyzer = innvestigate.create_analyzer("deep_taylor", model_of(path), neuron_selection_mode="index")
-    batch = np.load(pictures).transpose(0, 2, 3, 1)
-    np.save(relevance, analyzer.analyze(batch, neuron_selection=int(target)).transpose(0, 3, 1, 2))
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        analyzer.analyze(batch, neuron_selection=int(target))
-        print("done", flush=True)
+    analyzer = innvestigate.create_analyzer("deep_taylor", model_of(Path(folder, "net.h5")),
+                                            neuron_selection_mode="index")
+    batch = np.load(Path(folder, "pictures.npy")).transpose(0, 2, 3, 1)
+    target = int(np.load(Path(folder, "targets.npy"))[0])
+    serve({None: lambda: analyzer.analyze(batch, neuron_selection=target).transpose(0, 3, 1, 2)}, result)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,15 @@ NETWORKS = {
 }
 
 
+def averaged(graph):
+    """The same network with average pools: no winner of a max-pool that turns on the last bit."""
+    return g.Graph(
+        tuple(
+            g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode
+                            ) if isinstance(layer, g.MaxPool2d) else layer
+            for layer in graph), graph.input_shape, graph.box)
+
+
 def pictures(graph, count, seed=0):
     """(count, C, H, W) float32, smooth like photographs rather than noise, within the graph's box."""
     channels, height, width = graph.input_shape

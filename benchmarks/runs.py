@@ -28,15 +28,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numpy as np
 from PIL import Image
+from tables import processor, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "squeezenet1_1"
 SIZE = 500, 375
 LARGE = 2000, 1500  # pixels of a camera's JPEGs, where decoding is what takes the time
-TABLE = "<!-- table by benchmarks/runs.py -->", "<!-- end of table -->"
 COMMAND = [sys.executable, "-m", "fastdtd"]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 LOOPED, LOOP_TURNS = 2000, 3  # images of the loop, which is slow
@@ -89,12 +88,12 @@ def timed(images, out, *options):
     return {"seconds": elapsed, "busy": busy / elapsed / os.cpu_count(), "MiB": peak / 1024, "said": output}
 
 
-def alone(images):
-    """Milliseconds an image of explanations alone: 256 images that are in memory already."""
+def alone(images, count=256):
+    """Milliseconds an image of explanations alone, of as many images that are in memory already."""
     import fastdtd
 
     model = fastdtd.load(MODEL)
-    batch = np.stack([model.preprocess(path) for path in sorted(images.iterdir())[:256]])
+    batch = np.stack([model.preprocess(path) for path in sorted(images.iterdir())[:count]])
     explainer = fastdtd.Explainer(model)
     times = []
     for _ in range(7):
@@ -132,7 +131,7 @@ def measure(options, work):
     images = make_set(work / "images", pictures, options.images)
     few = make_set(work / "few", pictures, min(1000, options.images // 5))
     found = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors",
-             "cpu": _cpu(), "images": options.images, "of": len(pictures)}
+             "cpu": processor(), "images": options.images, "of": len(pictures)}
     explain(few, work / "warm").wait()  # kernels are compiled, files are in memory
     before = alone(images)
     shutil.rmtree(work / "warm")
@@ -275,14 +274,6 @@ def loop(images, out):
     print(json.dumps({"seconds": time.perf_counter() - begun, "images": len(paths), "torch": torch.__version__}))
 
 
-def _cpu():
-    try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        name = platform.processor()
-    return f"{name} ({llvm.get_host_cpu_name()})"
-
-
 def table(found):
     """Markdown, for docs/speed.md."""
     over, threads, dask = found["ms"] / found["alone ms"], found["two threads"], found["two dask workers"]
@@ -349,10 +340,7 @@ def main():
     print(table(found))
     if options.write:
         result.write_text(json.dumps(found, indent=1) + "\n")
-        page = ROOT / "docs" / "speed.md"
-        text = page.read_text()
-        before, rest = text.split(TABLE[0])
-        page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{rest.split(TABLE[1])[1]}")
+        write_table(ROOT / "docs" / "speed.md", "runs.py", table(found))
 
 
 if __name__ == "__main__":

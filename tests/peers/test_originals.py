@@ -12,17 +12,10 @@ from conftest import TABLES, TABLES_FILE, table_in
 from graphs import graphs, images
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
-from torch_nets import Net, module_of, zennit_composite
-from zennit.attribution import Gradient
-from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, ExcitationBackprop
+from torch_nets import COMPOSITES, Net, module_of, zennit_relevance
 
 from fastdtd import Explainer, Model, Preprocessing
 from fastdtd import graph as g
-
-COMPOSITES = {
-    "epsilon_plus": EpsilonPlus, "epsilon_plus_flat": EpsilonPlusFlat, "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
-    "epsilon_gamma_box": EpsilonGammaBox, "excitation_backprop": ExcitationBackprop
-}
 
 
 def network(seed, add=True):
@@ -92,14 +85,10 @@ def distance_to_zennit(name, seed):
     graph = network(seed)
     batch, e = explanation(graph, f"zennit.{name}")
     assert (e.explained > 0).all()
-    module = Net(graph).double()
-    x = torch.tensor(batch, dtype=torch.float64, requires_grad=True)
-    with Gradient(module, zennit_composite(COMPOSITES[name], graph)) as attribute:
-        chosen = nn.functional.one_hot(torch.tensor(e.target), 5)
-        _, theirs = attribute(x, lambda y: chosen * y)
+    theirs, _ = zennit_relevance(graph, name, batch, e.target)
     lost = np.array(list(e.ledger.values())).sum(0)
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + lost, e.explained, rtol=1e-5, atol=1e-5)
-    return compare(e.relevance, theirs.detach().numpy())
+    return compare(e.relevance, theirs)
 
 
 def test_captum(rows):

