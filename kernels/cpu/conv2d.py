@@ -377,7 +377,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                         block_columns, halo_rows, halo_columns, splits, features, sparse_below, relevance, accumulate,
                         first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, times u. Images whose density[n] is
-    less than sparse_below are left to sparse2d_redistribute.
+    less than sparse_below are left to sparse2d_redistribute; where that is 0, density is not read.
 
     packed, offsets, bounds are of conv2d_pack, flat, those of one phase after those of another, made of the transposed
     V. Where an input has two features (SIGNED, BOX), whose V are W+ and -W-, they are made of the transposed W, so that
@@ -413,7 +413,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
     copied = -1
     for unit in range(first, last):
         n, within = unit // (blocks * splits), unit % (blocks * splits)
-        if density[n] < sparse_below:
+        if sparse_below > ZERO and density[n] < sparse_below:
             continue
         split_index, index = within % splits, within // splits
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns

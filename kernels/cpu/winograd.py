@@ -288,6 +288,8 @@ def _dense_image(index, density, sparse_below):
 
 @kernel
 def _count_dense(images, density, sparse_below):
+    if sparse_below <= ZERO:
+        return images
     found = 0
     for n in range(images):
         if density[n] >= sparse_below:
