@@ -118,6 +118,8 @@ class BlockedDevice(Device, Protocol):
     CONVOLUTION: Literal["blocked"]
     CONV2D_COLUMNS: int  # of a tile
     conv2d_pack_split: Kernel
+    depthwise2d_forward: Kernel
+    depthwise2d_redistribute: Kernel
     winograd2d_pack: Kernel
     winograd2d_forward: Kernel
     winograd2d_redistribute: Kernel
@@ -133,6 +135,14 @@ class BlockedDevice(Device, Protocol):
         """Floats of `results` of conv2d_forward."""
     def conv2d_redistribute_results_elements(self, positions: int, columns: int, stride_w: int) -> int:
         """Floats of `results` of conv2d_redistribute."""
+    def depthwise2d_pays(self, taps: int, height: int, width: int) -> bool:
+        """Whether it is faster than the direct convolution, for outputs of this size."""
+    def depthwise2d_block_rows(self, rows: int, width: int, planes: int) -> int:
+        """Rows of places of each block that holds so many planes."""
+    def depthwise2d_mask_elements(self, width: int) -> int:
+        """Integers of a column's mask."""
+    def depthwise2d_results_elements(self, rows: int, width: int) -> int:
+        """Floats of `results`."""
     def winograd2d_pays(self, depth: int, rows: int, height: int, width: int) -> bool:
         """Whether it is faster than the direct convolution."""
     def winograd2d_packed_shape(self, groups: int, rows: int, depth: int) -> Shape:

@@ -9,6 +9,10 @@ from fastdtd.kernels.cpu.conv2d import (
 from fastdtd.kernels.cpu.dense import (
     DENSE_FEATURES, dense_forward, dense_forward_elements, dense_redistribute, dense_redistribute_elements,
 )
+from fastdtd.kernels.cpu.depthwise import (
+    depthwise2d_block_rows, depthwise2d_forward, depthwise2d_mask_elements, depthwise2d_pays, depthwise2d_redistribute,
+    depthwise2d_results_elements,
+)
 from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
     absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
@@ -41,7 +45,8 @@ __all__ = [
     "conv2d_pack", "conv2d_pack_split", "conv2d_packed_shape", "conv2d_redistribute",
     "conv2d_redistribute_results_elements", "conv2d_results_elements", "conv2d_split_bounds", "conv2d_split_shape",
     "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute", "dense_redistribute_elements",
-    "direction_kernels", "empty", "max_pool2d_forward", "max_pool2d_redistribute", "may_be_set", "memory_budget",
+    "depthwise2d_block_rows", "depthwise2d_forward", "depthwise2d_mask_elements", "depthwise2d_pays",
+    "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "max_pool2d_forward", "max_pool2d_redistribute", "may_be_set", "memory_budget",
     "namespace", "normalize_forward", "normalize_redistribute", "normalize_taylor_elements",
     "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward", "pool2d_redistribute",
     "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read", "rearrange_forward",

@@ -1,0 +1,161 @@
+"""Depthwise convolutions, on processors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdtd import graph as g
+from fastdtd.graph import Array, Graph
+from fastdtd.kernels import codes
+from fastdtd.lowering.blocks import int_table
+from fastdtd.lowering.builder import Builder, read_only
+from fastdtd.lowering.conv_geometry import backward_weights
+from fastdtd.protocols import BlockedDevice
+from fastdtd.rules import Term
+
+_BACKWARD = ("c_in", "c", "ratio", "a", "c_in_channel", "c_channel", "a_channel", "relevance", "accumulate")
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """How a kernel lays out its block, and which of a column's taps lie inside what is read."""
+
+    width: int  # of a row of places
+    block_rows: int
+    planes: npt.NDArray[np.int64]
+    masks: npt.NDArray[np.int32]
+    block_elements: int
+
+    def offset(self, plane: int, down: int, right: int) -> int:
+        """From the first place of a block to what a tap of it reads: so many rows below a plane's first."""
+        return int(self.planes[plane, 0]) + down * self.width + right
+
+
+@dataclass(frozen=True, eq=False)
+class _Depthwise:
+    """Weights and tables of one of the kernels."""
+
+    weights: Array
+    offsets: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int32]
+    tables: _Tables
+
+    def _arguments(self, b: Builder, layer: g.Conv2d) -> dict[str, Any]:
+        tables = self.tables
+        results = b.blocked_kernels.depthwise2d_results_elements(tables.block_rows, tables.width)
+        return {
+            "packed": self.weights, "offsets": self.offsets, "bounds": self.bounds, "masks": tables.masks,
+            "planes": tables.planes, "block_rows": tables.block_rows, "stride_h": layer.stride[0],
+            "stride_w": layer.stride[1], "block": b.scratch("block", tables.block_elements),
+            "results": b.scratch("results", results)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Forward(_Depthwise):
+    """For one sum of a layer's rule."""
+
+    def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
+        b.step(b.blocked_kernels.depthwise2d_forward, b.batch * len(self.weights), **arguments,
+               **self._arguments(b, layer))
+
+
+@dataclass(frozen=True, eq=False)
+class Backward(_Depthwise):
+    """For one term of a layer's rule."""
+
+    features: int
+    columns_even: int  # columns of taps that reach even inputs
+
+    def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
+        b.step(b.blocked_kernels.depthwise2d_redistribute, b.batch * len(self.weights),
+               **{name: arguments[name] for name in _BACKWARD}, features=self.features, columns_even=self.columns_even,
+               **self._arguments(b, layer))
+
+
+def suits(layer: g.Conv2d, graph: Graph, kernels: BlockedDevice) -> bool:
+    """Whether a layer is one of those that the kernels are for, and faster by them."""
+    _, height, width = graph.shapes[layer.name]
+    return (len(layer.weight) == layer.groups and layer.weight.shape[1] == 1 and max(layer.stride) <= 2
+            and kernels.depthwise2d_pays(layer.weight[0].size, height, width))
+
+
+def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward | None:
+    """None where another algorithm is faster, or the rule's features need it."""
+    if term.features != codes.NONNEGATIVE or not suits(layer, graph, kernels):
+        return None
+    (_, _, in_width), (_, height, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+    # Tap i of output p reads the input at p * stride + read: of its phase, element p + shift.
+    down, across = ([(read % step, read // step) for read in (tap * apart - before for tap in range(count))]
+                    for step, apart, before, count in zip(layer.stride, layer.dilation, layer.padding[:2],
+                                                          layer.weight.shape[2:], strict=True))
+    lengths = {phase: -(-(in_width - phase) // layer.stride[1]) for phase, _ in across}
+    least = {phase: min(shift for other, shift in down if other == phase) for phase, _ in down}
+    most = {phase: max(shift for other, shift in down if other == phase) for phase, _ in down}
+    planes = [(y, x) for y in least for x in lengths]
+    tables = _tables([(shift, lengths[phase]) for phase, shift in across], (height, max(width, *lengths.values())),
+                     [(least[y] * layer.stride[0] + y, x, most[y] - least[y]) for y, x in planes], kernels)
+    taps = [(i, j) for j in range(len(across)) for i in range(len(down))]
+    offsets = [tables.offset(planes.index((down[i][0], across[j][0])), down[i][1] - least[down[i][0]], across[j][1])
+               for i, j in taps]
+    weight = _in_order(term.w(layer.weight), layer, taps)
+    return Forward(read_only(np.stack([weight, np.maximum(weight, 0)], 2)), _int32(offsets),
+                   _int32([j * len(down) for j in range(len(across) + 1)]), tables)
+
+
+def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Backward | None:
+    """None where another algorithm is faster, or the rule's features need it."""
+    if term.features in (codes.SIGNED, codes.BOX) or not suits(layer, graph, kernels):
+        return None
+    (_, in_height, in_width), (_, _, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
+    # Place p is inputs p * stride + phase; what reads them through a tap is output p + shift.
+    down, across = (
+        [[(tap, (phase + before - tap * apart) // step) for tap in range(count)
+          if (phase + before - tap * apart) % step == 0] for phase in range(step)]
+        for step, apart, before, count in zip(layer.stride, layer.dilation, layer.padding[:2], layer.weight.shape[2:],
+                                              strict=True))
+    shifts = [shift for phase in down for _, shift in phase]
+    grid = -(-in_height // layer.stride[0]), max(-(-in_width // layer.stride[1]), width)
+    columns = [column for phase in across for column in phase]
+    tables = _tables([(shift, width) for _, shift in columns], grid, [(min(shifts), 0, max(shifts) - min(shifts))],
+                     kernels)
+    taps, offsets, bounds = [], [], []
+    for phase in down:
+        begins = []
+        for j, right in columns:
+            begins.append(len(taps))
+            taps += [(i, j) for i, _ in phase]
+            offsets += [tables.offset(0, shift - min(shifts), right) for _, shift in phase]
+        bounds.append([*begins, len(taps)])
+    return Backward(read_only(_in_order(backward_weights(layer, term), layer, taps)), _int32(offsets), _int32(bounds), tables,
+                    term.features, len(across[0]))
+
+
+def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], planes: list[tuple[int, int, int]],
+            kernels: BlockedDevice) -> _Tables:
+    """columns: how far to the right a column's taps read, in rows of which length. grid: rows of places, their width.
+    planes: first row, first column, rows beyond those of places."""
+    rows, width = grid
+    shifts = [shift for shift, _ in columns]
+    block_rows = kernels.depthwise2d_block_rows(rows, width, len(planes))
+    at, table = max(0, -min(shifts)), []  # taps of the first place may read before the first plane
+    for first_row, first_column, halo in planes:
+        table.append((at, first_row, first_column, halo))
+        at += (block_rows + halo) * width
+    place = np.arange(kernels.depthwise2d_mask_elements(width)) % width
+    masks = [-((place + shift >= 0) & (place + shift < length)).astype(np.int32) for shift, length in columns]
+    return _Tables(width, block_rows, int_table(table, 4), _int32(masks), at + max(0, *shifts))
+
+
+def _in_order(weight: Array, layer: g.Conv2d, taps: list[tuple[int, int]]) -> Array:
+    """A layer's weights (C, .., taps) as (C, taps) in the order of these taps."""
+    windows = weight.reshape(len(weight), *layer.weight.shape[2:])
+    return np.stack([windows[:, i, j] for i, j in taps], 1)
+
+
+def _int32(values: Any) -> npt.NDArray[np.int32]:
+    return read_only(np.array(values, np.int32))

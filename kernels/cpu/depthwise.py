@@ -1,0 +1,348 @@
+"""Depthwise convolution, each output of one input channel, and its redistribution: planes as single runs of places.
+
+A block of rows is copied into the first-level cache, rows joined with nothing between them: place (y, x) is number
+y * width + x. A tap that lies (i, j) away from a place is then i * width + j numbers away, whatever the row, and vectors
+run on over the ends of rows. There alone that is wrong, where a neighbour to the left or right is beside the plane: so
+each column of taps has a mask of the lanes whose neighbour there is inside. Masks repeat with every row; one of a row
+and a little more serves all blocks of all planes. No row is short: the 49 places of 7 x 7 fill seven vectors of eight.
+
+    direction       places                                     a tap reads
+    forward         outputs                                    the input's phases, planes of each remainder by the stride
+    redistribute    inputs by stride x stride, one phase of    ratio * c
+                    them at a time
+
+What is wider than what it is made of (convolutions that pad little, or much) has rows of the larger width, which are
+cut to their length when they are stored. Sums of a place are one chain in the order of the taps (by columns), so they
+do not depend on where it lies. Units are planes.
+"""
+
+from fastdtd.kernels.codes import NONNEGATIVE, ONES
+from fastdtd.kernels.cpu.elementwise import Finish, finish_row, redistribute_row
+from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product
+from fastdtd.kernels.cpu.rows import copy_exactly
+from fastdtd.kernels.cpu.vector_code import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    NO_LANE,
+    REGISTERS,
+    ZEROS,
+    any_lane,
+    integer,
+    keep_lanes,
+    load_vector,
+    loop_range,
+    multiply_add,
+    pick,
+    pointers,
+    splat,
+    store_vector,
+)
+from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
+from numba import types
+from numba.extending import intrinsic
+
+_VECTORS = 4  # at a time: two sums and a mask each, two weights and what they multiply are 15 registers
+_STEP = _VECTORS * LANES
+_BLOCK_FLOATS = 4096  # of a block, which stays in the first-level cache beside what is written
+
+
+# ---- Sizes, for the plan ---------------------------------------------------------------------------------------------
+
+
+def depthwise2d_pays(taps, height, width):
+    """Whether this is faster than conv2d for so many taps and outputs of this size (docs/kernels.md)."""
+    return True
+
+
+def depthwise2d_block_rows(rows, width, planes):
+    """Rows of places of each block, where a block holds so many planes."""
+    blocks = -(-rows * width * planes // _BLOCK_FLOATS)
+    return -(-rows // min(blocks, rows))
+
+
+def depthwise2d_mask_elements(width):
+    """Integers of a column's mask: a row of places, and those that a step which begins in it ends with."""
+    return width + _STEP
+
+
+def depthwise2d_results_elements(rows, width):
+    """Floats of `results`, for blocks of so many rows of places."""
+    return 2 * (rows * width + LANES)
+
+
+# ---- Sums over taps --------------------------------------------------------------------------------------------------
+
+
+class _Sums:
+    """Emits sums over a window's taps, for the places first..last-1 of a block.
+
+    Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of place p is the
+    float p + offsets[t] of the block. packed (taps, products) holds weights, masks (columns, width + _STEP) which
+    lanes a column's taps have.
+    """
+
+    KIND = types.intp, types.intp, types.intp, types.intp, types.intp, types.intp, types.intp, types.intp
+
+    def __init__(self, builder, block, packed, offsets, bounds, masks, width, first, last):
+        self.builder, self.width, self.first, self.last = builder, width, first, last
+        self.p_block, self.p_packed, self.p_offsets, self.p_bounds, self.p_masks = pointers(
+            builder, (block, packed, offsets, bounds, masks), F32, F32, I32, I32, I32)
+
+    def of_columns(self, first, last, place, column, vectors, products):
+        """Sums [product][vector] over columns first..last-1, from a place on, which lies in that column of a row."""
+        builder, mask_length = self.builder, self.builder.add(self.width, integer(_STEP))
+
+        def index(pointer, at):
+            return builder.sext(builder.load(builder.gep(pointer, [at])), I64)
+
+        def one_column(j, sums):
+            at = builder.add(builder.mul(j, mask_length), column)
+            masks = [load_vector(builder, self.p_masks, builder.add(at, integer(v * LANES))) for v in range(vectors)]
+
+            def one_tap(tap, sums):
+                source = builder.add(place, index(self.p_offsets, tap))
+                weights = []
+                for i in range(products):
+                    at = builder.add(builder.mul(tap, integer(products)), integer(i))
+                    weights.append(splat(builder, builder.load(builder.gep(self.p_packed, [at]))))
+                sums = list(sums)
+                for v in range(vectors):
+                    value = load_vector(builder, self.p_block, builder.add(source, integer(v * LANES)))
+                    value = keep_lanes(builder, value, masks[v])
+                    for i in range(products):
+                        sums[i * vectors + v] = multiply_add(builder, sums[i * vectors + v], weights[i], value)
+                return sums
+
+            return loop_range(builder, index(self.p_bounds, j), index(self.p_bounds, builder.add(j, integer(1))), 1,
+                              sums, one_tap)
+
+        sums = loop_range(builder, first, last, 1, [ZEROS] * (products * vectors), one_column)
+        return [sums[i * vectors:(i + 1) * vectors] for i in range(products)]
+
+    def for_each(self, values, body):
+        """values = body(place, column, vectors, values) for every step of so many vectors of places; the last is
+        whole too."""
+        builder = self.builder
+        column, first = builder.srem(self.first, self.width), self.first
+        for vectors in (_VECTORS, 1):
+            step = vectors * LANES
+            ahead = builder.srem(integer(step), self.width)
+
+            def one_step(place, carried, vectors=vectors, ahead=ahead):
+                column, *values = carried
+                values = body(place, column, vectors, values)
+                column = builder.add(column, ahead)
+                past = builder.icmp_signed(">=", column, self.width)
+                return [builder.select(past, builder.sub(column, self.width), column), *values]
+
+            last = self.last
+            if vectors > 1:
+                count = builder.sub(last, first)
+                last = builder.sub(last, builder.srem(count, integer(step)))
+            column, *values = loop_range(builder, first, last, step, [column, *values], one_step)
+            first = last
+        return values
+
+
+@intrinsic
+def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, masks, width, first, last):
+    """y, z <- W a and V a of places first..last-1, from these addresses on; whole vectors."""
+    def codegen(context, builder, signature, arguments):
+        p_y, p_z = pointers(builder, arguments[:2], F32, F32)
+        sums = _Sums(builder, *arguments[3:])
+
+        def one_step(place, column, vectors, nothing):
+            pair = sums.of_columns(integer(0), arguments[2], place, column, vectors, 2)
+            for pointer, values in zip((p_y, p_z), pair, strict=True):
+                for v, value in enumerate(values):
+                    store_vector(builder, value, pointer, builder.add(place, integer(v * LANES)))
+            return nothing
+
+        sums.for_each([], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3, *_Sums.KIND), codegen
+
+
+@intrinsic
+def _finish_places(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, width, first, last, bias,
+                   x_min, x_max, relevance, z_min):
+    """x, ratio <- those of whole vectors of places first..last-1 (elementwise.Finish). Returns whether a ratio is
+    negative."""
+    def codegen(context, builder, signature, arguments):
+        p_x, p_ratio = pointers(builder, arguments[:2], F32, F32)
+        sums, finish = _Sums(builder, *arguments[3:11]), Finish(builder, *arguments[11:])
+
+        def one_step(place, column, vectors, found):
+            found, = found
+            y, z = sums.of_columns(integer(0), arguments[2], place, column, vectors, 2)
+            for v in range(vectors):
+                at = builder.add(place, integer(v * LANES))
+                value, share = finish(y[v], z[v])
+                store_vector(builder, value, p_x, at)
+                store_vector(builder, share, p_ratio, at)
+                found = builder.or_(found, builder.fcmp_ordered("<", share, ZEROS))
+            return [found]
+
+        return any_lane(builder, sums.for_each([NO_LANE], one_step)[0])
+
+    return types.boolean(*[types.intp] * 3, *_Sums.KIND, *[types.float32] * 3, types.boolean, types.float32), codegen
+
+
+@intrinsic
+def _sum_places(typing_context, out, columns, add, block, packed, offsets, bounds, masks, width, first, last):
+    """out <- V^T (ratio * c) of places first..last-1, or added to out if `add`; whole vectors."""
+    def codegen(context, builder, signature, arguments):
+        p_out, = pointers(builder, arguments[:1], F32)
+        sums = _Sums(builder, *arguments[3:])
+
+        def one_step(place, column, vectors, nothing):
+            values, = sums.of_columns(integer(0), arguments[1], place, column, vectors, 1)
+            for v, value in enumerate(values):
+                at = builder.add(place, integer(v * LANES))
+                value = builder.select(arguments[2], builder.fadd(value, load_vector(builder, p_out, at)), value)
+                store_vector(builder, value, p_out, at)
+            return nothing
+
+        sums.for_each([], one_step)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.boolean, *_Sums.KIND), codegen
+
+
+@intrinsic
+def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed, offsets, bounds, masks, width, first,
+                      last):
+    """out[2 p], out[2 p + 1] <- V^T (ratio * c) of the two inputs of places p = first..last-1: the sums of the first
+    columns, columns_even of them, and of the others; whole vectors."""
+    def codegen(context, builder, signature, arguments):
+        p_out, = pointers(builder, arguments[:1], F32)
+        sums = _Sums(builder, *arguments[3:])
+
+        def one_step(place, column, vectors, nothing):
+            even, = sums.of_columns(integer(0), arguments[1], place, column, vectors, 1)
+            odd, = sums.of_columns(arguments[1], arguments[2], place, column, vectors, 1)
+            for v in range(vectors):
+                for half in range(2):
+                    order = [lane for i in range(half * LANES // 2, (half + 1) * LANES // 2) for lane in (i, LANES + i)]
+                    at = builder.add(builder.shl(place, integer(1)), integer((2 * v + half) * LANES))
+                    store_vector(builder, pick(builder, even[v], odd[v], order), p_out, at)
+            return nothing
+
+        sums.for_each([], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3, *_Sums.KIND), codegen
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias, planes, block, results,
+                        x_channel, a_channel, stride_h, stride_w, block_rows, x_min, x_max, relevance, first, last):
+    """As conv2d_forward for features NONNEGATIVE and one input and output in a group: x <- W a + bias, clipped to
+    x_min..x_max; ratio <- |x| / z.
+
+    packed (C, taps, 2) holds W and V, taps sorted by columns of the window; those of column j are
+    bounds[j]..bounds[j + 1] - 1. Tap t of place p is the float p + offsets[t] of block. masks (columns, width + _STEP,
+    int32) is -1 where the taps of a column lie inside the input. planes has a row for each plane of the block: where
+    it begins, the first row (of outputs at row 0) and column that it holds, and its rows beyond those of places. block
+    and results are flat scratch.
+    """
+    outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
+    columns, width = masks.shape[0], masks.shape[1] - _STEP
+    in_height, in_across = a.shape[2], a.shape[3]
+    is_joined = stride_h == 1 and stride_w == 1 and width == in_across  # rows of input and places alike
+    p_block, p_y, p_offsets = block.ctypes.data, results.ctypes.data, offsets.ctypes.data
+    p_bounds, p_masks = bounds.ctypes.data, masks.ctypes.data
+    for unit in range(first, last):
+        n, k = unit // outputs, unit % outputs
+        absorbs = False
+        p_plane = a.ctypes.data + 4 * (n * a.shape[1] + a_channel + k) * in_height * in_across
+        p_packed = packed.ctypes.data + 8 * k * len(offsets)
+        for top in range(0, height, block_rows):
+            rows = min(block_rows, height - top)
+            for i in range(len(planes)):
+                to, plane_rows, first_y = p_block + 4 * planes[i, 0], rows + planes[i, 3], top * stride_h + planes[i, 1]
+                if is_joined:
+                    copy_plane(to, 1, plane_rows * width, p_plane, 1, in_height * width, 0, first_y * width, 1, 1, ZERO)
+                else:
+                    copy_plane(to, plane_rows, width, p_plane, in_height, in_across, first_y, planes[i, 2], stride_h,
+                               stride_w, ZERO)
+            to_x = x.ctypes.data + 4 * ((n * x.shape[1] + x_channel + k) * height + top) * across
+            to_ratio = ratio.ctypes.data + 4 * (unit * height + top) * across
+            # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
+            places = rows * width
+            done = places - places % LANES if width == across else 0
+            absorbs |= _finish_places(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, width,
+                                      0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
+            if done < places:
+                p_z = p_y + 4 * (places + LANES)
+                _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, width, done, places)
+                length = places - done if width == across else across
+                for row in range(1 if width == across else rows):
+                    to, place = 4 * (done + row * across), 4 * (done + row * width)
+                    absorbs |= finish_row(to_x + to, to_ratio + to, p_z + place, p_y + place, length, bias[k], False,
+                                          False, x_min, x_max, relevance != 0, MIN_DENOMINATOR)
+        if absorbs:
+            dead[n] = 1
+
+
+@kernel
+def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, planes, block, results,
+                             c_in_channel, c_channel, a_channel, stride_h, stride_w, block_rows, columns_even, features,
+                             relevance, accumulate, first, last):
+    """As conv2d_redistribute for inputs of one feature, one input and output in a group: c_in <- V^T (ratio * c), or
+    added to c_in if `accumulate`. If `relevance`, times u.
+
+    packed (C, taps) holds V. Under a stride, place (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase
+    (i, j) with taps of its own: bounds (stride_h, columns + 1) has a row for each i, of columns of the window; the
+    first columns_even of them belong to even j. block is one plane, ratio * c. Else as depthwise2d_forward.
+    """
+    outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
+    columns, width = masks.shape[0], masks.shape[1] - _STEP
+    out_height, out_across = c.shape[2], c.shape[3]
+    as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
+    whole = stride_h == 1 and stride_w == 1 and width == across  # inputs are places, row after row
+    p_offsets, p_masks, p_results = offsets.ctypes.data, masks.ctypes.data, results.ctypes.data
+    p_block, grid_rows = block.ctypes.data, -(-height // stride_h)
+    for unit in range(first, last):
+        n, k = unit // outputs, unit % outputs
+        p_ratio = ratio.ctypes.data + 4 * unit * out_height * out_across
+        p_c = c.ctypes.data + 4 * (n * c.shape[1] + c_channel + k) * out_height * out_across
+        p_in = c_in.ctypes.data + 4 * (n * c_in.shape[1] + c_in_channel + k) * height * across
+        p_a = a.ctypes.data + 4 * (n * a.shape[1] + a_channel + k) * height * across
+        p_packed = packed.ctypes.data + 4 * k * len(offsets)
+        for top in range(0, grid_rows, block_rows):
+            rows = min(block_rows, grid_rows - top)
+            to, plane_rows, first_y = p_block + 4 * planes[0, 0], rows + planes[0, 3], top + planes[0, 1]
+            if width == out_across:
+                copy_product(to, 1, plane_rows * width, p_ratio, p_c, 1, out_height * width, 0, first_y * width, ZERO)
+            else:
+                copy_product(to, plane_rows, width, p_ratio, p_c, out_height, out_across, first_y, 0, ZERO)
+            for i in range(stride_h):
+                count = min(rows, -(-(height - i) // stride_h) - top)
+                places, p_bounds, begin = count * width, bounds.ctypes.data + 4 * i * bounds.shape[1], 4 * top * across
+                # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
+                done = places - places % LANES if whole and as_it_is else 0
+                if stride_w == 1:
+                    _sum_places(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds, p_masks,
+                                width, 0, done)
+                    _sum_places(p_results, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, width, done,
+                                places)
+                else:
+                    _sum_even_and_odd(p_results, columns_even, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
+                                      width, 0, places)
+                for row in range(1 if whole else count):
+                    values = p_results + 4 * (done + row * width * stride_w)
+                    at = begin + 4 * done if whole else 4 * ((top + row) * stride_h + i) * across
+                    length = places - done if whole else across
+                    if as_it_is:
+                        copy_exactly(p_in + at, values, length, accumulate != 0)
+                    else:
+                        redistribute_row(p_in + at, values, values, p_a + at, length, ZERO, ZERO, False, relevance != 0,
+                                         accumulate != 0)
