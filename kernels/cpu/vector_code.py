@@ -110,8 +110,6 @@ def pick(builder, a, b, order):
 
 def keep_lanes(builder, vector, mask):
     """Zero where the integers of `mask` are 0, which are -1 elsewhere."""
-    if LANES == 16:  # AVX-512 zeroes lanes as it loads them
-        return builder.select(builder.icmp_signed("!=", mask, ir.Constant(INTEGERS, [0] * LANES)), vector, ZEROS)
     return builder.bitcast(builder.and_(builder.bitcast(vector, INTEGERS), mask), VECTOR)
 
 
