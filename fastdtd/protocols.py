@@ -117,6 +117,7 @@ class BlockedDevice(Device, Protocol):
 
     CONVOLUTION: Literal["blocked"]
     CONV2D_COLUMNS: int  # of a tile
+    DEPTHWISE2D_STEP: int  # places at a time
     conv2d_pack_split: Kernel
     depthwise2d_forward: Kernel
     depthwise2d_redistribute: Kernel
@@ -139,8 +140,6 @@ class BlockedDevice(Device, Protocol):
         """Whether it is faster than the direct convolution, for outputs of this size."""
     def depthwise2d_block_rows(self, rows: int, width: int, planes: int) -> int:
         """Rows of places of each block that holds so many planes."""
-    def depthwise2d_mask_elements(self, width: int) -> int:
-        """Integers of a column's mask."""
     def depthwise2d_results_elements(self, rows: int, width: int) -> int:
         """Floats of `results`."""
     def winograd2d_pays(self, depth: int, rows: int, height: int, width: int) -> bool:

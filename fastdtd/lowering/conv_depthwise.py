@@ -30,9 +30,9 @@ class _Tables:
     masks: npt.NDArray[np.int32]
     block_elements: int
 
-    def offset(self, plane: int, down: int, right: int) -> int:
+    def offset(self, plane: int, parity: int, down: int, right: int) -> int:
         """From the first place of a block to what a tap of it reads: so many rows below a plane's first."""
-        return int(self.planes[plane, 0]) + down * self.width + right
+        return int(self.planes[plane, parity]) + down * self.width + right
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,16 +93,15 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     down, across = ([(read % step, read // step) for read in (tap * apart - before for tap in range(count))]
                     for step, apart, before, count in zip(layer.stride, layer.dilation, layer.padding[:2],
                                                           layer.weight.shape[2:], strict=True))
-    lengths = {phase: -(-(in_width - phase) // layer.stride[1]) for phase, _ in across}
-    least = {phase: min(shift for other, shift in down if other == phase) for phase, _ in down}
-    most = {phase: max(shift for other, shift in down if other == phase) for phase, _ in down}
-    planes = [(y, x) for y in least for x in lengths]
-    tables = _tables([(shift, lengths[phase]) for phase, shift in across], (height, max(width, *lengths.values())),
-                     [(least[y] * layer.stride[0] + y, x, most[y] - least[y]) for y, x in planes], kernels)
-    taps = [(i, j) for j in range(len(across)) for i in range(len(down))]
-    offsets = [tables.offset(planes.index((down[i][0], across[j][0])), down[i][1] - least[down[i][0]], across[j][1])
-               for i, j in taps]
-    weight = _in_order(term.w(layer.weight), layer, taps)
+    lengths = [-(-(in_width - phase) // layer.stride[1]) for phase in range(layer.stride[1])]
+    shifts = {phase: [shift for other, shift in down if other == phase] for phase, _ in down}
+    phases = list(shifts)
+    tables = _tables([(shift, lengths[phase]) for phase, shift in across], (height, max(width, *lengths)),
+                     [(layer.stride[0] * min(own) + phase, max(own) - min(own)) for phase, own in shifts.items()],
+                     layer.stride[1], kernels)
+    offsets = [tables.offset(phases.index(row), column, below - min(shifts[row]), right)
+               for column, right in across for row, below in down]
+    weight = term.w(layer.weight)[:, 0].swapaxes(1, 2).reshape(len(layer.weight), -1)
     return Forward(read_only(np.stack([weight, np.maximum(weight, 0)], 2)), _int32(offsets),
                    _int32([j * len(down) for j in range(len(across) + 1)]), tables)
 
@@ -121,40 +120,36 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDev
     shifts = [shift for phase in down for _, shift in phase]
     grid = -(-in_height // layer.stride[0]), max(-(-in_width // layer.stride[1]), width)
     columns = [column for phase in across for column in phase]
-    tables = _tables([(shift, width) for _, shift in columns], grid, [(min(shifts), 0, max(shifts) - min(shifts))],
-                     kernels)
+    tables = _tables([(shift, width) for _, shift in columns], grid, [(min(shifts), max(shifts) - min(shifts))],
+                     1, kernels)
     taps, offsets, bounds = [], [], []
     for phase in down:
         begins = []
         for j, right in columns:
             begins.append(len(taps))
             taps += [(i, j) for i, _ in phase]
-            offsets += [tables.offset(0, shift - min(shifts), right) for _, shift in phase]
+            offsets += [tables.offset(0, 0, shift - min(shifts), right) for _, shift in phase]
         bounds.append([*begins, len(taps)])
-    return Backward(read_only(_in_order(backward_weights(layer, term), layer, taps)), _int32(offsets), _int32(bounds), tables,
+    v = backward_weights(layer, term).reshape(len(layer.weight), -1)
+    return Backward(read_only(v[:, [i * layer.weight.shape[3] + j for i, j in taps]]), _int32(offsets), _int32(bounds), tables,
                     term.features, len(across[0]))
 
 
-def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], planes: list[tuple[int, int, int]],
+def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], planes: list[tuple[int, int]], parities: int,
             kernels: BlockedDevice) -> _Tables:
     """columns: how far to the right a column's taps read, in rows of which length. grid: rows of places, their width.
-    planes: first row, first column, rows beyond those of places."""
+    planes: first row, rows beyond those of places. parities: 2 where a plane has its even and odd columns apart."""
     rows, width = grid
     shifts = [shift for shift, _ in columns]
-    block_rows = kernels.depthwise2d_block_rows(rows, width, len(planes))
+    block_rows = kernels.depthwise2d_block_rows(rows, width, parities * len(planes))
     at, table = max(0, -min(shifts)), []  # taps of the first place may read before the first plane
-    for first_row, first_column, halo in planes:
-        table.append((at, first_row, first_column, halo))
-        at += (block_rows + halo) * width
-    place = np.arange(kernels.depthwise2d_mask_elements(width)) % width
+    for first_row, halo in planes:
+        size = (block_rows + halo) * width + kernels.DEPTHWISE2D_STEP
+        table.append((at, at + (parities - 1) * size, first_row, halo))
+        at += parities * size
+    place = np.arange(width + kernels.DEPTHWISE2D_STEP) % width
     masks = [-((place + shift >= 0) & (place + shift < length)).astype(np.int32) for shift, length in columns]
     return _Tables(width, block_rows, int_table(table, 4), _int32(masks), at + max(0, *shifts))
-
-
-def _in_order(weight: Array, layer: g.Conv2d, taps: list[tuple[int, int]]) -> Array:
-    """A layer's weights (C, .., taps) as (C, taps) in the order of these taps."""
-    windows = weight.reshape(len(weight), *layer.weight.shape[2:])
-    return np.stack([windows[:, i, j] for i, j in taps], 1)
 
 
 def _int32(values: Any) -> npt.NDArray[np.int32]:

@@ -19,7 +19,7 @@ do not depend on where it lies. Units are planes.
 from fastdtd.kernels.codes import NONNEGATIVE, ONES
 from fastdtd.kernels.cpu.elementwise import Finish, finish_row, redistribute_row
 from fastdtd.kernels.cpu.jit import kernel
-from fastdtd.kernels.cpu.planes import copy_plane, copy_product
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product, copy_rows
 from fastdtd.kernels.cpu.rows import copy_exactly
 from fastdtd.kernels.cpu.vector_code import (
     F32,
@@ -45,7 +45,7 @@ from numba import types
 from numba.extending import intrinsic
 
 _VECTORS = 4  # at a time: two sums and a mask each, two weights and what they multiply are 15 registers
-_STEP = _VECTORS * LANES
+DEPTHWISE2D_STEP = _VECTORS * LANES  # places at a time; so many are read and written beyond the last
 _BLOCK_FLOATS = 4096  # of a block, which stays in the first-level cache beside what is written
 
 
@@ -63,14 +63,9 @@ def depthwise2d_block_rows(rows, width, planes):
     return -(-rows // min(blocks, rows))
 
 
-def depthwise2d_mask_elements(width):
-    """Integers of a column's mask: a row of places, and those that a step which begins in it ends with."""
-    return width + _STEP
-
-
 def depthwise2d_results_elements(rows, width):
     """Floats of `results`, for blocks of so many rows of places."""
-    return 2 * (rows * width + LANES)
+    return 2 * (rows * width + DEPTHWISE2D_STEP)
 
 
 # ---- Sums over taps --------------------------------------------------------------------------------------------------
@@ -80,7 +75,7 @@ class _Sums:
     """Emits sums over a window's taps, for the places first..last-1 of a block.
 
     Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of place p is the
-    float p + offsets[t] of the block. packed (taps, products) holds weights, masks (columns, width + _STEP) which
+    float p + offsets[t] of the block. packed (taps, products) holds weights, masks (columns, width + DEPTHWISE2D_STEP) which
     lanes a column's taps have.
     """
 
@@ -93,7 +88,7 @@ class _Sums:
 
     def of_columns(self, first, last, place, column, vectors, products):
         """Sums [product][vector] over columns first..last-1, from a place on, which lies in that column of a row."""
-        builder, mask_length = self.builder, self.builder.add(self.width, integer(_STEP))
+        builder, mask_length = self.builder, self.builder.add(self.width, integer(DEPTHWISE2D_STEP))
 
         def index(pointer, at):
             return builder.sext(builder.load(builder.gep(pointer, [at])), I64)
@@ -138,10 +133,10 @@ class _Sums:
                 past = builder.icmp_signed(">=", column, self.width)
                 return [builder.select(past, builder.sub(column, self.width), column), *values]
 
-            last = self.last
-            if vectors > 1:
-                count = builder.sub(last, first)
-                last = builder.sub(last, builder.srem(count, integer(step)))
+            # as many at a time, as long as more than half of them count
+            rest = builder.srem(builder.sub(self.last, first), integer(step))
+            more = builder.icmp_signed(">", rest, integer(step // 2 if vectors > 1 else 0))
+            last = builder.add(builder.sub(self.last, rest), builder.select(more, integer(step), integer(0)))
             column, *values = loop_range(builder, first, last, step, [column, *values], one_step)
             first = last
         return values
@@ -238,6 +233,13 @@ def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed,
     return types.void(*[types.intp] * 3, *_Sums.KIND), codegen
 
 
+@kernel
+def _whole_steps(places):
+    """How many of them the sums above would do without any beyond the last."""
+    rest = places % DEPTHWISE2D_STEP
+    return places - (rest if rest > DEPTHWISE2D_STEP // 2 else places % LANES)
+
+
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,13 +250,13 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
     x_min..x_max; ratio <- |x| / z.
 
     packed (C, taps, 2) holds W and V, taps sorted by columns of the window; those of column j are
-    bounds[j]..bounds[j + 1] - 1. Tap t of place p is the float p + offsets[t] of block. masks (columns, width + _STEP,
-    int32) is -1 where the taps of a column lie inside the input. planes has a row for each plane of the block: where
-    it begins, the first row (of outputs at row 0) and column that it holds, and its rows beyond those of places. block
-    and results are flat scratch.
+    bounds[j]..bounds[j + 1] - 1. Tap t of place p is the float p + offsets[t] of block. masks (columns, width + DEPTHWISE2D_STEP,
+    int32) is -1 where the taps of a column lie inside the input. planes has a row for each phase of the input's rows:
+    where even columns (all columns without a stride) and odd ones begin in the block, the first row that it holds for
+    outputs at row 0, and its rows beyond those of places. block and results are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
-    columns, width = masks.shape[0], masks.shape[1] - _STEP
+    columns, width = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
     in_height, in_across = a.shape[2], a.shape[3]
     is_joined = stride_h == 1 and stride_w == 1 and width == in_across  # rows of input and places alike
     p_block, p_y, p_offsets = block.ctypes.data, results.ctypes.data, offsets.ctypes.data
@@ -267,21 +269,21 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
         for top in range(0, height, block_rows):
             rows = min(block_rows, height - top)
             for i in range(len(planes)):
-                to, plane_rows, first_y = p_block + 4 * planes[i, 0], rows + planes[i, 3], top * stride_h + planes[i, 1]
+                to, plane_rows, first_y = p_block + 4 * planes[i, 0], rows + planes[i, 3], top * stride_h + planes[i, 2]
                 if is_joined:
                     copy_plane(to, 1, plane_rows * width, p_plane, 1, in_height * width, 0, first_y * width, 1, 1, ZERO)
                 else:
-                    copy_plane(to, plane_rows, width, p_plane, in_height, in_across, first_y, planes[i, 2], stride_h,
-                               stride_w, ZERO)
+                    copy_rows(to, planes[i, 1] - planes[i, 0], plane_rows, width, p_plane, in_height, in_across,
+                              first_y, stride_h, stride_w)
             to_x = x.ctypes.data + 4 * ((n * x.shape[1] + x_channel + k) * height + top) * across
             to_ratio = ratio.ctypes.data + 4 * (unit * height + top) * across
             # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
             places = rows * width
-            done = places - places % LANES if width == across else 0
+            done = _whole_steps(places) if width == across else 0
             absorbs |= _finish_places(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, width,
                                       0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
             if done < places:
-                p_z = p_y + 4 * (places + LANES)
+                p_z = p_y + 4 * (places + DEPTHWISE2D_STEP)
                 _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, width, done, places)
                 length = places - done if width == across else across
                 for row in range(1 if width == across else rows):
@@ -304,7 +306,7 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
     first columns_even of them belong to even j. block is one plane, ratio * c. Else as depthwise2d_forward.
     """
     outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
-    columns, width = masks.shape[0], masks.shape[1] - _STEP
+    columns, width = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
     out_height, out_across = c.shape[2], c.shape[3]
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
     whole = stride_h == 1 and stride_w == 1 and width == across  # inputs are places, row after row
@@ -319,7 +321,7 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
         p_packed = packed.ctypes.data + 4 * k * len(offsets)
         for top in range(0, grid_rows, block_rows):
             rows = min(block_rows, grid_rows - top)
-            to, plane_rows, first_y = p_block + 4 * planes[0, 0], rows + planes[0, 3], top + planes[0, 1]
+            to, plane_rows, first_y = p_block + 4 * planes[0, 0], rows + planes[0, 3], top + planes[0, 2]
             if width == out_across:
                 copy_product(to, 1, plane_rows * width, p_ratio, p_c, 1, out_height * width, 0, first_y * width, ZERO)
             else:
@@ -328,7 +330,7 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
                 count = min(rows, -(-(height - i) // stride_h) - top)
                 places, p_bounds, begin = count * width, bounds.ctypes.data + 4 * i * bounds.shape[1], 4 * top * across
                 # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
-                done = places - places % LANES if whole and as_it_is else 0
+                done = _whole_steps(places) if whole and as_it_is else 0
                 if stride_w == 1:
                     _sum_places(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds, p_masks,
                                 width, 0, done)
