@@ -49,7 +49,7 @@ class _Depthwise:
         results = b.blocked_kernels.depthwise2d_results_elements(tables.block_rows, tables.width)
         return {
             "packed": self.weights, "offsets": self.offsets, "bounds": self.bounds, "masks": tables.masks,
-            "planes": tables.planes, "block_rows": tables.block_rows, "stride_h": layer.stride[0],
+            "planes": tables.planes, "width": tables.width, "block_rows": tables.block_rows, "stride_h": layer.stride[0],
             "stride_w": layer.stride[1], "block": b.scratch("block", tables.block_elements),
             "results": b.scratch("results", results)
         }
@@ -147,7 +147,8 @@ def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], planes: list[
         size = (block_rows + halo) * width + kernels.DEPTHWISE2D_STEP
         table.append((at, at + (parities - 1) * size, first_row, halo))
         at += parities * size
-    place = np.arange(width + kernels.DEPTHWISE2D_STEP) % width
+    period = -(-kernels.DEPTHWISE2D_STEP // width) * width  # whole rows, so that a step ends in the next one at most
+    place = np.arange(period + kernels.DEPTHWISE2D_STEP) % width
     masks = [-((place + shift >= 0) & (place + shift < length)).astype(np.int32) for shift, length in columns]
     return _Tables(width, block_rows, int_table(table, 4), _int32(masks), at + max(0, *shifts))
 

@@ -19,7 +19,7 @@ do not depend on where it lies. Units are planes.
 from fastdtd.kernels.codes import NONNEGATIVE, ONES
 from fastdtd.kernels.cpu.elementwise import Finish, finish_row, redistribute_row
 from fastdtd.kernels.cpu.jit import kernel
-from fastdtd.kernels.cpu.planes import copy_plane, copy_product, copy_rows
+from fastdtd.kernels.cpu.planes import copy_product, copy_product_run, copy_rows, copy_run
 from fastdtd.kernels.cpu.rows import copy_exactly
 from fastdtd.kernels.cpu.vector_code import (
     F32,
@@ -75,20 +75,20 @@ class _Sums:
     """Emits sums over a window's taps, for the places first..last-1 of a block.
 
     Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of place p is the
-    float p + offsets[t] of the block. packed (taps, products) holds weights, masks (columns, width + DEPTHWISE2D_STEP) which
-    lanes a column's taps have.
+    float p + offsets[t] of the block. packed (taps, products) holds weights; masks (columns, period + DEPTHWISE2D_STEP)
+    which places a column's taps have, as place `period` is like place 0.
     """
 
-    KIND = types.intp, types.intp, types.intp, types.intp, types.intp, types.intp, types.intp, types.intp
+    KIND = (types.intp, ) * 8
 
-    def __init__(self, builder, block, packed, offsets, bounds, masks, width, first, last):
-        self.builder, self.width, self.first, self.last = builder, width, first, last
+    def __init__(self, builder, block, packed, offsets, bounds, masks, period, first, last):
+        self.builder, self.period, self.first, self.last = builder, period, first, last
         self.p_block, self.p_packed, self.p_offsets, self.p_bounds, self.p_masks = pointers(
             builder, (block, packed, offsets, bounds, masks), F32, F32, I32, I32, I32)
 
     def of_columns(self, first, last, place, column, vectors, products):
         """Sums [product][vector] over columns first..last-1, from a place on, which lies in that column of a row."""
-        builder, mask_length = self.builder, self.builder.add(self.width, integer(DEPTHWISE2D_STEP))
+        builder, mask_length = self.builder, self.builder.add(self.period, integer(DEPTHWISE2D_STEP))
 
         def index(pointer, at):
             return builder.sext(builder.load(builder.gep(pointer, [at])), I64)
@@ -121,17 +121,16 @@ class _Sums:
         """values = body(place, column, vectors, values) for every step of so many vectors of places; the last is
         whole too."""
         builder = self.builder
-        column, first = builder.srem(self.first, self.width), self.first
+        column, first = builder.srem(self.first, self.period), self.first
         for vectors in (_VECTORS, 1):
             step = vectors * LANES
-            ahead = builder.srem(integer(step), self.width)
 
-            def one_step(place, carried, vectors=vectors, ahead=ahead):
+            def one_step(place, carried, vectors=vectors, step=step):
                 column, *values = carried
                 values = body(place, column, vectors, values)
-                column = builder.add(column, ahead)
-                past = builder.icmp_signed(">=", column, self.width)
-                return [builder.select(past, builder.sub(column, self.width), column), *values]
+                column = builder.add(column, integer(step))
+                past = builder.icmp_signed(">=", column, self.period)
+                return [builder.select(past, builder.sub(column, self.period), column), *values]
 
             # as many at a time, as long as more than half of them count
             rest = builder.srem(builder.sub(self.last, first), integer(step))
@@ -143,7 +142,7 @@ class _Sums:
 
 
 @intrinsic
-def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, masks, width, first, last):
+def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, masks, period, first, last):
     """y, z <- W a and V a of places first..last-1, from these addresses on; whole vectors."""
     def codegen(context, builder, signature, arguments):
         p_y, p_z = pointers(builder, arguments[:2], F32, F32)
@@ -163,7 +162,7 @@ def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, ma
 
 
 @intrinsic
-def _finish_places(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, width, first, last, bias,
+def _finish_places(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, period, first, last, bias,
                    x_min, x_max, relevance, z_min):
     """x, ratio <- those of whole vectors of places first..last-1 (elementwise.Finish). Returns whether a ratio is
     negative."""
@@ -188,7 +187,7 @@ def _finish_places(typing_context, x, ratio, columns, block, packed, offsets, bo
 
 
 @intrinsic
-def _sum_places(typing_context, out, columns, add, block, packed, offsets, bounds, masks, width, first, last):
+def _sum_places(typing_context, out, columns, add, block, packed, offsets, bounds, masks, period, first, last):
     """out <- V^T (ratio * c) of places first..last-1, or added to out if `add`; whole vectors."""
     def codegen(context, builder, signature, arguments):
         p_out, = pointers(builder, arguments[:1], F32)
@@ -209,7 +208,7 @@ def _sum_places(typing_context, out, columns, add, block, packed, offsets, bound
 
 
 @intrinsic
-def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed, offsets, bounds, masks, width, first,
+def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed, offsets, bounds, masks, period, first,
                       last):
     """out[2 p], out[2 p + 1] <- V^T (ratio * c) of the two inputs of places p = first..last-1: the sums of the first
     columns, columns_even of them, and of the others; whole vectors."""
@@ -245,7 +244,7 @@ def _whole_steps(places):
 
 @kernel
 def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias, planes, block, results,
-                        x_channel, a_channel, stride_h, stride_w, block_rows, x_min, x_max, relevance, first, last):
+                        x_channel, a_channel, stride_h, stride_w, width, block_rows, x_min, x_max, relevance, first, last):
     """As conv2d_forward for features NONNEGATIVE and one input and output in a group: x <- W a + bias, clipped to
     x_min..x_max; ratio <- |x| / z.
 
@@ -256,7 +255,7 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
     outputs at row 0, and its rows beyond those of places. block and results are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
-    columns, width = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
+    columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
     in_height, in_across = a.shape[2], a.shape[3]
     is_joined = stride_h == 1 and stride_w == 1 and width == in_across  # rows of input and places alike
     p_block, p_y, p_offsets = block.ctypes.data, results.ctypes.data, offsets.ctypes.data
@@ -271,7 +270,7 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
             for i in range(len(planes)):
                 to, plane_rows, first_y = p_block + 4 * planes[i, 0], rows + planes[i, 3], top * stride_h + planes[i, 2]
                 if is_joined:
-                    copy_plane(to, 1, plane_rows * width, p_plane, 1, in_height * width, 0, first_y * width, 1, 1, ZERO)
+                    copy_run(to, plane_rows * width, p_plane, in_height * width, first_y * width)
                 else:
                     copy_rows(to, planes[i, 1] - planes[i, 0], plane_rows, width, p_plane, in_height, in_across,
                               first_y, stride_h, stride_w)
@@ -280,11 +279,11 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
             # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
             places = rows * width
             done = _whole_steps(places) if width == across else 0
-            absorbs |= _finish_places(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, width,
+            absorbs |= _finish_places(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period,
                                       0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
             if done < places:
                 p_z = p_y + 4 * (places + DEPTHWISE2D_STEP)
-                _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, width, done, places)
+                _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done, places)
                 length = places - done if width == across else across
                 for row in range(1 if width == across else rows):
                     to, place = 4 * (done + row * across), 4 * (done + row * width)
@@ -296,7 +295,7 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
 
 @kernel
 def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, planes, block, results,
-                             c_in_channel, c_channel, a_channel, stride_h, stride_w, block_rows, columns_even, features,
+                             c_in_channel, c_channel, a_channel, stride_h, stride_w, width, block_rows, columns_even, features,
                              relevance, accumulate, first, last):
     """As conv2d_redistribute for inputs of one feature, one input and output in a group: c_in <- V^T (ratio * c), or
     added to c_in if `accumulate`. If `relevance`, times u.
@@ -306,7 +305,7 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
     first columns_even of them belong to even j. block is one plane, ratio * c. Else as depthwise2d_forward.
     """
     outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
-    columns, width = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
+    columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
     out_height, out_across = c.shape[2], c.shape[3]
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
     whole = stride_h == 1 and stride_w == 1 and width == across  # inputs are places, row after row
@@ -323,7 +322,7 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
             rows = min(block_rows, grid_rows - top)
             to, plane_rows, first_y = p_block + 4 * planes[0, 0], rows + planes[0, 3], top + planes[0, 2]
             if width == out_across:
-                copy_product(to, 1, plane_rows * width, p_ratio, p_c, 1, out_height * width, 0, first_y * width, ZERO)
+                copy_product_run(to, plane_rows * width, p_ratio, p_c, out_height * width, first_y * width)
             else:
                 copy_product(to, plane_rows, width, p_ratio, p_c, out_height, out_across, first_y, 0, ZERO)
             for i in range(stride_h):
@@ -333,12 +332,12 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
                 done = _whole_steps(places) if whole and as_it_is else 0
                 if stride_w == 1:
                     _sum_places(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds, p_masks,
-                                width, 0, done)
-                    _sum_places(p_results, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, width, done,
+                                period, 0, done)
+                    _sum_places(p_results, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
                                 places)
                 else:
                     _sum_even_and_odd(p_results, columns_even, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
-                                      width, 0, places)
+                                      period, 0, places)
                 for row in range(1 if whole else count):
                     values = p_results + 4 * (done + row * width * stride_w)
                     at = begin + 4 * done if whole else 4 * ((top + row) * stride_h + i) * across
