@@ -26,13 +26,15 @@ class _Tables:
 
     width: int  # of a row of places
     block_rows: int
+    halo_rows: int
+    pad_top: int
     planes: npt.NDArray[np.int64]
     masks: npt.NDArray[np.int32]
     block_elements: int
 
-    def offset(self, plane: int, parity: int, down: int, right: int) -> int:
+    def offset(self, phase: int, parity: int, down: int, right: int) -> int:
         """From the first place of a block to what a tap of it reads: so many rows below a plane's first."""
-        return int(self.planes[plane, parity]) + down * self.width + right
+        return int(self.planes[phase, parity]) + down * self.width + right
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class _Depthwise:
         results = b.blocked_kernels.depthwise2d_results_elements(tables.block_rows, tables.width)
         return {
             "packed": self.weights, "offsets": self.offsets, "bounds": self.bounds, "masks": tables.masks,
-            "planes": tables.planes, "width": tables.width, "block_rows": tables.block_rows, "stride_h": layer.stride[0],
+            "planes": tables.planes, "width": tables.width, "block_rows": tables.block_rows, "halo_rows": tables.halo_rows, "pad_top": tables.pad_top, "stride_h": layer.stride[0],
             "stride_w": layer.stride[1], "block": b.scratch("block", tables.block_elements),
             "results": b.scratch("results", results)
         }
@@ -89,21 +91,18 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     if term.features != codes.NONNEGATIVE or not suits(layer, graph, kernels):
         return None
     (_, _, in_width), (_, height, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
-    # Tap i of output p reads the input at p * stride + read: of its phase, element p + shift.
-    down, across = ([(read % step, read // step) for read in (tap * apart - before for tap in range(count))]
-                    for step, apart, before, count in zip(layer.stride, layer.dilation, layer.padding[:2],
-                                                          layer.weight.shape[2:], strict=True))
-    lengths = [-(-(in_width - phase) // layer.stride[1]) for phase in range(layer.stride[1])]
-    shifts = {phase: [shift for other, shift in down if other == phase] for phase, _ in down}
-    phases = list(shifts)
-    tables = _tables([(shift, lengths[phase]) for phase, shift in across], (height, max(width, *lengths)),
-                     [(layer.stride[0] * min(own) + phase, max(own) - min(own)) for phase, own in shifts.items()],
-                     layer.stride[1], kernels)
-    offsets = [tables.offset(phases.index(row), column, below - min(shifts[row]), right)
-               for column, right in across for row, below in down]
+    (step_h, step_w), (pad_top, pad_left, *_), kernel = layer.stride, layer.padding, layer.weight.shape[2:]
+    # A tap reads the input at place * stride + tap - padding: element place + (tap - padding) // stride of a phase.
+    down = [i * layer.dilation[0] for i in range(kernel[0])]
+    across = [j * layer.dilation[1] - pad_left for j in range(kernel[1])]
+    lengths = [-(-(in_width - parity) // step_w) for parity in range(step_w)]
+    tables = _tables([(right // step_w, lengths[right % step_w]) for right in across], (height, max(width, *lengths)),
+                     layer.stride, pad_top, down[-1] // step_h, kernels)
+    offsets = [tables.offset(below % step_h, right % step_w, below // step_h, right // step_w)
+               for right in across for below in down]
     weight = term.w(layer.weight)[:, 0].swapaxes(1, 2).reshape(len(layer.weight), -1)
     return Forward(read_only(np.stack([weight, np.maximum(weight, 0)], 2)), _int32(offsets),
-                   _int32([j * len(down) for j in range(len(across) + 1)]), tables)
+                   _int32(range(0, len(offsets) + 1, len(down))), tables)
 
 
 def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Backward | None:
@@ -117,40 +116,41 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDev
           if (phase + before - tap * apart) % step == 0] for phase in range(step)]
         for step, apart, before, count in zip(layer.stride, layer.dilation, layer.padding[:2], layer.weight.shape[2:],
                                               strict=True))
-    shifts = [shift for phase in down for _, shift in phase]
-    grid = -(-in_height // layer.stride[0]), max(-(-in_width // layer.stride[1]), width)
     columns = [column for phase in across for column in phase]
-    tables = _tables([(shift, width) for _, shift in columns], grid, [(min(shifts), max(shifts) - min(shifts))],
-                     1, kernels)
+    above = -min(shift for phase in down for _, shift in phase)
+    halo = above + max(shift for phase in down for _, shift in phase)
+    tables = _tables([(right, width) for _, right in columns],
+                     (-(-in_height // layer.stride[0]), max(-(-in_width // layer.stride[1]), width)), (1, 1), above, halo,
+                     kernels)
     taps, offsets, bounds = [], [], []
     for phase in down:
         begins = []
         for j, right in columns:
             begins.append(len(taps))
             taps += [(i, j) for i, _ in phase]
-            offsets += [tables.offset(0, 0, shift - min(shifts), right) for _, shift in phase]
+            offsets += [tables.offset(0, 0, below + above, right) for _, below in phase]
         bounds.append([*begins, len(taps)])
     v = backward_weights(layer, term).reshape(len(layer.weight), -1)
     return Backward(read_only(v[:, [i * layer.weight.shape[3] + j for i, j in taps]]), _int32(offsets), _int32(bounds), tables,
                     term.features, len(across[0]))
 
 
-def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], planes: list[tuple[int, int]], parities: int,
-            kernels: BlockedDevice) -> _Tables:
+def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], phases: tuple[int, int], pad_top: int,
+            halo_rows: int, kernels: BlockedDevice) -> _Tables:
     """columns: how far to the right a column's taps read, in rows of which length. grid: rows of places, their width.
-    planes: first row, rows beyond those of places. parities: 2 where a plane has its even and odd columns apart."""
+    phases: of rows and of columns, each with a plane of its own."""
     rows, width = grid
     shifts = [shift for shift, _ in columns]
-    block_rows = kernels.depthwise2d_block_rows(rows, width, parities * len(planes))
-    at, table = max(0, -min(shifts)), []  # taps of the first place may read before the first plane
-    for first_row, halo in planes:
-        size = (block_rows + halo) * width + kernels.DEPTHWISE2D_STEP
-        table.append((at, at + (parities - 1) * size, first_row, halo))
-        at += parities * size
+    block_rows = kernels.depthwise2d_block_rows(rows, width, phases[0] * phases[1])
+    size = (block_rows + halo_rows) * width + kernels.DEPTHWISE2D_STEP
+    before = max(0, -min(shifts))  # taps of the first place may read before the first plane
+    planes = [tuple(before + (row * phases[1] + parity % phases[1]) * size for parity in range(2))
+              for row in range(phases[0])]
     period = -(-kernels.DEPTHWISE2D_STEP // width) * width  # whole rows, so that a step ends in the next one at most
     place = np.arange(period + kernels.DEPTHWISE2D_STEP) % width
     masks = [-((place + shift >= 0) & (place + shift < length)).astype(np.int32) for shift, length in columns]
-    return _Tables(width, block_rows, int_table(table, 4), _int32(masks), at + max(0, *shifts))
+    return _Tables(width, block_rows, halo_rows, pad_top, int_table(planes, 2), _int32(masks),
+                   before + phases[0] * phases[1] * size + max(0, *shifts))
 
 
 def _int32(values: Any) -> npt.NDArray[np.int32]:

@@ -18,9 +18,9 @@ do not depend on where it lies. Units are planes.
 
 from fastdtd.kernels.codes import NONNEGATIVE, ONES
 from fastdtd.kernels.cpu.elementwise import Finish, finish_row, redistribute_row
-from fastdtd.kernels.cpu.jit import kernel
-from fastdtd.kernels.cpu.planes import copy_product, copy_product_run, copy_rows, copy_run
-from fastdtd.kernels.cpu.rows import copy_exactly
+from fastdtd.kernels.cpu.jit import kernel, part
+from fastdtd.kernels.cpu.planes import copy_product, copy_product_run, copy_run
+from fastdtd.kernels.cpu.rows import copy_exactly, copy_vectors, fill_vectors, split_vectors
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I32,
@@ -232,6 +232,24 @@ def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed,
     return types.void(*[types.intp] * 3, *_Sums.KIND), codegen
 
 
+@part
+def _copy_rows(p_block, planes, rows, width, plane, height, across, first_y, stride_h, stride_w):
+    """Rows of a plane (height, across) from first_y on to the block's planes, `rows` rows each: row i to plane
+    i % stride_h, and of stride_w = 2 its even and odd columns apart. What is right of a row's end is not set."""
+    y = first_y
+    for row in range(rows):
+        for i in range(stride_h):
+            even, odd = p_block + 4 * (planes[i, 0] + row * width), p_block + 4 * (planes[i, 1] + row * width)
+            if y < 0 or y >= height:
+                fill_vectors(even, width, ZERO)
+                fill_vectors(odd, width, ZERO)
+            elif stride_w == 1:
+                copy_vectors(even, plane + 4 * y * across, 0, across)
+            else:
+                split_vectors(even, odd, plane + 4 * y * across, (across + 1) // 2)
+            y += 1
+
+
 @kernel
 def _whole_steps(places):
     """How many of them the sums above would do without any beyond the last."""
@@ -244,15 +262,16 @@ def _whole_steps(places):
 
 @kernel
 def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias, planes, block, results,
-                        x_channel, a_channel, stride_h, stride_w, width, block_rows, x_min, x_max, relevance, first, last):
+                        x_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows, pad_top, x_min, x_max,
+                        relevance, first, last):
     """As conv2d_forward for features NONNEGATIVE and one input and output in a group: x <- W a + bias, clipped to
     x_min..x_max; ratio <- |x| / z.
 
     packed (C, taps, 2) holds W and V, taps sorted by columns of the window; those of column j are
-    bounds[j]..bounds[j + 1] - 1. Tap t of place p is the float p + offsets[t] of block. masks (columns, width + DEPTHWISE2D_STEP,
-    int32) is -1 where the taps of a column lie inside the input. planes has a row for each phase of the input's rows:
-    where even columns (all columns without a stride) and odd ones begin in the block, the first row that it holds for
-    outputs at row 0, and its rows beyond those of places. block and results are flat scratch.
+    bounds[j]..bounds[j + 1] - 1. Tap t of place p is the float p + offsets[t] of the block. masks (columns, period +
+    DEPTHWISE2D_STEP, int32) is -1 where a column's taps lie inside the input; period is whole rows of `width` places.
+    The block has a plane for every phase of the input's rows, with `halo_rows` more than the outputs: planes says where
+    its even columns (all, where stride_w is 1) and its odd ones begin. block and results are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
@@ -267,13 +286,12 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
         p_packed = packed.ctypes.data + 8 * k * len(offsets)
         for top in range(0, height, block_rows):
             rows = min(block_rows, height - top)
-            for i in range(len(planes)):
-                to, plane_rows, first_y = p_block + 4 * planes[i, 0], rows + planes[i, 3], top * stride_h + planes[i, 2]
-                if is_joined:
-                    copy_run(to, plane_rows * width, p_plane, in_height * width, first_y * width)
-                else:
-                    copy_rows(to, planes[i, 1] - planes[i, 0], plane_rows, width, p_plane, in_height, in_across,
-                              first_y, stride_h, stride_w)
+            if is_joined:
+                copy_run(p_block + 4 * planes[0, 0], (rows + halo_rows) * width, p_plane, in_height * width,
+                         (top - pad_top) * width)
+            else:
+                _copy_rows(p_block, planes, rows + halo_rows, width, p_plane, in_height, in_across,
+                           top * stride_h - pad_top, stride_h, stride_w)
             to_x = x.ctypes.data + 4 * ((n * x.shape[1] + x_channel + k) * height + top) * across
             to_ratio = ratio.ctypes.data + 4 * (unit * height + top) * across
             # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
@@ -295,14 +313,15 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
 
 @kernel
 def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, planes, block, results,
-                             c_in_channel, c_channel, a_channel, stride_h, stride_w, width, block_rows, columns_even, features,
-                             relevance, accumulate, first, last):
+                             c_in_channel, c_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows, pad_top,
+                             columns_even, features, relevance, accumulate, first, last):
     """As conv2d_redistribute for inputs of one feature, one input and output in a group: c_in <- V^T (ratio * c), or
     added to c_in if `accumulate`. If `relevance`, times u.
 
     packed (C, taps) holds V. Under a stride, place (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase
     (i, j) with taps of its own: bounds (stride_h, columns + 1) has a row for each i, of columns of the window; the
-    first columns_even of them belong to even j. block is one plane, ratio * c. Else as depthwise2d_forward.
+    first columns_even of them belong to even j. The block is one plane, ratio * c, whose first row is `pad_top` above
+    that of place 0. Else as depthwise2d_forward.
     """
     outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
@@ -320,11 +339,11 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
         p_packed = packed.ctypes.data + 4 * k * len(offsets)
         for top in range(0, grid_rows, block_rows):
             rows = min(block_rows, grid_rows - top)
-            to, plane_rows, first_y = p_block + 4 * planes[0, 0], rows + planes[0, 3], top + planes[0, 2]
+            to, plane_rows = p_block + 4 * planes[0, 0], rows + halo_rows
             if width == out_across:
-                copy_product_run(to, plane_rows * width, p_ratio, p_c, out_height * width, first_y * width)
+                copy_product_run(to, plane_rows * width, p_ratio, p_c, out_height * width, (top - pad_top) * width)
             else:
-                copy_product(to, plane_rows, width, p_ratio, p_c, out_height, out_across, first_y, 0, ZERO)
+                copy_product(to, plane_rows, width, p_ratio, p_c, out_height, out_across, top - pad_top, 0, ZERO)
             for i in range(stride_h):
                 count = min(rows, -(-(height - i) // stride_h) - top)
                 places, p_bounds, begin = count * width, bounds.ctypes.data + 4 * i * bounds.shape[1], 4 * top * across

@@ -6,14 +6,7 @@ has memory after its last.
 """
 
 from fastdtd.kernels.cpu.jit import kernel, part
-from fastdtd.kernels.cpu.rows import (
-    copy_second_vectors,
-    copy_strided,
-    copy_vectors,
-    fill_vectors,
-    multiply_vectors,
-    split_vectors,
-)
+from fastdtd.kernels.cpu.rows import copy_second_vectors, copy_strided, copy_vectors, fill_vectors, multiply_vectors
 from fastdtd.kernels.scalar import ZERO
 
 
@@ -64,25 +57,6 @@ def copy_product_run(block, count, p, q, size, first):
     fill_vectors(block, begin, ZERO)
     multiply_vectors(block + 4 * begin, p + 4 * (first + begin), q + 4 * (first + begin), end - begin)
     fill_vectors(block + 4 * end, count - end, ZERO)
-
-
-@kernel
-def copy_rows(block, odd, rows, width, plane, height, across, first_y, stride_h, stride_w):
-    """block (rows, width) <- rows first_y, first_y + stride_h, ... of the plane (height, across), zeros where there are
-    none; of stride_w = 2 their even columns, and the odd ones `odd` floats further on. What is right of a row's end is
-    not set."""
-    top, bottom = inside(first_y, stride_h, height, rows)
-    for part in range(stride_w):
-        fill_vectors(block + 4 * part * odd, top * width, ZERO)
-    to, source = block + 4 * top * width, plane + 4 * (first_y + top * stride_h) * across
-    for _ in range(top, bottom):
-        if stride_w == 1:
-            copy_vectors(to, source, 0, across)
-        else:
-            split_vectors(to, to + 4 * odd, source, (across + 1) // 2)
-        to, source = to + 4 * width, source + 4 * stride_h * across
-    for part in range(stride_w):
-        fill_vectors(to + 4 * part * odd, (rows - bottom) * width, ZERO)
 
 
 @kernel
