@@ -236,18 +236,20 @@ def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed,
 def _copy_rows(p_block, planes, rows, width, plane, height, across, first_y, stride_h, stride_w):
     """Rows of a plane (height, across) from first_y on to the block's planes, `rows` rows each: row i to plane
     i % stride_h, and of stride_w = 2 its even and odd columns apart. What is right of a row's end is not set."""
-    y = first_y
-    for row in range(rows):
+    even, to_odd = p_block + 4 * planes[0, 0], 4 * (planes[0, 1] - planes[0, 0])
+    to_next, source = 4 * (planes[stride_h - 1, 0] - planes[0, 0]), plane + 4 * first_y * across
+    for y in range(first_y, first_y + rows * stride_h, stride_h):
         for i in range(stride_h):
-            even, odd = p_block + 4 * (planes[i, 0] + row * width), p_block + 4 * (planes[i, 1] + row * width)
-            if y < 0 or y >= height:
-                fill_vectors(even, width, ZERO)
-                fill_vectors(odd, width, ZERO)
+            to = even + i * to_next
+            if y + i < 0 or y + i >= height:
+                fill_vectors(to, width, ZERO)
+                fill_vectors(to + to_odd, width, ZERO)
             elif stride_w == 1:
-                copy_vectors(even, plane + 4 * y * across, 0, across)
+                copy_vectors(to, source, 0, across)
             else:
-                split_vectors(even, odd, plane + 4 * y * across, (across + 1) // 2)
-            y += 1
+                split_vectors(to, to + to_odd, source, (across + 1) // 2)
+            source += 4 * across
+        even += 4 * width
 
 
 @kernel
