@@ -136,11 +136,9 @@ class BlockedDevice(Device, Protocol):
         """Floats of `results` of conv2d_forward."""
     def conv2d_redistribute_results_elements(self, positions: int, columns: int, stride_w: int) -> int:
         """Floats of `results` of conv2d_redistribute."""
-    def depthwise2d_pays(self, taps: int, height: int, width: int) -> bool:
-        """Whether it is faster than the direct convolution, for outputs of this size."""
-    def depthwise2d_block_rows(self, rows: int, width: int, planes: int) -> int:
-        """Rows of places of each block that holds so many planes."""
-    def depthwise2d_results_elements(self, rows: int, width: int) -> int:
+    def depthwise2d_block_rows(self, rows: int, width: int, inputs: int) -> int:
+        """Rows of places of each block, where each place stands for so many inputs."""
+    def depthwise2d_results_elements(self, rows: int, width: int, values: int) -> int:
         """Floats of `results`."""
     def winograd2d_pays(self, depth: int, rows: int, height: int, width: int) -> bool:
         """Whether it is faster than the direct convolution."""

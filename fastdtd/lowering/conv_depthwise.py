@@ -1,7 +1,9 @@
-"""Depthwise convolutions, on processors."""
+"""Depthwise convolutions, one input and one output channel in each group, on processors. See kernels/cpu/depthwise.py.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +20,23 @@ from fastdtd.protocols import BlockedDevice
 from fastdtd.rules import Term
 
 _BACKWARD = ("c_in", "c", "ratio", "a", "c_in_channel", "c_channel", "a_channel", "relevance", "accumulate")
+_MAX_STRIDE = 2
 
 
 @dataclass(frozen=True, eq=False)
-class _Tables:
-    """How a kernel lays out its block, and which of a column's taps lie inside what is read."""
+class _Block:
+    """Where a kernel copies its input to, `halo_rows` more rows than places, the first one `pad_top` above place 0."""
 
-    width: int  # of a row of places
-    block_rows: int
+    rows: int
+    width: int
     halo_rows: int
     pad_top: int
-    planes: npt.NDArray[np.int64]
+    planes: npt.NDArray[np.int64]  # where each begins: phases of rows, even and odd columns
     masks: npt.NDArray[np.int32]
-    block_elements: int
+    elements: int
 
     def offset(self, phase: int, parity: int, down: int, right: int) -> int:
-        """From the first place of a block to what a tap of it reads: so many rows below a plane's first."""
+        """From the block's begin to what a tap of place 0 reads: so many rows below a plane's first."""
         return int(self.planes[phase, parity]) + down * self.width + right
 
 
@@ -44,17 +47,16 @@ class _Depthwise:
     weights: Array
     offsets: npt.NDArray[np.int32]
     bounds: npt.NDArray[np.int32]
-    tables: _Tables
+    block: _Block
 
-    def _arguments(self, b: Builder, layer: g.Conv2d) -> dict[str, Any]:
-        tables = self.tables
-        results = b.blocked_kernels.depthwise2d_results_elements(tables.block_rows, tables.width)
-        return {
-            "packed": self.weights, "offsets": self.offsets, "bounds": self.bounds, "masks": tables.masks,
-            "planes": tables.planes, "width": tables.width, "block_rows": tables.block_rows, "halo_rows": tables.halo_rows, "pad_top": tables.pad_top, "stride_h": layer.stride[0],
-            "stride_w": layer.stride[1], "block": b.scratch("block", tables.block_elements),
-            "results": b.scratch("results", results)
-        }
+    def _step(self, b: Builder, kernel: Any, values: int, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
+        """values: what is computed for each place."""
+        block = self.block
+        results = b.blocked_kernels.depthwise2d_results_elements(block.rows, block.width, values)
+        b.step(kernel, b.batch * len(self.weights), **arguments, packed=self.weights, offsets=self.offsets,
+               bounds=self.bounds, masks=block.masks, planes=block.planes, block=b.scratch("block", block.elements),
+               results=b.scratch("results", results), stride_h=layer.stride[0], stride_w=layer.stride[1],
+               width=block.width, block_rows=block.rows, halo_rows=block.halo_rows, pad_top=block.pad_top)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +64,7 @@ class Forward(_Depthwise):
     """For one sum of a layer's rule."""
 
     def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
-        b.step(b.blocked_kernels.depthwise2d_forward, b.batch * len(self.weights), **arguments,
-               **self._arguments(b, layer))
+        self._step(b, b.blocked_kernels.depthwise2d_forward, 2, layer, arguments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,83 +75,85 @@ class Backward(_Depthwise):
     columns_even: int  # columns of taps that reach even inputs
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
-        b.step(b.blocked_kernels.depthwise2d_redistribute, b.batch * len(self.weights),
-               **{name: arguments[name] for name in _BACKWARD}, features=self.features, columns_even=self.columns_even,
-               **self._arguments(b, layer))
+        own = {name: arguments[name] for name in _BACKWARD}
+        self._step(b, b.blocked_kernels.depthwise2d_redistribute, math.prod(layer.stride), layer,
+                   {**own, "features": self.features, "columns_even": self.columns_even})
 
 
-def suits(layer: g.Conv2d, graph: Graph, kernels: BlockedDevice) -> bool:
-    """Whether a layer is one of those that the kernels are for, and faster by them."""
-    _, height, width = graph.shapes[layer.name]
-    return (len(layer.weight) == layer.groups and layer.weight.shape[1] == 1 and max(layer.stride) <= 2
-            and kernels.depthwise2d_pays(layer.weight[0].size, height, width))
+def suits(layer: g.Conv2d) -> bool:
+    return len(layer.weight) == layer.groups and layer.weight.shape[1] == 1 and max(layer.stride) <= _MAX_STRIDE
 
 
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward | None:
-    """None where another algorithm is faster, or the rule's features need it."""
-    if term.features != codes.NONNEGATIVE or not suits(layer, graph, kernels):
+    """None where the layer or the rule's features need another algorithm."""
+    if not suits(layer) or term.features != codes.NONNEGATIVE:
         return None
     (_, _, in_width), (_, height, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
-    (step_h, step_w), (pad_top, pad_left, *_), kernel = layer.stride, layer.padding, layer.weight.shape[2:]
-    # A tap reads the input at place * stride + tap - padding: element place + (tap - padding) // stride of a phase.
-    down = [i * layer.dilation[0] for i in range(kernel[0])]
-    across = [j * layer.dilation[1] - pad_left for j in range(kernel[1])]
+    (step_h, step_w), (pad_top, pad_left, *_) = layer.stride, layer.padding
+    # Output p reads element p * stride + tap - padding of the input: of one of its phases, element p + shift.
+    down, across = ([tap * layer.dilation[axis] for tap in range(layer.weight.shape[2 + axis])] for axis in (0, 1))
+    columns = [divmod(right - pad_left, step_w) for right in across]  # shift, parity
     lengths = [-(-(in_width - parity) // step_w) for parity in range(step_w)]
-    tables = _tables([(right // step_w, lengths[right % step_w]) for right in across], (height, max(width, *lengths)),
-                     layer.stride, pad_top, down[-1] // step_h, kernels)
-    offsets = [tables.offset(below % step_h, right % step_w, below // step_h, right // step_w)
-               for right in across for below in down]
+    block = _block([(shift, lengths[parity]) for shift, parity in columns], (height, max(width, lengths[0])),
+                   layer.stride, layer.stride, pad_top, down[-1] // step_h, kernels)
+    offsets = [block.offset(below % step_h, parity, below // step_h, shift)
+               for shift, parity in columns for below in down]
     weight = term.w(layer.weight)[:, 0].swapaxes(1, 2).reshape(len(layer.weight), -1)
     return Forward(read_only(np.stack([weight, np.maximum(weight, 0)], 2)), _int32(offsets),
-                   _int32(range(0, len(offsets) + 1, len(down))), tables)
+                   _int32(range(0, len(offsets) + 1, len(down))), block)
 
 
 def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Backward | None:
-    """None where another algorithm is faster, or the rule's features need it."""
-    if term.features in (codes.SIGNED, codes.BOX) or not suits(layer, graph, kernels):
+    """None where the layer or the rule's features need another algorithm."""
+    if not suits(layer) or term.features in (codes.SIGNED, codes.BOX):
         return None
     (_, in_height, in_width), (_, _, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
-    # Place p is inputs p * stride + phase; what reads them through a tap is output p + shift.
-    down, across = (
-        [[(tap, (phase + before - tap * apart) // step) for tap in range(count)
-          if (phase + before - tap * apart) % step == 0] for phase in range(step)]
-        for step, apart, before, count in zip(layer.stride, layer.dilation, layer.padding[:2], layer.weight.shape[2:],
-                                              strict=True))
+    # Inputs p * stride + phase are read by outputs p + shift, through these taps.
+    down, across = ([_taps(layer, axis, phase) for phase in range(layer.stride[axis])] for axis in (0, 1))
     columns = [column for phase in across for column in phase]
-    above = -min(shift for phase in down for _, shift in phase)
-    halo = above + max(shift for phase in down for _, shift in phase)
-    tables = _tables([(right, width) for _, right in columns],
-                     (-(-in_height // layer.stride[0]), max(-(-in_width // layer.stride[1]), width)), (1, 1), above, halo,
-                     kernels)
-    taps, offsets, bounds = [], [], []
+    shifts = [shift for phase in down for _, shift in phase]
+    grid = -(-in_height // layer.stride[0]), max(-(-in_width // layer.stride[1]), width)
+    block = _block([(shift, width) for _, shift in columns], grid, layer.stride, (1, 1), -min(shifts),
+                   max(shifts) - min(shifts), kernels)
+    taps: list[int] = []
+    offsets: list[int] = []
+    bounds = []
     for phase in down:
         begins = []
         for j, right in columns:
             begins.append(len(taps))
-            taps += [(i, j) for i, _ in phase]
-            offsets += [tables.offset(0, 0, below + above, right) for _, below in phase]
+            taps += [i * layer.weight.shape[3] + j for i, _ in phase]
+            offsets += [block.offset(0, 0, below - min(shifts), right) for _, below in phase]
         bounds.append([*begins, len(taps)])
     v = backward_weights(layer, term).reshape(len(layer.weight), -1)
-    return Backward(read_only(v[:, [i * layer.weight.shape[3] + j for i, j in taps]]), _int32(offsets), _int32(bounds), tables,
-                    term.features, len(across[0]))
+    return Backward(read_only(v[:, taps]), _int32(offsets), _int32(bounds), block, term.features, len(across[0]))
 
 
-def _tables(columns: list[tuple[int, int]], grid: tuple[int, int], phases: tuple[int, int], pad_top: int,
-            halo_rows: int, kernels: BlockedDevice) -> _Tables:
+def _taps(layer: g.Conv2d, axis: int, phase: int) -> list[tuple[int, int]]:
+    """(tap, shift) of the taps that reach inputs of one phase."""
+    step, found = layer.stride[axis], []
+    for tap in range(layer.weight.shape[2 + axis]):
+        at = phase + layer.padding[axis] - tap * layer.dilation[axis]
+        if at % step == 0:
+            found.append((tap, at // step))
+    return found
+
+
+def _block(columns: list[tuple[int, int]], grid: tuple[int, int], stride: tuple[int, int], phases: tuple[int, int],
+           pad_top: int, halo_rows: int, kernels: BlockedDevice) -> _Block:
     """columns: how far to the right a column's taps read, in rows of which length. grid: rows of places, their width.
-    phases: of rows and of columns, each with a plane of its own."""
-    rows, width = grid
+    phases: of rows and columns, each with a plane of its own."""
     shifts = [shift for shift, _ in columns]
-    block_rows = kernels.depthwise2d_block_rows(rows, width, phases[0] * phases[1])
-    size = (block_rows + halo_rows) * width + kernels.DEPTHWISE2D_STEP
-    before = max(0, -min(shifts))  # taps of the first place may read before the first plane
-    planes = [tuple(before + (row * phases[1] + parity % phases[1]) * size for parity in range(2))
-              for row in range(phases[0])]
-    period = -(-kernels.DEPTHWISE2D_STEP // width) * width  # whole rows, so that a step ends in the next one at most
+    rows, width = kernels.depthwise2d_block_rows(*grid, math.prod(stride)), grid[1]
+    size = (rows + halo_rows) * width + kernels.DEPTHWISE2D_STEP
+    begin = max(0, -min(shifts))  # taps of the first place may read before the first plane
+    planes = [(at, at + (phases[1] - 1) * size)
+              for at in range(begin, begin + math.prod(phases) * size, phases[1] * size)]
+    period = -(-kernels.DEPTHWISE2D_STEP // width) * width  # whole rows, so that a step ends in the next period at most
     place = np.arange(period + kernels.DEPTHWISE2D_STEP) % width
     masks = [-((place + shift >= 0) & (place + shift < length)).astype(np.int32) for shift, length in columns]
-    return _Tables(width, block_rows, halo_rows, pad_top, int_table(planes, 2), _int32(masks),
-                   before + phases[0] * phases[1] * size + max(0, *shifts))
+    return _Block(rows, width, halo_rows, pad_top, int_table(planes, 2), _int32(masks),
+                  begin + math.prod(phases) * size + max(0, *shifts))
 
 
 def _int32(values: Any) -> npt.NDArray[np.int32]:

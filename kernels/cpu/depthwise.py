@@ -1,19 +1,18 @@
 """Depthwise convolution, each output of one input channel, and its redistribution: planes as single runs of places.
 
 A block of rows is copied into the first-level cache, rows joined with nothing between them: place (y, x) is number
-y * width + x. A tap that lies (i, j) away from a place is then i * width + j numbers away, whatever the row, and vectors
-run on over the ends of rows. There alone that is wrong, where a neighbour to the left or right is beside the plane: so
-each column of taps has a mask of the lanes whose neighbour there is inside. Masks repeat with every row; one of a row
-and a little more serves all blocks of all planes. No row is short: the 49 places of 7 x 7 fill seven vectors of eight.
+y * width + x, and a tap that lies (i, j) away is i * width + j numbers away. So vectors run on over the ends of rows,
+and no row is short: the 49 places of 7 x 7 fill seven vectors of eight. Only where a tap's neighbour is beside the
+plane, at the ends of rows, is what it reads another row's. There each column of taps has a mask, which repeats from row
+to row, so that one of few rows serves all blocks of all planes.
 
-    direction       places                                     a tap reads
-    forward         outputs                                    the input's phases, planes of each remainder by the stride
-    redistribute    inputs by stride x stride, one phase of    ratio * c
-                    them at a time
+    direction       places                                    a tap reads
+    forward         outputs                                   one of the input's phases by the stride, planes each
+    redistribute    inputs by the stride, phase by phase      ratio * c
 
-What is wider than what it is made of (convolutions that pad little, or much) has rows of the larger width, which are
-cut to their length when they are stored. Sums of a place are one chain in the order of the taps (by columns), so they
-do not depend on where it lies. Units are planes.
+Where input and output differ in width, places have the larger one, and rows are cut as they are stored. The sum of a
+place is one chain of multiply-adds in the order of the taps, column by column, so it does not depend on where the place
+lies. A unit is a plane.
 """
 
 from fastdtd.kernels.codes import NONNEGATIVE, ONES
@@ -27,7 +26,6 @@ from fastdtd.kernels.cpu.vector_code import (
     I64,
     LANES,
     NO_LANE,
-    REGISTERS,
     ZEROS,
     any_lane,
     integer,
@@ -52,31 +50,27 @@ _BLOCK_FLOATS = 4096  # of a block, which stays in the first-level cache beside 
 # ---- Sizes, for the plan ---------------------------------------------------------------------------------------------
 
 
-def depthwise2d_pays(taps, height, width):
-    """Whether this is faster than conv2d for so many taps and outputs of this size (docs/kernels.md)."""
-    return True
-
-
-def depthwise2d_block_rows(rows, width, planes):
-    """Rows of places of each block, where a block holds so many planes."""
-    blocks = -(-rows * width * planes // _BLOCK_FLOATS)
+def depthwise2d_block_rows(rows, width, inputs):
+    """Rows of places of each block, where each place stands for so many inputs."""
+    blocks = -(-rows * width * inputs // _BLOCK_FLOATS)
     return -(-rows // min(blocks, rows))
 
 
-def depthwise2d_results_elements(rows, width):
-    """Floats of `results`, for blocks of so many rows of places."""
-    return 2 * (rows * width + DEPTHWISE2D_STEP)
+def depthwise2d_results_elements(rows, width, values):
+    """Floats of `results`, for blocks of so many rows of places, each with so many values: y and z forward, back the
+    inputs that it stands for."""
+    return values * (rows * width + DEPTHWISE2D_STEP)
 
 
 # ---- Sums over taps --------------------------------------------------------------------------------------------------
 
 
 class _Sums:
-    """Emits sums over a window's taps, for the places first..last-1 of a block.
+    """Emits sums over a window's taps for the places first..last-1 of a block.
 
-    Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of place p is the
-    float p + offsets[t] of the block. packed (taps, products) holds weights; masks (columns, period + DEPTHWISE2D_STEP)
-    which places a column's taps have, as place `period` is like place 0.
+    Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of place p is
+    the float p + offsets[t] of the block. packed (taps, products) holds weights, masks (columns, period +
+    DEPTHWISE2D_STEP) which places have a column's taps; place `period` is like place 0.
     """
 
     KIND = (types.intp, ) * 8
@@ -197,8 +191,8 @@ def _sum_places(typing_context, out, columns, add, block, packed, offsets, bound
             values, = sums.of_columns(integer(0), arguments[1], place, column, vectors, 1)
             for v, value in enumerate(values):
                 at = builder.add(place, integer(v * LANES))
-                value = builder.select(arguments[2], builder.fadd(value, load_vector(builder, p_out, at)), value)
-                store_vector(builder, value, p_out, at)
+                total = builder.fadd(value, load_vector(builder, p_out, at))
+                store_vector(builder, builder.select(arguments[2], total, value), p_out, at)
             return nothing
 
         sums.for_each([], one_step)
@@ -315,15 +309,15 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
 
 @kernel
 def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, planes, block, results,
-                             c_in_channel, c_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows, pad_top,
-                             columns_even, features, relevance, accumulate, first, last):
+                             c_in_channel, c_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows,
+                             pad_top, columns_even, features, relevance, accumulate, first, last):
     """As conv2d_redistribute for inputs of one feature, one input and output in a group: c_in <- V^T (ratio * c), or
     added to c_in if `accumulate`. If `relevance`, times u.
 
-    packed (C, taps) holds V. Under a stride, place (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase
-    (i, j) with taps of its own: bounds (stride_h, columns + 1) has a row for each i, of columns of the window; the
-    first columns_even of them belong to even j. The block is one plane, ratio * c, whose first row is `pad_top` above
-    that of place 0. Else as depthwise2d_forward.
+    packed (C, taps) holds V. Place (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase (i, j) with
+    taps of its own: bounds (stride_h, columns + 1) has a row for each i, of columns of the window; the first
+    columns_even of them belong to j = 0, the others to j = 1. The block is one plane, ratio * c, whose first row is
+    `pad_top` above that of place 0. Else as depthwise2d_forward.
     """
     outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
@@ -332,6 +326,7 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
     whole = stride_h == 1 and stride_w == 1 and width == across  # inputs are places, row after row
     p_offsets, p_masks, p_results = offsets.ctypes.data, masks.ctypes.data, results.ctypes.data
     p_block, grid_rows = block.ctypes.data, -(-height // stride_h)
+    room = stride_w * (block_rows * width + DEPTHWISE2D_STEP)
     for unit in range(first, last):
         n, k = unit // outputs, unit % outputs
         p_ratio = ratio.ctypes.data + 4 * unit * out_height * out_across
@@ -346,25 +341,26 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
                 copy_product_run(to, plane_rows * width, p_ratio, p_c, out_height * width, (top - pad_top) * width)
             else:
                 copy_product(to, plane_rows, width, p_ratio, p_c, out_height, out_across, top - pad_top, 0, ZERO)
+            # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
+            places, begin = rows * width, 4 * top * stride_h * across
+            done = _whole_steps(places) if whole and as_it_is else 0
             for i in range(stride_h):
-                count = min(rows, -(-(height - i) // stride_h) - top)
-                places, p_bounds, begin = count * width, bounds.ctypes.data + 4 * i * bounds.shape[1], 4 * top * across
-                # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
-                done = _whole_steps(places) if whole and as_it_is else 0
+                p_bounds, to = bounds.ctypes.data + 4 * i * bounds.shape[1], p_results + 4 * i * room
                 if stride_w == 1:
                     _sum_places(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds, p_masks,
                                 period, 0, done)
-                    _sum_places(p_results, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
+                    _sum_places(to, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
                                 places)
                 else:
-                    _sum_even_and_odd(p_results, columns_even, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
+                    _sum_even_and_odd(to, columns_even, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
                                       period, 0, places)
-                for row in range(1 if whole else count):
-                    values = p_results + 4 * (done + row * width * stride_w)
-                    at = begin + 4 * done if whole else 4 * ((top + row) * stride_h + i) * across
-                    length = places - done if whole else across
-                    if as_it_is:
-                        copy_exactly(p_in + at, values, length, accumulate != 0)
-                    else:
-                        redistribute_row(p_in + at, values, values, p_a + at, length, ZERO, ZERO, False, relevance != 0,
-                                         accumulate != 0)
+            for y in range(1 if whole else min(rows * stride_h, height - top * stride_h)):
+                row, i = y // stride_h, y % stride_h
+                at = begin + 4 * (done if whole else y * across)
+                values = p_results + 4 * (i * room + done + row * width * stride_w)
+                length = places - done if whole else across
+                if as_it_is:
+                    copy_exactly(p_in + at, values, length, accumulate != 0)
+                else:
+                    redistribute_row(p_in + at, values, values, p_a + at, length, ZERO, ZERO, False, relevance != 0,
+                                     accumulate != 0)
