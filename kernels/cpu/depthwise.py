@@ -44,7 +44,7 @@ from numba.extending import intrinsic
 
 _VECTORS = 4  # at a time: two sums and a mask each, two weights and what they multiply are 15 registers
 DEPTHWISE2D_STEP = _VECTORS * LANES  # places at a time; so many are read and written beyond the last
-_BLOCK_FLOATS = 4096  # of a block, which stays in the first-level cache beside what is written
+_BLOCK_FLOATS = 2048  # of a block, which stays in the first-level cache beside what is written
 
 
 # ---- Sizes, for the plan ---------------------------------------------------------------------------------------------
