@@ -116,7 +116,10 @@ class BlockedDevice(Device, Protocol):
     CONVOLUTION: Literal["blocked"]
     CONV2D_COLUMNS: int  # tiles read this far beyond the last position
     CONV2D_FEW_ROWS: int  # conv2d_redistribute to no more inputs of a group reads planes always
+    DEPTHWISE2D_STEP: int  # places at a time
     density_redistribute: Kernel
+    depthwise2d_forward: Kernel
+    depthwise2d_redistribute: Kernel
     sparse2d_pack: Kernel
     sparse2d_redistribute: Kernel
     winograd2d_pack: Kernel
@@ -137,6 +140,10 @@ class BlockedDevice(Device, Protocol):
     def conv2d_redistribute_sums_elements(self, inputs: int, features: int, stride_w: int, positions: int, columns: int
                                           ) -> int:
         """Floats of `sums` of conv2d_redistribute."""
+    def depthwise2d_block_rows(self, rows: int, width: int, inputs: int) -> int:
+        """Rows of places of each block, where each place stands for so many inputs."""
+    def depthwise2d_results_elements(self, rows: int, width: int, values: int) -> int:
+        """Floats of `results`."""
     def sparse2d_below(self, features: int, taps: int, box: bool, tiles_used: float) -> float:
         """The density below which it is faster than Winograd's algorithm, or conv2d's where tiles_used is 0."""
     def sparse2d_packed_shape(self, outputs: int, channels: int, kernel_h: int, kernel_w: int) -> Shape:

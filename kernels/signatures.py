@@ -24,6 +24,11 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "conv2d_redistribute": f"{_BACKWARD} density packed offsets bounds taps low high phases planes block columns sums "
                            f"{_CHANNELS} groups stride_h stride_w {_BLOCK} splits panel_rows features precision "
                            "sparse_below relevance accumulate",
+    "depthwise2d_forward": f"{_TAPES} packed offsets bounds masks bias planes block results x_channel a_channel "
+                           "stride_h stride_w width block_rows halo_rows pad_top x_min x_max relevance",
+    "depthwise2d_redistribute": f"{_BACKWARD} packed offsets bounds masks planes block results {_CHANNELS} stride_h "
+                                "stride_w width block_rows halo_rows pad_top columns_even features relevance "
+                                "accumulate",
     "winograd2d_forward": f"{_TAPES} weight packed offsets bias lines points sums stage seen x_channel a_channel "
                           f"channels groups {_PAD} block panels_at_once splits x_min x_max relevance",
     "winograd2d_redistribute": "c_in c ratio density packed offsets lines points sums stage c_in_channel c_channel "

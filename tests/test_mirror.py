@@ -18,11 +18,10 @@ OF_PROCESSORS = {"block", "columns", "results", "sums", "contributions", "planes
                  "block_rows", "block_columns", "halo_rows", "halo_columns", "splits", "density", "sparse_below"}
 # Where a thread of a GPU finds what it reads, which a processor's blocks say otherwise.
 OF_GPUS = {"precision", "panel_rows", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left"}
-# Vector instructions, and libraries for C; on tensor cores a direct product is fast, and Winograd's transforms would
-# lose digits of TF32's eleven bits.
-FILES_OF_PROCESSORS = {"arrays", "planes", "program", "rows", "sparse", "winograd"}
-# Kernels of processors: Winograd's, and the way back for sparse relevance.
-OF_PROCESSORS_ALONE = ("winograd2d", "sparse2d", "density")
+# Vector instructions, and libraries for C; what short rows cost a processor, they do not cost a GPU; on tensor cores a
+# direct product is fast, and Winograd's transforms would lose digits of TF32's eleven bits.
+FILES_OF_PROCESSORS = {"arrays", "depthwise", "planes", "program", "rows", "sparse", "winograd"}
+KERNELS_OF_PROCESSORS = ("density", "depthwise2d", "sparse2d", "winograd2d")
 KINDS = {cpu: BlockedDevice, cuda: ImplicitDevice}
 
 
@@ -78,7 +77,7 @@ def test_public_functions_are_in_the_same_files():
 def test_parameters_of_kernels(name):
     """Those of the signature that mean something on the device, in its order; and each of them on one device at
     least."""
-    devices = [kernels_of(device) for device in ([cpu] if name.startswith(OF_PROCESSORS_ALONE) else KINDS)]
+    devices = [kernels_of(device) for device in ([cpu] if name.startswith(KERNELS_OF_PROCESSORS) else KINDS)]
     for parameters in (device[name] for device in devices):
         assert parameters == [p for p in signatures.SIGNATURES[name] if p in parameters]
     assert set().union(*(device[name] for device in devices)) == set(signatures.SIGNATURES[name])
@@ -90,7 +89,7 @@ def test_parameters_of_kernels(name):
 
 @pytest.mark.parametrize("device", KINDS)
 def test_every_kernel_has_a_signature(device):
-    kinds = {name for name in signatures.SIGNATURES if not name.startswith(OF_PROCESSORS_ALONE) or device is cpu}
+    kinds = {name for name in signatures.SIGNATURES if not name.startswith(KERNELS_OF_PROCESSORS) or device is cpu}
     assert kernels_of(device).keys() == kinds
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from fastdtd import graph as g
 from fastdtd.graph import Graph
-from fastdtd.lowering import conv_direct, conv_implicit, conv_sparse, conv_winograd, linear
+from fastdtd.lowering import conv_depthwise, conv_direct, conv_implicit, conv_sparse, conv_winograd, linear
 from fastdtd.lowering.builder import Builder
 from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment, Term
 
-Forward = conv_direct.Forward | conv_implicit.Forward | conv_winograd.Forward
-Backward = conv_direct.Backward | conv_implicit.Backward | conv_winograd.Backward
+Forward = conv_depthwise.Forward | conv_direct.Forward | conv_implicit.Forward | conv_winograd.Forward
+Backward = conv_depthwise.Backward | conv_direct.Backward | conv_implicit.Backward | conv_winograd.Backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,9 @@ def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevi
     def forward(term: Term) -> Forward:
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_forward(layer, term, graph, kernels, precision)
-        return conv_winograd.pack_forward(layer, term, graph, kernels) or conv_direct.pack_forward(
-            layer, term, graph, kernels)
+        return (conv_depthwise.pack_forward(layer, term, graph, kernels)
+                or conv_winograd.pack_forward(layer, term, graph, kernels)
+                or conv_direct.pack_forward(layer, term, graph, kernels))
 
     def backward(term: Term) -> Backward | None:
         if term.weights == "direction":
@@ -45,13 +46,14 @@ def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevi
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_backward(layer, term, graph, kernels, precision)
         signed = layer.name in assignment.signed
-        return (conv_winograd.pack_backward(layer, term, graph, carries, signed, kernels)
+        return (conv_depthwise.pack_backward(layer, term, graph, kernels)
+                or conv_winograd.pack_backward(layer, term, graph, carries, signed, kernels)
                 or conv_direct.pack_backward(layer, term, graph.shapes[layer.inputs[0]], kernels))
 
     def sparse(term: Term, otherwise: Backward | None) -> conv_sparse.Sparse | None:
-        if kernels.CONVOLUTION == "implicit" or otherwise is None:
-            return None
         winograd = isinstance(otherwise, conv_winograd.Backward)
+        if kernels.CONVOLUTION == "implicit" or not (winograd or isinstance(otherwise, conv_direct.Backward)):
+            return None
         return conv_sparse.pack(layer, term, graph.shapes[layer.inputs[0]], carries, winograd, kernels)
 
     ways_back = [backward(term) for term in rule.terms]

@@ -8,6 +8,10 @@ from fastdtd.kernels.cpu.conv2d import (
 from fastdtd.kernels.cpu.dense import (
     DENSE_FEATURES, dense_forward, dense_forward_elements, dense_redistribute, dense_redistribute_elements,
 )
+from fastdtd.kernels.cpu.depthwise import (
+    DEPTHWISE2D_STEP, depthwise2d_block_rows, depthwise2d_forward, depthwise2d_redistribute,
+    depthwise2d_results_elements,
+)
 from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
     absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
@@ -38,13 +42,14 @@ from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
     "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONVOLUTION",
-    "DENSE_FEATURES", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "POOLING",
-    "SURVIVES_FORK", "THREADS_SHARE_A_PLAN", "absorb_dead_redistribute", "absorb_remainder_redistribute",
+    "DENSE_FEATURES", "DEPTHWISE2D_STEP", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR",
+    "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN", "absorb_dead_redistribute", "absorb_remainder_redistribute",
     "activate_forward", "activate_redistribute", "add_forward", "add_redistribute", "bind", "clear_redistribute",
     "constant", "conv2d_block_shape", "conv2d_bounds_shape", "conv2d_columns_elements", "conv2d_forward",
     "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
-    "dense_redistribute_elements", "density_redistribute", "direction_kernels", "empty", "max_pool2d_forward",
+    "dense_redistribute_elements", "density_redistribute", "depthwise2d_block_rows", "depthwise2d_forward",
+    "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "max_pool2d_forward",
     "max_pool2d_redistribute", "may_be_set", "memory_budget", "namespace", "normalize_forward",
     "normalize_redistribute", "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device",
     "on_device_of", "pool2d_forward", "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward",

@@ -5,8 +5,9 @@ a short row does. Rows are copied in whole vectors. What is stored after a row's
 has memory after its last.
 """
 
-from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.jit import kernel, part
 from fastdtd.kernels.cpu.rows import copy_second_vectors, copy_strided, copy_vectors, fill_vectors, multiply_vectors
+from fastdtd.kernels.scalar import ZERO
 
 
 @kernel
@@ -36,6 +37,26 @@ def copy_plane(block, rows, width, plane, height, across, first_y, first_x, stri
         fill_vectors(to + 4 * right, width - right, outside)
         to, source = to + 4 * width, source + 4 * stride_h * across
     fill_vectors(to, (rows - bottom) * width, outside)
+
+
+@part
+def copy_run(block, count, plane, size, first):
+    """block <- `count` values of a plane of `size` from number `first` on, zeros where there are none."""
+    begin = min(max(-first, 0), count)
+    end = max(min(size - first, count), begin)
+    fill_vectors(block, begin, ZERO)
+    copy_vectors(block + 4 * begin, plane + 4 * (first + begin), 0, end - begin)
+    fill_vectors(block + 4 * end, count - end, ZERO)
+
+
+@part
+def copy_product_run(block, count, p, q, size, first):
+    """As copy_run, of the product of two planes p and q."""
+    begin = min(max(-first, 0), count)
+    end = max(min(size - first, count), begin)
+    fill_vectors(block, begin, ZERO)
+    multiply_vectors(block + 4 * begin, p + 4 * (first + begin), q + 4 * (first + begin), end - begin)
+    fill_vectors(block + 4 * end, count - end, ZERO)
 
 
 @kernel

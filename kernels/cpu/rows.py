@@ -74,6 +74,25 @@ def copy_second_vectors(typing_context, out, values, count):
 
 
 @intrinsic
+def split_vectors(typing_context, even, odd, values, count):
+    """even <- values[0], values[2], ..., odd <- values[1], values[3], ...: `count` values of each."""
+    def codegen(context, builder, signature, arguments):
+        p_even, p_odd, p_values = pointers(builder, arguments[:3], F32, F32, F32)
+
+        def one_step(step, nothing):
+            source = builder.shl(step, integer(1))
+            pair = [load_vector(builder, p_values, builder.add(source, integer(j * LANES))) for j in range(2)]
+            for first, to in enumerate((p_even, p_odd)):
+                store_vector(builder, pick(builder, *pair, list(range(first, 2 * LANES, 2))), to, step)
+            return nothing
+
+        loop_range(builder, integer(0), arguments[3], LANES, [], one_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+@intrinsic
 def interleave_vectors(typing_context, out, even, odd, count):
     """out[0], out[2], ... <- even, out[1], out[3], ... <- odd: `count` values of each."""
     def codegen(context, builder, signature, arguments):

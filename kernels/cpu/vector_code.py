@@ -128,6 +128,11 @@ def transposed(builder, rows):
     return rows
 
 
+def keep_lanes(builder, vector, mask):
+    """Zero where the integers of `mask` are 0, which are -1 elsewhere."""
+    return builder.bitcast(builder.and_(builder.bitcast(vector, INTEGERS), mask), VECTOR)
+
+
 def any_lane(builder, bits):
     return builder.icmp_unsigned("!=", builder.bitcast(bits, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
 
