@@ -167,7 +167,7 @@ def _panel_adder(product):
     @njit
     def add(vectors, out, start, weights, offsets, bounds, columns):
         product(vectors, out.ctypes.data, out.shape[-1], start.ctypes.data, start.shape[-1], weights.ctypes.data,
-                offsets.ctypes.data, bounds.ctypes.data, columns.ctypes.data)
+                offsets.ctypes.data, bounds.ctypes.data, columns.ctypes.data, out.ctypes.data, 0)
 
     return add
 

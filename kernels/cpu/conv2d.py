@@ -185,13 +185,15 @@ def _line_elements(columns, stride_w):
 
 
 @kernel
-def _tile(tile, positions, most):
+def _tile(tile, positions, most, overlaps):
     """First position and number of vectors, at most so many, of a tile, where all are about as wide: narrow ones are
-    slow."""
-    vectors = -(-positions // LANES)
-    tiles = -(-vectors // most)
-    begin = vectors * tile // tiles
-    return begin * LANES, vectors * (tile + 1) // tiles - begin
+    slow. If `overlaps`, the last begins where all its lanes have positions, so that some are computed twice."""
+    all_vectors = -(-positions // LANES)
+    tiles = -(-all_vectors // most)
+    begin = all_vectors * tile // tiles
+    vectors = all_vectors * (tile + 1) // tiles - begin
+    place = begin * LANES
+    return max(min(place, positions - vectors * LANES), 0) if overlaps else place, vectors
 
 
 @kernel
@@ -214,7 +216,7 @@ def _pack_tile(p_columns, p_a, p_c, taps, depth, place, vectors, positions, acro
 def _store_rows(p_out, p_values, place, count, columns, across):
     """out <- `count` values of the positions from `place` on, in rows of `columns` that begin `across` floats one after
     the other."""
-    if columns == across:
+    if place + count <= columns or columns == across:
         copy_exactly(p_out + 4 * place, p_values, count, False)
         return
     done = 0
@@ -223,6 +225,21 @@ def _store_rows(p_out, p_values, place, count, columns, across):
         piece = min(columns - column, count - done)
         copy_exactly(p_out + 4 * (row * across + column), p_values + 4 * done, piece, False)
         done += piece
+
+
+@kernel
+def _finish_constant(p_x, p_ratio, p_constant, pattern, top, left, p_y, place, count, columns, across, bias, is_box,
+                     x_min, x_max, relevance, z_min):
+    """x and ratio of `count` positions from `place` on, where z is a constant (and y, if is_box)."""
+    done, absorbs = 0, False
+    while done < count:
+        row, column = (place + done) // columns, (place + done) % columns
+        piece, to = min(columns - column, count - done), 4 * (row * across + column)
+        p_z = p_constant + 4 * (pattern[top + row] * across + left + column)
+        absorbs |= finish_row(p_x + to, p_ratio + to, p_z, p_y + 4 * done, piece, bias, False, is_box, x_min, x_max,
+                              relevance, z_min)
+        done += piece
+    return absorbs
 
 
 # ---- Forward ---------------------------------------------------------------------------------------------------------
@@ -258,6 +275,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
         sums.ctypes.data)
     p_zeros = p_stage + 8 * PANEL_ROWS * PANEL_COLUMNS
     p_sums, panel_bytes = p_stage + 4 * _STAGE, 8 * PANEL_ROWS * PANEL_COLUMNS
+    p_packed, p_all_offsets, p_all_bounds = packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     copied = -1
     for unit in range(first, last):
@@ -266,10 +284,10 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
         columns_here = min(block_columns, across - left)
         positions = min(block_rows, height - top) * columns_here
+        contiguous = columns_here == across or height == 1
         begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
         absorbs = False
         for g in range(begin // panels, -(-end // panels)):
-            own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
             if unit // splits * groups + g != copied and not direct:
                 copied = unit // splits * groups + g
                 at = 0
@@ -286,58 +304,59 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
             p_read = p_block
             if direct:
                 p_read = p_a + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
+            first_panel, last_panel = max(begin - g * panels, 0), min(end - g * panels, panels)
+            first_channel = g * per_group + first_panel * PANEL_ROWS
+            p_own_x = p_x + 4 * ((n * x.shape[1] + x_channel + first_channel) * size + top * across + left)
+            p_own_ratio = p_ratio + 4 * ((n * outputs + first_channel) * size + top * across + left)
             for tile in range(-(-positions // PANEL_COLUMNS)):
-                place, vectors = _tile(tile, positions, PANEL_VECTORS)
+                place, vectors = _tile(tile, positions, PANEL_VECTORS, True)
                 count = min(vectors * LANES, positions - place)
-                in_place = is_split and columns_here == across and count == vectors * LANES
+                in_place = is_split and contiguous and count == vectors * LANES
+                soon = 4 * (place + PANEL_ROWS * size)  # the next panel's rows
                 for chunk in range(chunks):
                     _pack_tile(p_columns, p_read, 0, taps.ctypes.data + 4 * chunk * length,
                                min(length, depth - chunk * length), place, vectors, positions, columns_here, width)
-                    for panel in own_panels:
-                        entry = (g * chunks + chunk) * panels + panel
-                        weights, p_offsets = (packed.ctypes.data + 4 * entry * length * PANEL_ROWS,
-                                              offsets.ctypes.data + 4 * entry * length)
-                        p_bounds, own = bounds.ctypes.data + 4 * entry * _BOUNDS, p_sums + panel * panel_bytes
+                    entry = (g * chunks + chunk) * panels + first_panel
+                    p_weights = p_packed + 4 * entry * length * PANEL_ROWS
+                    p_offsets, p_bounds = p_all_offsets + 4 * entry * length, p_all_bounds + 4 * entry * _BOUNDS
+                    own, k, at_x, at_ratio = p_sums, first_channel, p_own_x, p_own_ratio
+                    for _ in range(first_panel, last_panel):
                         start, stride = (own, PANEL_COLUMNS) if chunk else (p_zeros, 0)
-                        k = g * per_group + panel * PANEL_ROWS
-                        rows = min(PANEL_ROWS, per_group - panel * PANEL_ROWS)
-                        at_x = p_x + 4 * ((n * x.shape[1] + x_channel + k) * size + top * across + left)
-                        at_ratio = p_ratio + 4 * ((n * outputs + k) * size + top * across + left)
+                        rows = min(PANEL_ROWS, (g + 1) * per_group - k)
                         second = bias[min(k + 1, outputs - 1)]
                         if chunk < chunks - 1:
-                            add_split(vectors, own, PANEL_COLUMNS, start, stride, weights, p_offsets, p_bounds,
-                                      p_columns)
+                            add_split(vectors, own, PANEL_COLUMNS, start, stride, p_weights, p_offsets, p_bounds,
+                                      p_columns, own + panel_bytes, PANEL_COLUMNS)
                         elif in_place and rows == PANEL_ROWS:
                             absorbs |= finish_split(vectors, at_x + 4 * place, at_ratio + 4 * place, size, start,
-                                                    stride, weights, p_offsets, p_bounds, p_columns, bias[k], second,
-                                                    x_min, x_max, relevance != 0)
+                                                    stride, p_weights, p_offsets, p_bounds, p_columns, at_x + soon,
+                                                    at_ratio + soon, size, bias[k], second, x_min, x_max,
+                                                    relevance != 0)
                         elif is_split:
                             p_staged = p_stage + 4 * PANEL_ROWS * PANEL_COLUMNS
-                            finish_split(vectors, p_stage, p_staged, PANEL_COLUMNS, start, stride, weights, p_offsets,
-                                         p_bounds, p_columns, bias[k], second, x_min, x_max, relevance != 0)
+                            finish_split(vectors, p_stage, p_staged, PANEL_COLUMNS, start, stride, p_weights, p_offsets,
+                                         p_bounds, p_columns, at_x + soon, at_ratio + soon, size, bias[k], second,
+                                         x_min, x_max, relevance != 0)
                             for row in range(rows):
-                                from_stage = 4 * row * PANEL_COLUMNS
-                                absorbs |= any_negative(p_staged + from_stage, count)
-                                _store_rows(at_x + 4 * row * size, p_stage + from_stage, place, count, columns_here,
+                                own_stage = 4 * row * PANEL_COLUMNS
+                                absorbs |= any_negative(p_staged + own_stage, count)
+                                _store_rows(at_x + 4 * row * size, p_stage + own_stage, place, count, columns_here,
                                             across)
-                                _store_rows(at_ratio + 4 * row * size, p_staged + from_stage, place, count,
-                                            columns_here, across)
+                                _store_rows(at_ratio + 4 * row * size, p_staged + own_stage, place, count, columns_here,
+                                            across)
                         else:
-                            add_split(vectors, p_stage, PANEL_COLUMNS, start, stride, weights, p_offsets, p_bounds,
-                                      p_columns)
-                            done = 0
-                            while done < count:
-                                y, column = (place + done) // columns_here, (place + done) % columns_here
-                                piece, to = min(columns_here - column, count - done), y * across + column
-                                for row in range(rows):
-                                    p_z = p_constant + 4 * (((k + row) * constant.shape[1] + pattern[top + y]) * across
-                                                            + left + column)
-                                    p_y = p_stage + 4 * ((PANEL_ROWS + row) * PANEL_COLUMNS + done)
-                                    to_row = 4 * (row * size + to)
-                                    absorbs |= finish_row(at_x + to_row, at_ratio + to_row, p_z, p_y, piece,
-                                                          bias[k + row], False, features == BOX, x_min, x_max,
-                                                          relevance != 0, z_min[k + row])
-                                done += piece
+                            add_split(vectors, p_stage, PANEL_COLUMNS, start, stride, p_weights, p_offsets, p_bounds,
+                                      p_columns, at_x + soon, size)
+                            for row in range(rows):
+                                absorbs |= _finish_constant(
+                                    at_x + 4 * row * size, at_ratio + 4 * row * size,
+                                    p_constant + 4 * (k + row) * constant.shape[1] * across, pattern, top, left,
+                                    p_stage + 4 * (PANEL_ROWS + row) * PANEL_COLUMNS, place, count, columns_here,
+                                    across, bias[k + row], features == BOX, x_min, x_max, relevance != 0,
+                                    z_min[k + row])
+                        p_weights, p_offsets = p_weights + 4 * length * PANEL_ROWS, p_offsets + 4 * length
+                        p_bounds, own, k = p_bounds + 4 * _BOUNDS, own + panel_bytes, k + PANEL_ROWS
+                        at_x, at_ratio = at_x + 4 * PANEL_ROWS * size, at_ratio + 4 * PANEL_ROWS * size
         if absorbs:
             dead[n] = 1
 
@@ -362,13 +381,13 @@ def _join_phases(p_line, p_row, phases, group, end, product, left, columns, stri
 def _multiply_few(p_sums, stride, p_zeros, weights, offsets, bounds, p_planes, positions, parts):
     """sums (parts * FEW_ROWS, stride) <- one panel's product with planes, for so many positions."""
     for tile in range(-(-positions // FEW_COLUMNS)):
-        place, vectors = _tile(tile, positions, FEW_VECTORS)
+        place, vectors = _tile(tile, positions, FEW_VECTORS, False)
         if parts == 1:
             add_nonzero_few(vectors, p_sums + 4 * place, stride, p_zeros, 0, weights, offsets, bounds,
-                            p_planes + 4 * place)
+                            p_planes + 4 * place, p_sums + 4 * (place + FEW_COLUMNS), stride)
         else:
             add_split_few(vectors, p_sums + 4 * place, stride, p_zeros, 0, weights, offsets, bounds,
-                          p_planes + 4 * place)
+                          p_planes + 4 * place, p_sums + 4 * (place + FEW_COLUMNS), stride)
 
 
 @kernel
@@ -421,7 +440,8 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
         # how long a row of positions is, and how many of them there are
         row_width = width if is_few else columns_here
         positions = (rows_here - 1) * row_width + columns_here
-        contiguous = stride_h == stride_w == 1 and columns_here == across == row_width
+        contiguous = stride_h == stride_w == 1 and row_width == columns_here and (row_width == across or height == 1)
+        writes_rows = contiguous and as_it_is and not accumulate
         begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
         for g in range(begin // panels, -(-end // panels)):
             own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
@@ -439,9 +459,10 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                                      top + planes[i, 0], left + planes[i, 1], ZERO)
                         at += plane_rows * width
             for tile in range(1 if is_few else -(-positions // PANEL_COLUMNS)):
-                place, vectors = (0, 0) if is_few else _tile(tile, positions, PANEL_VECTORS)
+                place, vectors = (0, 0) if is_few else _tile(tile, positions, PANEL_VECTORS, writes_rows)
                 count = positions if is_few else min(vectors * LANES, positions - place)
-                in_place = contiguous and as_it_is and not accumulate and count == vectors * LANES
+                in_place = writes_rows and count == vectors * LANES
+                p_own = p_in + 4 * (top * stride_h * across + left + place)
                 group = 0
                 while group < len(phases):  # a group of phases is one row of inputs, then the next below at stride_h
                     first_y, rows_down, next_group = phases[group, 0], phases[group, 2], group + 1
@@ -468,17 +489,18 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                                 own_offsets = p_offsets + 4 * (phases[phase, 6] + entry * length)
                                 own_bounds = p_bounds + 4 * (phases[phase, 7] + entry * _BOUNDS)
                                 own, own_stride = p_phase + 4 * panel * panel_floats, PANEL_COLUMNS
+                                channel = n * c_in.shape[1] + c_in_channel + g * per_group + panel * PANEL_ROWS
+                                soon = p_own + 4 * channel * in_size
                                 if in_place and (panel + 1) * PANEL_ROWS <= per_group:
-                                    channel = c_in_channel + g * per_group + panel * PANEL_ROWS
-                                    own = p_in + 4 * ((n * c_in.shape[1] + channel) * in_size + top * across + place)
-                                    own_stride = in_size
+                                    own, own_stride = soon, in_size
+                                    soon += 4 * PANEL_ROWS * in_size
                                 start, stride = (own, own_stride) if chunk else (p_zeros, 0)
                                 if parts == 1:
                                     add_nonzero(vectors, own, own_stride, start, stride, weights, own_offsets,
-                                                own_bounds, p_columns)
+                                                own_bounds, p_columns, soon, in_size)
                                 else:
                                     add_split(vectors, own, own_stride, start, stride, weights, own_offsets, own_bounds,
-                                              p_columns)
+                                              p_columns, soon, in_size)
                     for panel in own_panels if top < rows_down else range(0):
                         rows = min(panel_rows, per_group - panel * panel_rows)
                         for row in range(0 if in_place and rows == panel_rows else rows):

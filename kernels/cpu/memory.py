@@ -12,12 +12,15 @@ THREADS_SHARE_A_PLAN = True
 FILLS_MEMORY = False  # plans of more images than caches hold are not faster
 ALLOCATION_MAY_FAIL_AT_RUN_TIME = False
 SURVIVES_FORK = True
+_LINE = 64  # bytes
 MARGIN = CONV2D_COLUMNS  # floats after each allocation: tiles are read beyond the last position
 
 
 def empty(elements):
-    """Memory for so many floats, and the margin."""
-    return np.empty(elements + MARGIN, np.float32)
+    """Memory for so many floats, and the margin, from the beginning of a cache line on."""
+    room = np.empty(elements + MARGIN + _LINE // 4, np.float32)
+    begin = -room.ctypes.data % _LINE // 4
+    return room[begin:begin + elements + MARGIN]
 
 
 def zeros(shape, dtype):

@@ -134,9 +134,9 @@ class _Panel:
         for index, value in enumerate(sums):
             store_vector(self.builder, value, p_out, self._at(stride, index // self.vectors, index % self.vectors))
 
-    def fetch_next(self, p_out, stride):
-        """Ask for the lines that the next panel writes: its rows lie far apart, and nobody else foresees them."""
-        for row in range(self.panel_rows, 2 * self.panel_rows):
+    def fetch_rows(self, p_out, stride):
+        """Ask for lines that will be written: a panel's rows lie far apart, and nobody else foresees them."""
+        for row in range(self.panel_rows):
             for line in range(0, LANES * self.vectors + _LINE, _LINE):
                 at = self.builder.add(self.builder.mul(stride, integer(row)), integer(line))
                 prefetch(self.builder, self.builder.gep(p_out, [at]), is_written=True)
@@ -181,28 +181,28 @@ class _Panel:
 
 def _make_add(kind, most):
     @intrinsic
-    def add(typing_context, vectors, out, stride, start, start_stride, weights, offsets, bounds, columns):
+    def add(typing_context, vectors, out, stride, start, start_stride, weights, offsets, bounds, columns, soon,
+            soon_stride):
         def codegen(context, builder, signature, arguments):
-            stride, start_stride = arguments[2], arguments[4]
-            p_out, p_start = pointers(builder, (arguments[1], arguments[3]), F32, F32)
+            stride, start_stride, soon_stride = arguments[2], arguments[4], arguments[10]
+            p_out, p_start, p_soon = pointers(builder, [arguments[i] for i in (1, 3, 9)], F32, F32, F32)
 
             def emit(number):
-                panel = _Panel(builder, kind, number, *arguments[5:])
-                if kind == _NONZERO:
-                    panel.fetch_next(p_out, stride)
+                panel = _Panel(builder, kind, number, *arguments[5:9])
+                panel.fetch_rows(p_soon, soon_stride)
                 panel.store(panel.add(panel.start(p_start, start_stride)), p_out, stride)
                 return integer(0)
 
             switch_on(builder, arguments[0], most, I64, emit)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 9), codegen
+        return types.void(*[types.intp] * 11), codegen
 
     return add
 
 
-# (vectors, out, stride, start, start_stride, weights, offsets, bounds, columns): out <- start + what a panel adds, for
-# so many vectors of columns.
+# (vectors, out, stride, start, start_stride, weights, offsets, bounds, columns, soon, soon_stride): out <- start + what
+# a panel adds, for so many vectors of columns. Rows from `soon` on will be written to, of the next panel or of this.
 #
 # out and start have a row for each row of the panel, so many floats apart; of SPLIT those of P, then those of N.
 # weights (entries, rows); the column of entry i begins offsets[i] (int32) floats after `columns`; class j of
@@ -215,19 +215,19 @@ add_split_few, add_nonzero_few = (_make_add((is_split, FEW_ROWS, 4), FEW_VECTORS
 
 @intrinsic
 def finish_split(typing_context, vectors, x, ratio, stride, start, start_stride, weights, offsets, bounds, columns,
-                 bias, second_bias, x_min, x_max, relevance):
+                 soon_x, soon_ratio, soon_stride, bias, second_bias, x_min, x_max, relevance):
     """As add_split for the last entries, with x and ratio (elementwise.Finish) of y = P + N and z = P as results: rows
     `stride` floats apart. Returns whether a ratio is negative."""
-    signature = types.boolean(*[types.intp] * 10, *[types.float32] * 4, types.boolean)
+    signature = types.boolean(*[types.intp] * 13, *[types.float32] * 4, types.boolean)
 
     def codegen(context, builder, signature, arguments):
-        p_x, p_ratio, p_start = pointers(builder, [arguments[i] for i in (1, 2, 4)], *[F32] * 3)
-        stride, biases, (x_min, x_max, relevance) = arguments[3], arguments[10:12], arguments[12:]
+        p_x, p_ratio, p_start, *soon = pointers(builder, [arguments[i] for i in (1, 2, 4, 10, 11)], *[F32] * 5)
+        stride, biases, (x_min, x_max, relevance) = arguments[3], arguments[13:15], arguments[15:]
 
         def emit(number):
             panel = _Panel(builder, _SPLIT, number, *arguments[6:10])
-            for p_out in (p_x, p_ratio):
-                panel.fetch_next(p_out, stride)
+            for p_out in soon:
+                panel.fetch_rows(p_out, arguments[12])
             sums, found, results = panel.add(panel.start(p_start, arguments[5])), NO_LANE, []
             for row in range(PANEL_ROWS):
                 finish = Finish(builder, biases[row], x_min, x_max, relevance,
