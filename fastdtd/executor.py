@@ -198,7 +198,7 @@ class Executor:
                         halve(first, last)
                         continue
                     raise
-                if threads is None:
+                if threads is None or not todo:  # the last part is the caller's, who would only wait
                     run(loan, device, first, last)
                 else:
                     running.append(threads.submit(run_in_a_thread, loan, device, first, last))

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -212,12 +211,13 @@ class Explainer:
             targets = checked_targets(target, self.model, count, outputs)
             begins = checked_start(start, target, count, outputs)
             explained_targets = np.empty(count, np.int64)
-            finite, sums = np.zeros(count, np.bool_), np.empty(count)
-            context = replace(self.context, pictures=pictures,
-                              explain_again=partial(self._observed, images, explained_targets, begins))
+            context = Context(self.context.classes, self.context.rules, self.context.resize, pictures,
+                              partial(self._observed, images, explained_targets, begins))
+            ledger = np.zeros((len(self._assignment.absorbers), count))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
-                            np.empty(count, np.float32), {name: np.zeros(count) for name in self._assignment.absorbers},
+                            np.empty(count, np.float32), dict(zip(self._assignment.absorbers, ledger, strict=True)),
                             context)
+        sums = np.zeros(count)
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
@@ -225,30 +225,30 @@ class Explainer:
             own_start = None if begins is None else begins[part]
             scores, e.target[part], e.explained[part] = self._run(plan, images[part], own_targets, own_start, first)
             e.output[part] = library.asarray(scores)
-            kernels.read(e.relevance[part], plan.relevance)
+            relevance = e.relevance[part]
+            kernels.read(relevance, plan.relevance)
             match derivative:
                 case "gradient*input":
-                    e.relevance[part] *= images[part]
+                    relevance *= images[part]
                 case "sensitivity":
-                    e.relevance[part] **= 2
-            ledger = np.empty(plan.ledger.shape)
-            kernels.read(ledger, plan.ledger)
-            for column, name in enumerate(self._assignment.absorbers):
-                e.ledger[name][part] = ledger[:, column]
+                    relevance **= 2
+            kernels.read(ledger[:, part], plan.ledger.T)
             with np.errstate(invalid="ignore"):
-                of_part = e.relevance[part].sum((1, 2, 3), dtype=np.float64)  # not finite where one element is not
-            kernels.read(sums[part], of_part)
-            kernels.read(finite[part], library.isfinite(of_part) & library.isfinite(e.output[part]).all(1))
+                kernels.read(sums[part], relevance.sum((1, 2, 3), dtype=np.float64))
 
         self._executor.map(explain, count, self._executor.devices_for(images))
+        finite = np.empty(count, np.bool_)  # scores
+        with kernels.on_device_of(batch):
+            kernels.read(finite, library.isfinite(e.output).all(1))
+        finite &= np.isfinite(sums)
         if not finite.all():
             raise BeyondFloat32Error(dict.fromkeys(
                 np.flatnonzero(~finite).tolist(),
                 "gives scores or relevance beyond float32; its values or the model's weights are too large"))
         if not derivative:
             self._check_balance(e, sums)
-        nothing = np.flatnonzero(e.explained <= 0)
-        if len(nothing) and begins is None and not derivative:
+        if begins is None and not derivative and (e.explained <= 0).any():
+            nothing = np.flatnonzero(e.explained <= 0)
             image, which = nothing[0], int(e.target[nothing[0]])
             warnings.warn(
                 f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
@@ -318,8 +318,11 @@ class Explainer:
         """Refuse explanations of which numbers below float32's range took a part away that no layer absorbed."""
         largest = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
         lost = np.abs(e.explained - sums - e.absorbed)
+        suspicious = lost > largest * np.abs(e.explained)
+        if not suspicious.any():
+            return
         reasons = {}
-        for i in np.flatnonzero(lost > largest * np.abs(e.explained)):
+        for i in np.flatnonzero(suspicious):
             # Under rules that give back negative relevance, too, what is explained may be small beside it.
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
             if lost[i] > largest * max(abs(float(e.explained[i])), turnover):
@@ -332,22 +335,24 @@ class Explainer:
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
         """Both passes: scores, what is explained of each image, and how much; first: the first image's number."""
-        submit = self._executor.submit(plan)
+        submit, scores = self._executor.submit(plan), np.empty(plan.output.shape, np.float32)
         self._kernels.write(plan.input, images)
         plan.forward(submit)
-        scores = np.empty(plan.output.shape, np.float32)
         self._kernels.read(scores, plan.output)
         if begins is None:
-            derivative = self._assignment.derivative
             target = scores.argmax(1) if targets is None else targets
-            score = np.take_along_axis(scores, target[:, None], 1)
-            explained = score[:, 0] if derivative else np.maximum(score, 0)[:, 0]
-            relevance = np.zeros_like(scores)
-            np.put_along_axis(relevance, target[:, None], 1 if derivative else explained[:, None], 1)
+            chosen, start = (np.arange(len(scores)), target), np.zeros(scores.shape, np.float32)
+            explained = scores[chosen]
+            if self._assignment.derivative:
+                start[chosen] = 1
+            else:
+                explained = np.maximum(explained, 0)
+                start[chosen] = explained if plan.schedule.starts_with_relevance else explained > 0
         else:
-            relevance, target, explained = begins, begins.argmax(1), begins.sum(1)
-        self._kernels.write(plan.start,
-                            relevance if plan.schedule.starts_with_relevance else factors(relevance, scores, first))
+            start, target, explained = begins, begins.argmax(1), begins.sum(1)
+            if not plan.schedule.starts_with_relevance:
+                start = factors(begins, scores, first)
+        self._kernels.write(plan.start, start)
         plan.backward(submit)
         return scores, target, explained
 

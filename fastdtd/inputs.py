@@ -20,6 +20,7 @@ Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
 _MAX_BYTES = 2**63 - 1  # of a limit of memory
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MAX_FLOAT32 = np.finfo(np.float32).max
 _CLIP_TOLERANCE = 1e-4  # of the width of the box: what preprocessing rounds off
 
 
@@ -45,6 +46,8 @@ class BeyondFloat32Error(InputError):
 def pictures_of(given: Any, model: Model) -> list[Any] | None:
     """The pictures among what an explainer may be given, which the model has to preprocess: paths, PIL images, uint8
     pixels (H, W, 3) or (H, W, 4), or a sequence of these. None: it is an array of network inputs."""
+    if isinstance(given, np.ndarray) and given.dtype != np.uint8:
+        return None
     from PIL import Image
 
     def is_picture(one: Any) -> bool:
@@ -70,7 +73,7 @@ def pictures_of(given: Any, model: Model) -> list[Any] | None:
 
 
 def _require_unmasked(name: str, given: Any) -> None:
-    for one in [given, *(given if isinstance(given, (list, tuple)) else ())]:
+    for one in (given, *(given if isinstance(given, (list, tuple)) else ())):
         if isinstance(one, np.ma.MaskedArray):
             raise InputError(f"{name} is a masked array, and what is masked would count; required: a plain array, as "
                              ".filled(0) gives it")
@@ -94,23 +97,24 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any) -> Array:
         raise InputError(
             f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
             "model.preprocess returns, or pictures: paths, PIL images or uint8 arrays (H, W, 3)")
-    with np.errstate(over="ignore"):
-        # A copy: `at` reads it later, when the caller's may be another.
-        images: Array = library.array(given, np.float32, order="C")
+    # A copy: `at` reads it later, when the caller's may be another.
+    if given.dtype == np.float32:
+        images: Array = library.array(given, order="C")
+    else:
+        with np.errstate(over="ignore"):
+            images = library.array(given, np.float32, order="C")
     if not images.size:
         return images
-    planes = images.reshape(-1, shape[1] * shape[2])  # rows of which each is read by one part of a GPU
-    lowest = planes.min(1).reshape(-1, shape[0]).min(0)  # NaN where one is
-    highest = planes.max(1).reshape(-1, shape[0]).max(0)
-    if not (library.isfinite(lowest).all() and library.isfinite(highest).all()):
-        worst = int(library.argmin(library.isfinite(images).all((1, 2, 3))))
-        raise InputError(f"image {worst} holds NaN or infinity (as float32); required: finite numbers")
-    box = model.graph.box
-    if box is None:
+    box = model.graph.box or (-_MAX_FLOAT32, _MAX_FLOAT32)
+    low, high = map(library.asarray, box)
+    planes = images.reshape(-1, shape[0], shape[1] * shape[2])  # of which each row is read by one part of a GPU
+    if ((planes.min(2) >= low) & (planes.max(2) <= high)).all():  # false where one is NaN
         return images
-    low, high = (library.asarray(bound)[:, None, None] for bound in box)
-    if (lowest[:, None, None] >= low).all() and (highest[:, None, None] <= high).all():
-        return images
+    finite = library.isfinite(images).all((1, 2, 3))
+    if not finite.all():
+        raise InputError(
+            f"image {int(library.argmin(finite))} holds NaN or infinity (as float32); required: finite numbers")
+    low, high = low[:, None, None], high[:, None, None]
     clipped: Array = library.clip(images, low, high)
     beyond = library.abs(images - clipped) > _CLIP_TOLERANCE * (high - low)
     if beyond.any():

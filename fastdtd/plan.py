@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastdtd.errors import InputError
 from fastdtd.graph import Array
@@ -70,8 +71,9 @@ class Plan:
                 f"the network needs {schedule.nbytes / 2**30:.1f} GiB for {schedule.batch} images at a time, more than "
                 "there is") from None
         self._tables = [kernels.table(calls) for calls in self._calls]
-        self._conditions = {i: self._state(step.condition) for i, step in enumerate(schedule.steps) if step.condition}
-        self.ledger = self._states["ledger"]
+        self._dead, self.ledger = self._states["dead"], self._states["ledger"]
+        steps = np.arange(len(schedule.steps))
+        self._forward, self._backward = steps[:schedule.forward_steps], steps[schedule.forward_steps:]
         self.observed = {name: self._states[f"observed/{name}"] for name in schedule.observed}
         self.input, self.relevance = self._tensor(schedule.input), self._tensor(schedule.relevance)
         self.output, self.start = self._tensor(schedule.output)[:, :, 0, 0], self._tensor(schedule.start)[:, :, 0, 0]
@@ -82,19 +84,16 @@ class Plan:
 
     def forward(self, submit: Submit | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
-        self._states["dead"][:] = 0
-        self.run(range(self.schedule.forward_steps), submit)
+        self._dead[:] = 0
+        self.run(self._forward, submit)
 
     def backward(self, submit: Submit | None = None) -> None:
         """start -> relevance and ledger."""
         self.ledger[:] = 0
-        self.run(range(self.schedule.forward_steps, len(self.schedule.steps)), submit)
+        self.run(self._backward, submit)
 
-    def run(self, steps: Iterable[int], submit: Submit | None = None) -> None:
+    def run(self, wanted: npt.NDArray[np.int64], submit: Submit | None = None) -> None:
         """Run some steps, by number, each once all workers are done with the one before."""
-        wanted = np.array([
-            step for step in steps if step not in self._conditions or self._kernels.may_be_set(self._conditions[step])
-        ], np.int64)
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
 
         working = threading.Lock()  # as long as the caller holds it; Ctrl-C may end that at any moment

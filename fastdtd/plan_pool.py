@@ -129,8 +129,10 @@ class PlanPool:
                 return False
             self._loans.append(loan)
             i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)
-            loan.plan = None if i is None else self.idle.pop(i)
-            self._keep()
+            if i is not None:
+                loan.plan = self.idle.pop(i)
+            else:
+                self._keep()
             return True
 
     def began(self, loan: Loan) -> bool:

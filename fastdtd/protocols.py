@@ -53,8 +53,6 @@ class Device(Protocol):
         """While in this context, the calling thread works on that device; what it began is done when it leaves."""
     def memory_budget(self, device: int) -> int | None:
         """Bytes that plans may take there; None: any number."""
-    def may_be_set(self, flags: DeviceArray) -> bool:
-        """Whether one of some flags that kernels set may be set."""
 
     # -- Shapes of packed weights, floats of scratch: (results, block) where there are two
 

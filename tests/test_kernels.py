@@ -98,7 +98,7 @@ def test_images_of_one_batch_go_each_its_own_way(monkeypatch, kernel, pays):
     plan.forward()
     plan.start[:] = 1
     steps = [i for i, step in enumerate(plan.schedule.steps) if step.name == "density_redistribute"]
-    plan.run(range(plan.schedule.forward_steps, steps[0] + 1))
+    plan.run(np.arange(plan.schedule.forward_steps, steps[0] + 1))
     density = plan.arguments(steps[0])[0]
     assert ((density < 0.3) == [False, True, False, False, True]).all()
     explainer = Explainer(model, threads=1)

@@ -16,7 +16,7 @@ from fastdtd.kernels.cpu.elementwise import (
 from fastdtd.kernels.cpu.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
 from fastdtd.kernels.cpu.memory import (
     ALLOCATION_MAY_FAIL_AT_RUN_TIME, CONVOLUTION, FILLS_MEMORY, MARGIN, MAX_IMAGES, MAX_PLANS, POOLING, SURVIVES_FORK,
-    THREADS_SHARE_A_PLAN, constant, empty, may_be_set, memory_budget, namespace, on_device, on_device_of, read, write,
+    THREADS_SHARE_A_PLAN, constant, empty, memory_budget, namespace, on_device, on_device_of, read, write,
     zeros,
 )
 from fastdtd.kernels.cpu.normalize import (
@@ -45,7 +45,7 @@ __all__ = [
     "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
     "dense_redistribute_elements", "density_redistribute", "direction_kernels", "empty", "max_pool2d_forward",
-    "max_pool2d_redistribute", "may_be_set", "memory_budget", "namespace", "normalize_forward",
+    "max_pool2d_redistribute", "memory_budget", "namespace", "normalize_forward",
     "normalize_redistribute", "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device",
     "on_device_of", "pool2d_forward", "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward",
     "ratios_forward", "read", "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps",
