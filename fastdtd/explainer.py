@@ -141,6 +141,10 @@ class Explainer:
         self.threads = int(threads or min(usable_processors(), MAX_THREADS))
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
+        self._largest_loss = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
+        channels, most = model.graph.input_shape[0], np.finfo(np.float32).max
+        low, high = (np.full(channels, bound, np.float32) for bound in model.graph.box or (-most, most))
+        self._surely_within = partial(self._kernels.surely_within, low, high)
         self._executor = Executor(model.graph, self._assignment, found, self.threads, limit, memory)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -206,7 +210,7 @@ class Explainer:
         graph, kernels, derivative = self.model.graph, self._kernels, self._assignment.derivative
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
-            images = checked_images(batch, self.model, library)
+            images = checked_images(batch, self.model, library, self._surely_within)
             count, outputs = len(images), graph.shapes[graph.output][0]
             targets = checked_targets(target, self.model, count, outputs)
             begins = checked_start(start, target, count, outputs)
@@ -217,7 +221,7 @@ class Explainer:
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
                             np.empty(count, np.float32), dict(zip(self._assignment.absorbers, ledger, strict=True)),
                             context)
-        sums = np.zeros(count)
+        sums, doubtful = np.zeros(count), list[slice]()
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
@@ -233,27 +237,16 @@ class Explainer:
                 case "sensitivity":
                     relevance **= 2
             kernels.read(ledger[:, part], plan.ledger.T)
-            with np.errstate(invalid="ignore"):
-                kernels.read(sums[part], relevance.sum((1, 2, 3), dtype=np.float64))
+            if not kernels.sum_relevance(sums[part], relevance, e.output[part], plan.ledger, e.explained[part],
+                                         self._largest_loss) or derivative:
+                doubtful.append(part)
 
         self._executor.map(explain, count, self._executor.devices_for(images))
-        finite = np.empty(count, np.bool_)  # scores
-        with kernels.on_device_of(batch):
-            kernels.read(finite, library.isfinite(e.output).all(1))
-        finite &= np.isfinite(sums)
-        if not finite.all():
-            raise BeyondFloat32Error(dict.fromkeys(
-                np.flatnonzero(~finite).tolist(),
-                "gives scores or relevance beyond float32; its values or the model's weights are too large"))
-        if not derivative:
-            self._check_balance(e, sums)
-        if begins is None and not derivative and (e.explained <= 0).any():
-            nothing = np.flatnonzero(e.explained <= 0)
-            image, which = nothing[0], int(e.target[nothing[0]])
-            warnings.warn(
-                f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
-                f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
-                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=3)  # past out_of_memory
+        if doubtful:
+            finite = np.empty(count, np.bool_)  # scores
+            with kernels.on_device_of(batch):
+                kernels.read(finite, library.isfinite(e.output).all(1))
+            self._examine(e, sums, finite & np.isfinite(sums), begins is None)
         return e
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
@@ -291,7 +284,7 @@ class Explainer:
         graph, kernels = self.model.graph, self._kernels
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
-            images = checked_images(batch, self.model, library)
+            images = checked_images(batch, self.model, library, self._surely_within)
             scores: Array = library.empty((len(images), graph.shapes[graph.output][0]), np.float32)
 
         def predict(plan: Plan, first: int, last: int) -> None:
@@ -314,23 +307,35 @@ class Explainer:
             return batch, None
         return np.stack([self.model.preprocess(picture) for picture in pictures]), pictures
 
-    def _check_balance(self, e: Explanation, sums: npt.NDArray[np.float64]) -> None:
-        """Refuse explanations of which numbers below float32's range took a part away that no layer absorbed."""
-        largest = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
-        lost = np.abs(e.explained - sums - e.absorbed)
-        suspicious = lost > largest * np.abs(e.explained)
-        if not suspicious.any():
+    def _examine(self, e: Explanation, sums: npt.NDArray[np.float64], finite: npt.NDArray[np.bool_],
+                 has_targets: bool) -> None:
+        """Refuse what float32 cannot hold, and explanations of which numbers below its range took a part away that no
+        layer absorbed; warn of targets that have nothing to decompose."""
+        if not finite.all():
+            raise BeyondFloat32Error(dict.fromkeys(
+                np.flatnonzero(~finite).tolist(),
+                "gives scores or relevance beyond float32; its values or the model's weights are too large"))
+        if self._assignment.derivative:
             return
+        lost = np.abs(e.explained - sums - e.absorbed)
         reasons = {}
-        for i in np.flatnonzero(suspicious):
+        for i in np.flatnonzero(lost > self._largest_loss * np.abs(e.explained)):
             # Under rules that give back negative relevance, too, what is explained may be small beside it.
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
-            if lost[i] > largest * max(abs(float(e.explained[i])), turnover):
+            if lost[i] > self._largest_loss * max(abs(float(e.explained[i])), turnover):
                 reasons[int(i)] = (
                     f"loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; its values "
                     "or the model's weights are too small")
         if reasons:
             raise BeyondFloat32Error(reasons)
+        nothing = np.flatnonzero(e.explained <= 0)
+        if len(nothing) and has_targets:
+            image, which = nothing[0], int(e.target[nothing[0]])
+            warnings.warn(
+                f"{len(nothing)} of {len(e)} targets have a score that is not positive, so there is nothing to "
+                f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
+                f"score {float(e.output[image, which]):.4g}", ExplanationWarning,
+                stacklevel=4)  # past __call__ and out_of_memory
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
@@ -341,13 +346,12 @@ class Explainer:
         self._kernels.read(scores, plan.output)
         if begins is None:
             target = scores.argmax(1) if targets is None else targets
-            chosen, start = (np.arange(len(scores)), target), np.zeros(scores.shape, np.float32)
-            explained = scores[chosen]
-            if self._assignment.derivative:
-                start[chosen] = 1
-            else:
-                explained = np.maximum(explained, 0)
-                start[chosen] = explained if plan.schedule.starts_with_relevance else explained > 0
+            start, explained = np.zeros(scores.shape, np.float32), np.empty(len(scores), np.float32)
+            derivative, starts_with_relevance = self._assignment.derivative, plan.schedule.starts_with_relevance
+            for i, output in enumerate(target.tolist()):  # sooner than by NumPy's indices, if there are few
+                score = scores[i, output]
+                explained[i] = score if derivative else max(score, 0)
+                start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else score > 0
         else:
             start, target, explained = begins, begins.argmax(1), begins.sum(1)
             if not plan.schedule.starts_with_relevance:

@@ -56,7 +56,7 @@ class Plan:
     """
 
     def __init__(self, schedule: Schedule, kernels: AnyDevice) -> None:
-        self.schedule, self._kernels = schedule, kernels
+        self.schedule, self.nbytes, self._kernels = schedule, schedule.nbytes, kernels
         try:
             self._workspace = kernels.empty(schedule.workspace_elements)
             self._states = {name: kernels.zeros(shape, dtype) for name, (shape, dtype) in schedule.states.items()}
@@ -77,10 +77,6 @@ class Plan:
         self.observed = {name: self._states[f"observed/{name}"] for name in schedule.observed}
         self.input, self.relevance = self._tensor(schedule.input), self._tensor(schedule.relevance)
         self.output, self.start = self._tensor(schedule.output)[:, :, 0, 0], self._tensor(schedule.start)[:, :, 0, 0]
-
-    @property
-    def nbytes(self) -> int:
-        return self.schedule.nbytes
 
     def forward(self, submit: Submit | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
