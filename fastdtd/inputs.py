@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any,
         raise InputError(
             f"the batch has shape {given.shape}; required: (N, {', '.join(map(str, shape))}), as numpy.stack of what "
             "model.preprocess returns, or pictures: paths, PIL images or uint8 arrays (H, W, 3)")
-    with np.errstate(over="ignore"):
+    with nullcontext() if given.dtype == np.float32 else np.errstate(over="ignore"):
         # A copy: `at` reads it later, when the caller's may be another.
         images: Array = library.array(given, np.float32, order="C")
     if not images.size or surely_within(images):

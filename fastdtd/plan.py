@@ -91,6 +91,10 @@ class Plan:
     def run(self, wanted: npt.NDArray[np.int64], submit: Submit | None = None) -> None:
         """Run some steps, by number, each once all workers are done with the one before."""
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
+        if workers == 1:
+            self._kernels.run_steps(self._tables[0], wanted, np.zeros(2, np.int64), barrier, 1)
+            return
+        assert submit is not None
 
         working = threading.Lock()  # as long as the caller holds it; Ctrl-C may end that at any moment
         errors: list[BaseException] = []
@@ -113,9 +117,7 @@ class Plan:
         others: list[Any] = []
         try:
             with working:
-                if workers > 1:
-                    assert submit is not None
-                    others += (submit(work_with_caller, table) for table in self._tables[1:])
+                others += (submit(work_with_caller, table) for table in self._tables[1:])
                 work(self._tables[0])
         finally:
             for other in others:
