@@ -2,12 +2,17 @@
 
     .venv/bin/python benchmarks/profile_layers.py "ResNet-18" --batch 4
     .venv/bin/python benchmarks/profile_layers.py --summary           # all networks, by kernel
+    .venv/bin/python benchmarks/profile_layers.py LeNet --batch 8 --call    # a call, beside its kernels
 
 One thread. A step's floor is the time of its multiply-adds at the measured ceiling of the tile product, or of its
 operands at the measured rate of copying, whichever is more; y and z count as one product, which is what the direct
 convolution takes. "GFLOP/s" counts the definition (two products forward, one back), so that kernels which need fewer
 can be above the ceiling. Times are medians over whole explanations, each step timed in its turn, so that caches hold
 what they hold in real use.
+
+With --call it prints instead what a whole call takes, by one thread and by two, what its kernels take of that on the
+thread with the most images, and the difference: checks, memory, threads, results. The least of many calls, for others
+that compute meanwhile only add to it.
 """
 
 import argparse
@@ -17,10 +22,13 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent))
-from networks import NETWORKS
+from networks import NETWORKS, pictures
 from steps import Steps, ceiling, copy_rate
 
+import fastdtd
 from fastdtd.graph import Conv2d
 
 
@@ -34,6 +42,40 @@ def measure(steps, rounds):
             steps.run(step)
             own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in times]
+
+
+def least(function, seconds=2):
+    """Seconds that a function takes, or says that it took."""
+    function()
+    times, end = [], time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        said = function()
+        times.append(said if isinstance(said, float) else time.perf_counter() - start)
+    return min(times)
+
+
+def print_call(name, batch, threads):
+    explainer = fastdtd.Explainer(fastdtd.Model(NETWORKS[name](), fastdtd.Preprocessing(None)), threads=threads)
+    images = pictures(explainer.model.graph, batch)
+    steps = Steps(name, -(-batch // threads))
+    plan, middle = steps.plan, steps.plan.schedule.forward_steps
+    passes = plan.prepared(range(middle)), plan.prepared(range(middle, len(steps)))
+
+    def kernels():
+        plan.input[:] = images[:len(plan.input)]
+        times = [time.perf_counter()]
+        passes[0]()
+        times.append(time.perf_counter())
+        target = plan.output.argmax(1)
+        plan.start[:] = 0
+        plan.start[np.arange(len(target)), target] = 1
+        times.append(time.perf_counter())
+        passes[1]()
+        return time.perf_counter() - times[2] + times[1] - times[0]
+
+    call, own = least(lambda: explainer(images)), least(kernels)
+    print(f"{name}, batch {batch}, {threads} threads: a call {call * 1e6:.0f} us, its kernels {own * 1e6:.0f}, beside "
+          f"them {(call - own) * 1e6:.0f}")
 
 
 def print_steps(steps, times, top, rate):
@@ -86,7 +128,13 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--summary", action="store_true", help="by kernel only")
+    parser.add_argument("--call", action="store_true", help="what a whole call takes beside its kernels")
     options = parser.parse_args()
+    if options.call:
+        for name in options.nets or NETWORKS:
+            for threads in (1, 2):
+                print_call(name, options.batch, threads)
+        return
     top, rate = ceiling(), copy_rate()
     print(f"ceiling of the tile product {top / 1e9:.0f} GFLOP/s, copying {rate / 1e9:.1f} GB/s (read and written)")
     fractions = defaultdict(list)

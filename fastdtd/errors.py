@@ -4,7 +4,6 @@ Every message says what was found, what is required, and what to do.
 """
 
 import contextlib
-from collections.abc import Iterator
 
 
 class FastDTDError(Exception):
@@ -39,13 +38,19 @@ class OutputError(FastDTDError):
     """A file or folder that results cannot be written to."""
 
 
-@contextlib.contextmanager
-def out_of_memory(kind: type[FastDTDError], advice: str) -> Iterator[None]:
+class out_of_memory(contextlib.ContextDecorator):
     """Where the machine has no memory left, an error of `kind`; a decorator, too."""
-    try:
-        yield
-    except MemoryError as error:
-        raise kind(f"the machine has no memory left for it ({str(error) or 'MemoryError'}); {advice}") from None
+
+    def __init__(self, kind: type[FastDTDError], advice: str) -> None:
+        self._kind, self._advice = kind, advice
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MemoryError):
+            raise self._kind(f"the machine has no memory left for it ({str(error) or 'MemoryError'}); {self._advice}"
+                             ) from None
 
 
 _SHOWN = 80  # characters of a value

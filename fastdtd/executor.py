@@ -136,8 +136,9 @@ class Executor:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no
         memory for as many.
 
-        Threads that share an image wait for each other after each layer: a small network is done before that pays. Of
-        several devices each gets as many images, and those that a device has no memory for come again, in halves.
+        Threads that share an image wait for each other after each layer: a small network is done before that pays. The
+        last images are explained by the caller's own thread, for to hand them over and to wait takes longer. Of several
+        devices each gets as many images, and those that a device has no memory for come again, in halves.
         """
         own_plans = self._own_plans and (count >= self.threads or self._is_small)
         workers, max_images = (1, self.batch) if own_plans else (self._workers, self._shared_batch)
@@ -198,7 +199,7 @@ class Executor:
                         halve(first, last)
                         continue
                     raise
-                if threads is None:
+                if threads is None or not todo:
                     run(loan, device, first, last)
                 else:
                     running.append(threads.submit(run_in_a_thread, loan, device, first, last))

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -142,6 +141,10 @@ class Explainer:
         self.threads = int(threads or min(usable_processors(), MAX_THREADS))
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
+        self._largest_loss = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
+        channels, most = model.graph.input_shape[0], np.finfo(np.float32).max
+        low, high = (np.full(channels, bound, np.float32) for bound in model.graph.box or (-most, most))
+        self._surely_within = partial(self._kernels.surely_within, low, high)
         self._executor = Executor(model.graph, self._assignment, found, self.threads, limit, memory)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -207,17 +210,18 @@ class Explainer:
         graph, kernels, derivative = self.model.graph, self._kernels, self._assignment.derivative
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
-            images = checked_images(batch, self.model, library)
+            images = checked_images(batch, self.model, library, self._surely_within)
             count, outputs = len(images), graph.shapes[graph.output][0]
             targets = checked_targets(target, self.model, count, outputs)
             begins = checked_start(start, target, count, outputs)
             explained_targets = np.empty(count, np.int64)
-            finite, sums = np.zeros(count, np.bool_), np.empty(count)
-            context = replace(self.context, pictures=pictures,
-                              explain_again=partial(self._observed, images, explained_targets, begins))
+            context = Context(self.context.classes, self.context.rules, self.context.resize, pictures,
+                              partial(self._observed, images, explained_targets, begins))
+            ledger = np.zeros((len(self._assignment.absorbers), count))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
-                            np.empty(count, np.float32), {name: np.zeros(count) for name in self._assignment.absorbers},
+                            np.empty(count, np.float32), dict(zip(self._assignment.absorbers, ledger, strict=True)),
                             context)
+        sums, doubtful = np.zeros(count), list[slice]()
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
@@ -225,35 +229,24 @@ class Explainer:
             own_start = None if begins is None else begins[part]
             scores, e.target[part], e.explained[part] = self._run(plan, images[part], own_targets, own_start, first)
             e.output[part] = library.asarray(scores)
-            kernels.read(e.relevance[part], plan.relevance)
+            relevance = e.relevance[part]
+            kernels.read(relevance, plan.relevance)
             match derivative:
                 case "gradient*input":
-                    e.relevance[part] *= images[part]
+                    relevance *= images[part]
                 case "sensitivity":
-                    e.relevance[part] **= 2
-            ledger = np.empty(plan.ledger.shape)
-            kernels.read(ledger, plan.ledger)
-            for column, name in enumerate(self._assignment.absorbers):
-                e.ledger[name][part] = ledger[:, column]
-            with np.errstate(invalid="ignore"):
-                of_part = e.relevance[part].sum((1, 2, 3), dtype=np.float64)  # not finite where one element is not
-            kernels.read(sums[part], of_part)
-            kernels.read(finite[part], library.isfinite(of_part) & library.isfinite(e.output[part]).all(1))
+                    relevance **= 2
+            kernels.read(ledger[:, part], plan.ledger.T)
+            if not kernels.sum_relevance(sums[part], relevance, e.output[part], plan.ledger, e.explained[part],
+                                         self._largest_loss) or derivative:
+                doubtful.append(part)
 
         self._executor.map(explain, count, self._executor.devices_for(images))
-        if not finite.all():
-            raise BeyondFloat32Error(dict.fromkeys(
-                np.flatnonzero(~finite).tolist(),
-                "gives scores or relevance beyond float32; its values or the model's weights are too large"))
-        if not derivative:
-            self._check_balance(e, sums)
-        nothing = np.flatnonzero(e.explained <= 0)
-        if len(nothing) and begins is None and not derivative:
-            image, which = nothing[0], int(e.target[nothing[0]])
-            warnings.warn(
-                f"{len(nothing)} of {count} targets have a score that is not positive, so there is nothing to "
-                f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
-                f"score {float(e.output[image, which]):.4g}", ExplanationWarning, stacklevel=3)  # past out_of_memory
+        if doubtful:
+            finite = np.empty(count, np.bool_)  # scores
+            with kernels.on_device_of(batch):
+                kernels.read(finite, library.isfinite(e.output).all(1))
+            self._examine(e, sums, finite & np.isfinite(sums), begins is None)
         return e
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
@@ -291,7 +284,7 @@ class Explainer:
         graph, kernels = self.model.graph, self._kernels
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
-            images = checked_images(batch, self.model, library)
+            images = checked_images(batch, self.model, library, self._surely_within)
             scores: Array = library.empty((len(images), graph.shapes[graph.output][0]), np.float32)
 
         def predict(plan: Plan, first: int, last: int) -> None:
@@ -314,40 +307,56 @@ class Explainer:
             return batch, None
         return np.stack([self.model.preprocess(picture) for picture in pictures]), pictures
 
-    def _check_balance(self, e: Explanation, sums: npt.NDArray[np.float64]) -> None:
-        """Refuse explanations of which numbers below float32's range took a part away that no layer absorbed."""
-        largest = _LARGEST_LOSS_TF32 if self.precision == "tf32" else _LARGEST_LOSS
+    def _examine(self, e: Explanation, sums: npt.NDArray[np.float64], finite: npt.NDArray[np.bool_],
+                 has_targets: bool) -> None:
+        """Refuse what float32 cannot hold, and explanations of which numbers below its range took a part away that no
+        layer absorbed; warn of targets that have nothing to decompose."""
+        if not finite.all():
+            raise BeyondFloat32Error(dict.fromkeys(
+                np.flatnonzero(~finite).tolist(),
+                "gives scores or relevance beyond float32; its values or the model's weights are too large"))
+        if self._assignment.derivative:
+            return
         lost = np.abs(e.explained - sums - e.absorbed)
         reasons = {}
-        for i in np.flatnonzero(lost > largest * np.abs(e.explained)):
+        for i in np.flatnonzero(lost > self._largest_loss * np.abs(e.explained)):
             # Under rules that give back negative relevance, too, what is explained may be small beside it.
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
-            if lost[i] > largest * max(abs(float(e.explained[i])), turnover):
+            if lost[i] > self._largest_loss * max(abs(float(e.explained[i])), turnover):
                 reasons[int(i)] = (
                     f"loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; its values "
                     "or the model's weights are too small")
         if reasons:
             raise BeyondFloat32Error(reasons)
+        nothing = np.flatnonzero(e.explained <= 0)
+        if len(nothing) and has_targets:
+            image, which = nothing[0], int(e.target[nothing[0]])
+            warnings.warn(
+                f"{len(nothing)} of {len(e)} targets have a score that is not positive, so there is nothing to "
+                f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
+                f"score {float(e.output[image, which]):.4g}", ExplanationWarning,
+                stacklevel=4)  # past __call__ and out_of_memory
 
     def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
         """Both passes: scores, what is explained of each image, and how much; first: the first image's number."""
-        submit = self._executor.submit(plan)
+        submit, scores = self._executor.submit(plan), np.empty(plan.output.shape, np.float32)
         self._kernels.write(plan.input, images)
         plan.forward(submit)
-        scores = np.empty(plan.output.shape, np.float32)
         self._kernels.read(scores, plan.output)
         if begins is None:
-            derivative = self._assignment.derivative
             target = scores.argmax(1) if targets is None else targets
-            score = np.take_along_axis(scores, target[:, None], 1)
-            explained = score[:, 0] if derivative else np.maximum(score, 0)[:, 0]
-            relevance = np.zeros_like(scores)
-            np.put_along_axis(relevance, target[:, None], 1 if derivative else explained[:, None], 1)
+            start, explained = np.zeros(scores.shape, np.float32), np.empty(len(scores), np.float32)
+            derivative, starts_with_relevance = self._assignment.derivative, plan.schedule.starts_with_relevance
+            for i, output in enumerate(target.tolist()):  # sooner than by NumPy's indices, if there are few
+                score = scores[i, output]
+                explained[i] = score if derivative else max(score, 0)
+                start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else score > 0
         else:
-            relevance, target, explained = begins, begins.argmax(1), begins.sum(1)
-        self._kernels.write(plan.start,
-                            relevance if plan.schedule.starts_with_relevance else factors(relevance, scores, first))
+            start, target, explained = begins, begins.argmax(1), begins.sum(1)
+            if not plan.schedule.starts_with_relevance:
+                start = factors(begins, scores, first)
+        self._kernels.write(plan.start, start)
         plan.backward(submit)
         return scores, target, explained
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastdtd.errors import InputError
 from fastdtd.graph import Array
@@ -55,7 +56,7 @@ class Plan:
     """
 
     def __init__(self, schedule: Schedule, kernels: AnyDevice) -> None:
-        self.schedule, self._kernels = schedule, kernels
+        self.schedule, self.nbytes, self._kernels = schedule, schedule.nbytes, kernels
         try:
             self._workspace = kernels.empty(schedule.workspace_elements)
             self._states = {name: kernels.zeros(shape, dtype) for name, (shape, dtype) in schedule.states.items()}
@@ -70,32 +71,30 @@ class Plan:
                 f"the network needs {schedule.nbytes / 2**30:.1f} GiB for {schedule.batch} images at a time, more than "
                 "there is") from None
         self._tables = [kernels.table(calls) for calls in self._calls]
-        self._conditions = {i: self._state(step.condition) for i, step in enumerate(schedule.steps) if step.condition}
-        self.ledger = self._states["ledger"]
+        self._dead, self.ledger = self._states["dead"], self._states["ledger"]
+        steps = np.arange(len(schedule.steps))
+        self._forward, self._backward = steps[:schedule.forward_steps], steps[schedule.forward_steps:]
         self.observed = {name: self._states[f"observed/{name}"] for name in schedule.observed}
         self.input, self.relevance = self._tensor(schedule.input), self._tensor(schedule.relevance)
         self.output, self.start = self._tensor(schedule.output)[:, :, 0, 0], self._tensor(schedule.start)[:, :, 0, 0]
 
-    @property
-    def nbytes(self) -> int:
-        return self.schedule.nbytes
-
     def forward(self, submit: Submit | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""
-        self._states["dead"][:] = 0
-        self.run(range(self.schedule.forward_steps), submit)
+        self._dead[:] = 0
+        self.run(self._forward, submit)
 
     def backward(self, submit: Submit | None = None) -> None:
         """start -> relevance and ledger."""
         self.ledger[:] = 0
-        self.run(range(self.schedule.forward_steps, len(self.schedule.steps)), submit)
+        self.run(self._backward, submit)
 
-    def run(self, steps: Iterable[int], submit: Submit | None = None) -> None:
+    def run(self, wanted: npt.NDArray[np.int64], submit: Submit | None = None) -> None:
         """Run some steps, by number, each once all workers are done with the one before."""
-        wanted = np.array([
-            step for step in steps if step not in self._conditions or self._kernels.may_be_set(self._conditions[step])
-        ], np.int64)
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
+        if workers == 1:
+            self._kernels.run_steps(self._tables[0], wanted, np.zeros(2, np.int64), barrier, 1)
+            return
+        assert submit is not None
 
         working = threading.Lock()  # as long as the caller holds it; Ctrl-C may end that at any moment
         errors: list[BaseException] = []
@@ -118,9 +117,7 @@ class Plan:
         others: list[Any] = []
         try:
             with working:
-                if workers > 1:
-                    assert submit is not None
-                    others += (submit(work_with_caller, table) for table in self._tables[1:])
+                others += (submit(work_with_caller, table) for table in self._tables[1:])
                 work(self._tables[0])
         finally:
             for other in others:

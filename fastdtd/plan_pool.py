@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -129,8 +128,10 @@ class PlanPool:
                 return False
             self._loans.append(loan)
             i = next((i for i in reversed(range(len(self.idle))) if self.idle[i].schedule is schedule), None)
-            loan.plan = None if i is None else self.idle.pop(i)
-            self._keep()
+            if i is not None:
+                loan.plan = self.idle.pop(i)
+            else:
+                self._keep()
             return True
 
     def began(self, loan: Loan) -> bool:
@@ -147,9 +148,11 @@ class PlanPool:
         with self._lock:
             plan, loan.plan, loan.is_over = loan.plan, None, True
             self._loans = [other for other in self._loans if other.is_open]
-            self._keep(*([plan] if plan is not None and sound and not plan.schedule.observed else []))
-        with contextlib.suppress(RuntimeError):  # one that is not locked: others have given back
-            self._returns.release()
+            if plan is not None and sound and not plan.schedule.observed:
+                self.idle.append(plan)
+            self._keep()
+            if self._returns.locked():  # else others have given back
+                self._returns.release()
 
     def drop_idle(self) -> bool:
         """Give back the memory of plans that nobody uses. Returns whether there were any."""
@@ -158,9 +161,8 @@ class PlanPool:
             self.idle.clear()
         return dropped
 
-    def _keep(self, *plans: Plan) -> None:
-        """Put plans among the idle ones; those not used for longest go where there is no memory for all."""
-        self.idle += plans
+    def _keep(self) -> None:
+        """Of the idle plans those not used for longest go where there is no memory for all."""
         while sum(plan.nbytes for plan in self.idle) > min(self.max_idle, self.limit - self.used_bytes):
             self.idle.pop(0)
 

@@ -53,8 +53,15 @@ class Device(Protocol):
         """While in this context, the calling thread works on that device; what it began is done when it leaves."""
     def memory_budget(self, device: int) -> int | None:
         """Bytes that plans may take there; None: any number."""
-    def may_be_set(self, flags: DeviceArray) -> bool:
-        """Whether one of some flags that kernels set may be set."""
+
+    # -- What a call is given and what it gives; False: not known, or something is not as it should be
+
+    def surely_within(self, low: npt.NDArray[Any], high: npt.NDArray[Any], images: DeviceArray) -> bool:
+        """Whether the values of images (N, C, H, W) are from low (C,) to high (C,), and none is NaN."""
+    def sum_relevance(self, sums: npt.NDArray[Any], relevance: DeviceArray, scores: DeviceArray, ledger: DeviceArray,
+                      explained: npt.NDArray[Any], loss: float) -> bool:
+        """sums (N,) float64 of relevance (N, C, H, W). Whether relevance and scores (N, K) are finite, and sums and
+        ledger (N, layers) make up what is explained (N,), which is positive, but for a part `loss` of it."""
 
     # -- Shapes of packed weights, floats of scratch: (results, block) where there are two
 

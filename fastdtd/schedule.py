@@ -7,6 +7,7 @@ measure it (benchmarks/) or compile it; its size is known without allocating any
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Schedule:
     observed: tuple[str, ...]
     margin: int  # float32 elements that the device wants after each array
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes that a plan of this schedule allocates: workspace, every worker's scratch, states."""
         scratch = sum(elements + self.margin for elements in self.scratch.values())

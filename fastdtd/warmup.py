@@ -73,6 +73,9 @@ def warm_up(device: str = "cpu") -> str:
     plan.forward(threads.submit)
     plan.start[:] = 1
     plan.backward(threads.submit)
+    images, one = np.full((1, *graph.input_shape), 0.5, np.float32), np.ones(1, np.float32)
+    module.surely_within(np.zeros(3, np.float32), np.ones(3, np.float32), images)
+    module.sum_relevance(np.zeros(1), images, np.ones((1, 10), np.float32), np.zeros((1, 1)), one, 0.1)
     if _unkept:
         raise OutputError(f"compiled kernels cannot be kept ({_unkept[0]}); {_ADVICE}")
     return str(module.run_steps.stats.cache_path)

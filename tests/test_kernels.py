@@ -98,7 +98,7 @@ def test_images_of_one_batch_go_each_its_own_way(monkeypatch, kernel, pays):
     plan.forward()
     plan.start[:] = 1
     steps = [i for i, step in enumerate(plan.schedule.steps) if step.name == "density_redistribute"]
-    plan.run(range(plan.schedule.forward_steps, steps[0] + 1))
+    plan.run(np.arange(plan.schedule.forward_steps, steps[0] + 1))
     density = plan.arguments(steps[0])[0]
     assert ((density < 0.3) == [False, True, False, False, True]).all()
     explainer = Explainer(model, threads=1)
@@ -304,3 +304,44 @@ def test_powers_are_rounded_once():
         assert raised(np.float32(b), np.float32(e)) == np.float32(wanted), (b, e)
     for b in (-1, np.nan, -inf):
         assert np.isnan(raised(np.float32(b), np.float32(2)))
+
+
+# ---- A call looked over ----------------------------------------------------------------------------------------------
+
+INF, NAN, NEXT = np.float32(np.inf), np.float32(np.nan), np.nextafter(np.float32(1), np.float32(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (1, 2, 1, 1), (1, 2, 6, 16)])
+@pytest.mark.parametrize(("value", "within"), [(1, True), (-1, True), (NEXT, False), (-NEXT, False), (INF, False),
+                                               (-INF, False), (NAN, False)])
+def test_values_within_a_box(shape, value, within):
+    """Wherever the one is that may not be; each channel has bounds of its own."""
+    low, high = np.float32([-1, 4]), np.float32([1, 8])
+    for place in np.ndindex(shape):
+        images = np.broadcast_to(np.float32([0.5, 5])[:, None, None], shape).copy()
+        images[place] = value if place[1] == 0 else 6 + 2 * value
+        assert cpu.surely_within(low, high, images) == (within or (place[1] == 1 and images[place] == 8)), place
+    assert cpu.surely_within(low, high, np.zeros((0, *shape[1:]), np.float32))
+
+
+def looked_over(place=None, value=0.0, explained=6.0):
+    """Of two images with relevance 4, 2 of which is absorbed, and one number put into one of the arrays."""
+    arrays = {"relevance": np.full((2, 2, 2, 4), 0.25, np.float32), "scores": np.ones((2, 3), np.float32),
+              "ledger": np.ones((2, 2)), "explained": np.float32([6, explained])}
+    if place:
+        arrays[place].reshape(2, -1)[1, -1] = value
+    sums = np.full(2, 7.0)
+    return cpu.sum_relevance(sums, *arrays.values(), 1e-3), sums
+
+
+@pytest.mark.parametrize(("changed", "is_well"), [
+    ((), True), (("relevance", NAN), False), (("relevance", INF), False), (("scores", NAN), False),
+    (("scores", -INF), False), (("scores", -3.4e38), True), (("ledger", np.nan), False), (("ledger", 1.005), True),
+    (("ledger", 1.007), False), (("ledger", 0.993), False), (("relevance", 0.26), False), ((None, 0, 6.005), True),
+    ((None, 0, -6.0), False), ((None, 0, 0.0), False), ((None, 0, NAN), False),
+])
+def test_relevance_that_sums_to_what_is_explained(changed, is_well):
+    found, sums = looked_over(*changed)
+    assert found == is_well
+    in_last = changed[1] if changed and changed[0] == "relevance" else 0.25
+    np.testing.assert_allclose(sums, [4, 3.75 + in_last])

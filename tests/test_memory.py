@@ -282,6 +282,31 @@ def test_a_call_that_fails_gives_back_its_threads_and_memory(watched, monkeypatc
     assert (explain(made, batch).relevance == expected.relevance).all()
 
 
+@pytest.mark.parametrize("of_caller", [True, False])
+def test_a_part_that_fails_is_the_callers_or_a_threads(watched, monkeypatch, of_caller):
+    """The caller explains the last images itself; what either raises is raised, and the other's plan is given back."""
+    made = explainer(small(), threads=2)
+    batch = images(made.model.graph, 6)
+    expected = explain(made, batch).relevance
+    plans_of(made).idle.clear()
+    backward, failed = Plan.backward, []
+
+    def fail(plan, submit):
+        is_caller = threading.current_thread() is threading.main_thread()
+        if is_caller == of_caller:
+            failed.append(is_caller)
+            raise ZeroDivisionError
+        backward(plan, submit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watched, "backward", fail)
+        with pytest.raises(ZeroDivisionError):
+            explain(made, batch)
+        assert failed == [of_caller]
+        assert nothing_is_taken(made)
+    assert (explain(made, batch).relevance == expected).all()
+
+
 def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
     graph = small()
     made = explainer(graph, threads=2, memory=2 * one_image(graph))
@@ -293,7 +318,7 @@ def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
 
 
 def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
-    made, tasks = explainer(small(), threads=2), []
+    made, tasks = explainer(small(), threads=3), []
 
     class Late:
         """Begins the first task when it gets the second, and never the second."""
@@ -308,7 +333,7 @@ def test_what_no_thread_began_is_given_back_when_another_fails(monkeypatch):
 
     monkeypatch.setattr(made._executor, "_threads", Late)
     with pytest.raises(TypeError):
-        explain(made, images(made.model.graph, 2))
+        explain(made, images(made.model.graph, 3))  # the last one by the caller itself
     task, loan = tasks[1]
     assert not task.is_done
     assert nothing_is_taken(made)

@@ -59,8 +59,3 @@ def on_device(device):
 
 def memory_budget(device):
     """Bytes that plans may take on that device; None: whatever is fastest."""
-
-
-def may_be_set(flags):
-    """Whether one of some flags that kernels set may be set."""
-    return flags.any()

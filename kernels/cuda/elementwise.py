@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 from fastdtd.kernels.cuda.jit import kernel, launch, launch_for_each, part
+from fastdtd.kernels.cuda.memory import read
 from fastdtd.kernels.cuda.scalar import (
     activation,
     activation_redistributed,
@@ -285,3 +286,16 @@ def add_redistribute(c_in, c, ratio, a, low, high, c_in_channel, c_channel, a_ch
                     flat(a), low, high, *location(c_in, c_in_channel, image), *location(c, c_channel, image),
                     *location(a, a_channel, image), positions, elements, (end - image) * elements, int(features),
                     int(relevance), int(accumulate))
+
+
+# ---- What a call is given and what it gives: whether all is well has to be found out otherwise -----------------------
+
+
+def surely_within(low, high, images):
+    return False
+
+
+def sum_relevance(sums, relevance, scores, ledger, explained, loss):
+    with np.errstate(invalid="ignore"):  # where some are infinite
+        read(sums, relevance.sum((1, 2, 3), dtype=np.float64))
+    return False

@@ -141,8 +141,3 @@ def memory_budget(device):
     with cupy.cuda.Device(device):
         free, _ = cupy.cuda.runtime.memGetInfo()
         return int(_MEMORY_FRACTION * (free + cupy.get_default_memory_pool().free_bytes()))
-
-
-def may_be_set(flags):
-    """Whether one of some flags that kernels set may be set. Reading them would wait for the device, so: yes."""
-    return True
