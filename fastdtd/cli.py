@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import io
@@ -235,19 +236,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Ctrl-C as KeyboardInterrupt, also where a library made another error of it: of a lock that it had taken, or of a
-    comparison."""
+    """Ctrl-C as KeyboardInterrupt, also where a library made another error of it (of a lock that it had taken, or of a
+    comparison), and where Python drops it: in a destructor, or in what is called when an object goes."""
     seen = []
 
     def interrupt(*_: object) -> None:
         seen.append(True)
         raise KeyboardInterrupt
 
+    def dropped(one: Any) -> None:
+        if issubclass(one.exc_type, KeyboardInterrupt):  # once more, when this is over
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            report(one)
+
+    report = sys.unraisablehook
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and (
         threading.current_thread() is threading.main_thread())
     try:
         if is_ours:
             signal.signal(signal.SIGINT, interrupt)
+            sys.unraisablehook = dropped
         yield
     except Exception:
         if seen:
@@ -256,6 +265,7 @@ def _interrupts_kept() -> Iterator[None]:
     finally:
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.unraisablehook = report
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,10 @@
 """After Ctrl-C in a call, at whatever moment, later calls do not wait for ever and give the same bits."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fastdtd.kernels import cpu
 from graphs import images
 
 from fastdtd import lowering, rules
+from fastdtd.cli import _interrupts_kept
 from fastdtd.plan import Plan
 from fastdtd.threads import Threads
 
@@ -155,3 +158,23 @@ def test_calls_of_other_threads_go_on_when_one_is_cut_short():
         pool.bind = kept
         np.testing.assert_array_equal(made(batch, 0).relevance, expected)
     assert pool.used_bytes == pool.used_workers == 0
+
+
+def test_an_interrupt_that_python_drops_comes_again():
+    """As one in a destructor is: it would be printed, and the run go on."""
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def go_on():
+        with _interrupts_kept():
+            Dying()
+            time.sleep(5)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
