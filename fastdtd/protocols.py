@@ -123,7 +123,7 @@ class BlockedDevice(Device, Protocol):
     CONVOLUTION: Literal["blocked"]
     CONV2D_COLUMNS: int  # tiles read this far beyond the last position
     CONV2D_FEW_ROWS: int  # conv2d_redistribute to no more inputs of a group reads planes always
-    DEPTHWISE2D_STEP: int  # places at a time
+    DEPTHWISE2D_STEP: int  # positions at a time
     density_redistribute: Kernel
     depthwise2d_forward: Kernel
     depthwise2d_redistribute: Kernel
@@ -148,7 +148,7 @@ class BlockedDevice(Device, Protocol):
                                           ) -> int:
         """Floats of `sums` of conv2d_redistribute."""
     def depthwise2d_block_rows(self, rows: int, width: int, inputs: int) -> int:
-        """Rows of places of each block, where each place stands for so many inputs."""
+        """Rows of positions of each block, where each stands for so many inputs."""
     def depthwise2d_results_elements(self, rows: int, width: int, values: int) -> int:
         """Floats of `results`."""
     def sparse2d_below(self, features: int, taps: int, box: bool, tiles_used: float) -> float:

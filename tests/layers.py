@@ -135,7 +135,7 @@ CONVOLUTIONS = {
     "groups": conv((6, 9, 8), 9, (3, 3), padding=ONE, groups=3, on_gpu="long"),
     "groups of many": conv((20, 6, 6), 22, (3, 3), (2, 1), ONE, groups=2),
     "depthwise": conv((7, 9, 9), 7, (3, 3), (2, 2), ONE, groups=7),
-    "depthwise, a step and a few places": conv((2, 9, 16), 2, (3, 3), padding=ONE, groups=2),
+    "depthwise, a step and a few positions": conv((2, 9, 16), 2, (3, 3), padding=ONE, groups=2),
     "depthwise, one pixel": conv((2, 1, 1), 2, (3, 3), padding=ONE, groups=2),
     "depthwise, one pixel, strided": conv((2, 1, 1), 2, (3, 3), (2, 2), ONE, groups=2),
     "depthwise, kernel larger than its input": conv((2, 2, 3), 2, (7, 7), padding=(3, 3, 3, 3), groups=2),

@@ -78,7 +78,7 @@ def test_units_write_their_plane_alone(name, rule):
         assert not any(np.isnan(one[cpu.MARGIN:-cpu.MARGIN]).any() for one in together)
 
 
-@pytest.mark.parametrize("name", ["depthwise", "depthwise, a step and a few places", "depthwise, several blocks"])
+@pytest.mark.parametrize("name", ["depthwise", "depthwise, a step and a few positions", "depthwise, several blocks"])
 def test_the_same_bits_in_any_batch(name):
     example = CONVOLUTIONS[name]
     explainer = Explainer(Model(network(example, NON_NEGATIVE), Preprocessing(None)), threads=1)

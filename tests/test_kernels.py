@@ -52,7 +52,7 @@ def test_rules_of_both_signs_are_like_the_oracle(kind, example, rule, domain):
 
 
 # How a convolution is computed, whatever would be faster: (whether Winograd's algorithm is taken where it can be, the
-# density below which an image's zeros are skipped on the way back).
+# density below which an image's zeros are skipped in the backward pass).
 WAYS = {"direct": (False, 0.0), "Winograd": (True, 0.0), "sparse": (False, 2.0), "some sparse": (True, 0.5)}
 
 

@@ -25,7 +25,8 @@ _MAX_STRIDE = 2
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Where a kernel copies its input to, `halo_rows` more rows than places, the first one `pad_top` above place 0."""
+    """Where a kernel copies its input to, `halo_rows` more rows than positions, the first one `pad_top` above position
+    0."""
 
     rows: int
     width: int
@@ -36,7 +37,7 @@ class _Block:
     elements: int
 
     def offset(self, phase: int, parity: int, down: int, right: int) -> int:
-        """From the block's begin to what a tap of place 0 reads: so many rows below a plane's first."""
+        """From the block's begin to what a tap of position 0 reads: so many rows below a plane's first."""
         return int(self.planes[phase, parity]) + down * self.width + right
 
 
@@ -50,7 +51,7 @@ class _Depthwise:
     block: _Block
 
     def _step(self, b: Builder, kernel: Any, values: int, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
-        """values: what is computed for each place."""
+        """values: what is computed for each position."""
         block = self.block
         results = b.blocked_kernels.depthwise2d_results_elements(block.rows, block.width, values)
         b.step(kernel, b.batch * len(self.weights), **arguments, packed=self.weights, offsets=self.offsets,
@@ -141,17 +142,17 @@ def _taps(layer: g.Conv2d, axis: int, phase: int) -> list[tuple[int, int]]:
 
 def _block(columns: list[tuple[int, int]], grid: tuple[int, int], stride: tuple[int, int], phases: tuple[int, int],
            pad_top: int, halo_rows: int, kernels: BlockedDevice) -> _Block:
-    """columns: how far to the right a column's taps read, in rows of which length. grid: rows of places, their width.
-    phases: of rows and columns, each with a plane of its own."""
+    """columns: how far to the right a column's taps read, in rows of which length. grid: rows of positions, their
+    width. phases: of rows and columns, each with a plane of its own."""
     shifts = [shift for shift, _ in columns]
     rows, width = kernels.depthwise2d_block_rows(*grid, math.prod(stride)), grid[1]
     size = (rows + halo_rows) * width + kernels.DEPTHWISE2D_STEP
-    begin = max(0, -min(shifts))  # taps of the first place may read before the first plane
+    begin = max(0, -min(shifts))  # taps of the first position may read before the first plane
     planes = [(at, at + (phases[1] - 1) * size)
               for at in range(begin, begin + math.prod(phases) * size, phases[1] * size)]
     period = -(-kernels.DEPTHWISE2D_STEP // width) * width  # whole rows, so that a step ends in the next period at most
-    place = np.arange(period + kernels.DEPTHWISE2D_STEP) % width
-    masks = [-((place + shift >= 0) & (place + shift < length)).astype(np.int32) for shift, length in columns]
+    position = np.arange(period + kernels.DEPTHWISE2D_STEP) % width
+    masks = [-((position + shift >= 0) & (position + shift < length)).astype(np.int32) for shift, length in columns]
     return _Block(rows, width, halo_rows, pad_top, int_table(planes, 2), _int32(masks),
                   begin + math.prod(phases) * size + max(0, *shifts))
 

@@ -1,7 +1,8 @@
-"""The way back through a convolution that skips zeros, on processors, for images whose ratio * c has few others."""
+"""The backward pass of a convolution that skips zeros, on processors, for images whose ratio * c has few others."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ from fastdtd.rules import Term
 
 # Of all that a term's kernel may take.
 _ARGUMENTS = ("c_in", "c", "ratio", "a", "low", "high", "c_in_channel", "c_channel", "a_channel", "accumulate")
-_LINE = 64  # bytes: a row of V that crosses lines takes twice the loads
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +77,7 @@ def pack(layer: g.Conv2d, term: Term, in_shape: Shape, carries: bool, winograd: 
     below = kernels.sparse2d_below(features, kernel[0] * kernel[1], box, tiles_used)
     if below <= 0:
         return None
-    packed = _aligned(kernels.sparse2d_packed_shape(outputs, features, *kernel))
+    shape = kernels.sparse2d_packed_shape(outputs, features, *kernel)
+    packed = kernels.empty(math.prod(shape))[:math.prod(shape)].reshape(shape)  # a row that crosses lines loads twice
     kernels.sparse2d_pack(packed, read_only(backward_weights(layer, term).reshape(layer.weight.shape)), box)
     return Sparse(read_only(packed), term.features, features, below)
-
-
-def _aligned(shape: tuple[int, ...]) -> Array:
-    size = int(np.prod(shape))
-    room = np.empty(size + _LINE // 4, np.float32)
-    begin = -room.ctypes.data % _LINE // 4
-    return room[begin:begin + size].reshape(shape)

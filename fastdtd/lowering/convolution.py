@@ -1,7 +1,7 @@
 """Convolutions: which algorithm computes each sum and term of a layer's rule.
 
-The choice follows from the layer's shape and rule, and on the way back from how sparse an image's relevance is: from
-the image alone, so that it gives the same bits in any batch.
+The choice follows from the layer's shape and rule, and in the backward pass from how sparse an image's relevance is:
+from the image alone, so that it gives the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevi
             return None
         return conv_sparse.pack(layer, term, graph.shapes[layer.inputs[0]], carries, winograd, kernels)
 
-    ways_back = [backward(term) for term in rule.terms]
-    return Packed([forward(term) for term in rule.sums], ways_back,
-                  [sparse(term, way) for term, way in zip(rule.terms, ways_back, strict=True)])
+    backward_passes = [backward(term) for term in rule.terms]
+    return Packed([forward(term) for term in rule.sums], backward_passes,
+                  [sparse(term, way) for term, way in zip(rule.terms, backward_passes, strict=True)])
 
 
 def forward(b: Builder, layer: g.Conv2d) -> None:

@@ -236,8 +236,8 @@ def _finish_constant(p_x, p_ratio, p_constant, pattern, top, left, p_y, place, c
         row, column = (place + done) // columns, (place + done) % columns
         piece, to = min(columns - column, count - done), 4 * (row * across + column)
         p_z = p_constant + 4 * (pattern[top + row] * across + left + column)
-        absorbs |= finish_row(p_x + to, p_ratio + to, p_z, p_y + 4 * done, piece, bias, False, is_box, x_min, x_max,
-                              relevance, z_min)
+        absorbs |= finish_row(p_x + to, p_ratio + to, p_z, p_y + 4 * done, piece, bias, is_box, x_min, x_max, relevance,
+                              z_min)
         done += piece
     return absorbs
 

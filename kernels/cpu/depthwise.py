@@ -1,18 +1,18 @@
-"""Depthwise convolution, each output of one input channel, and its redistribution: planes as single runs of places.
+"""Depthwise convolution, each output of one input channel, and its redistribution: planes as single runs of positions.
 
-A block of rows is copied into the first-level cache, rows joined with nothing between them: place (y, x) is number
+A block of rows is copied into the first-level cache, rows joined with nothing between them: position (y, x) is number
 y * width + x, and a tap that lies (i, j) away is i * width + j numbers away. So vectors run on over the ends of rows,
-and no row is short: the 49 places of 7 x 7 fill seven vectors of eight. Only where a tap's neighbour is beside the
+and no row is short: the 49 positions of 7 x 7 fill seven vectors of eight. Only where a tap's neighbour is beside the
 plane, at the ends of rows, is what it reads another row's. There each column of taps has a mask, which repeats from row
 to row, so that one of few rows serves all blocks of all planes.
 
-    direction       places                                    a tap reads
+    direction       positions                                    a tap reads
     forward         outputs                                   one of the input's phases by the stride, planes each
     redistribute    inputs by the stride, phase by phase      ratio * c
 
-Where input and output differ in width, places have the larger one, and rows are cut as they are stored. The sum of a
-place is one chain of multiply-adds in the order of the taps, column by column, so it does not depend on where the place
-lies. A unit is a plane.
+Where input and output differ in width, positions have the larger one, and rows are cut as they are stored. The sum of a
+position is one chain of multiply-adds in the order of the taps, column by column, so it does not depend on where
+the position lies. A unit is a plane.
 """
 
 from fastdtd.kernels.codes import NONNEGATIVE, ONES
@@ -43,7 +43,7 @@ from numba import types
 from numba.extending import intrinsic
 
 _VECTORS = 4  # at a time: two sums and a mask each, two weights and what they multiply are 15 registers
-DEPTHWISE2D_STEP = _VECTORS * LANES  # places at a time; so many are read and written beyond the last
+DEPTHWISE2D_STEP = _VECTORS * LANES  # positions at a time; so many are read and written beyond the last
 _BLOCK_FLOATS = 2048  # of a block, which stays in the first-level cache beside what is written
 
 
@@ -51,13 +51,13 @@ _BLOCK_FLOATS = 2048  # of a block, which stays in the first-level cache beside 
 
 
 def depthwise2d_block_rows(rows, width, inputs):
-    """Rows of places of each block, where each place stands for so many inputs."""
+    """Rows of positions of each block, where each position stands for so many inputs."""
     blocks = -(-rows * width * inputs // _BLOCK_FLOATS)
     return -(-rows // min(blocks, rows))
 
 
 def depthwise2d_results_elements(rows, width, values):
-    """Floats of `results`, for blocks of so many rows of places, each with so many values: y and z forward, back the
+    """Floats of `results`, for blocks of so many rows of positions, each with so many values: y and z forward, back the
     inputs that it stands for."""
     return values * (rows * width + DEPTHWISE2D_STEP)
 
@@ -66,11 +66,11 @@ def depthwise2d_results_elements(rows, width, values):
 
 
 class _Sums:
-    """Emits sums over a window's taps for the places first..last-1 of a block.
+    """Emits sums over a window's taps for the positions first..last-1 of a block.
 
-    Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of place p is
+    Taps are sorted by columns of the window: those of column j are bounds[j]..bounds[j + 1] - 1. Tap t of position p is
     the float p + offsets[t] of the block. packed (taps, products) holds weights, masks (columns, period +
-    DEPTHWISE2D_STEP) which places have a column's taps; place `period` is like place 0.
+    DEPTHWISE2D_STEP) which positions have a column's taps; position `period` is like position 0.
     """
 
     KIND = (types.intp, ) * 8
@@ -80,8 +80,8 @@ class _Sums:
         self.p_block, self.p_packed, self.p_offsets, self.p_bounds, self.p_masks = pointers(
             builder, (block, packed, offsets, bounds, masks), F32, F32, I32, I32, I32)
 
-    def of_columns(self, first, last, place, column, vectors, products):
-        """Sums [product][vector] over columns first..last-1, from a place on, which lies in that column of a row."""
+    def of_columns(self, first, last, position, column, vectors, products):
+        """Sums [product][vector] over columns first..last-1, from a position on, which lies in that column of a row."""
         builder, mask_length = self.builder, self.builder.add(self.period, integer(DEPTHWISE2D_STEP))
 
         def index(pointer, at):
@@ -92,7 +92,7 @@ class _Sums:
             masks = [load_vector(builder, self.p_masks, builder.add(at, integer(v * LANES))) for v in range(vectors)]
 
             def one_tap(tap, sums):
-                source = builder.add(place, index(self.p_offsets, tap))
+                source = builder.add(position, index(self.p_offsets, tap))
                 weights = []
                 for i in range(products):
                     at = builder.add(builder.mul(tap, integer(products)), integer(i))
@@ -112,16 +112,16 @@ class _Sums:
         return [sums[i * vectors:(i + 1) * vectors] for i in range(products)]
 
     def for_each(self, values, body):
-        """values = body(place, column, vectors, values) for every step of so many vectors of places; the last is
+        """values = body(position, column, vectors, values) for every step of so many vectors of positions; the last is
         whole too."""
         builder = self.builder
         column, first = builder.srem(self.first, self.period), self.first
         for vectors in (_VECTORS, 1):
             step = vectors * LANES
 
-            def one_step(place, carried, vectors=vectors, step=step):
+            def one_step(position, carried, vectors=vectors, step=step):
                 column, *values = carried
-                values = body(place, column, vectors, values)
+                values = body(position, column, vectors, values)
                 column = builder.add(column, integer(step))
                 past = builder.icmp_signed(">=", column, self.period)
                 return [builder.select(past, builder.sub(column, self.period), column), *values]
@@ -137,16 +137,16 @@ class _Sums:
 
 @intrinsic
 def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, masks, period, first, last):
-    """y, z <- W a and V a of places first..last-1, from these addresses on; whole vectors."""
+    """y, z <- W a and V a of positions first..last-1, from these addresses on; whole vectors."""
     def codegen(context, builder, signature, arguments):
         p_y, p_z = pointers(builder, arguments[:2], F32, F32)
         sums = _Sums(builder, *arguments[3:])
 
-        def one_step(place, column, vectors, nothing):
-            pair = sums.of_columns(integer(0), arguments[2], place, column, vectors, 2)
+        def one_step(position, column, vectors, nothing):
+            pair = sums.of_columns(integer(0), arguments[2], position, column, vectors, 2)
             for pointer, values in zip((p_y, p_z), pair, strict=True):
                 for v, value in enumerate(values):
-                    store_vector(builder, value, pointer, builder.add(place, integer(v * LANES)))
+                    store_vector(builder, value, pointer, builder.add(position, integer(v * LANES)))
             return nothing
 
         sums.for_each([], one_step)
@@ -156,19 +156,19 @@ def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, ma
 
 
 @intrinsic
-def _finish_places(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, period, first, last, bias,
-                   x_min, x_max, relevance, z_min):
-    """x, ratio <- those of whole vectors of places first..last-1 (elementwise.Finish). Returns whether a ratio is
+def _finish_positions(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, period, first, last,
+                      bias, x_min, x_max, relevance, z_min):
+    """x, ratio <- those of whole vectors of positions first..last-1 (elementwise.Finish). Returns whether a ratio is
     negative."""
     def codegen(context, builder, signature, arguments):
         p_x, p_ratio = pointers(builder, arguments[:2], F32, F32)
         sums, finish = _Sums(builder, *arguments[3:11]), Finish(builder, *arguments[11:])
 
-        def one_step(place, column, vectors, found):
+        def one_step(position, column, vectors, found):
             found, = found
-            y, z = sums.of_columns(integer(0), arguments[2], place, column, vectors, 2)
+            y, z = sums.of_columns(integer(0), arguments[2], position, column, vectors, 2)
             for v in range(vectors):
-                at = builder.add(place, integer(v * LANES))
+                at = builder.add(position, integer(v * LANES))
                 value, share = finish(y[v], z[v])
                 store_vector(builder, value, p_x, at)
                 store_vector(builder, share, p_ratio, at)
@@ -181,16 +181,16 @@ def _finish_places(typing_context, x, ratio, columns, block, packed, offsets, bo
 
 
 @intrinsic
-def _sum_places(typing_context, out, columns, add, block, packed, offsets, bounds, masks, period, first, last):
-    """out <- V^T (ratio * c) of places first..last-1, or added to out if `add`; whole vectors."""
+def _sum_positions(typing_context, out, columns, add, block, packed, offsets, bounds, masks, period, first, last):
+    """out <- V^T (ratio * c) of positions first..last-1, or added to out if `add`; whole vectors."""
     def codegen(context, builder, signature, arguments):
         p_out, = pointers(builder, arguments[:1], F32)
         sums = _Sums(builder, *arguments[3:])
 
-        def one_step(place, column, vectors, nothing):
-            values, = sums.of_columns(integer(0), arguments[1], place, column, vectors, 1)
+        def one_step(position, column, vectors, nothing):
+            values, = sums.of_columns(integer(0), arguments[1], position, column, vectors, 1)
             for v, value in enumerate(values):
-                at = builder.add(place, integer(v * LANES))
+                at = builder.add(position, integer(v * LANES))
                 total = builder.fadd(value, load_vector(builder, p_out, at))
                 store_vector(builder, builder.select(arguments[2], total, value), p_out, at)
             return nothing
@@ -204,19 +204,19 @@ def _sum_places(typing_context, out, columns, add, block, packed, offsets, bound
 @intrinsic
 def _sum_even_and_odd(typing_context, out, columns_even, columns, block, packed, offsets, bounds, masks, period, first,
                       last):
-    """out[2 p], out[2 p + 1] <- V^T (ratio * c) of the two inputs of places p = first..last-1: the sums of the first
+    """out[2 p], out[2 p + 1] <- V^T (ratio * c) of the two inputs of positions p = first..last-1: the sums of the first
     columns, columns_even of them, and of the others; whole vectors."""
     def codegen(context, builder, signature, arguments):
         p_out, = pointers(builder, arguments[:1], F32)
         sums = _Sums(builder, *arguments[3:])
 
-        def one_step(place, column, vectors, nothing):
-            even, = sums.of_columns(integer(0), arguments[1], place, column, vectors, 1)
-            odd, = sums.of_columns(arguments[1], arguments[2], place, column, vectors, 1)
+        def one_step(position, column, vectors, nothing):
+            even, = sums.of_columns(integer(0), arguments[1], position, column, vectors, 1)
+            odd, = sums.of_columns(arguments[1], arguments[2], position, column, vectors, 1)
             for v in range(vectors):
                 for half in range(2):
                     order = [lane for i in range(half * LANES // 2, (half + 1) * LANES // 2) for lane in (i, LANES + i)]
-                    at = builder.add(builder.shl(place, integer(1)), integer((2 * v + half) * LANES))
+                    at = builder.add(builder.shl(position, integer(1)), integer((2 * v + half) * LANES))
                     store_vector(builder, pick(builder, even[v], odd[v], order), p_out, at)
             return nothing
 
@@ -247,10 +247,10 @@ def _copy_rows(p_block, planes, rows, width, plane, height, across, first_y, str
 
 
 @kernel
-def _whole_steps(places):
+def _whole_steps(positions):
     """How many of them the sums above would do without any beyond the last."""
-    rest = places % DEPTHWISE2D_STEP
-    return places - (rest if rest > DEPTHWISE2D_STEP // 2 else places % LANES)
+    rest = positions % DEPTHWISE2D_STEP
+    return positions - (rest if rest > DEPTHWISE2D_STEP // 2 else positions % LANES)
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
     x_min..x_max; ratio <- |x| / z.
 
     packed (C, taps, 2) holds W and V, taps sorted by columns of the window; those of column j are
-    bounds[j]..bounds[j + 1] - 1. Tap t of place p is the float p + offsets[t] of the block. masks (columns, period +
-    DEPTHWISE2D_STEP, int32) is -1 where a column's taps lie inside the input; period is whole rows of `width` places.
-    The block has a plane for every phase of the input's rows, with `halo_rows` more than the outputs: planes says where
+    bounds[j]..bounds[j + 1] - 1. Tap t of position p is the float p + offsets[t] of the block. masks (columns, period +
+    DEPTHWISE2D_STEP, int32) is -1 where a column's taps lie inside the input; period is rows of `width` positions. The
+    block has a plane for every phase of the input's rows, with `halo_rows` more than the outputs: planes says where
     its even columns (all, where stride_w is 1) and its odd ones begin. block and results are flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
     in_height, in_across = a.shape[2], a.shape[3]
-    is_joined = stride_h == 1 and stride_w == 1 and width == in_across  # rows of input and places alike
+    is_joined = stride_h == 1 and stride_w == 1 and width == in_across  # rows of input and positions alike
     p_block, p_y, p_offsets = block.ctypes.data, results.ctypes.data, offsets.ctypes.data
     p_bounds, p_masks = bounds.ctypes.data, masks.ctypes.data
     for unit in range(first, last):
@@ -291,18 +291,18 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
             to_x = x.ctypes.data + 4 * ((n * x.shape[1] + x_channel + k) * height + top) * across
             to_ratio = ratio.ctypes.data + 4 * (unit * height + top) * across
             # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
-            places = rows * width
-            done = _whole_steps(places) if width == across else 0
-            absorbs |= _finish_places(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period,
-                                      0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
-            if done < places:
-                p_z = p_y + 4 * (places + DEPTHWISE2D_STEP)
-                _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done, places)
-                length = places - done if width == across else across
+            positions = rows * width
+            done = _whole_steps(positions) if width == across else 0
+            absorbs |= _finish_positions(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
+                                         period, 0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
+            if done < positions:
+                p_z = p_y + 4 * (positions + DEPTHWISE2D_STEP)
+                _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done, positions)
+                length = positions - done if width == across else across
                 for row in range(1 if width == across else rows):
-                    to, place = 4 * (done + row * across), 4 * (done + row * width)
-                    absorbs |= finish_row(to_x + to, to_ratio + to, p_z + place, p_y + place, length, bias[k], False,
-                                          False, x_min, x_max, relevance != 0, MIN_DENOMINATOR)
+                    to, position = 4 * (done + row * across), 4 * (done + row * width)
+                    absorbs |= finish_row(to_x + to, to_ratio + to, p_z + position, p_y + position, length,
+                                          bias[k], False, x_min, x_max, relevance != 0, MIN_DENOMINATOR)
         if absorbs:
             dead[n] = 1
 
@@ -314,16 +314,16 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
     """As conv2d_redistribute for inputs of one feature, one input and output in a group: c_in <- V^T (ratio * c), or
     added to c_in if `accumulate`. If `relevance`, times u.
 
-    packed (C, taps) holds V. Place (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase (i, j) with
+    packed (C, taps) holds V. Position (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase (i, j) with
     taps of its own: bounds (stride_h, columns + 1) has a row for each i, of columns of the window; the first
     columns_even of them belong to j = 0, the others to j = 1. The block is one plane, ratio * c, whose first row is
-    `pad_top` above that of place 0. Else as depthwise2d_forward.
+    `pad_top` above that of position 0. Else as depthwise2d_forward.
     """
     outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
     out_height, out_across = c.shape[2], c.shape[3]
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
-    whole = stride_h == 1 and stride_w == 1 and width == across  # inputs are places, row after row
+    whole = stride_h == 1 and stride_w == 1 and width == across  # inputs are positions, row after row
     p_offsets, p_masks, p_results = offsets.ctypes.data, masks.ctypes.data, results.ctypes.data
     p_block, grid_rows = block.ctypes.data, -(-height // stride_h)
     room = stride_w * (block_rows * width + DEPTHWISE2D_STEP)
@@ -342,23 +342,23 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
             else:
                 copy_product(to, plane_rows, width, p_ratio, p_c, out_height, out_across, top - pad_top, 0, ZERO)
             # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
-            places, begin = rows * width, 4 * top * stride_h * across
-            done = _whole_steps(places) if whole and as_it_is else 0
+            positions, begin = rows * width, 4 * top * stride_h * across
+            done = _whole_steps(positions) if whole and as_it_is else 0
             for i in range(stride_h):
                 p_bounds, to = bounds.ctypes.data + 4 * i * bounds.shape[1], p_results + 4 * i * room
                 if stride_w == 1:
-                    _sum_places(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds, p_masks,
-                                period, 0, done)
-                    _sum_places(to, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
-                                places)
+                    _sum_positions(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds,
+                                   p_masks, period, 0, done)
+                    _sum_positions(to, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
+                                   positions)
                 else:
                     _sum_even_and_odd(to, columns_even, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
-                                      period, 0, places)
+                                      period, 0, positions)
             for y in range(1 if whole else min(rows * stride_h, height - top * stride_h)):
                 row, i = y // stride_h, y % stride_h
                 at = begin + 4 * (done if whole else y * across)
                 values = p_results + 4 * (i * room + done + row * width * stride_w)
-                length = places - done if whole else across
+                length = positions - done if whole else across
                 if as_it_is:
                     copy_exactly(p_in + at, values, length, accumulate != 0)
                 else:

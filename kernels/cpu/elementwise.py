@@ -73,25 +73,23 @@ class Finish:
 
 
 @intrinsic
-def finish_row(typing_context, x, ratio, positive, negative, count, bias, split, shifted, x_min, x_max, relevance,
-               z_min):
+def finish_row(typing_context, x, ratio, z, y, count, bias, shifted, x_min, x_max, relevance, z_min):
     """x <- y + bias, clipped to x_min..x_max; ratio <- |x| / z: `count` values from each address. Returns whether a
     ratio is negative.
 
-    z = positive (+ y if shifted) and y = negative (+ positive if split).
+    z is what is at `z`, and y if `shifted`.
     """
-    signature = types.boolean(*[types.intp] * 5, types.float32, *[types.boolean] * 2, *[types.float32] * 2,
+    signature = types.boolean(*[types.intp] * 5, types.float32, types.boolean, *[types.float32] * 2,
                               types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
-        p_x, p_ratio, p_positive, p_negative = pointers(builder, arguments[:4], F32, F32, F32, F32)
-        count, bias, split, shifted, x_min, x_max, relevance, z_min = arguments[4:]
+        p_x, p_ratio, p_z, p_y = pointers(builder, arguments[:4], F32, F32, F32, F32)
+        count, bias, shifted, x_min, x_max, relevance, z_min = arguments[4:]
         finish = Finish(builder, bias, x_min, x_max, relevance, z_min)
 
         def one_vector(step, found, load, store):
-            z, y = load(p_positive, step), load(p_negative, step)
-            total = builder.fadd(z, y)
-            y, z = builder.select(split, total, y), builder.select(shifted, total, z)
+            z, y = load(p_z, step), load(p_y, step)
+            z = builder.select(shifted, builder.fadd(z, y), z)
             return [builder.or_(found[0], finish.store(y, z, p_x, p_ratio, step, count, store))]
 
         return any_lane(builder, loop_over(builder, count, [NO_LANE], one_vector)[0])
