@@ -83,16 +83,16 @@ def print_steps(steps, times, top, rate):
         f"{'layer':12} {'kernel':26} {'output':>16} {'ms':>8} {'floor':>8} {'x floor':>8} {'GFLOP/s':>8} "
         f"{'of ceiling':>10} {'GB/s':>6}"
     )
+    rows = defaultdict(lambda: np.zeros(4))  # seconds, floor, operations, bytes: of all images of an early layer
     for step, seconds in enumerate(times):
-        layer, operations = steps.layer(step), steps.operations(step)
-        floor = steps.floor(step, top, rate)
+        rows[steps.layer(step).name, steps.kernel(step)] += (
+            seconds, steps.floor(step, top, rate), steps.operations(step), steps.least_bytes(step))
+    for (layer, kernel), (seconds, floor, operations, moved) in rows.items():
         if seconds < 2e-6:  # nothing to do
             continue
         products = f"{operations / seconds / 1e9:8.0f} {operations / seconds / top:10.2f}" if operations else " " * 19
-        print(
-            f"{layer.name:12} {steps.kernel(step):26} {'x'.join(map(str, steps.graph.shapes[layer.name])):>16} "
-            f"{seconds * 1e3:8.3f} "
-            f"{floor * 1e3:8.3f} {seconds / floor:8.1f} {products} {steps.least_bytes(step) / seconds / 1e9:6.1f}")
+        print(f"{layer:12} {kernel:26} {'x'.join(map(str, steps.graph.shapes[layer])):>16} {seconds * 1e3:8.3f} "
+              f"{floor * 1e3:8.3f} {seconds / floor:8.1f} {products} {moved / seconds / 1e9:6.1f}")
 
 
 def print_kernels(steps, times, top, rate):

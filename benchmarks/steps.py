@@ -77,26 +77,26 @@ class Steps:
         layer, kernel = self.layer(step), self.kernel(step)
         if not isinstance(layer, (g.Conv2d, g.Dense)) or kernel.startswith(("absorb", "clear")):
             return 0
-        return 2 * self.multiply_adds(layer) * (2 if kernel.endswith("forward") else 1)
+        return 2 * self.multiply_adds(step) * (2 if kernel.endswith("forward") else 1)
 
-    def multiply_adds(self, layer):
-        return self.plan.schedule.batch * layer.weight[0].size * math.prod(self.graph.shapes[layer.name])
+    def multiply_adds(self, step):
+        layer = self.layer(step)
+        return self.steps[step].images * layer.weight[0].size * math.prod(self.graph.shapes[layer.name])
 
     def least_bytes(self, step):
         """Each operand read or written once: forward input, output, ratio and weights; back c, ratio, what is given
         back and weights.
         """
         layer = self.layer(step)
-        numbers = self.plan.schedule.batch * (2 * math.prod(self.graph.shapes[layer.name])
-                                     + sum(math.prod(self.graph.shapes[name]) for name in set(layer.inputs)))
+        numbers = self.steps[step].images * (2 * math.prod(self.graph.shapes[layer.name])
+                                             + sum(math.prod(self.graph.shapes[name]) for name in set(layer.inputs)))
         return 4 * (numbers + (layer.weight.size if isinstance(layer, (g.Conv2d, g.Dense)) else 0))
 
     def floor(self, step, ceiling, copy_rate):
         """Seconds that the step takes at least: y and z cost one product (docs/kernels.md), and memory is no faster
         than copying.
         """
-        layer = self.layer(step)
-        product = 2 * self.multiply_adds(layer) if self.operations(step) else 0
+        product = 2 * self.multiply_adds(step) if self.operations(step) else 0
         return max(product / ceiling, self.least_bytes(step) / copy_rate)
 
 

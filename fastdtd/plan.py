@@ -144,14 +144,15 @@ class Plan:
     def _bind_view(self, view: View) -> Any:
         buffer = self.schedule.buffers[view.buffer]
         flat = self._workspace[buffer.offset:buffer.offset + buffer.elements]
-        return flat.view(view.dtype).reshape(self.schedule.batch, *view.shape)
+        return _images(flat.view(view.dtype).reshape(buffer.images, *view.shape), view.image)
 
     def _tensor(self, tensor: Tensor) -> Array:
         bound: Array = self._bind_view(tensor.view)[:, tensor.channel:tensor.channel + tensor.channels]
         return bound
 
     def _state(self, state: State) -> Any:
-        return self._states[state.name] if state.row is None else self._states[state.name][state.row]
+        array = self._states[state.name] if state.row is None else self._states[state.name][state.row]
+        return _images(array, state.image)
 
     def _bind(self, worker: int) -> list[_Call]:
         scratch = {name: self._kernels.empty(elements) for name, elements in self.schedule.scratch.items()}
@@ -173,3 +174,7 @@ class Plan:
             code, slots = self._kernels.bind(step.kernel, bound)
             calls.append(_Call(code, slots, bound, first, last))
         return calls
+
+
+def _images(array: Any, image: int | None) -> Any:
+    return array if image is None else array[image:image + 1]

@@ -30,19 +30,21 @@ class Buffer:
     last.
     """
 
-    elements: int  # of all images
+    elements: int  # of all its images
     first: int
     last: int
     offset: int
+    images: int
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An argument: a buffer's memory as an array ``(batch, *shape)``. Its views may differ in shape and type."""
+    """An argument: a buffer's memory as an array ``(images, *shape)``. Its views may differ in shape and type."""
 
     buffer: int  # index into Schedule.buffers
     shape: tuple[int, ...]
     dtype: DType = np.float32
+    image: int | None = None  # this one alone, not all of the buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,13 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """An argument: an array beside the workspace that outlives the steps, or one row of it."""
+    """An argument: an array beside the workspace that outlives the steps, or one row of it; of that, all images or
+    one.
+    """
 
     name: str
     row: int | None = None
+    image: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Step:
 
     arguments : View, Scratch, State, a constant array, int, float or bool
     layer : which layer it belongs to
+    images : how many it is about
     condition : the step has nothing to do where this is all zero; None: it always has
     """
 
@@ -82,6 +88,7 @@ class Step:
     arguments: tuple[Any, ...]
     units: int
     layer: str
+    images: int
     condition: State | None = None
 
     @property

@@ -2,6 +2,9 @@
 tensor.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
 import naive
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdtd import graph as g
+from fastdtd import lowering
 from fastdtd.errors import InputError
 from fastdtd.lowering import lower
 from fastdtd.lowering.aliasing import locations
@@ -18,22 +22,31 @@ from fastdtd.plan import Plan
 from fastdtd.rules import assign
 from fastdtd.schedule import View, _in_order_of_time, lay_out
 
+
+@pytest.fixture(params=["all", "half", "none"])
+def early(request, monkeypatch):
+    """How many layers are computed image by image: in small networks none are, unless they are told to be."""
+    parts = {"all": 1.0, "half": 0.5, "none": 0.0}
+    monkeypatch.setattr(lowering, "_early_layers", lambda graph, layers: int(parts[request.param] * len(layers)))
+
+
 quick = settings(max_examples=50, deadline=None,
-                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
+                                        HealthCheck.function_scoped_fixture])
 
 
 def plan_of(graph, rules="dtd", batch=1, workers=1):
     return Plan(lower(graph, assign(graph, rules), cpu).schedule(batch, workers), cpu)
 
 
-def run(plan, batch):
+def run(plan, batch, submit=None):
     """(scores, relevance, ledger) of each image's first class."""
     plan.input[:] = batch
-    plan.forward()
+    plan.forward(submit)
     scores = plan.output.copy()
     plan.start[:] = 0
     plan.start[:, 0] = np.maximum(scores[:, 0], 0) if plan.schedule.starts_with_relevance else scores[:, 0] > 0
-    plan.backward()
+    plan.backward(submit)
     return scores, plan.relevance.copy(), plan.ledger.copy()
 
 
@@ -52,13 +65,15 @@ def scored(*layers, shape, box=(-1.0, 1.0)):
 
 @quick
 @given(graphs_and_rules())
-def test_buffers_alive_together_do_not_overlap(case):
+def test_buffers_alive_together_do_not_overlap(early, case):
     schedule = plan_of(*case, batch=3).schedule
     alive = {}  # from the steps themselves, not from what the layout was told
     for number, step in enumerate(schedule.steps):
         for view in step.arguments:
             if isinstance(view, View):
-                assert np.prod(view.shape) * 3 <= schedule.buffers[view.buffer].elements
+                buffer = schedule.buffers[view.buffer]
+                assert np.prod(view.shape) * buffer.images <= buffer.elements
+                assert buffer.images == 3 or (buffer.images == step.images == 1 and view.image is None)
                 first, _ = alive.get(view.buffer, (number, number))
                 alive[view.buffer] = (first, number)
     middle, end = schedule.forward_steps, len(schedule.steps)
@@ -96,7 +111,7 @@ def test_layouts_of_any_lifetimes(given, in_order_of_time):
 
 @quick
 @given(graphs_and_rules())
-def test_nothing_reads_what_was_not_written(case):
+def test_nothing_reads_what_was_not_written(early, case):
     graph, rules = case
     plan, batch = plan_of(graph, rules, batch=3), images(graph, 3)
     expected = run(plan, batch)
@@ -110,6 +125,36 @@ def test_nothing_reads_what_was_not_written(case):
                     scratch[...] = 0 if scratch.dtype == np.uint8 else poison
         for ours, theirs in zip(run(plan, batch), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+@quick
+@given(graphs_and_rules(signed=True), st.integers(2, 4), st.integers(1, 2), st.data())
+def test_layers_computed_image_by_image(case, batch, workers, data):
+    """The same bits, however many of the layers they are."""
+    graph, rules = case
+    network, inputs = lower(graph, assign(graph, rules), cpu), images(graph, batch)
+    observed = [g.INPUT, graph.layers[0].name]
+    found = []
+    for early in (0, data.draw(st.integers(1, len(graph.layers)), label="early")):
+        with mock.patch.object(lowering, "_early_layers", return_value=early), ThreadPoolExecutor(workers) as pool:
+            for names in ((), observed):
+                plan = Plan(network.schedule(batch, workers, names), cpu)
+                found.append((*run(plan, inputs, pool.submit), *plan.observed.values()))
+    for one, other in ((found[0], found[2]), (found[1], found[3])):
+        for ours, theirs in zip(one, other, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_which_layers_are_computed_image_by_image():
+    """The first ones whose tensors are large, but not where there is one image, or where weights are large."""
+    layers = (conv("a", g.INPUT, 4, 8, 3), conv("b", "a", 8, 8, 3), g.MaxPool2d("max", ("b",), (8, 8), (8, 8)),
+              conv("c", "max", 8, 64))
+    graph = scored(*layers, shape=(4, 96, 96))
+    schedule = plan_of(graph, batch=3).schedule
+    assert {step.layer for step in schedule.steps if step.images == 1} == {"a", "b", "max"}
+    assert {step.layer for step in schedule.steps if step.images == 3} == {"c", "mean", "scores"}
+    wide = scored(conv("a", g.INPUT, 256, 256, 3), shape=(256, 24, 24))
+    assert {step.images for step in plan_of(wide, batch=3).schedule.steps} == {3}
 
 
 def test_memory_is_used_again():

@@ -43,6 +43,7 @@ def test_size_is_known_without_allocating(case, batch, workers, observes):
     graph, rules = case
     kernels = Counting()
     network = lower(graph, assign(graph, rules), kernels)
+    kernels.nbytes = 0  # of weights
     schedule = network.schedule(batch, workers, [g.INPUT, graph.output] if observes else ())
     assert kernels.nbytes == 0
     Plan(schedule, kernels)

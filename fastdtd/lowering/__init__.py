@@ -27,6 +27,8 @@ from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment
 from fastdtd.schedule import Schedule
 
+_LARGE_TENSORS = 1 << 16  # elements of what a layer reads and writes for an image
+
 Steps = Callable[[Builder, Any], None]  # writes down the steps of a layer, forward or backward
 
 _FAMILIES: dict[type[Layer], tuple[Steps, Steps]] = {
@@ -63,29 +65,62 @@ class Lowered:
 
         observed: tensors whose relevance is kept.
         """
-        graph = self.graph
-        b = Builder(graph, self.assignment, self.kernels, self.weights,
+        graph, kernels = self.graph, self.kernels
+        b = Builder(graph, self.assignment, kernels, self.weights,
                     separate_locations(graph) if observed else self.locations, self.fused, batch, workers)
         fused = {layer.name for layer in self.fused.values()}
         layers = [layer for layer in graph if layer.name not in fused]
+        first_late = _early_layers(graph, layers) if batch > 1 and kernels.CONVOLUTION == "blocked" else 0
+        early, late = layers[:first_late], layers[first_late:]
+        local = _roots(b, early) - _roots(b, late) - {b.root(INPUT), b.root(graph.output)}
+
+        def forward(layers: Sequence[Layer]) -> None:
+            for layer in layers:
+                b.layer = layer.name
+                _FAMILIES[type(layer)][0](b, layer)
+
+        def backward(layers: Sequence[Layer]) -> None:
+            for layer in reversed(layers):
+                b.layer = layer.name
+                result, _ = b.result(layer)
+                for name in dict.fromkeys(name for name in (layer.name, result) if name in observed):
+                    _observe(b, name, result)
+                _FAMILIES[type(layer)][1](b, layer)
+
         b.touch(b.activation(INPUT), 0)
-        for layer in layers:
-            b.layer = layer.name
-            _FAMILIES[type(layer)][0](b, layer)
+        for image in range(batch if early else 0):
+            with b.alone(image, local):
+                forward(early)
+        forward(late)
         forward_steps = len(b)
         b.touch(b.activation(graph.output), forward_steps)
         b.touch(b.factor(graph.output), forward_steps)
         b.mark_written(graph.output)
-        for layer in reversed(layers):
-            b.layer = layer.name
-            result, _ = b.result(layer)
-            for name in dict.fromkeys(name for name in (layer.name, result) if name in observed):
-                _observe(b, name, result)
-            _FAMILIES[type(layer)][1](b, layer)
+        backward(late)
+        for image in range(batch if early else 0):
+            with b.alone(image, local):
+                backward(early)
         if INPUT in observed:
             _observe(b, INPUT, INPUT)
         b.touch(b.factor(INPUT), len(b))
         return b.finish(forward_steps, tuple(observed))
+
+
+def _early_layers(graph: Graph, layers: Sequence[Layer]) -> int:
+    """How many of the first layers are computed image by image, each in the memory, still in cache, that the one before
+    used: those whose tensors are large, and so much larger than their weights that these may be read each time.
+    """
+    for i, layer in enumerate(layers):
+        tensors = sum(math.prod(graph.shapes[name]) for name in (layer.name, *layer.inputs))
+        weights = layer.weight.size if isinstance(layer, (g.Conv2d, g.Dense)) else 0
+        if tensors < max(_LARGE_TENSORS, 10 * weights):
+            return i
+    return len(layers)
+
+
+def _roots(b: Builder, layers: Sequence[Layer]) -> set[str]:
+    """Of all tensors that these layers read or write."""
+    return {b.root(name) for layer in layers for name in (b.result(layer)[0], layer.name, *layer.inputs)}
 
 
 def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int = codes.TF32) -> Lowered:
@@ -128,6 +163,6 @@ def _check_window(layer: Layer, graph: Graph) -> None:
 def _observe(b: Builder, name: str, result: str) -> None:
     """Write down the relevance of a tensor, which is that of `result`, once all its readers gave it theirs."""
     x, c = b.activation(result), b.factor(result)
-    out = b.state(f"observed/{name}", (b.batch, *b.graph.shapes[name]), np.float32)
+    out = b.state(f"observed/{name}", b.graph.shapes[name], np.float32)
     b.step(b.kernels.relevance_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,
            relevance=b.carries_relevance(result))

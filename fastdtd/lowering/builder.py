@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from fastdtd.protocols import AnyDevice, BlockedDevice, Kernel
 from fastdtd.rules import Assignment, LayerRule
 from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tensor, View, lay_out
 
+_Root = tuple[str, int | None]  # a tensor in whose memory others lie, and of which image it is, if of one alone
 ABSORBED = 3  # the saved tensor of what a neuron keeps, after those of its rule's terms
 SAVED_PER_LAYER = ABSORBED + 1
 
@@ -44,6 +48,11 @@ class Builder:
     fused : mapping of str to ReLU or Clip
         By layer, the activation that it applies itself.
     batch, workers : int
+
+    Attributes
+    ----------
+    batch : int
+        Images of the steps that are written down: all, or one (`alone`).
     """
 
     def __init__(self, graph: Graph, assignment: Assignment, kernels: AnyDevice, weights: Mapping[str, Any],
@@ -52,14 +61,17 @@ class Builder:
         self.graph, self.assignment, self.kernels, self.weights = graph, assignment, kernels, weights
         self.batch, self.workers = batch, workers
         self.layer = ""  # whose steps are written down
+        self._all_images, self._image = batch, None  # type: int, int | None
+        self._local: Collection[str] = ()  # roots of which each image has a buffer of its own
         self.columns = {name: column for column, name in enumerate(assignment.absorbers)}
         self._locations, self._fused = locations, fused
         self._steps: list[Step] = []
-        self._buffers: list[list[int]] = []  # elements of an image, first step, last step
-        self._activations: dict[str, int] = {}  # root of a tensor -> its buffer
-        self._factors: dict[str, int] = {}
+        self._buffers: list[list[int]] = []  # images, elements of each, first step, last step
+        self._activations: dict[_Root, int] = {}  # root of a tensor -> its buffer
+        self._factors: dict[_Root, int] = {}
         self._written: dict[str, Intervals] = {}  # of the factors, by root
-        self._saved: dict[tuple[str, int], Saved] = {}
+        self._saved: dict[tuple[str, int, int | None], Saved] = {}
+        self._dead_rows: dict[tuple[str, int], int] = {}
         self._scratch: dict[str, int] = {}
         self._states: dict[str, tuple[tuple[int, ...], DType]] = {
             "ledger": ((batch, len(assignment.absorbers)), np.float64),
@@ -67,7 +79,24 @@ class Builder:
             "dead": ((SAVED_PER_LAYER * len(graph.layers), batch), np.uint8),
         }
 
+    @contextlib.contextmanager
+    def alone(self, image: int, local: Collection[str]) -> Iterator[None]:
+        """The steps that are written down in the `with` statement are those of one image.
+
+        local: roots of tensors that no other steps know.
+        """
+        written = copy.deepcopy(self._written)
+        self.batch, self._image, self._local = 1, image, local
+        yield
+        self.batch, self._image, self._local = self._all_images, None, ()
+        if image < self._all_images - 1:  # what the next one finds
+            self._written = written
+
     # -- Tensors
+
+    def root(self, name: str) -> str:
+        """The tensor in whose memory a tensor lies."""
+        return self._locations[name].root
 
     def activation(self, name: str) -> Tensor:
         """The values of a tensor."""
@@ -77,20 +106,22 @@ class Builder:
         """What a tensor carries in the backward pass: the factor c, or relevance R if in `assignment.carriers`."""
         return self._tensor(name, self._factors)
 
-    def _tensor(self, name: str, buffers: dict[str, int]) -> Tensor:
+    def _tensor(self, name: str, buffers: dict[_Root, int]) -> Tensor:
         location = self._locations[name]
         channels, height, width = self.graph.shapes[name]
         positions = height * width
-        view = View(self._buffer_of(location, buffers), (location.elements // positions, height, width))
+        view = self._view(location, buffers, (location.elements // positions, height, width))
         return Tensor(view, location.offset // positions, channels)
 
-    def _buffer_of(self, location: Location, buffers: dict[str, int]) -> int:
-        if location.root not in buffers:
-            buffers[location.root] = self._new_buffer(location.elements)
-        return buffers[location.root]
+    def _view(self, location: Location, buffers: dict[_Root, int], shape: tuple[int, ...]) -> View:
+        is_local = location.root in self._local
+        root = location.root, self._image if is_local else None
+        if root not in buffers:
+            buffers[root] = self._new_buffer(1 if is_local else self._all_images, location.elements)
+        return View(buffers[root], shape, image=None if is_local else self._image)
 
-    def _new_buffer(self, elements: int) -> int:
-        self._buffers.append([elements, -1, -1])
+    def _new_buffer(self, images: int, elements: int) -> int:
+        self._buffers.append([images, elements, -1, -1])
         return len(self._buffers) - 1
 
     def touch(self, tensor: Tensor, step: int) -> None:
@@ -99,8 +130,8 @@ class Builder:
 
     def _touch(self, view: View, step: int) -> None:
         buffer = self._buffers[view.buffer]
-        buffer[1] = step if buffer[1] < 0 else min(buffer[1], step)
-        buffer[2] = max(buffer[2], step)
+        buffer[2] = step if buffer[2] < 0 else min(buffer[2], step)
+        buffer[3] = max(buffer[3], step)
 
     def accumulates(self, name: str) -> bool:
         """Whether what comes back to a tensor is added to what is there; what is not written yet is cleared before."""
@@ -109,7 +140,7 @@ class Builder:
         self.mark_written(name)
         if gaps == [(location.offset, end)]:
             return False
-        whole = View(self._buffer_of(location, self._factors), (location.elements, 1, 1))
+        whole = self._view(location, self._factors, (location.elements, 1, 1))
         for begin, stop in gaps:
             self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=stop)
         return True
@@ -121,11 +152,12 @@ class Builder:
 
     def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32) -> Saved:
         """What a layer keeps for the backward pass for the term `part` of its rule, or what it absorbs (ABSORBED)."""
-        if (layer.name, part) not in self._saved:
-            shape = self.graph.shapes[layer.name]
-            view = View(self._new_buffer(math.prod(shape)), shape, dtype)
-            self._saved[layer.name, part] = Saved(view, State("dead", len(self._saved)))
-        return self._saved[layer.name, part]
+        key = layer.name, part, self._image
+        if key not in self._saved:
+            shape, row = self.graph.shapes[layer.name], self._dead_rows.setdefault(key[:2], len(self._dead_rows))
+            view = View(self._new_buffer(self.batch, math.prod(shape)), shape, dtype)
+            self._saved[key] = Saved(view, State("dead", row, self._image))
+        return self._saved[key]
 
     def scratch(self, name: str, elements: int) -> Scratch:
         """A worker's scratch array, of at least so many float32 elements."""
@@ -133,9 +165,13 @@ class Builder:
         return Scratch(name)
 
     def state(self, name: str, shape: tuple[int, ...], dtype: DType) -> State:
-        """An array that outlives the steps."""
-        self._states[name] = shape, dtype
-        return State(name)
+        """An array that outlives the steps, with this shape for each image."""
+        self._states[name] = (self._all_images, *shape), dtype
+        return State(name, image=self._image)
+
+    @property
+    def ledger(self) -> State:
+        return State("ledger", image=self._image)
 
     # -- Facts about layers
 
@@ -189,7 +225,7 @@ class Builder:
         for value in values:
             if isinstance(value, View):
                 self._touch(value, len(self._steps))
-        self._steps.append(Step(kernel, values, units, self.layer, condition))
+        self._steps.append(Step(kernel, values, units, self.layer, self.batch, condition))
 
     def __len__(self) -> int:
         """Steps written down so far."""
@@ -200,7 +236,7 @@ class Builder:
         buffers, ends = self._activations if is_forward else self._factors, []
         for name, offset in (to, source):
             location = self._locations[name]
-            ends.append((View(self._buffer_of(location, buffers), (location.elements, 1, 1)), location.offset + offset))
+            ends.append((self._view(location, buffers, (location.elements, 1, 1)), location.offset + offset))
         (x, x_begin), (a, a_begin) = ends
         self.step(self.kernels.copy_forward, self.batch, x=x, a=a, x_begin=x_begin, a_begin=a_begin,
                   count=math.prod(self.graph.shapes[what]), accumulate=add)
@@ -215,21 +251,22 @@ class Builder:
     def finish(self, forward_steps: int, observed: tuple[str, ...]) -> Schedule:
         ends = {"input": self.activation(INPUT), "output": self.activation(self.graph.output),
                 "start": self.factor(self.graph.output), "relevance": self.factor(INPUT)}
-        alive = [i for i, (_, first, _) in enumerate(self._buffers) if first >= 0]
-        lifetimes = [(elements * self.batch, first, last)
-                     for elements, first, last in (self._buffers[i] for i in alive)]
+        alive = [i for i, (_, _, first, _) in enumerate(self._buffers) if first >= 0]
+        lifetimes = [(images * elements, first, last)
+                     for images, elements, first, last in (self._buffers[i] for i in alive)]
         offsets, size = lay_out(lifetimes)
         new = {old: i for i, old in enumerate(alive)}
 
         def renumbered(value: Any) -> Any:
-            return View(new[value.buffer], value.shape, value.dtype) if isinstance(value, View) else value
+            return dataclasses.replace(value, buffer=new[value.buffer]) if isinstance(value, View) else value
 
-        steps = tuple(Step(step.kernel, tuple(map(renumbered, step.arguments)), step.units, step.layer, step.condition)
+        steps = tuple(dataclasses.replace(step, arguments=tuple(map(renumbered, step.arguments)))
                       for step in self._steps)
         tensors = {name: Tensor(renumbered(t.view), t.channel, t.channels) for name, t in ends.items()}
         return Schedule(self.batch, self.workers, steps, forward_steps,
-                        tuple(Buffer(*lifetime, offset)
-                              for lifetime, offset in zip(lifetimes, offsets, strict=True)), size, self._scratch,
+                        tuple(Buffer(*lifetime, offset, self._buffers[i][0])
+                              for i, lifetime, offset in zip(alive, lifetimes, offsets, strict=True)), size,
+                        self._scratch,
                         self._states, **tensors, starts_with_relevance=self.carries_relevance(self.graph.output),
                         ledger_layers=self.assignment.absorbers, observed=observed, margin=int(self.kernels.MARGIN))
 
@@ -256,7 +293,7 @@ def in_one_row(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     """The same tensors, all positions of a channel in one row."""
     views = {name: value.view if isinstance(value := arguments[name], Tensor) else value for name in names}
     return {
-        name: View(view.buffer, (view.shape[0], 1, view.shape[1] * view.shape[2]), view.dtype)
+        name: dataclasses.replace(view, shape=(view.shape[0], 1, view.shape[1] * view.shape[2]))
         for name, view in views.items()
     }
 

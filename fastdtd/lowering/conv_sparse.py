@@ -51,7 +51,7 @@ class Sparse:
 
 def density(b: Builder) -> Any:
     """How much of a layer's ratio * c is not zero, by image."""
-    return b.state("density", (b.batch,), np.float32)
+    return b.state("density", (), np.float32)
 
 
 def density_step(b: Builder, arguments: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def forward(b: Builder, layer: Layer, sum_step: SumStep, window_counts: tuple[Ar
     views = {term: b.saved(layer, part).view for part, term in enumerate(rule.terms)}
     first, dead = b.saved(layer).view, b.saved(layer).dead
     channels, height, width = b.graph.shapes[layer.name]
-    unused = b.state("unused", (b.batch,), np.uint8)  # the formula finds out what is absorbed
+    unused = b.state("unused", (), np.uint8)  # the formula finds out what is absorbed
     for index, term in enumerate(rule.sums):
         _sum(b, layer, rule, index, sum_step, x, views.get(term, first), unused, (-math.inf, math.inf), True,
              zeros(channels), window_counts)
@@ -90,7 +90,7 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
     c = b.factor(b.result(layer)[0])
     if layer.name in b.columns:
         common: dict[str, Any] = {
-            "ledger": State("ledger"), "c": c, "column": b.columns[layer.name], "c_channel": c.channel
+            "ledger": b.ledger, "c": c, "column": b.columns[layer.name], "c_channel": c.channel
         }
         if rule.retains:
             b.step(b.kernels.absorb_remainder_redistribute, b.batch, absorbed=b.saved(layer, ABSORBED).view, **common)

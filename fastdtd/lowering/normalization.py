@@ -8,7 +8,6 @@ from fastdtd import graph as g
 from fastdtd.kernels import codes
 from fastdtd.lowering.builder import Builder
 from fastdtd.lowering.pointwise import redistribute_by_ratio
-from fastdtd.schedule import State
 
 
 def forward(b: Builder, layer: g.LocalResponseNorm) -> None:
@@ -26,7 +25,7 @@ def backward(b: Builder, layer: g.LocalResponseNorm) -> None:
     accumulate = b.accumulates(source)
     c_in, a, c = b.factor(source), b.activation(source), b.factor(layer.name)
     elements = b.kernels.normalize_taylor_elements(b.batch, b.graph.shapes[source])
-    b.step(b.kernels.normalize_taylor_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c,
+    b.step(b.kernels.normalize_taylor_redistribute, b.batch, c_in=c_in, ledger=b.ledger, c=c,
            ratio=b.saved(layer).view, a=a, scratch=b.scratch("results", elements), column=b.columns.get(layer.name, 0),
            c_in_channel=c_in.channel, c_channel=c.channel, a_channel=a.channel, formula=rule.formula,
            epsilon=rule.rule.epsilon, accumulate=accumulate, **_arguments(layer))

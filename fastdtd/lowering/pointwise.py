@@ -14,7 +14,6 @@ from fastdtd.lowering import linear
 from fastdtd.lowering.builder import Builder, clip_bounds, read_only
 from fastdtd.protocols import Device
 from fastdtd.rules import Term
-from fastdtd.schedule import State
 
 Activation = g.ReLU | g.Clip | g.LeakyReLU
 Join = g.Concat | g.Flatten
@@ -103,7 +102,7 @@ def rearrange_backward(b: Builder, layer: g.Rearrange) -> None:
     accumulate = b.accumulates(source)
     c_in, c = b.factor(source), b.factor(layer.name)
     starts, readers = b.weights[layer.name]
-    b.step(b.kernels.rearrange_redistribute, b.batch, c_in=c_in, ledger=State("ledger"), c=c, starts=starts,
+    b.step(b.kernels.rearrange_redistribute, b.batch, c_in=c_in, ledger=b.ledger, c=c, starts=starts,
            readers=readers, column=b.columns.get(layer.name, 0), c_in_channel=c_in.channel, c_channel=c.channel,
            relevance=b.carries_relevance(source) and layer.name in b.columns, accumulate=accumulate)
 
