@@ -43,6 +43,8 @@ class Runtime:
     batch : images that the source takes at a time
     dtype : of its input
     tolerance : relative to the largest score; more than `TOLERANCE` where the source computes in half precision
+    bounds : between which random inputs are drawn where the network has no value box and they are no whole numbers
+    rounds_probabilities : whether they are whole numbers of a step, so that they, not their logarithms, are compared
     elements : of all that its nodes make for a batch, where that is known; what is a view here may be an array there
     steps : in the source's order, for each node what it is called in messages, its key for `run`, and its value
     """
@@ -52,6 +54,8 @@ class Runtime:
     batch: int = 1
     dtype: Any = np.float32
     tolerance: float = TOLERANCE
+    bounds: tuple[float, float] = (-1.0, 1.0)
+    rounds_probabilities: bool = False
     elements: int = 0
     steps: list[tuple[str, Any, Tensor]] = field(default_factory=list)
 
@@ -110,7 +114,7 @@ def _compared(model: Model, runtime: Runtime) -> str:
     if elements > runtime.max_elements:
         raise NotComparedError(f"its nodes make {elements} elements for {runtime.batch} images, and at most "
                                f"{runtime.max_elements} are computed to compare them")
-    batch = _random_inputs(graph, runtime.dtype)
+    batch = _random_inputs(graph, runtime)
     try:
         with np.errstate(all="ignore"):
             theirs = runtime.scores(batch)
@@ -120,7 +124,7 @@ def _compared(model: Model, runtime: Runtime) -> str:
         raise ConversionError(f"{framework} gives {theirs.shape[1]} scores, and the converted network "
                               f"{graph.shapes[graph.output][0]}; {_ADVICE}")
     with np.errstate(all="ignore"):
-        ours, theirs = _alike(_own_scores(graph, batch), theirs, runtime.builder.ending)
+        ours, theirs = _alike(_own_scores(graph, batch), theirs, runtime.builder.ending, runtime.rounds_probabilities)
     if not np.isfinite(theirs).all():
         raise NotComparedError(f"{framework} gives scores for random inputs that are not finite")
     least = 1.0 if runtime.builder.ending else 0.0  # probabilities are compared by their logarithms
@@ -155,9 +159,9 @@ def _difference(ours: Array, theirs: Array, least: float) -> float:
     return float(np.abs(ours - theirs).max()) / largest if largest else 0.0
 
 
-def _alike(ours: Array, theirs: Array, ending: str) -> tuple[Array, Array]:
+def _alike(ours: Array, theirs: Array, ending: str, rounds_probabilities: bool) -> tuple[Array, Array]:
     """Scores as they are; or, of a source that ends in probabilities, whose scores the conversion keeps, both as their
-    logarithms."""
+    logarithms, or as probabilities."""
     if not ending:
         return ours, theirs
     if ending == "sigmoid":
@@ -166,15 +170,17 @@ def _alike(ours: Array, theirs: Array, ending: str) -> tuple[Array, Array]:
         ours = ours - ours.max(1, keepdims=True)
         ours = ours - np.log(np.exp(ours).sum(1, keepdims=True))
     if ending != "log_softmax":
+        if rounds_probabilities:
+            return np.exp(ours), theirs
         theirs = np.log(theirs)
     least = np.log(_LEAST_PROBABILITY)
     return np.maximum(ours, least), np.maximum(theirs, least)
 
 
-def _random_inputs(graph: Graph, dtype: Any) -> Array:
+def _random_inputs(graph: Graph, runtime: Runtime) -> Array:
     """Two, inside the value box, and whole where the source's are."""
-    is_whole = np.dtype(dtype).kind in "iub"
-    low, high = (0.0, 255.0) if is_whole else (-1.0, 1.0)
+    is_whole = np.dtype(runtime.dtype).kind in "iub"
+    low, high = (0.0, 255.0) if is_whole else runtime.bounds
     bounds = (low, high) if graph.box is None else tuple(bound[:, None, None] for bound in graph.box)
     random = np.random.default_rng(0).random((2, *graph.input_shape))
     batch = np.asarray(bounds[0] + (bounds[1] - bounds[0]) * random, np.float32)

@@ -4,6 +4,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 
 import fastdtd
 from fastdtd import cli
@@ -36,6 +43,50 @@ def test_resnet20(data, photographs):
     box = list(zip((0 - mean) / std, (1 - mean) / std, strict=True))
     model = fastdtd.convert(path, scale=1 / 255, mean=mean, std=std, box=box)
     check(path, np.stack([model.preprocess(picture) for picture in photographs]), model)
+
+
+class Calibration(CalibrationDataReader):
+    """One image after the other."""
+
+    def __init__(self, name, images):
+        self.left = iter([{name: image[None]} for image in images])
+
+    def get_next(self):
+        return next(self.left, None)
+
+
+def quantised(how, source, to, name, images):
+    match how:
+        case "dynamic":
+            quantize_dynamic(source, to, weight_type=QuantType.QUInt8)
+        case "QDQ, by channel":
+            quantize_static(source, to, Calibration(name, images), quant_format=QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8)
+        case _:
+            quantize_static(source, to, Calibration(name, images), quant_format=getattr(QuantFormat, how),
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+
+
+@pytest.mark.parametrize("how", ["QDQ", "QDQ, by channel", "QOperator", "dynamic"])
+@pytest.mark.parametrize("network", ["squeezenet_v1.1/squeezenet_v1.1.onnx", "resnet20_cifar10/resnet20.onnx"])
+def test_quantised(data, photographs, tmp_path, network, how):
+    """As onnxruntime's tools quantise: scores of what the whole numbers stand for are near, and verified as such."""
+    source, path = data / "models" / network, tmp_path / "net.onnx"
+    original = fastdtd.convert(source, verify=False, **(
+        {"color": "bgr", "mean": (104, 117, 123)} if "squeeze" in network else {"scale": 1 / 128, "mean": 1}))
+    batch = np.stack([original.preprocess(picture) for picture in photographs])
+    name = onnxruntime.InferenceSession(source).get_inputs()[0].name
+    quantised(how, source, path, name, batch)
+    model = fastdtd.convert(path, verify=True)
+    session = onnxruntime.InferenceSession(path)
+    theirs = np.concatenate([session.run(None, {name: image[None]})[0].reshape(1, -1) for image in batch])
+    e = fastdtd.Explainer(model)(batch)
+    ours = e.output
+    if "squeeze" in network:
+        ours = np.exp(ours - ours.max(1, keepdims=True))
+        ours /= ours.sum(1, keepdims=True)
+    assert np.abs(ours - theirs).max() <= 0.1 * np.abs(theirs).max()
+    np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + e.absorbed, e.explained, rtol=1e-5)
 
 
 def test_verified_on_the_command_line(data, tmp_path, capsys):

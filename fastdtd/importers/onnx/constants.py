@@ -18,12 +18,17 @@ from fastdtd.importers.moves import MAX_AXES, Array
 if TYPE_CHECKING:
     from fastdtd.importers.onnx.reader import Node
 
+_QUANTIZED: dict[int, Any] = {
+    onnx.TensorProto.INT8: np.int8, onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.INT16: np.int16,
+    onnx.TensorProto.UINT16: np.uint16,
+}
 TYPES: dict[int, Any] = {
+    **_QUANTIZED,
     onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.DOUBLE: np.float64,
     onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_,
     onnx.TensorProto.BFLOAT16: np.float32,  # with half of its bits
 }
-TYPES_TEXT = "float16, bfloat16, float32, float64, int32, int64 or bool"
+TYPES_TEXT = "float16, bfloat16, float32, float64, a whole number of 8 to 64 bits, or bool"
 
 
 Fold = Callable[["Node", list[Any]], Any]
@@ -276,21 +281,67 @@ def _flatten(node: Node, inputs: list[Any]) -> Any:
     return _reshaped(node, inputs[0], [math.prod(inputs[0].shape[:node.integer("axis", 1)]), -1])
 
 
+def dequantized(node: Node, inputs: Sequence[Any], axis: int | None = None) -> Array:
+    """(numbers - zero point) * scale; axis: along which there are several of both, None: the node's own."""
+    numbers, scale, zero = (*inputs, None)[:3]
+    axis = node.integer("axis", 1) if axis is None else axis
+    if numbers.dtype.kind not in "iu" or scale.dtype.kind != "f" or node.integer("block_size", 0):
+        node.refuse(f"has numbers of type {numbers.dtype} with scales of type {scale.dtype}, in blocks of "
+                    f"{node.integer('block_size', 0)}; required: whole numbers, floating-point scales, and no blocks")
+    node.spend(numbers.size)
+    shape = [1] * numbers.ndim
+    if scale.size > 1:
+        if scale.ndim != 1 or not -numbers.ndim <= axis < numbers.ndim or len(scale) != numbers.shape[axis]:
+            node.refuse(f"has scales of shape {scale.shape} for numbers of shape {numbers.shape}, axis {axis}; "
+                        "required: one, or one for each along the axis")
+        shape[axis] = len(scale)
+    zeros = np.zeros(1, np.int32) if zero is None else zero.astype(np.int32)
+    if zeros.size not in (1, scale.size):
+        node.refuse(f"has {zeros.size} zero points and {scale.size} scales; required: as many")
+    shifted = numbers.astype(np.int64) - (zeros.reshape(shape) if zeros.size > 1 else zeros.reshape(-1)[0])
+    return np.asarray(shifted * scale.astype(np.float32).reshape(shape), np.float32)
+
+
+def _quantized(node: Node, inputs: Sequence[Any]) -> Array:
+    """The whole numbers of constants."""
+    values, scale, zero = (*inputs, None)[:3]
+    axis, dtype = node.integer("axis", 1), quantized_type(node, zero)
+    node.spend(values.size)
+    shape = [1] * values.ndim
+    if scale.size > 1:
+        shape[axis] = scale.size  # what does not fit is a ValueError
+    zeros = np.zeros_like(scale, np.int64) if zero is None else np.broadcast_to(zero.astype(np.int64), scale.shape)
+    info = np.iinfo(dtype)
+    numbers = np.rint(values / scale.reshape(shape)) + zeros.reshape(shape)
+    return np.asarray(np.clip(numbers, info.min, info.max), dtype)
+
+
+def quantized_type(node: Node, zero: Array | None) -> np.dtype[Any]:
+    node.ignore("precision", "saturate")
+    own = _QUANTIZED.get(node.integer("output_dtype", 0))
+    dtype = zero.dtype if zero is not None else np.dtype(own or np.uint8)
+    if dtype not in _QUANTIZED.values():
+        node.refuse(f"quantises to {dtype}; required: int8, uint8, int16 or uint16")
+    return dtype
+
+
 OPERATORS: dict[str, Fold] = {
     "Abs": _elementwise(np.abs), "Add": _elementwise(np.add), "And": _elementwise(np.logical_and), "Cast": _cast,
     "CastLike": _cast, "Ceil": _elementwise(np.ceil), "Clip": _clip, "Concat": _concat,
-    "ConstantOfShape": _constant_of_shape, "Div": _elementwise(_quotient), "Equal": _elementwise(np.equal),
-    "Exp": _elementwise(np.exp), "Expand": _expand, "Flatten": _flatten, "Floor": _elementwise(np.floor),
-    "Gather": _gather, "Greater": _elementwise(np.greater), "GreaterOrEqual": _elementwise(np.greater_equal),
+    "ConstantOfShape": _constant_of_shape, "DequantizeLinear": dequantized, "Div": _elementwise(_quotient),
+    "Equal": _elementwise(np.equal), "Exp": _elementwise(np.exp), "Expand": _expand, "Flatten": _flatten,
+    "Floor": _elementwise(np.floor), "Gather": _gather, "Greater": _elementwise(np.greater),
+    "GreaterOrEqual": _elementwise(np.greater_equal),
     "Identity": lambda _, inputs: inputs[0], "Less": _elementwise(np.less), "LessOrEqual": _elementwise(np.less_equal),
     "Log": _elementwise(np.log), "Max": _chained(np.maximum), "Min": _chained(np.minimum), "Mod": _remainder,
     "Mul": _elementwise(np.multiply), "Neg": _elementwise(np.negative), "NonZero": _nonzero,
     "Not": _elementwise(np.logical_not), "Or": _elementwise(np.logical_or),
-    "Pow": _elementwise(lambda a, b: np.asarray(np.power(a, b), a.dtype)), "Range": _range,
-    "Reciprocal": _elementwise(np.reciprocal), "ReduceMax": _reduced(np.max), "ReduceMean": _reduced(np.mean),
-    "ReduceMin": _reduced(np.min), "ReduceProd": _reduced(np.prod), "ReduceSum": _reduced(np.sum),
-    "Relu": _elementwise(lambda a: np.maximum(a, 0)), "Reshape": _reshape, "Round": _elementwise(np.round),
-    "Shape": lambda node, inputs: shape_slice(node, inputs[0].shape), "Sign": _elementwise(np.sign),
+    "Pow": _elementwise(lambda a, b: np.asarray(np.power(a, b), a.dtype)), "QuantizeLinear": _quantized,
+    "Range": _range, "Reciprocal": _elementwise(np.reciprocal), "ReduceMax": _reduced(np.max),
+    "ReduceMean": _reduced(np.mean), "ReduceMin": _reduced(np.min), "ReduceProd": _reduced(np.prod),
+    "ReduceSum": _reduced(np.sum), "Relu": _elementwise(lambda a: np.maximum(a, 0)), "Reshape": _reshape,
+    "Round": _elementwise(np.round), "Shape": lambda node, inputs: shape_slice(node, inputs[0].shape),
+    "Sign": _elementwise(np.sign),
     "Size": lambda _, inputs: np.array(inputs[0].size, np.int64),
     "Slice": lambda node, inputs: inputs[0][tuple(slices(node, inputs[0].shape, inputs))], "Split": _split,
     "Sqrt": _elementwise(np.sqrt), "Squeeze": lambda node, inputs: np.squeeze(inputs[0], axes_of(node, inputs)),
@@ -299,9 +350,10 @@ OPERATORS: dict[str, Fold] = {
     "Where": _elementwise(np.where), "Xor": _elementwise(np.logical_xor),
 }
 MIN_INPUTS = {
-    **dict.fromkeys(("Add", "And", "CastLike", "Div", "Equal", "Expand", "Gather", "Greater", "GreaterOrEqual", "Less",
-                     "LessOrEqual", "Mod", "Mul", "Or", "Pow", "Reshape", "Sub", "Tile", "Xor"), 2),
+    **dict.fromkeys(("Add", "And", "CastLike", "DequantizeLinear", "Div", "Equal", "Expand", "Gather", "Greater",
+                     "GreaterOrEqual", "Less", "LessOrEqual", "Mod", "Mul", "Or", "Pow", "QuantizeLinear", "Reshape",
+                     "Sub", "Tile", "Xor"), 2),
     "Range": 3, "Where": 3,
 }
-WITH_OPTIONAL_INPUTS = {"Clip", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Slice", "Split",
-                        "Squeeze"}
+WITH_OPTIONAL_INPUTS = {"Clip", "DequantizeLinear", "QuantizeLinear", "ReduceMax", "ReduceMean", "ReduceMin",
+                        "ReduceProd", "ReduceSum", "Slice", "Split", "Squeeze"}

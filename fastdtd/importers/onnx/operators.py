@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 def _conv(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
     b.check_weights(weight, axes)
-    kernel = _kernel(node, weight)
+    kernel = kernel_of(node, weight)
     stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
-    padding = _padding(node, x, kernel, stride, dilation)
+    padding = padding_of(node, x, kernel, stride, dilation)
     return b.conv(x, weight, node.optional(2), stride, padding, dilation, node.integer("group", 1))
 
 
-def _kernel(node: Node, weight: Array) -> tuple[int, ...]:
+def kernel_of(node: Node, weight: Array) -> tuple[int, ...]:
     kernel = weight.shape[2:]
     if (node.integers("kernel_shape") or kernel) != kernel:
         node.refuse(f"has weights of shape {weight.shape}; required: kernel_shape {node.integers('kernel_shape')}")
@@ -42,7 +42,8 @@ def _kernel(node: Node, weight: Array) -> tuple[int, ...]:
 def _conv_transpose(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
     b.check_weights(weight, axes, "(C, K / group, *kernel_shape)")
-    kernel, stride, dilation = _kernel(node, weight), node.window("strides", axes, 1), node.window("dilations", axes, 1)
+    kernel = kernel_of(node, weight)
+    stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
     extra = node.integers("output_padding") or (0,) * axes
     if len(extra) != axes:
         node.refuse(f"has output_padding {extra}; required: {axes} numbers")
@@ -56,11 +57,11 @@ def _conv_transpose(b: Builder, node: Node) -> Tensor:
         padding, more = transposed_padding(x.dims[1:], inner, kernel, stride, dilation, mode != "SAME_UPPER")
         extra = tuple(a + b for a, b in zip(extra, more, strict=True))
     else:
-        padding = _padding(node, x, kernel, stride, dilation)
+        padding = padding_of(node, x, kernel, stride, dilation)
     return b.conv_transpose(x, weight, node.optional(2), stride, padding, dilation, node.integer("group", 1), extra)
 
 
-def _padding(node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+def padding_of(node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
              ) -> tuple[int, ...]:
     """What is padded before each spatial axis, then what is padded after."""
     mode, axes = node.text("auto_pad", "NOTSET"), len(kernel)
@@ -91,7 +92,7 @@ def _pool(b: Builder, node: Node) -> Tensor | Squares:
     kernel, stride = node.window("kernel_shape", axes), node.window("strides", axes, 1)
     if any(n != 1 for n in node.integers("dilations") or ()):
         node.refuse("has dilations; required: none")
-    padding = _padding(node, x, kernel, stride, (1,) * axes)
+    padding = padding_of(node, x, kernel, stride, (1,) * axes)
     ceil_mode = node.integer("ceil_mode", 0) != 0 and not node.text("auto_pad", "").startswith("SAME")
     return b.pool(x, is_average, kernel, stride, padding, ceil_mode, node.integer("count_include_pad", 0) != 0)
 
@@ -103,7 +104,7 @@ def _norm_pool(b: Builder, node: Node) -> Tensor:
     kernel, stride = node.window("kernel_shape", axes), node.window("strides", axes, 1)
     if any(n != 1 for n in node.integers("dilations") or ()) or node.integer("ceil_mode", 0):
         node.refuse("has dilations or ceil_mode; required: neither")
-    return b.norm_pool(x, exponent, kernel, stride, _padding(node, x, kernel, stride, (1,) * axes))
+    return b.norm_pool(x, exponent, kernel, stride, padding_of(node, x, kernel, stride, (1,) * axes))
 
 
 def _global_pool(b: Builder, node: Node) -> Tensor:
@@ -418,7 +419,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Transpose": moving(_transpose), "Unsqueeze": moving(_squeeze), "Upsample": _resize,
 }
 
-_ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"
+_ACTIVATION = "Relu, LeakyRelu or Clip"
 _NORMALISATION, _BRANCH = "BatchNormalization, whose values do not depend on the image", "If with a constant condition"
 # Attributes and inputs that may be given and need not be read: what matters in training alone, to outputs that nobody
 # reads, to other modes than the one that is read, or to types that are refused. Each other one is read, or must be what
@@ -431,9 +432,8 @@ NEAREST = {
                      "Softsign", "Swish", "Tanh", "ThresholdedRelu"), _ACTIVATION),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
                      "RMSNormalization", "MeanVarianceNormalization"), _NORMALISATION),
-    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"), "ConvInteger": "Conv",
-    "QLinearConv": "Conv", "QLinearMatMul": "MatMul", "MatMulInteger": "MatMul", "DequantizeLinear": _FLOATING,
-    "QuantizeLinear": _FLOATING, "Einsum": "MatMul", "Loop": _BRANCH, "Scan": _BRANCH, "GatherND": "Gather",
+    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"),
+    "Einsum": "MatMul", "Loop": _BRANCH, "Scan": _BRANCH, "GatherND": "Gather",
     "GatherElements": "Gather", "MaxRoiPool": "MaxPool", "MaxUnpool": "Resize", "GridSample": "Resize",
     "LogSoftmax": "Softmax", "Hardmax": "Softmax", "ArgMax": "the scores before it",
 }

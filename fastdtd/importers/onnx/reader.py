@@ -23,11 +23,12 @@ from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
 from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
-from fastdtd.importers.onnx import constants
-from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST, OPERATORS
-from fastdtd.importers.onnx.runtime import OnnxRuntime
+from fastdtd.importers.onnx import constants, operators, quantized
+from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST
+from fastdtd.importers.onnx.runtime import QUANTIZED_TOLERANCE, OnnxRuntime
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
 from fastdtd.importers.tensors import Tensor, layer_shape
+from fastdtd.importers.verify import TOLERANCE
 
 MIN_OPSET = 7  # before it, broadcasting was an attribute
 NEWEST_OPSET = 28  # whose operators' attributes and inputs tests go through
@@ -38,6 +39,7 @@ _WHOLE = {getattr(onnx.TensorProto, f"{sign}INT{bits}") for sign in ("", "U") fo
 # What whole numbers stay as they are by; in other operators they are rounded, and wrap.
 _MOVES = {"Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Shape", "Size",
           "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+OPERATORS = {**operators.OPERATORS, **quantized.OPERATORS}
 _LOG = logging.getLogger("fastdtd")
 
 
@@ -117,10 +119,17 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
         layers = reader.builder.leading_to(as_tensor(reader.builder, result))
     producer = "".join(c for c in f"{model.producer_name} {model.producer_version}" if c.isprintable()).strip()[:100]
     file_format = f"onnx opset {opset}" + (f" from {producer}" if producer else "")
+    bounds = next((grid.bounds() for name, grid in reader.grids.items() if grid.scale and getattr(
+        reader.values.get(name), "layer", "") == INPUT), (-1.0, 1.0))  # in which the input's grid has many numbers
+    if reader.grids:
+        file_format += ", dequantised"
+        _LOG.warning("quantised: it is converted to the floating-point numbers that its whole numbers stand for, and "
+                     "what it rounds is not rounded, so that scores differ a little from the source's")
     steps = [step for step in steps if isinstance(step[2], Tensor)]
     graph = _only(model.graph, inputs[0], [batch or 1, *x.dims], output, nodes)
-    runtime = OnnxRuntime(reader.builder, x, batch or 1, elements=reader.elements, steps=steps, graph=graph,
-                          opset=opset)
+    runtime = OnnxRuntime(reader.builder, x, batch or 1, bounds=bounds, rounds_probabilities=bool(reader.grids),
+                          tolerance=QUANTIZED_TOLERANCE if reader.grids else TOLERANCE,
+                          elements=reader.elements, steps=steps, graph=graph, opset=opset)
     return Parsed(layers, x.shape, file_format + (", channels last" if channels_last else ""), runtime)
 
 
@@ -234,13 +243,15 @@ class Reader:
         self.values: ChainMap[str, Any] = ChainMap({})
         self.elements = 0  # of all that was made, as a runtime would
         self.whole: set[str] = set()  # what are still the whole numbers of the input
+        self.grids: dict[str, quantized.Grid] = {}  # of what is quantised
+        self.sums: dict[str, str] = {}  # sums of quantised numbers, and of which
         times = Counter(proto.name for _, proto in nodes)
         self.names = {name for name, count in times.items() if count == 1} - {"", INPUT}  # that may name a layer
 
     def read(self, proto: Any, index: int, count: int) -> Node:
         """Add what a node makes."""
         node = Node(self, proto, index, count)
-        is_foreign = node.domain not in _DOMAINS
+        is_foreign = node.domain not in _DOMAINS and not node.is_of_runtime
         if node.op in self.functions or getattr(proto, "overload", "") != "":
             node.refuse("is a function of the file's own; required: ONNX's operators. onnx.inliner puts them in its "
                         "place")
@@ -252,12 +263,17 @@ class Reader:
             node.refuse("has no output")
         node.check_known(proto)
         self.builder.budget.step(node, 1)
-        if not self.whole.isdisjoint(node.inputs) and node.op != "Cast":
+        if not self.whole.isdisjoint(node.inputs) and node.op not in ("Cast", "DequantizeLinear"):
             if node.op not in _MOVES:
                 node.refuse("computes in the input's whole numbers; required: a Cast to floating point before it")
             self.whole.update(node.outputs)
+        quantized.follow(node, _MOVES)
         is_computed = any(isinstance(self.values.get(name), COMPUTED) for name in node.inputs)
-        if node.op in constants.OPERATORS and not is_computed:
+        if node.op not in quantized.OPERATORS and any(
+                isinstance(self.values.get(name), quantized.RUNTIME) for name in node.inputs):
+            with self.builder.at(node):
+                made = quantized.scaled(self.builder, node)
+        elif node.op in constants.OPERATORS and not is_computed:
             made = constants.fold(node, [node.optional(i) for i in range(len(node.inputs))])
         elif node.op in OPERATORS:
             with self.builder.at(node):
@@ -315,16 +331,27 @@ class Node(ValueNode):
 
     # What is read
 
+    @property
+    def is_of_runtime(self) -> bool:
+        """Whether it is an operator that onnxruntime's own tools write for quantised networks."""
+        return self.domain == quantized.DOMAIN and self.op in quantized.ATTRIBUTES
+
     def check_known(self, proto: Any) -> None:
         """Refuse what ONNX does not know of the operator: nobody has said what it means."""
+        self._schema: Any = None
+        if len(self.attributes) < len(proto.attribute):
+            self.refuse("has an attribute twice")
+        if self.is_of_runtime:
+            if unknown := self.attributes.keys() - quantized.ATTRIBUTES[self.op]:
+                self.refuse(f"has an attribute {min(unknown)[:60]!r}; required: "
+                            f"{', '.join(sorted(quantized.ATTRIBUTES[self.op])) or 'none'}")
+            return
         try:
             self._schema = onnx.defs.get_schema(self.op, self.opset)
         except onnx.defs.SchemaError:
             self.refuse(f"is no operator of ONNX's opset {self.opset}, which the file is written for")
         if len(self.inputs) > self._schema.max_input:
             self.refuse(f"has {len(self.inputs)} inputs; required: at most {self._schema.max_input}")
-        if len(self.attributes) < len(proto.attribute):
-            self.refuse("has an attribute twice")
         for name, attribute in self.attributes.items():
             if name not in self._schema.attributes:
                 known = ", ".join(sorted(self._schema.attributes)) or "none"
@@ -339,12 +366,12 @@ class Node(ValueNode):
     def check_read(self) -> None:
         """Refuse what was given and not read, unless it is what is computed without it."""
         for name, attribute in self.attributes.items():
-            default = self._schema.attributes[name].default_value
-            values = [_value(each) for each in (attribute, default)]
+            default = None if self._schema is None else _value(self._schema.attributes[name].default_value)
+            values = [_value(attribute), default]
             if name not in self._read and name not in IGNORED and values[0] != values[1]:
                 self.refuse_unread(f"{name} {str(values[0])[:60]}", values[1])
         for i, name in enumerate(self.inputs):
-            formal = self._schema.inputs[min(i, len(self._schema.inputs) - 1)].name
+            formal = "" if self._schema is None else self._schema.inputs[min(i, len(self._schema.inputs) - 1)].name
             if name and i not in self._read and formal not in IGNORED:
                 self.refuse_unread(f"{name!r} as its {formal}")
 
