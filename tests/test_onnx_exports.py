@@ -91,10 +91,20 @@ def test_local_response_norm_as_pytorch_writes_it(convert_nodes):
     assert (norm.size, norm.alpha, norm.beta, norm.bias) == (5, pytest.approx(1e-2), pytest.approx(0.6), 2)
 
 
+def test_local_response_norm_over_an_even_number_of_channels(convert_nodes):
+    """PyTorch's windows have one channel more before theirs, ONNX's one more after."""
+    x = numbers(1, 3, 9, 8)
+    for pad, channels in (("even", [(0, 2), (0, 3), (0, 3)]), ("odd", [(0, 3), (0, 3), (1, 3)])):
+        graph = convert_nodes(normalised(4, pad=pad), {**NORM, "odd": ints(0, 0, 1, 0, 0, 0, 0, 2, 0, 0)}).graph
+        sums = np.stack([(x[:, first:last] ** 2).sum(1) for first, last in channels], 1)
+        expected = (x / (2 + 1e-2 * sums / 4) ** 0.6).mean((2, 3))
+        np.testing.assert_allclose(scores(graph, x), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("nodes", "message"), [
     (normalised(pad="off"), r"AveragePool 'a' .* is no part of a local response normalisation"),
     (normalised(3), "is no part of a local response normalisation"),
-    (normalised(4, pad="even"), "over 4 channels; required: an odd number"),
+    (normalised(4, pad="off"), "is no part of a local response normalisation"),
     (normalised(pool=[5, 2, 1]), "is no part of a local response normalisation"),
     ([node("Relu", ["x"], ["x2"]), *normalised(by="x2")],
      "divides by squares; required: a local response normalisation"),

@@ -29,6 +29,7 @@ class Squares:
     of: Tensor
     view: Tensor  # what was squared, moved as the squares are
     size: int = 0
+    has_more_before: bool = False  # of an even size: PyTorch's windows, where ONNX's and Caffe's have more after
     alpha: float = 1.0
     bias: float | None = None
     beta: float | None = None
@@ -168,7 +169,11 @@ def divided(b: Builder, x: Any, y: Any) -> Tensor:
         if not y.size or y.bias is None or not b.are_same(y.of, x) or not b.are_same(y.view, x):
             b.refuse(f"divides by squares; {_REQUIRED}")
         beta = 1.0 if y.beta is None else y.beta
-        return b.local_response_norm(x, size=y.size, alpha=y.alpha, beta=beta, bias=y.bias)
+        fields = {"size": y.size, "alpha": y.alpha, "beta": beta, "bias": y.bias}
+        if not y.has_more_before:
+            return b.local_response_norm(x, **fields)
+        backwards = slice(None, None, -1)
+        return b.take(b.local_response_norm(b.take(x, 1, backwards), **fields), 1, backwards)
     if isinstance(y, COMPUTED) or not y.all():
         b.refuse("divides by what is computed, or by zero; required: constants other than zero")
     return b.affine(as_tensor(b, x), scale=1 / np.asarray(y, np.float64))
@@ -202,9 +207,9 @@ def mean_over_channels(b: Builder, x: Any, kernel: tuple[int, ...], stride: tupl
     is_plain = is_plain and kernel[1:] == (1, 1) and stride == (1, 1, 1)
     if not isinstance(x, Squares) or x.size or x.of.rank != 4 or not is_plain:
         b.refuse(f"is no part of a local response normalisation; {_REQUIRED}")
-    if kernel[0] % 2 == 0:
-        b.refuse(f"belongs to a local response normalisation over {kernel[0]} channels; required: an odd number")
-    half, inner = kernel[0] // 2, b.with_dims(x.of, (1, *x.of.dims))
-    if not b.are_same(x.view, b.pad(inner, [(0, 0), (0, 0), (half, half), *[(0, 0)] * (len(x.of.dims) - 1)])):
-        b.refuse(f"is no part of a local response normalisation; {_REQUIRED}")
-    return replace(x, view=inner, size=kernel[0])
+    inner = b.with_dims(x.of, (1, *x.of.dims))
+    less, more = (kernel[0] - 1) // 2, kernel[0] // 2
+    for around in {(less, more), (more, less)}:
+        if b.are_same(x.view, b.pad(inner, [(0, 0), (0, 0), around, *[(0, 0)] * (len(x.of.dims) - 1)])):
+            return replace(x, view=inner, size=kernel[0], has_more_before=around[0] > around[1])
+    return b.refuse(f"is no part of a local response normalisation; {_REQUIRED}")

@@ -182,7 +182,6 @@ class Computed(nn.Module):
     (lambda y: y.flatten(0, 1)[None, :, :, None], "the batch left in front"),
     (lambda y: functional.pad(y, (1, 1), value=2.0), "has mode 'constant' and value 2.0"),
     (lambda y: functional.hardtanh(y, 1, 2), r"clips to \[1, 2\]"),
-    (lambda y: functional.local_response_norm(y, 4), "over 4 channels; required: an odd number"),
     (lambda y: functional.adaptive_avg_pool2d(y, 4), r"makes \(4, 4\) of \(6, 6\); required: a size that divides it"),
     (lambda y: torch.cat([y, y], 0)[:1], "works along axis 0"),
     (lambda y: functional.max_pool2d(y, 2, dilation=2), "has a dilation"),
@@ -324,6 +323,16 @@ def scores_of(function, **buffers):
     with torch.no_grad():
         module(torch.zeros(1, 3, 8, 8))
     return scores_agree(module, (3, 8, 8))
+
+
+@pytest.mark.parametrize("function", [
+    lambda module, x: functional.avg_pool2d(module.conv(x), 2, divisor_override=3),
+    lambda module, x: functional.avg_pool2d(module.conv(x), 3, 2, 1, count_include_pad=False, divisor_override=7),
+    lambda module, x: functional.local_response_norm(module.conv(x), 2, 0.1, 0.6, 2.0),
+    lambda module, x: functional.local_response_norm(module.conv(x), 4, 0.1, 0.6, 2.0),
+])
+def test_windows_of_their_own(function):
+    scores_of(function)
 
 
 def set_slice(h, key, value):
@@ -471,7 +480,9 @@ def batch_norm(module, x, **options):
     (lambda module, x: functional.dropout(module.conv(x), training=True), "dropout .* is not supported"),
     (lambda module, x: torch.addmm(torch.zeros(5), module.conv(x).flatten(1), torch.ones(216, 5), beta=0.5),
      "has factors"),
-    (lambda module, x: functional.avg_pool2d(module.conv(x), 2, divisor_override=3), "has a divisor of its own"),
+    (lambda module, x: functional.avg_pool2d(module.conv(x), 3, 2, ceil_mode=True, divisor_override=3),
+     "has the divisor 3, ceil_mode True; required: a whole number from 1, and no ceil_mode"),
+    (lambda module, x: functional.avg_pool2d(module.conv(x), 2, divisor_override=-3), "has the divisor -3"),
     (lambda module, x: functional.avg_pool3d(module.conv(x), 3, ceil_mode=True), "ceil_mode; required: neither"),
     (lambda module, x: torch.div(module.conv(x), 2.0, rounding_mode="floor"), "rounds"),
     (lambda module, x: functional.max_pool2d(module.conv(x), 2, return_indices=True)[1].float(), "takes the positions"),

@@ -70,12 +70,15 @@ def _max_pool(b: Builder, node: Node) -> Any:
 
 def _average_pool(b: Builder, node: Node) -> Tensor:
     axes = _axes(node)
-    kernel = node.window("kernel_size", axes, 1)
-    if "divisor_override" in node:
-        node.refuse("has a divisor of its own; required: none")
-    return b.pool(node.image(axes), True, kernel, node.window("stride", axes, kernel),
-                  node.window("padding", axes, 0) * 2, bool(node.get("ceil_mode", False)),
-                  bool(node.get("count_include_pad", True)))
+    kernel, divisor = node.window("kernel_size", axes, 1), node.get("divisor_override", None)
+    ceil_mode, includes_pad = bool(node.get("ceil_mode", False)), bool(node.get("count_include_pad", True))
+    if divisor is not None and (ceil_mode or not isinstance(divisor, int) or divisor < 1):
+        node.refuse(f"has the divisor {divisor}, ceil_mode {ceil_mode}; required: a whole number from 1, and no "
+                    "ceil_mode")
+    made = b.pool(node.image(axes), True, kernel, node.window("stride", axes, kernel),
+                  node.window("padding", axes, 0) * 2, ceil_mode,
+                  divisor is not None or includes_pad)
+    return made if divisor is None else b.affine(made, scale=math.prod(kernel) / divisor, part="/divided")
 
 
 def _mean_over_channels(b: Builder, node: Node) -> Squares:
