@@ -123,7 +123,7 @@ BATCH_NORM = {f"layers/batch_normalization/vars/{i}": np.abs(numbers(3, seed=i))
       "trainable": False, "axis": [-1]}, None),
     ({"renorm": True}, "has renorm True, which is not supported; required: False"),
     ({"mode": 1}, "has mode 1, which is not supported; required: none"),
-    ({"axis": [1]}, "has axis 1 over 4 axes; required: -1"), ({"mode": None}, None),
+    ({"axis": [2]}, "has axis 2 over 4 axes; required: -1 or 1"), ({"mode": None}, None),
 ])
 def test_settings_of_a_batch_norm(tmp_path, settings, message):
     path = keras_file(tmp_path, CONVOLUTION, layer("BatchNormalization", "n", **settings), weights=WEIGHTS | BATCH_NORM)
@@ -132,6 +132,36 @@ def test_settings_of_a_batch_norm(tmp_path, settings, message):
     else:
         with pytest.raises(ConversionError, match=message):
             convert(path)
+
+
+def test_channels_first(tmp_path):
+    """The network is the one that it is with the channels last, whose weights are the same."""
+    graphs = []
+    for order, axis, shape in (("channels_last", -1, (9, 8, 2)), ("channels_first", 1, (2, 9, 8))):
+        def image(kind, name, order=order, **settings):
+            return layer(kind, name, data_format=order, **settings)
+
+        layers = [
+            image("ZeroPadding2D", "z", padding=[[1, 0], [0, 2]]),
+            image("Conv2D", "conv", filters=3, kernel_size=[2, 2], activation="relu"),
+            layer("BatchNormalization", "n", axis=[axis]), image("DepthwiseConv2D", "d", kernel_size=[2, 2]),
+            layer("ReLU", "r"), image("Cropping2D", "c", cropping=[[1, 0], [0, 1]]),
+            image("MaxPooling2D", "m", pool_size=[2, 2]), image("UpSampling2D", "u", size=[2, 1]),
+            image("Conv2DTranspose", "t", filters=2, kernel_size=[2, 2], strides=[2, 2]),
+            image("Flatten", "f"), layer("Dense", "y", units=4)]
+        weights = WEIGHTS | BATCH_NORM | {
+            "layers/depthwise_conv2d/vars/0": numbers(2, 2, 3, 1), "layers/depthwise_conv2d/vars/1": numbers(3, seed=2),
+            "layers/conv2d_transpose/vars/0": numbers(2, 2, 2, 3), "layers/conv2d_transpose/vars/1": numbers(2, seed=3),
+            "layers/dense/vars/0": numbers(144, 4), "layers/dense/vars/1": numbers(4, seed=4)}
+        entries = [layer("InputLayer", "x", batch_shape=[None, *shape]), *layers]
+        config = {"class_name": "Sequential", "config": {"name": "net", "layers": entries}}
+        graphs.append(convert(keras_file(tmp_path, config=config, weights=weights)).graph)
+    last, first = graphs
+    assert first.input_shape == last.input_shape == (2, 9, 8)
+    x = numbers(3, 2, 9, 8)
+    np.testing.assert_allclose(scores(first, x), scores(last, x), rtol=1e-5, atol=1e-6)
+    entries[0]["config"]["batch_shape"] = [None, 2, None, None]
+    assert convert(keras_file(tmp_path, config=config, weights=weights), size=(9, 8)).graph.input_shape == (2, 9, 8)
 
 
 @pytest.mark.parametrize("scale", [[1, 2, 4], {"class_name": "__numpy__", "config": {"value": [1, 2, 4],
@@ -216,7 +246,7 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("Dense", "d", units="two"), "units is a text 'two'; required: a whole number"),
     (layer("Dense", "d"), "units is null; required: a whole number"),
     (layer("Dense", "d", units=2), "has no weights of its own"),
-    (layer("MaxPooling2D", "p", data_format="channels_first"), "channels first; required: channels_last"),
+    (layer("MaxPooling2D", "p", data_format="channels_middle"), "'channels_middle'; required: channels_first or"),
     (layer("MaxPooling2D", "p", padding="causal"), "padding 'causal'; required: 'valid' or 'same'"),
     (layer("MaxPooling2D", "p", pool_size=[2, 2, 2]), "pool_size .*required: 2 whole numbers"),
     (layer("MaxPooling1D", "p"), "4 axes, the batch included; required: 3"),
@@ -230,7 +260,7 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("Permute", "s", dims=[1, 2, 2]), "has the order .0, 1, 2, 2. for 4 axes"),
     (layer("Concatenate", "c"), "required: two or more"),
     (layer("Normalization", "n", mean=[1, 2, 3], variance=[1, 2]), "3 means and 2 variances"),
-    (layer("Normalization", "n", axis=1, mean=[1], variance=[1]), "axis 1 over 4 axes; required: -1"),
+    (layer("Normalization", "n", axis=2, mean=[1], variance=[1]), "axis 2 over 4 axes; required: -1 or 1"),
     (layer("Rescaling", "n", scale=[1, 2], offset=0), "a constant of shape .1, 2, 1, 1. for a tensor"),
     (layer("Rescaling", "n", scale=float("inf"), offset=0), "scale inf; required: a finite number"),
     (layer("Softmax", "s"), "softmax 's' is not the last layer"),

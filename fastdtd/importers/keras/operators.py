@@ -52,7 +52,7 @@ def _conv(b: Builder, node: Node) -> Tensor:
     weight, *bias = node.arrays(("kernel", (*kernel, channels // groups, outputs)), *node.bias(outputs))
     padding = _padding(node, x, kernel, stride, dilation)
     y = b.conv(x, _outputs_first(weight), bias[0] if bias else None, stride, padding, dilation, groups)
-    return _activated(b, node, b.channels_last(y))
+    return _activated(b, node, node.restored(y))
 
 
 def _outputs_first(weight: Array) -> Array:
@@ -77,7 +77,7 @@ def _depthwise(b: Builder, node: Node) -> Tensor:
     y = b.conv(x, weight, None if is_separable else bias, stride, padding, dilation, channels, part)
     if is_separable:
         y = b.conv(y, _outputs_first(rest[0]), bias, (1,) * axes, (0,) * 2 * axes, (1,) * axes, 1)
-    return _activated(b, node, b.channels_last(y))
+    return _activated(b, node, node.restored(y))
 
 
 def _conv_transpose(b: Builder, node: Node) -> Tensor:
@@ -102,7 +102,7 @@ def _conv_transpose(b: Builder, node: Node) -> Tensor:
     padding, more = transposed_padding(x.dims[1:], wanted, kernel, stride, dilation)
     weight, *bias = node.arrays(("kernel", (*kernel, outputs, x.dims[0])), *node.bias(outputs))
     y = b.conv_transpose(x, _outputs_first(weight), bias[0] if bias else None, stride, padding, dilation, 1, more)
-    return _activated(b, node, b.channels_last(y))
+    return _activated(b, node, node.restored(y))
 
 
 def _dense(b: Builder, node: Node) -> Tensor:
@@ -118,14 +118,14 @@ def _pool(b: Builder, node: Node) -> Tensor:
     kernel = node.integers("pool_size", axes, default=2)
     stride = node.integers("strides", axes) if node.has("strides") else kernel
     padding = _padding(node, x, kernel, stride, (1,) * axes)
-    return b.channels_last(b.pool(x, node.kind.startswith("Average"), kernel, stride, padding))
+    return node.restored(b.pool(x, node.kind.startswith("Average"), kernel, stride, padding))
 
 
 def _global_pool(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
     how, keep = "max" if "Max" in node.kind else "mean", node.get("keepdims", bool, False)
     y = b.reduce(x, how, range(2, axes + 2), keep)
-    return b.channels_last(y)
+    return node.restored(y)
 
 
 # Activations
@@ -179,8 +179,7 @@ def _leaky_relu(b: Builder, node: Node) -> Tensor:
 
 def _softmax(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
-    node.require_last_axis(x)
-    return b.channels_last(b.softmax(b.channels_first(x), 1))
+    return _along(b, x, node.channel_axis(x), lambda first: b.softmax(first, 1))
 
 
 # Arithmetic
@@ -188,34 +187,38 @@ def _softmax(b: Builder, node: Node) -> Tensor:
 
 def _batch_norm(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
-    node.require_last_axis(x)
+    axis = node.channel_axis(x)
     has_scale, has_center = node.get("scale", bool, True), node.get("center", bool, True)
     wanted = ["gamma"] * has_scale + ["beta"] * has_center + ["moving_mean", "moving_variance"]
-    arrays = dict(zip(wanted, node.arrays(*((name, x.dims[-1:]) for name in wanted)), strict=True))
-    return b.channels_last(b.batch_norm(
-        b.channels_first(x), arrays["moving_mean"], arrays["moving_variance"], arrays.get("gamma"), arrays.get("beta"),
+    arrays = dict(zip(wanted, node.arrays(*((name, x.dims[axis - 1:axis]) for name in wanted)), strict=True))
+    return _along(b, x, axis, lambda first: b.batch_norm(
+        first, arrays["moving_mean"], arrays["moving_variance"], arrays.get("gamma"), arrays.get("beta"),
         node.number("epsilon", 1e-3)))
 
 
-def _scaled(b: Builder, x: Tensor, scale: Array, shift: Array) -> Tensor:
-    return b.channels_last(b.scale_channels(b.channels_first(x), scale, shift))
+def _along(b: Builder, x: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function of images with the channels first makes of x, whose channels are the first or the last axis."""
+    return function(x) if axis == 1 else b.channels_last(function(b.channels_first(x)))
+
+
+def _scaled(b: Builder, x: Tensor, scale: Array, shift: Array, axis: int = -1) -> Tensor:
+    return _along(b, x, axis, lambda first: b.scale_channels(first, scale, shift))
 
 
 def _normalization(b: Builder, node: Node) -> Tensor:
-    x, axis = node.tensor(), node.setting("axis", -1)
-    if axis not in (None, []):
-        node.require_last_axis(x)
+    x, is_one = node.tensor(), node.setting("axis", -1) in (None, [])
+    axis = x.rank - 1 if is_one else node.channel_axis(x)
     if node.has("mean"):
         mean, variance = node.numbers("mean"), node.numbers("variance")
     else:
-        shape = () if axis in (None, []) else x.dims[-1:]
+        shape = () if is_one else x.dims[axis - 1:axis]
         mean, variance = (np.ravel(a).astype(np.float64) for a in node.arrays(("mean", shape), ("variance", shape)))
     if mean.size != variance.size:
         node.refuse(f"has {mean.size} means and {variance.size} variances; required: as many of each")
     deviation = np.maximum(np.sqrt(variance), _EPSILON)
     if node.get("invert", bool, False):
-        return _scaled(b, x, deviation, mean)
-    return _scaled(b, x, 1 / deviation, -mean / deviation)
+        return _scaled(b, x, deviation, mean, axis)
+    return _scaled(b, x, 1 / deviation, -mean / deviation, axis)
 
 
 def _add(b: Builder, node: Node) -> Tensor:
@@ -246,8 +249,7 @@ def _divide(b: Builder, node: Node) -> Tensor:
 
 def _concatenate(b: Builder, node: Node) -> Tensor:
     parts = node.tensors()
-    node.require_last_axis(parts[0])
-    return b.concat(parts, -1)
+    return b.concat(parts, node.channel_axis(parts[0]))
 
 
 # Moving elements
@@ -255,13 +257,13 @@ def _concatenate(b: Builder, node: Node) -> Tensor:
 
 def _zero_padding(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
-    return b.channels_last(b.pad(x, [(0, 0), (0, 0), *node.sides("padding", axes, 1)]))
+    return node.restored(b.pad(x, [(0, 0), (0, 0), *node.sides("padding", axes, 1)]))
 
 
 def _cropping(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
     sides = node.sides("cropping", axes, 0 if axes == 2 else 1)
-    return b.channels_last(b.pad(x, [(0, 0), (0, 0), *((-before, -after) for before, after in sides)]))
+    return node.restored(b.pad(x, [(0, 0), (0, 0), *((-before, -after) for before, after in sides)]))
 
 
 def _upsampling(b: Builder, node: Node) -> Tensor:
@@ -272,13 +274,13 @@ def _upsampling(b: Builder, node: Node) -> Tensor:
     channels, *sizes = x.dims
     y = b.with_dims(x, [channels, *(m for n in sizes for m in (n, 1))])
     y = b.expand(y, [-1, channels, *(m for pair in zip(sizes, times, strict=True) for m in pair)])
-    return b.channels_last(b.with_dims(y, [channels, *(n * m for n, m in zip(sizes, times, strict=True))]))
+    return node.restored(b.with_dims(y, [channels, *(n * m for n, m in zip(sizes, times, strict=True))]))
 
 
 def _flatten(b: Builder, node: Node) -> Tensor:
-    if node.get("data_format", str, "channels_last") != "channels_last":
-        node.refuse("has the channels first; required: channels_last")
     x = node.tensor()
+    if node.has_channels_first():  # which go last before all becomes flat
+        x = b.channels_last(x)
     return b.flatten(x) if x.rank > 2 else x
 
 

@@ -154,19 +154,29 @@ class Node(moves.Node):
 
     def image(self) -> tuple[Tensor, int]:
         """The only input, with its channels first, and how many spatial axes the layer is for."""
-        if self.get("data_format", str, "channels_last") != "channels_last":
-            self.refuse("has the channels first; required: channels_last. Build the model again with data_format "
-                        "'channels_last' and set the weights of this one, which are the same")
         x, axes = self.tensor(), 1 if "1D" in self.kind else 2
         if x.rank != axes + 2:
             self.refuse(f"reads a tensor of {x.rank} axes, the batch included; required: {axes + 2}")
-        return self.reader.builder.channels_first(x), axes
+        return (x if self.has_channels_first() else self.reader.builder.channels_first(x)), axes
 
-    def require_last_axis(self, x: Tensor) -> None:
+    def has_channels_first(self) -> bool:
+        """Whether the layer's images are (N, C, H, W)."""
+        found = self.get("data_format", str, "channels_last")
+        if found not in ("channels_first", "channels_last"):
+            self.refuse(f"has data_format {found[:40]!r}; required: channels_first or channels_last")
+        return bool(found == "channels_first")
+
+    def restored(self, x: Tensor) -> Tensor:
+        """An image as the layer has it, from one with the channels first."""
+        return x if self.has_channels_first() else self.reader.builder.channels_last(x)
+
+    def channel_axis(self, x: Tensor) -> int:
+        """The axis that the layer works along: 1 or the last, which are the channels or features."""
         axis = self.setting("axis", -1)
         axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-        if axis not in (-1, x.rank - 1) or isinstance(axis, bool):
-            self.refuse(f"has axis {str(axis)[:40]} over {x.rank} axes; required: -1, the channels or features")
+        if axis not in (-1, 1, x.rank - 1) or isinstance(axis, bool) or x.rank < 2:
+            self.refuse(f"has axis {str(axis)[:40]} over {x.rank} axes; required: -1 or 1, the channels or features")
+        return int(axis) % x.rank
 
     def arrays(self, *wanted: tuple[str, tuple[int, ...]]) -> list[Array]:
         """The layer's weights, in Keras's order. wanted: names, as in 'kernel|depthwise_kernel', and shapes."""
@@ -303,10 +313,12 @@ class Reader:
         calls = None if kind == "Sequential" else _Calls(top, nodes)
         if calls is not None and len(calls.inputs) != 1:
             raise ConversionError(f"the network has {len(calls.inputs)} inputs; required: one")
-        x = _input(nodes[0] if calls is None else calls.nodes[calls.inputs[0][0]], top, size)
+        channels_first = _first_data_format(config) == "channels_first"
+        x = _input(nodes[0] if calls is None else calls.nodes[calls.inputs[0][0]], top, size, channels_first)
         output = self._run(nodes, [x]) if calls is None else calls.run(self, [x])[0]
         with self.builder.at(top):
-            layers = self.builder.leading_to(self.builder.channels_first(output) if output.rank <= 4 else output)
+            is_last = output.rank <= 4 and not channels_first
+            layers = self.builder.leading_to(self.builder.channels_first(output) if is_last else output)
         if not layers:
             raise ConversionError("the network has no layers that compute anything")
         return layers, x
@@ -348,7 +360,21 @@ class Reader:
         return values[0]
 
 
-def _input(node: Node, model: Node, size: tuple[int, int] | None) -> Tensor:
+def _first_data_format(config: Any) -> str:
+    """Where the channels of images are, by the first layer that says so: the input's layer does not."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if isinstance(found := value.get("data_format"), str):
+                return found
+            waiting.extend(list(value.values())[::-1])
+        elif isinstance(value, list):
+            waiting.extend(value[::-1])
+    return "channels_last"
+
+
+def _input(node: Node, model: Node, size: tuple[int, int] | None, channels_first: bool) -> Tensor:
     """The network's input, from the layer that says its shape."""
     settings = node.settings if isinstance(node.settings, dict) else {}
     shape = next((settings[key] for key in ("batch_shape", "batch_input_shape") if settings.get(key) is not None), None)
@@ -359,18 +385,21 @@ def _input(node: Node, model: Node, size: tuple[int, int] | None) -> Tensor:
                     "or was built")
     where = f"{node}: input shape"
     axes = [0 if n is None else expect(n, int, where) for n in expect(shape, list, where)][1:]
+    pixels = slice(1, 3) if channels_first else slice(0, 2)
     if len(axes) == 3:
-        axes[:2] = size or axes[:2]
+        axes[pixels] = size or axes[pixels]
     elif size is not None:
         raise ConversionError(f"the input has shape {shape}, without a height and a width; required: no size")
     if not 1 <= len(axes) <= 3:
         raise ConversionError(f"the input has shape {shape}; required: (N, H, W, C), (N, L, C) or (N, F)")
     if min(axes) < 1:
-        is_image = len(axes) == 3 and axes[2] > 0
+        is_image = len(axes) == 3 and axes[0 if channels_first else 2] > 0
         raise ConversionError(f"the input has shape {shape}, which leaves its size open; "
                               + ("give size=(height, width)" if is_image else "required: a model that fixes it"))
     if math.prod(axes) > MAX_TENSOR_ELEMENTS:
         raise ConversionError(f"the input has shape {shape}; at most {MAX_TENSOR_ELEMENTS} elements are accepted")
+    if channels_first:
+        return Tensor.whole(INPUT, layer_shape(axes), axes)
     dims = axes[-1:] + axes[:-1]
     whole = Tensor.whole(INPUT, layer_shape(dims), dims, "input/channels_last")
     return whole.transposed([*range(1, len(dims)), 0]) or whole
