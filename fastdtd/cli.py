@@ -558,7 +558,7 @@ def _explain(options: argparse.Namespace) -> int:
                 return
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
-            nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
+            nothing = "" if line.explained else ", score not positive: nothing to decompose"
             bar.write(printable(
                 f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance "
                 f"{line.relevance:.6g}{absorbed}{nothing}"), file=sys.stdout)

@@ -183,8 +183,9 @@ class Explainer:
             The output to explain: its number or class name, one for all or one for each image. None: the one with the
             highest score.
         start : (N, K) or (K,) array, or None
-            Instead of a target: the relevance that each output starts with, none negative. Its largest is the `target`
-            of the explanation, and its sum what is `explained`.
+            Instead of a target: the relevance that each output starts with, negative only under rules that decompose
+            negative scores (`Explanation.explained`). Its largest in size is the `target` of the explanation, and its
+            sum what is `explained`.
 
         Returns
         -------
@@ -196,15 +197,15 @@ class Explainer:
             A picture that cannot be read.
         InputError
             A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a
-            start of another shape, negative, beside a target, or at an output whose score is zero; scores or relevance
-            beyond float32, or relevance lost below its range.
+            start of another shape, negative where it may not be, beside a target, or at an output whose score is zero;
+            scores or relevance beyond float32, or relevance lost below its range.
         DeviceError
             It was made for GPUs before the process was forked.
 
         Warns
         -----
         ExplanationWarning
-            Values were clipped, or a target's score is not positive.
+            Values were clipped, or a target's score is not positive, where rules decompose positive ones alone.
         """
         batch, pictures = self._preprocessed(batch)
         graph, kernels, derivative = self.model.graph, self._kernels, self._assignment.derivative
@@ -213,7 +214,7 @@ class Explainer:
             images = checked_images(batch, self.model, library, self._surely_within)
             count, outputs = len(images), graph.shapes[graph.output][0]
             targets = checked_targets(target, self.model, count, outputs)
-            begins = checked_start(start, target, count, outputs)
+            begins = checked_start(start, target, count, outputs, self._assignment.signed_scores)
             explained_targets = np.empty(count, np.int64)
             context = Context(self.context.classes, self.context.rules, self.context.resize, pictures,
                               partial(self._observed, images, explained_targets, begins))
@@ -328,11 +329,12 @@ class Explainer:
                     "or the model's weights are too small")
         if reasons:
             raise BeyondFloat32Error(reasons)
-        nothing = np.flatnonzero(e.explained <= 0)
+        nothing = np.flatnonzero(e.explained == 0)
         if len(nothing) and has_targets:
             image, which = nothing[0], int(e.target[nothing[0]])
+            what = "of zero" if self._assignment.signed_scores else "that is not positive"
             warnings.warn(
-                f"{len(nothing)} of {len(e)} targets have a score that is not positive, so there is nothing to "
+                f"{len(nothing)} of {len(e)} targets have a score {what}, so there is nothing to "
                 f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
                 f"score {float(e.output[image, which]):.4g}", ExplanationWarning,
                 stacklevel=4)  # past __call__ and out_of_memory
@@ -348,12 +350,13 @@ class Explainer:
             target = scores.argmax(1) if targets is None else targets
             start, explained = np.zeros(scores.shape, np.float32), np.empty(len(scores), np.float32)
             derivative, starts_with_relevance = self._assignment.derivative, plan.schedule.starts_with_relevance
+            signed = self._assignment.signed_scores
             for i, output in enumerate(target.tolist()):  # sooner than by NumPy's indices, if there are few
                 score = scores[i, output]
-                explained[i] = score if derivative else max(score, 0)
-                start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else score > 0
+                explained[i] = score if signed else max(score, 0)
+                start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else np.sign(explained[i])
         else:
-            start, target, explained = begins, begins.argmax(1), begins.sum(1)
+            start, target, explained = begins, np.abs(begins).argmax(1), begins.sum(1)
             if not plan.schedule.starts_with_relevance:
                 start = factors(begins, scores, first)
         self._kernels.write(plan.start, start)

@@ -59,8 +59,9 @@ class Explanation:
     target : (N,) int64
         The output that is explained.
     explained : (N,) float32
-        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0.
-        Beside derivatives the score as it is.
+        Its score. Where that is not positive, 0, for there is nothing to decompose, and the relevance is 0; but under
+        rules of layer-wise relevance propagation at the output (epsilon, gamma, alpha-beta, z+ with parameters) and
+        derivatives, which explain negative scores too.
     ledger : dict of str to (N,) float64
         By layer, the relevance that it absorbed: where a neuron is active though none of its inputs contributes to it
         (its bias does), the rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a

@@ -149,8 +149,12 @@ def checked_targets(target: Target, model: Model, count: int, outputs: int) -> n
     return np.resize(np.array(indices, np.int64), count)
 
 
-def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outputs: int) -> Array | None:
-    """(N, K) float32: the relevance that each output starts with; None where a target is to be explained."""
+def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outputs: int, is_signed: bool
+                  ) -> Array | None:
+    """(N, K) float32: the relevance that each output starts with; None where a target is to be explained.
+
+    is_signed: whether it may be negative.
+    """
     if start is None:
         return None
     if target is not None:
@@ -166,21 +170,24 @@ def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outpu
         raise InputError(
             f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output"
         ) from None
-    if not (np.isfinite(relevance).all() and (relevance >= 0).all()):
-        raise InputError("start holds a number that is negative, infinite or NaN; required: relevance from 0")
+    if not np.isfinite(relevance).all():
+        raise InputError("start holds a number that is infinite or NaN; required: finite relevance")
+    if not is_signed and (relevance < 0).any():
+        raise InputError("start holds a negative number, and the rules by which outputs are redistributed decompose "
+                         "positive relevance alone; required: relevance from 0, or rules such as epsilon")
     return relevance
 
 
 def factors(relevance: Array, scores: Array, first: int) -> Array:
     """c of R = |score| c. first: the number of the first image."""
-    impossible = (relevance > 0) & (scores == 0)
+    impossible = (relevance != 0) & (scores == 0)
     if impossible.any():
         image, output = np.argwhere(impossible)[0]
         raise InputError(
             f"output {output} of image {first + image} has the score 0, and start gives it relevance; required: a "
             "score that can be redistributed")
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
-        return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)
+        return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance != 0)
 
 
 def memory_size(size: str | int, name: str = "memory") -> int:

@@ -73,6 +73,7 @@ class Line:
     target: int
     class_name: str
     score: float
+    explained: float
     relevance: float
     absorbed: float
     ledger: dict[str, float]  # by layer, what it absorbed
@@ -375,14 +376,15 @@ class _Run:
 def _lines(path: Path, model: Model, has_flow: bool) -> Iterator[Line]:
     """What is said of a shard's rows."""
     # Not the scores of all classes, which are most of what a shard has beside relevance.
-    names = ["file", "target", "score", "sum", "absorbed", "ledger", *(["flow"] if has_flow else [])]
+    names = ["file", "target", "score", "explained", "sum", "absorbed", "ledger", *(["flow"] if has_flow else [])]
     columns, layers = results.read_columns(path, names), results.ledger_layers(path)
     for row in range(len(columns["file"])):
         target = int(columns["target"][row])
         ledgers = [dict(zip(layers, columns[name][row].tolist(), strict=True)) if name in columns else {}
                    for name in ("ledger", "flow")]
         yield Line(str(columns["file"][row]), target, model.class_name(target), float(columns["score"][row]),
-                   float(columns["sum"][row]), float(columns["absorbed"][row]), *ledgers)
+                   float(columns["explained"][row]), float(columns["sum"][row]), float(columns["absorbed"][row]),
+                   *ledgers)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

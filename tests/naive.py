@@ -180,6 +180,18 @@ def negatives_contribute(graph, rules, name):
     return False
 
 
+def explains_negative(graph, rules, name):
+    """Whether negative relevance of a tensor is decomposed: by the rules of layer-wise relevance propagation."""
+    layer = next((layer for layer in graph if layer.name == name), None)
+    if layer is None:
+        return False
+    rule = rules.get(name)
+    if rule is None or rule.name in ("identity", "taylor", "winner"):
+        return all(explains_negative(graph, rules, source) for source in layer.inputs)
+    return rule.name in ("epsilon", "gamma") or (rule.name in ("alpha-beta", "z+") and (
+        rule.beta > 0 or rule.epsilon > 0 or rule.bias != "ignored" or rule.alpha != 1))
+
+
 # ---- Normalisation ---------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +283,8 @@ def relevances(graph, image, target, rules, start=None):
     tensors = forward(graph, image)
     relevance = {name: np.zeros_like(value) for name, value in tensors.items()}
     if start is None:
-        relevance[graph.output][target] = max(tensors[graph.output][target], 0)
+        score = tensors[graph.output][target]
+        relevance[graph.output][target] = score if explains_negative(graph, rules, graph.output) else max(score, 0)
     else:
         relevance[graph.output][:] = start
     absorbed = {}

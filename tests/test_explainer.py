@@ -74,23 +74,26 @@ def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
                    - e.explained[i]) <= 1e-5 * max(kept, e.explained[i])
 
 
-@settings(many, max_examples=40)
-@given(graphs_and_rules(), st.integers(0, 2**32))
+@settings(many, max_examples=80)
+@given(st.booleans().flatmap(lambda signed: graphs_and_rules(signed=signed)), st.integers(0, 2**32))
 def test_any_start_agrees_with_the_oracle(case, seed):
     graph, rules = case
     describe(graph)
     made, batch = explainer(graph, rules, threads=2), images(graph, 3)
     scores = explain(made, batch).output
     start = np.random.default_rng(seed).random(scores.shape, np.float32) * (np.abs(scores) > 1e-3)
+    if naive.explains_negative(graph, {name: rule.rule for name, rule in made.rules.items()}, graph.output):
+        start -= np.float32(0.5) * (start != 0)
     e = made(batch, start=start)
-    np.testing.assert_allclose(e.explained, start.sum(1))
-    assert (e.target == start.argmax(1)).all()
+    np.testing.assert_allclose(e.explained, start.sum(1), atol=1e-6)
+    assert (e.target == np.abs(start).argmax(1)).all()
     names = {name: rule.rule for name, rule in made.rules.items()}
     for i, image in enumerate(batch):
         relevance, _, absorbed = naive.explain(graph, image, 0, names, start[i])
-        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), 1.0)
+        scale = max(np.linalg.norm(relevance), *map(abs, absorbed.values()), 1.0)
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * scale
         for name, lost in absorbed.items():
-            assert abs(e.ledger[name][i] - lost) <= 1e-4
+            assert abs(e.ledger[name][i] - lost) <= 1e-4 * scale
 
 
 @pytest.mark.slow
@@ -394,6 +397,34 @@ def test_a_score_that_is_not_positive_has_nothing_to_decompose():
     assert (e.output[:, 1] <= 0).all()
     assert (e.explained == 0).all()
     assert (e.relevance == 0).all()
+
+
+@pytest.mark.parametrize("rules", ["zennit.epsilon_plus", "zennit.epsilon_gamma_box", "zennit.excitation_backprop",
+                                   "captum.lrp", {"scores": "epsilon"}, {"scores": "alpha-beta"}], ids=str)
+def test_a_negative_score_is_decomposed_by_rules_of_both_signs(rules):
+    *layers, scores = small()
+    graph = g.Graph((*layers, replace(scores, weight=[[1, 1, 1, 1], [-1, 0.1, -1, -1], [1, 0, 0, 0]])), (2, 6, 5),
+                    (-1.0, 1.0))
+    made, batch = explainer(graph, rules), images(graph, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        e = made(batch, 1)
+    assert (e.explained < 0).all()
+    assert (e.explained == e.output[:, 1]).all()
+    assert e.relevance.any()
+    np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-5)
+    again = made(batch, start=e.explained[:, None] * [0, 1, 0])
+    np.testing.assert_allclose(again.relevance, e.relevance, rtol=1e-5, atol=1e-7)
+    assert again.target.tolist() == [1, 1, 1]
+    assert (made(batch, start=[1, 1, 0]).target == 0).all()
+
+
+def test_a_score_of_zero_has_nothing_to_decompose():
+    graph = g.Graph((g.Flatten("flat", (g.INPUT,)), g.Dense("scores", ("flat",), [[1.0, -1.0]])), (2, 1, 1))
+    with pytest.warns(ExplanationWarning, match="1 of 2 targets have a score of zero"):
+        e = explainer(graph, {"scores": "epsilon"})(np.float32([[1, 2], [1, 1]]).reshape(2, 2, 1, 1))
+    assert e.relevance[0].ravel() == pytest.approx([1, -2], rel=1e-5)
+    assert not e.relevance[1].any()
 
 
 def test_inner_layers_are_those_of_the_images_as_they_were_given():
