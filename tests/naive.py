@@ -317,6 +317,30 @@ def relevances(graph, image, target, rules, start=None):
     return relevance, tensors[graph.output], absorbed
 
 
+def contrast(graph, image, target, against, rules):
+    """(relevance (C, H, W), absorbed by layer) of the target less that of what it is held against: outputs, "others"
+    or "softmax-gradient"; each decomposed by itself.
+    """
+    scores = forward(graph, image)[graph.output]
+    own = scores if explains_negative(graph, rules, graph.output) else np.maximum(scores, 0)
+    starts = np.zeros((2, len(scores)))  # of the target, and of the others
+    others = [k for k in range(len(scores)) if k != target and scores[k] != 0]
+    match against:
+        case "others":
+            starts[0, target] = own[target]
+            starts[1, others] = own[target] / max(len(others), 1)
+        case "softmax-gradient":
+            y = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+            starts[0, target] = y[target] * y[others].sum()  # all but the target's, if no score is zero
+            starts[1, others] = y[target] * y[others]
+        case _:
+            starts[0, target] = own[target]
+            for k in against:
+                starts[1, k] += own[k] / len(against)
+    one, other = (explain(graph, image, target, rules, start) for start in starts)
+    return one[0] - other[0], {name: lost - other[2][name] for name, lost in one[2].items()}
+
+
 def by_rule(graph, rules, layer, tensors, r, a):
     """(relevance of the inputs a, what was absorbed) of a layer that sums, with relevance r."""
     rule, kind = rules[layer.name], rules[layer.name].name

@@ -132,6 +132,19 @@ def test_target(run):
         assert message in refused(run("explain", "net.h5", "pictures/lime.png", "--target", target))
 
 
+def test_against(run, place):
+    lime = "explain", "net.h5", "pictures/lime.png", "--rule", "scores=epsilon"  # scores of -0.5, 1.5, -0.5
+    for against, told in (("blue", "n03 blue, explained 2"), ("0 blue", "n01 red, scarlet; n03 blue, explained 2"),
+                          ("runner-up", "runner-up, explained 2"), ("others", "others, explained 0")):
+        status, out, err = run(*lime, *(part for one in against.split() for part in ("--against", one)))
+        assert (status, err) == (0, [])
+        assert out[0].startswith(f"lime.png  1 n02 green  score 1.5 against {told}, relevance ")
+    assert run("verify", "out-4")[0] == 0
+    assert "against was" in refused(run(*lime, "--against", "red", "-o", "out-4"))
+    assert "no class is named 'pink'" in refused(run(*lime, "--against", "pink"))
+    assert "the rules derive" in refused(run(*lime[:3], "--against", "0", "--rules", "gradient"))
+
+
 def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]
