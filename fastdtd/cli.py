@@ -538,6 +538,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     from fastdtd import analysis, model_file, report, results, runner, sources
     from fastdtd.explainer import Explainer, usable_processors
+    from fastdtd.explanation import note_of_absorbed
 
     model = model_file.load(options.model)
     entries = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")),
@@ -550,6 +551,7 @@ def _explain(options: argparse.Namespace) -> int:
                           max_multiply_adds=options.max_multiply_adds)
     books: dict[str, float] = defaultdict(float)
     flow: dict[str, float] = defaultdict(float)
+    sizes = [0.0, 0.0]  # of what was explained, and of what layers absorbed of it
     width = min(40, max(len(entry.name) for entry in itertools.islice(entries, _LINES)))
     prints = len(entries) <= _LINES
     with tqdm(total=len(entries), unit="image", smoothing=0.1, file=sys.stderr,
@@ -559,6 +561,8 @@ def _explain(options: argparse.Namespace) -> int:
                                            **line.ledger}), (flow, {"": line.relevance, **line.flow})):
                 for layer, amount in of_line.items():
                     sums[layer] += amount
+            sizes[0] += abs(line.explained)
+            sizes[1] += abs(line.absorbed)
             if not prints:
                 return
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
@@ -604,6 +608,8 @@ def _explain(options: argparse.Namespace) -> int:
         _print_books(books, flow)
     if options.stats:
         _print_stages(summary, workers)
+    if not options.against and (note := note_of_absorbed(*sizes)):
+        print(f"fastdtd: {note}; --ledger says which layers", file=sys.stderr)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {out}/")

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+LIMITS = "https://github.com/fastdtd/fastdtd/blob/main/docs/limits.md"
 FORMAT = "fastdtd-explanations"  # of the files that `save` and fastdtd.runner write
 _MAX_LINES = 10  # of a printed explanation
 _MAX_DRAWN, _SHOWN_SIDE = 8, 320  # pictures of a notebook, and their size
@@ -289,6 +291,15 @@ class Explanation:
             "relevance": _host(self.relevance), "scores": _host(self.output), "target": self.target,
             "explained": self.explained, "sum": self.sum, "absorbed": self.absorbed
         }
+
+
+def note_of_absorbed(explained: float, absorbed: float) -> str:
+    """What is to be said where layers absorbed more than half of what was explained, both summed by size; else ""."""
+    if not absorbed > explained / 2:
+        return ""
+    return (f"{absorbed / explained if explained else math.inf:.0%} of what was explained was absorbed by layers, and "
+            "no pixel has it: as a rule biases carry it, and the map shows what is left. What that means, and what to "
+            f"do: {LIMITS}#biases-can-carry-the-score")
 
 
 def write_header(file: Any, context: Context) -> None:

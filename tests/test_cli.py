@@ -145,6 +145,22 @@ def test_against(run, place):
     assert "the rules derive" in refused(run(*lime[:3], "--against", "0", "--rules", "gradient"))
 
 
+def test_scores_that_biases_carry(run, place):
+    conv = g.Conv2d("conv", ("input",), -np.eye(3).reshape(3, 3, 1, 1), [0.7, 1.5, 1.5])
+    layers = (conv, g.ReLU("relu", ("conv",)), g.GlobalAveragePool("average", ("relu",)),
+              g.Dense("scores", ("average",), np.eye(3)))
+    save(Model(g.Graph(layers, (3, 8, 8), (0.0, 1.0)), Preprocessing(scale=1 / 255)), "biased.h5")
+    status, out, err = run("explain", "biased.h5", "pictures/red.png", "--rule", "conv=z+", "-o", "a")
+    assert (status, out[0]) == (0, "red.png  1  score 1.5, relevance 0, absorbed 1.5")
+    assert len(err) == 1
+    assert err[0].startswith("fastdtd: 100% of what was explained was absorbed by layers, and no pixel has it")
+    assert run("report", "a")[0] == 0
+    assert err[0].removeprefix("fastdtd: ").split(";")[0] in Path("a/report.html").read_text()
+    assert run("explain", "biased.h5", "pictures/red.png", "-o", "b")[2] == []  # by zB
+    assert run("report", "b")[0] == 0
+    assert "and no pixel has it" not in Path("b/report.html").read_text()
+
+
 def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]
