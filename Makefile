@@ -113,6 +113,7 @@ dist: $(VENV)/ready-dev
 
 gallery: $(VENV)/ready-dev
 	$(VENV)/bin/python examples/two_dimensions.py docs/images/two_dimensions.png
+	$(VENV)/bin/python examples/contrast.py docs/images/contrast.jpg
 	$(if $(LENET),$(VENV)/bin/python examples/digits.py $(LENET) docs/images/digits.png)
 	$(VENV)/bin/python examples/gallery.py docs/images fastdtd/models/coffee.png fastdtd/models/chelsea.png $(MODELS)
 

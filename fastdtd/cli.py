@@ -54,6 +54,7 @@ examples:
   fastdtd explain net.h5 photos/ -o out --target tabby       one class, whatever wins; or its number
   fastdtd explain net.h5 imagenet/val/ -o out --true-label --draw 0 --store float16 --stats
   fastdtd explain net.h5 images.csv -o out --top 5           the five highest scores of each
+  fastdtd explain net.h5 cat.jpg --against runner-up         why this class, and not the next
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
   fastdtd explain net.h5 cat.jpg --rules zennit.epsilon_plus --rule 'type:dense=epsilon(epsilon=0.25)'
   fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
@@ -296,6 +297,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--top", metavar="K", type=int, default=1, help="explain the K highest scores of each image")
     what.add_argument("--true-label", action="store_true", help="explain the class that the source says of each "
                          "image: a list, a tar, an HDF5 file, or a folder's folders by their names")
+    what.add_argument("--against", metavar="CLASS", action="append", default=[],
+                      help="hold the target against this class: relevance is the target's less the class's, drawn red "
+                      "and blue; may be given several times, for their mean. Or runner-up, the highest other score; "
+                      "others, all other classes (CLRP); or softmax-gradient (SGLRP)")
     what.add_argument("--labels", action="store_true", help="a folder's folders are named after the true classes "
                          "of what is in them, which the results then say")
     _add_rules(what)
@@ -533,6 +538,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     from fastdtd import analysis, model_file, report, results, runner, sources
     from fastdtd.explainer import Explainer, usable_processors
+    from fastdtd.explanation import note_of_absorbed
 
     model = model_file.load(options.model)
     entries = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")),
@@ -545,6 +551,7 @@ def _explain(options: argparse.Namespace) -> int:
                           max_multiply_adds=options.max_multiply_adds)
     books: dict[str, float] = defaultdict(float)
     flow: dict[str, float] = defaultdict(float)
+    sizes = [0.0, 0.0]  # of what was explained, and of what layers absorbed of it
     width = min(40, max(len(entry.name) for entry in itertools.islice(entries, _LINES)))
     prints = len(entries) <= _LINES
     with tqdm(total=len(entries), unit="image", smoothing=0.1, file=sys.stderr,
@@ -554,13 +561,16 @@ def _explain(options: argparse.Namespace) -> int:
                                            **line.ledger}), (flow, {"": line.relevance, **line.flow})):
                 for layer, amount in of_line.items():
                     sums[layer] += amount
+            sizes[0] += abs(line.explained)
+            sizes[1] += abs(line.absorbed)
             if not prints:
                 return
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
-            nothing = "" if line.score > 0 else ", score not positive: nothing to decompose"
+            nothing = "" if line.explained or line.against else ", score not positive: nothing to decompose"
+            less = f" against {line.against}, explained {line.explained:.6g}" if line.against else ""
             bar.write(printable(
-                f"{line.name:<{width}}  {name}  score {line.score:.6g}, relevance "
+                f"{line.name:<{width}}  {name}  score {line.score:.6g}{less}, relevance "
                 f"{line.relevance:.6g}{absorbed}{nothing}"), file=sys.stdout)
 
         def on_failed(count: int) -> None:
@@ -577,7 +587,8 @@ def _explain(options: argparse.Namespace) -> int:
                         explainer, entries, out, _targets(options.target), options.outputs.split(","), options.batch,
                         on_line, bar.update, options.ledger, top=options.top, true_label=options.true_label,
                         workers=workers, draw=draw, storage=storage, draft=options.draft, shard=options.shard,
-                        retry_failed=options.retry_failed, executor=executor, on_failed=on_failed)
+                        retry_failed=options.retry_failed, executor=executor, on_failed=on_failed,
+                        against=_targets(options.against))
                     break
                 except runner.AnotherRunError:
                     if options.out:
@@ -597,6 +608,8 @@ def _explain(options: argparse.Namespace) -> int:
         _print_books(books, flow)
     if options.stats:
         _print_stages(summary, workers)
+    if not options.against and (note := note_of_absorbed(*sizes)):
+        print(f"fastdtd: {note}; --ledger says which layers", file=sys.stderr)
     before = f", {summary.done_before} more were done before" if summary.done_before else ""
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.explained} explained{before}{failed}; see {out}/")

@@ -64,7 +64,8 @@ class EmbeddedError(_Error):
 
 
 class Explained(NamedTuple):
-    """One explanation: relevance and what layers absorbed sum to the target's score, where that is positive.
+    """One explanation: relevance and what layers absorbed sum to the target's score; but where that is not positive and
+    the rules decompose positive scores alone, to zero.
 
     Attributes
     ----------

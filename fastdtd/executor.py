@@ -132,13 +132,15 @@ class Executor:
         """What starts the calls of a plan's other workers; None where it has one."""
         return self._threads().submit if plan.schedule.workers > 1 else None
 
-    def map(self, work: Work, count: int, devices: list[DevicePool]) -> None:
+    def map(self, work: Work, count: int, devices: list[DevicePool], signed: bool = False) -> None:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no
         memory for as many.
 
         Threads that share an image wait for each other after each layer: a small network is done before that pays. The
         last images are explained by the caller's own thread, for to hand them over and to wait takes longer. Of several
         devices each gets as many images, and those that a device has no memory for come again, in halves.
+
+        signed: whether outputs may have negative relevance, whatever the rules.
         """
         own_plans = self._own_plans and (count >= self.threads or self._is_small)
         workers, max_images = (1, self.batch) if own_plans else (self._workers, self._shared_batch)
@@ -190,7 +192,7 @@ class Executor:
                 first, last = todo.pop()
                 device = min(devices, key=lambda device: device[1].used_workers)
                 try:
-                    loan = device[1].take(device[1].schedule(last - first, workers), call)
+                    loan = device[1].take(device[1].schedule(last - first, workers, (), signed), call)
                 except OutOfMemoryError:
                     busy = [task for task in running if not task.is_done]
                     for task in busy:
@@ -204,13 +206,15 @@ class Executor:
                 else:
                     running.append(threads.submit(run_in_a_thread, loan, device, first, last))
 
-    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool) -> None:
-        """Run `work` with plans that keep the relevance of tensors, as many at a time as there is memory for."""
+    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool, signed: bool = False
+                ) -> None:
+        """Run `work` with plans that keep the relevance of tensors, as many at a time as there is memory for. signed:
+        as in `map`."""
         number, plans = device
         todo = [list(layers)]
         while todo:
             part = todo.pop()
-            schedule = plans.schedule(1, 1, part)
+            schedule = plans.schedule(1, 1, part, signed)
             if schedule.nbytes > plans.limit:
                 if len(part) == 1:
                     raise InputError(

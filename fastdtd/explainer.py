@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,13 @@ from fastdtd.executor import Executor
 from fastdtd.explanation import Context, Explanation
 from fastdtd.graph import Array
 from fastdtd.inputs import (
+    Against,
     BeyondFloat32Error,
     ExplanationWarning,
+    Question,
     Target,
+    against_text,
+    checked_against,
     checked_images,
     checked_start,
     checked_targets,
@@ -169,7 +174,8 @@ class Explainer:
         return f"<Explainer of {self.model.graph!r}: rules for {len(self.rules)} of them, on {where}>"
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
-    def __call__(self, batch: Any, target: Target = None, start: npt.ArrayLike | None = None) -> Explanation:
+    def __call__(self, batch: Any, target: Target = None, start: npt.ArrayLike | None = None, *,
+                 against: Against = None) -> Explanation:
         """Explain each image of a batch.
 
         Parameters
@@ -183,8 +189,19 @@ class Explainer:
             The output to explain: its number or class name, one for all or one for each image. None: the one with the
             highest score.
         start : (N, K) or (K,) array, or None
-            Instead of a target: the relevance that each output starts with, none negative. Its largest is the `target`
-            of the explanation, and its sum what is `explained`.
+            Instead of a target: the relevance that each output starts with, negative only under rules that decompose
+            negative scores (`Explanation.explained`). Its largest in size is the `target` of the explanation, and its
+            sum what is `explained`.
+        against : int, str, sequence of these, or None
+            What the target is held against: the explanation is the target's less that of these, in one backward pass,
+            and its relevance has both signs. A class, or several, whose mean it is, for all images; or
+
+            - "runner-up": the class with the highest score but the target;
+            - "others": all other classes, which share the target's score evenly (CLRP1 of Gu et al. 2018);
+            - "softmax-gradient": the outputs start with the softmax's derivative by them, y_t (1 - y_t) the target and
+              -y_t y_k the others (SGLRP of Iwana et al. 2019).
+
+            docs/method.md says what the sums are. A class of such a name is given by its number.
 
         Returns
         -------
@@ -196,15 +213,17 @@ class Explainer:
             A picture that cannot be read.
         InputError
             A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a
-            start of another shape, negative, beside a target, or at an output whose score is zero; scores or relevance
-            beyond float32, or relevance lost below its range.
+            start of another shape, negative where it may not be, beside a target, or at an output whose score is zero;
+            scores or relevance beyond float32, or relevance lost below its range; `against` beside a start, under
+            derivatives, or for a network of one output.
         DeviceError
             It was made for GPUs before the process was forked.
 
         Warns
         -----
         ExplanationWarning
-            Values were clipped, or a target's score is not positive.
+            Values were clipped, or a target's score is not positive, where rules decompose positive ones alone; or
+            all that it is held against.
         """
         batch, pictures = self._preprocessed(batch)
         graph, kernels, derivative = self.model.graph, self._kernels, self._assignment.derivative
@@ -213,10 +232,15 @@ class Explainer:
             images = checked_images(batch, self.model, library, self._surely_within)
             count, outputs = len(images), graph.shapes[graph.output][0]
             targets = checked_targets(target, self.model, count, outputs)
-            begins = checked_start(start, target, count, outputs)
+            signed = self._assignment.signed_scores
+            held = checked_against(against, self.model, self.conserves)
+            if held is not None and start is not None:
+                raise InputError("a start and classes to hold it against were given; required: one or the other; where "
+                                 "rules decompose negative scores, a start may be negative")
+            question = Question(targets, checked_start(start, target, count, outputs, signed), held, signed)
             explained_targets = np.empty(count, np.int64)
-            context = Context(self.context.classes, self.context.rules, self.context.resize, pictures,
-                              partial(self._observed, images, explained_targets, begins))
+            context = replace(self.context, pictures=pictures, against=against_text(held, self.model),
+                              explain_again=partial(self._observed, images, explained_targets, question))
             ledger = np.zeros((len(self._assignment.absorbers), count))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
                             np.empty(count, np.float32), dict(zip(self._assignment.absorbers, ledger, strict=True)),
@@ -225,9 +249,7 @@ class Explainer:
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
-            own_targets = None if targets is None else targets[part]
-            own_start = None if begins is None else begins[part]
-            scores, e.target[part], e.explained[part] = self._run(plan, images[part], own_targets, own_start, first)
+            scores, e.target[part], e.explained[part] = self._run(plan, images[part], question.part(part), first)
             e.output[part] = library.asarray(scores)
             relevance = e.relevance[part]
             kernels.read(relevance, plan.relevance)
@@ -238,15 +260,15 @@ class Explainer:
                     relevance **= 2
             kernels.read(ledger[:, part], plan.ledger.T)
             if not kernels.sum_relevance(sums[part], relevance, e.output[part], plan.ledger, e.explained[part],
-                                         self._largest_loss) or derivative:
+                                         self._largest_loss) or derivative or against is not None:
                 doubtful.append(part)
 
-        self._executor.map(explain, count, self._executor.devices_for(images))
+        self._executor.map(explain, count, self._executor.devices_for(images), question.mixes_signs)
         if doubtful:
             finite = np.empty(count, np.bool_)  # scores
             with kernels.on_device_of(batch):
                 kernels.read(finite, library.isfinite(e.output).all(1))
-            self._examine(e, sums, finite & np.isfinite(sums), begins is None)
+            self._examine(e, sums, finite & np.isfinite(sums), question)
         return e
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
@@ -308,52 +330,66 @@ class Explainer:
         return np.stack([self.model.preprocess(picture) for picture in pictures]), pictures
 
     def _examine(self, e: Explanation, sums: npt.NDArray[np.float64], finite: npt.NDArray[np.bool_],
-                 has_targets: bool) -> None:
+                 question: Question) -> None:
         """Refuse what float32 cannot hold, and explanations of which numbers below its range took a part away that no
-        layer absorbed; warn of targets that have nothing to decompose."""
+        layer absorbed; warn of targets that have nothing to decompose, and of those that are held against nothing."""
         if not finite.all():
             raise BeyondFloat32Error(dict.fromkeys(
                 np.flatnonzero(~finite).tolist(),
                 "gives scores or relevance beyond float32; its values or the model's weights are too large"))
         if self._assignment.derivative:
             return
+        scores = np.empty(e.output.shape, np.float32)
+        self._kernels.read(scores, e.output)
+        _, start = question.of(scores)
         lost = np.abs(e.explained - sums - e.absorbed)
         reasons = {}
         for i in np.flatnonzero(lost > self._largest_loss * np.abs(e.explained)):
             # Under rules that give back negative relevance, too, what is explained may be small beside it.
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
+            if start is not None:
+                turnover = max(turnover, float(np.abs(start[i]).sum()))
             if lost[i] > self._largest_loss * max(abs(float(e.explained[i])), turnover):
                 reasons[int(i)] = (
                     f"loses {lost[i]:.3g} of {float(e.explained[i]):.3g} in numbers below float32's range; its values "
                     "or the model's weights are too small")
         if reasons:
             raise BeyondFloat32Error(reasons)
-        nothing = np.flatnonzero(e.explained <= 0)
-        if len(nothing) and has_targets:
-            image, which = nothing[0], int(e.target[nothing[0]])
+        if question.start is not None:
+            return
+        of_targets = scores[np.arange(len(e)), e.target]
+        nothing = np.flatnonzero(of_targets == 0 if question.signed else of_targets <= 0)
+        what = "of zero" if question.signed else "that is not positive"
+        if len(nothing) and question.against != "softmax-gradient":
+            image = nothing[0]
+            zero = "" if start is not None else " and the relevance is zero"
             warnings.warn(
-                f"{len(nothing)} of {len(e)} targets have a score that is not positive, so there is nothing to "
-                f"decompose and the relevance is zero; the first is image {image}, {self.model.class_name(which)!r}, "
-                f"score {float(e.output[image, which]):.4g}", ExplanationWarning,
+                f"{len(nothing)} of {len(e)} targets have a score {what}, so there is nothing to decompose{zero}; the "
+                f"first is image {image}, {e.class_name(image)!r}, score {of_targets[image]:.4g}", ExplanationWarning,
                 stacklevel=4)  # past __call__ and out_of_memory
+        if start is not None and len(alone := np.flatnonzero((start >= 0).all(1))):
+            warnings.warn(
+                f"of {len(alone)} of {len(e)} images nothing is held against the target, for its score is {what}, or "
+                f"it is the target itself; the first is image {alone[0]}, held against "
+                f"{e.against_name(alone[0])!r}", ExplanationWarning, stacklevel=4)
 
-    def _run(self, plan: Plan, images: Array, targets: npt.NDArray[np.int64] | None, begins: Array | None, first: int
+    def _run(self, plan: Plan, images: Array, question: Question, first: int
              ) -> tuple[Array, npt.NDArray[np.int64], Array]:
         """Both passes: scores, what is explained of each image, and how much; first: the first image's number."""
         submit, scores = self._executor.submit(plan), np.empty(plan.output.shape, np.float32)
         self._kernels.write(plan.input, images)
         plan.forward(submit)
         self._kernels.read(scores, plan.output)
+        target, begins = question.of(scores)
         if begins is None:
-            target = scores.argmax(1) if targets is None else targets
             start, explained = np.zeros(scores.shape, np.float32), np.empty(len(scores), np.float32)
             derivative, starts_with_relevance = self._assignment.derivative, plan.schedule.starts_with_relevance
             for i, output in enumerate(target.tolist()):  # sooner than by NumPy's indices, if there are few
                 score = scores[i, output]
-                explained[i] = score if derivative else max(score, 0)
-                start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else score > 0
+                explained[i] = score if question.signed else max(score, 0)
+                start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else np.sign(explained[i])
         else:
-            start, target, explained = begins, begins.argmax(1), begins.sum(1)
+            start, explained = begins, begins.sum(1, dtype=np.float64).astype(np.float32)
             if not plan.schedule.starts_with_relevance:
                 start = factors(begins, scores, first)
         self._kernels.write(plan.start, start)
@@ -361,8 +397,8 @@ class Explainer:
         return scores, target, explained
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
-    def _observed(self, images: Array, targets: npt.NDArray[np.int64], begins: Array | None,
-                  layers: Sequence[str]) -> dict[str, Array]:
+    def _observed(self, images: Array, targets: npt.NDArray[np.int64], question: Question, layers: Sequence[str]
+                  ) -> dict[str, Array]:
         """Relevance of some tensors, one image after the other: a plan that keeps it is large."""
         graph = self.model.graph
         for name in layers:
@@ -376,14 +412,16 @@ class Explainer:
         with self._kernels.on_device_of(images):
             found = {name: library.empty((len(images), *graph.shapes[name]), np.float32) for name in layers}
 
+        again = replace(question, targets=targets)
+
         def explain(plan: Plan) -> None:
             for i in range(len(images)):
                 part = slice(i, i + 1)
-                self._run(plan, images[part], targets[part], None if begins is None else begins[part], i)
+                self._run(plan, images[part], again.part(part), i)
                 for name, relevance in plan.observed.items():
                     self._kernels.read(found[name][part], relevance)
 
-        self._executor.observe(explain, layers, self._executor.devices_for(images)[0])
+        self._executor.observe(explain, layers, self._executor.devices_for(images)[0], question.mixes_signs)
         return found
 
 

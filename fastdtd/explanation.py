@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+LIMITS = "https://github.com/fastdtd/fastdtd/blob/main/docs/limits.md"
 FORMAT = "fastdtd-explanations"  # of the files that `save` and fastdtd.runner write
 _MAX_LINES = 10  # of a printed explanation
 _MAX_DRAWN, _SHOWN_SIDE = 8, 320  # pictures of a notebook, and their size
@@ -34,6 +36,7 @@ class Context:
     rules : by layer, as text
     resize : how pictures were fitted to the input
     pictures : those that were explained, as they were given; None where arrays were
+    against : what each target is held against: names of classes, or a word such as "others"; "" where nothing is
     explain_again : tensors' names -> their relevance; None where the network is not at hand
     """
 
@@ -41,6 +44,7 @@ class Context:
     rules: Mapping[str, str] = field(default_factory=dict)
     resize: str = "stretch"
     pictures: Sequence[Any] | None = None
+    against: str = ""
     explain_again: Callable[[Sequence[str]], dict[str, Array]] | None = None
 
 
@@ -52,15 +56,17 @@ class Explanation:
     ----------
     relevance : (N, C, H, W) float32
         How much of `explained` each input value carries, summing to `explained` less what `ledger` names. Non-negative
-        by the rules of "dtd"; epsilon, gamma and alpha-beta can make it negative. The presets named after derivatives
-        have these instead.
+        by the rules of "dtd"; epsilon, gamma and alpha-beta can make it negative, and what speaks for the classes that
+        a target is held against is. The presets named after derivatives have these instead.
     output : (N, K) float32
         Class scores, before any softmax.
     target : (N,) int64
         The output that is explained.
     explained : (N,) float32
-        Its score, or 0 where the score is not positive: then there is nothing to decompose and the relevance is 0.
-        Beside derivatives the score as it is.
+        Its score. Where that is not positive, 0, for there is nothing to decompose, and the relevance is 0; but under
+        rules of layer-wise relevance propagation at the output (epsilon, gamma, alpha-beta, z+ with parameters) and
+        derivatives, which explain negative scores too. Held against other classes, less what these are given: their
+        mean score ("others" all of the target's).
     ledger : dict of str to (N,) float64
         By layer, the relevance that it absorbed: where a neuron is active though none of its inputs contributes to it
         (its bias does), the rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a
@@ -100,6 +106,16 @@ class Explanation:
         target = int(self.target[self._checked(image)])
         return self.context.classes[target] if self.context.classes else str(target)
 
+    def against_name(self, image: int = 0) -> str:
+        """What an image's target is held against, in words: names of classes, "others" or "softmax-gradient"; "" where
+        nothing is."""
+        if self.context.against != "runner-up":
+            return self.context.against
+        scores = _host(self.output[self._checked(image)]).copy()
+        scores[self.target[image]] = -np.inf
+        runner_up = int(scores.argmax())
+        return self.context.classes[runner_up] if self.context.classes else str(runner_up)
+
     def __len__(self) -> int:
         return len(self.target)
 
@@ -112,8 +128,10 @@ class Explanation:
 
     def _line(self, i: int) -> str:
         target, name = int(self.target[i]), printable(self.class_name(i))
+        against = printable(self.against_name(i))
+        less = f" against {against}, explained {float(self.explained[i]):.6g}" if against else ""
         return (
-            f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}, "
+            f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}{less}, "
             f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed "
             f"{float(self.absorbed[i]):.6g}"
         )
@@ -122,7 +140,9 @@ class Explanation:
         """For notebooks: each heatmap beside class, score, sum and what was absorbed."""
         rows = []
         for i in range(min(len(self), _MAX_DRAWN)):
+            against = self.against_name(i)
             facts = {"class": self.class_name(i), "score": f"{float(self.output[i, self.target[i]]):.6g}",
+                     **({"against": against, "explained": f"{float(self.explained[i]):.6g}"} if against else {}),
                      "relevance": f"{float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}",
                      "absorbed": f"{float(self.absorbed[i]):.6g}"}
             pictures = [self.heatmap(i), *([self.overlay(i)] if self.context.pictures is not None else [])]
@@ -273,10 +293,21 @@ class Explanation:
         }
 
 
+def note_of_absorbed(explained: float, absorbed: float) -> str:
+    """What is to be said where layers absorbed more than half of what was explained, both summed by size; else ""."""
+    if not absorbed > explained / 2:
+        return ""
+    return (f"{absorbed / explained if explained else math.inf:.0%} of what was explained was absorbed by layers, and "
+            "no pixel has it: as a rule biases carry it, and the map shows what is left. What that means, and what to "
+            f"do: {LIMITS}#biases-can-carry-the-score")
+
+
 def write_header(file: Any, context: Context) -> None:
     """What a file of explanations says of the network."""
     file.attrs["format"] = FORMAT
     file["rules"] = json.dumps(dict(context.rules))
+    if context.against:
+        file.attrs["against"] = context.against
     if context.classes:
         file["classes"] = np.array(context.classes, object)
 

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from fastdtd.graph import Array
 from fastdtd.model import Model
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
+Against = Target  # or one of AGAINST
+AGAINST = ("runner-up", "others", "softmax-gradient")
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.ASCII | re.IGNORECASE)
 _MAX_BYTES = 2**63 - 1  # of a limit of memory
@@ -149,8 +152,12 @@ def checked_targets(target: Target, model: Model, count: int, outputs: int) -> n
     return np.resize(np.array(indices, np.int64), count)
 
 
-def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outputs: int) -> Array | None:
-    """(N, K) float32: the relevance that each output starts with; None where a target is to be explained."""
+def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outputs: int, is_signed: bool
+                  ) -> Array | None:
+    """(N, K) float32: the relevance that each output starts with; None where a target is to be explained.
+
+    is_signed: whether it may be negative.
+    """
     if start is None:
         return None
     if target is not None:
@@ -166,21 +173,113 @@ def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outpu
         raise InputError(
             f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output"
         ) from None
-    if not (np.isfinite(relevance).all() and (relevance >= 0).all()):
-        raise InputError("start holds a number that is negative, infinite or NaN; required: relevance from 0")
+    if not np.isfinite(relevance).all():
+        raise InputError("start holds a number that is infinite or NaN; required: finite relevance")
+    if not is_signed and (relevance < 0).any():
+        raise InputError("start holds a negative number, and the rules by which outputs are redistributed decompose "
+                         "positive relevance alone; required: relevance from 0, or rules such as epsilon")
     return relevance
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What of each image's scores is explained.
+
+    targets : (N,) int64, the output to explain, or None, the highest
+    start : (N, K) float32, the relevance that each output starts with, in place of a target's; or None
+    against : what the target is held against: a name in AGAINST, or numbers of outputs; or None
+    signed : whether negative scores are explained
+    """
+
+    targets: npt.NDArray[np.int64] | None
+    start: Array | None
+    against: str | tuple[int, ...] | None
+    signed: bool
+
+    @property
+    def mixes_signs(self) -> bool:
+        """Whether outputs have negative relevance though the rules decompose positive scores alone."""
+        return self.against is not None and not self.signed
+
+    def part(self, which: slice) -> Question:
+        """Of some images."""
+        return replace(self, targets=None if self.targets is None else self.targets[which],
+                       start=None if self.start is None else self.start[which])
+
+    def of(self, scores: Array) -> tuple[npt.NDArray[np.int64], Array | None]:
+        """The target of each image, by its scores (N, K), and the relevance that outputs start with; None where that is
+        the target's score alone."""
+        if self.start is not None:
+            return np.abs(self.start).argmax(1), self.start
+        targets = scores.argmax(1) if self.targets is None else self.targets
+        return targets, None if self.against is None else self._contrast(scores, targets)
+
+    def _contrast(self, scores: Array, targets: npt.NDArray[np.int64]) -> Array:
+        """What the target starts with, less what each output that it is held against does."""
+        rows, exact = np.arange(len(scores)), scores.astype(np.float64)
+        own = exact if self.signed else np.maximum(exact, 0)
+        of_targets, held = own[rows, targets], np.zeros_like(exact)
+        usable = scores != 0  # what has the score 0 cannot be redistributed
+        usable[rows, targets] = False
+        if self.against == "others":  # Gu et al. 2018, CLRP1
+            held += of_targets[:, None] * usable / np.maximum(usable.sum(1, keepdims=True), 1)
+        elif self.against == "softmax-gradient":  # Iwana et al. 2019
+            likely = np.exp(exact - exact.max(1, keepdims=True))
+            likely /= likely.sum(1, keepdims=True)
+            held += likely[rows, targets, None] * likely * usable
+            of_targets = held.sum(1) * (scores[rows, targets] != 0)  # y (1 - y), also where y is nearly 1
+        else:
+            if self.against == "runner-up":
+                others = exact.copy()
+                others[rows, targets] = -np.inf
+                against = others.argmax(1)[:, None]
+            else:
+                against = np.tile(np.array(self.against, np.int64), (len(scores), 1))
+            np.add.at(held, (rows[:, None], against), own[rows[:, None], against] / against.shape[1])
+        start = -held
+        start[rows, targets] += of_targets
+        return start.astype(np.float32)
+
+
+def checked_against(against: Against, model: Model, conserves: bool) -> str | tuple[int, ...] | None:
+    """As a `Question` has it. conserves: whether the rules redistribute relevance."""
+    if against is None:
+        return None
+    outputs = model.graph.shapes[model.graph.output][0]
+    if not conserves:
+        raise InputError("the rules derive, and a derivative has no sum to hold against another's; required: rules "
+                         "that redistribute, or a start, for the derivative of a weighted sum of scores")
+    if outputs < 2:
+        raise InputError("the network has one output, and nothing to hold it against; required: two or more")
+    if isinstance(against, str) and against in AGAINST:
+        return against
+    many = isinstance(against, (Sequence, np.ndarray)) and not isinstance(against, (str, bytes, bytearray))
+    given: Any = against if many else [against]
+    if not len(given):
+        raise InputError(f"there are no classes to hold the target against; required: some, or one of "
+                         f"{', '.join(AGAINST)}")
+    found = checked_targets(given, model, len(given), outputs)
+    assert found is not None
+    return tuple(found.tolist())
+
+
+def against_text(against: str | tuple[int, ...] | None, model: Model) -> str:
+    """What a target is held against, in words; "" where nothing is."""
+    if against is None or isinstance(against, str):
+        return against or ""
+    return "; ".join(map(model.class_name, against))
 
 
 def factors(relevance: Array, scores: Array, first: int) -> Array:
     """c of R = |score| c. first: the number of the first image."""
-    impossible = (relevance > 0) & (scores == 0)
+    impossible = (relevance != 0) & (scores == 0)
     if impossible.any():
         image, output = np.argwhere(impossible)[0]
         raise InputError(
             f"output {output} of image {first + image} has the score 0, and start gives it relevance; required: a "
             "score that can be redistributed")
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the relevance
-        return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance > 0)
+        return np.divide(relevance, np.abs(scores), out=np.zeros_like(relevance), where=relevance != 0)
 
 
 def memory_size(size: str | int, name: str = "memory") -> int:

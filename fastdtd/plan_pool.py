@@ -10,7 +10,7 @@ from fastdtd.lowering import Lowered
 from fastdtd.plan import OutOfMemoryError, Plan
 from fastdtd.schedule import Schedule
 
-_Key = tuple[int, int, tuple[str, ...]]  # batch, workers, tensors whose relevance is kept
+_Key = tuple[int, int, tuple[str, ...], bool]  # batch, workers, tensors whose relevance is kept, any is signed
 _PATIENCE = 0.05  # seconds after which who waits looks for calls that are over and have not said so
 
 
@@ -82,8 +82,8 @@ class PlanPool:
     def used_workers(self) -> int:
         return sum(loan.schedule.workers for loan in self._loans if loan.is_open)
 
-    def schedule(self, batch: int, workers: int, observed: Sequence[str] = ()) -> Schedule:
-        key = batch, workers, tuple(observed)
+    def schedule(self, batch: int, workers: int, observed: Sequence[str] = (), signed: bool = False) -> Schedule:
+        key = batch, workers, tuple(observed), signed
         if key not in self._schedules:
             schedule = self._network.schedule(*key)
             if observed:  # rarely asked for twice

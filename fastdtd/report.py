@@ -24,6 +24,7 @@ from PIL import Image
 
 from fastdtd import heatmap, images, sources
 from fastdtd.errors import InputError, OutputError, PictureError, shown
+from fastdtd.explanation import note_of_absorbed
 from fastdtd.files import as_path, remove_abandoned, replace
 from fastdtd.results import FAILED, Results, added_to, open_results, read_set
 from fastdtd.sources import Entry
@@ -293,6 +294,8 @@ def _data(drawer: _Drawer) -> dict[str, Any]:
                    "failed": len(results.failed), "known": known, "right": right,
                    **{name: _finite(float(all_of[name].sum())) if len(results) else 0.0
                       for name in ("explained", "sum", "absorbed")}},
+        "note": "" if results.manifest.get("against") or not len(results) else note_of_absorbed(
+            *(float(np.abs(all_of[name]).sum()) for name in ("explained", "absorbed"))),
         "failed": [(number, name, reason[:_REASON]) for number, name, reason in results.failed[:_FAILED]],
         "failed_file": FAILED, "manifest": _finite(results.manifest),
     }

@@ -681,7 +681,7 @@ def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) 
         return
     if not head.rows:
         return
-    turnover = np.abs(columns["explained"]) + np.abs(columns["ledger"]).sum(1)
+    turnover = np.maximum(np.abs(columns["explained"]), np.abs(columns["score"])) + np.abs(columns["ledger"]).sum(1)
     if manifest["storage"] is not None:
         storage = Storage(**manifest["storage"])
         with h5py.File(path, "r", locking=False) as file:

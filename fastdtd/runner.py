@@ -32,7 +32,7 @@ from fastdtd.cost import cost
 from fastdtd.errors import InputError, OutputError, shown
 from fastdtd.explainer import MAX_THREADS, Explainer
 from fastdtd.files import FolderLock, HeldError, remove_abandoned, replace
-from fastdtd.inputs import ExplanationWarning, Target, checked_targets
+from fastdtd.inputs import Against, ExplanationWarning, Target, against_text, checked_against, checked_targets
 from fastdtd.model import Model
 from fastdtd.results import Head, Storage, read_head, shard_path
 from fastdtd.shards import (
@@ -72,7 +72,9 @@ class Line:
     name: str
     target: int
     class_name: str
+    against: str  # what the target is held against; "" where nothing is
     score: float
+    explained: float
     relevance: float
     absorbed: float
     ledger: dict[str, float]  # by layer, what it absorbed
@@ -103,7 +105,7 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False, *, top: int = 1,
         true_label: bool = False, workers: int | None = None, draw: int | None = DRAWN, storage: Storage = STORAGE,
         draft: bool = False, shard: int | None = None, retry_failed: bool = False, executor: Executor | None = None,
-        on_failed: Callable[[int], Any] = lambda count: None) -> Summary:
+        on_failed: Callable[[int], Any] = lambda count: None, against: Against = None) -> Summary:
     """Explain every image of a set and write the results to `out`.
 
     Parameters
@@ -147,6 +149,8 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         process.
     on_failed : callable
         Told how many images have failed so far.
+    against : int, str, or sequence of these, optional
+        What the targets are held against, as an `Explainer` takes it.
 
     Returns
     -------
@@ -161,7 +165,7 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         An unknown target or output, or another argument of no use.
     """
     settings = _settings(explainer, target, outputs, flow, top, true_label, len(entries) if draw is None else draw,
-                         storage, draft)
+                         storage, draft, against)
     for name, value, most in (("batch", batch, math.inf), ("number of threads", workers, MAX_THREADS),
                               ("shard", shard, math.inf)):
         if value is not None:
@@ -176,7 +180,7 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
 
 
 def _settings(explainer: Explainer, target: Target, outputs: Iterable[str], flow: bool, top: int, true_label: bool,
-              draw: int, storage: Storage, draft: bool) -> Settings:
+              draw: int, storage: Storage, draft: bool, against: Against) -> Settings:
     outputs = list(outputs)
     if not outputs or any(one not in OUTPUTS for one in outputs):
         raise InputError(
@@ -198,7 +202,8 @@ def _settings(explainer: Explainer, target: Target, outputs: Iterable[str], flow
     is_many = isinstance(target, (Sequence, np.ndarray)) and not isinstance(target, (str, bytes, bytearray))
     given: Any = target if is_many else [] if target is None else [target]
     indices = checked_targets(list(given), explainer.model, len(given), count) if len(given) else None
-    return Settings(() if indices is None else tuple(indices.tolist()), top, true_label, tuple(sorted(set(outputs))),
+    return Settings(() if indices is None else tuple(indices.tolist()), top, true_label,
+                    checked_against(against, explainer.model, explainer.conserves), tuple(sorted(set(outputs))),
                     draw if {"heatmap", "overlay"} & set(outputs) else 0, storage, draft, flow)
 
 
@@ -264,7 +269,7 @@ class _Run:
 
     def _tell(self, number: int, head: Head, on_line: Callable[[Line], Any]) -> None:
         if head.rows:
-            for line in _lines(shard_path(self.out, number), self.explainer.model, self.settings.flow):
+            for line in _lines(shard_path(self.out, number), self.explainer.model, self.settings):
                 on_line(line)
 
     def _begin(self, manifest: dict[str, Any]) -> None:
@@ -372,17 +377,19 @@ class _Run:
             yield
 
 
-def _lines(path: Path, model: Model, has_flow: bool) -> Iterator[Line]:
+def _lines(path: Path, model: Model, settings: Settings) -> Iterator[Line]:
     """What is said of a shard's rows."""
     # Not the scores of all classes, which are most of what a shard has beside relevance.
-    names = ["file", "target", "score", "sum", "absorbed", "ledger", *(["flow"] if has_flow else [])]
+    names = ["file", "target", "score", "explained", "sum", "absorbed", "ledger", *(["flow"] if settings.flow else [])]
     columns, layers = results.read_columns(path, names), results.ledger_layers(path)
+    against = against_text(settings.against, model)
     for row in range(len(columns["file"])):
         target = int(columns["target"][row])
         ledgers = [dict(zip(layers, columns[name][row].tolist(), strict=True)) if name in columns else {}
                    for name in ("ledger", "flow")]
-        yield Line(str(columns["file"][row]), target, model.class_name(target), float(columns["score"][row]),
-                   float(columns["sum"][row]), float(columns["absorbed"][row]), *ledgers)
+        yield Line(str(columns["file"][row]), target, model.class_name(target), against, float(columns["score"][row]),
+                   float(columns["explained"][row]), float(columns["sum"][row]), float(columns["absorbed"][row]),
+                   *ledgers)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -424,6 +431,7 @@ def _manifest(explainer: Explainer, entries: Sequence[Entry], settings: Settings
         "preprocessing": {name: np.asarray(value).tolist() for name, value in vars(p).items()},
         "precision": explainer.precision, "conserves": explainer.conserves,
         "target": list(settings.targets) or ("true label" if settings.true_label else f"top {settings.top}"),
+        "against": against_text(settings.against, explainer.model) or None,
         "outputs": list(settings.outputs), "draw": settings.draw, "draft": settings.draft, "flow": settings.flow,
         "storage": asdict(settings.storage) if "relevance" in settings.outputs else None,
         "images": {"count": len(entries), "sha256": images_of.hexdigest()}, "shard": shard,

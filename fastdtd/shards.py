@@ -44,11 +44,13 @@ class Settings:
     targets : outputs to explain of each image, or what follows says which
     top : so many of the highest scores
     true_label : the class that the source says
+    against : what targets are held against, as fastdtd.inputs.Question has it
     """
 
     targets: tuple[int, ...] = ()
     top: int = 1
     true_label: bool = False
+    against: str | tuple[int, ...] | None = None
     outputs: tuple[str, ...] = OUTPUTS
     draw: int = DRAWN
     storage: Storage = STORAGE
@@ -155,14 +157,15 @@ class Maker:
         """Columns for each rank of targets."""
         pixels, settings = np.stack([one.values for one in loaded]), self.settings
         labels = np.array([one.label for one in loaded], np.int64)
-        first = self.explainer(pixels, labels if settings.true_label else list(settings.targets[:1]) * len(loaded)
-                               if settings.targets else None)
+        explain = functools.partial(self.explainer, pixels, against=settings.against)
+        first = explain(labels if settings.true_label else list(settings.targets[:1]) * len(loaded)
+                        if settings.targets else None)
         made = [first]
         if settings.targets:
-            made += [self.explainer(pixels, target) for target in settings.targets[1:]]
+            made += [explain(target) for target in settings.targets[1:]]
         elif settings.top > 1:
             order = np.argsort(-np.asarray(first.output), 1, kind="stable")
-            made += [self.explainer(pixels, order[:, rank]) for rank in range(1, settings.top)]
+            made += [explain(order[:, rank]) for rank in range(1, settings.top)]
         parts = []
         for rank, e in enumerate(made):
             columns = e.columns()

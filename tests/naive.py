@@ -180,6 +180,18 @@ def negatives_contribute(graph, rules, name):
     return False
 
 
+def explains_negative(graph, rules, name):
+    """Whether negative relevance of a tensor is decomposed: by the rules of layer-wise relevance propagation."""
+    layer = next((layer for layer in graph if layer.name == name), None)
+    if layer is None:
+        return False
+    rule = rules.get(name)
+    if rule is None or rule.name in ("identity", "taylor", "winner"):
+        return all(explains_negative(graph, rules, source) for source in layer.inputs)
+    return rule.name in ("epsilon", "gamma") or (rule.name in ("alpha-beta", "z+") and (
+        rule.beta > 0 or rule.epsilon > 0 or rule.bias != "ignored" or rule.alpha != 1))
+
+
 # ---- Normalisation ---------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +283,8 @@ def relevances(graph, image, target, rules, start=None):
     tensors = forward(graph, image)
     relevance = {name: np.zeros_like(value) for name, value in tensors.items()}
     if start is None:
-        relevance[graph.output][target] = max(tensors[graph.output][target], 0)
+        score = tensors[graph.output][target]
+        relevance[graph.output][target] = score if explains_negative(graph, rules, graph.output) else max(score, 0)
     else:
         relevance[graph.output][:] = start
     absorbed = {}
@@ -302,6 +315,30 @@ def relevances(graph, image, target, rules, start=None):
             relevance[name] += backward[first:first + size]
             first += size
     return relevance, tensors[graph.output], absorbed
+
+
+def contrast(graph, image, target, against, rules):
+    """(relevance (C, H, W), absorbed by layer) of the target less that of what it is held against: outputs, "others"
+    or "softmax-gradient"; each decomposed by itself.
+    """
+    scores = forward(graph, image)[graph.output]
+    own = scores if explains_negative(graph, rules, graph.output) else np.maximum(scores, 0)
+    starts = np.zeros((2, len(scores)))  # of the target, and of the others
+    others = [k for k in range(len(scores)) if k != target and scores[k] != 0]
+    match against:
+        case "others":
+            starts[0, target] = own[target]
+            starts[1, others] = own[target] / max(len(others), 1)
+        case "softmax-gradient":
+            y = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+            starts[0, target] = y[target] * y[others].sum()  # all but the target's, if no score is zero
+            starts[1, others] = y[target] * y[others]
+        case _:
+            starts[0, target] = own[target]
+            for k in against:
+                starts[1, k] += own[k] / len(against)
+    one, other = (explain(graph, image, target, rules, start) for start in starts)
+    return one[0] - other[0], {name: lost - other[2][name] for name, lost in one[2].items()}
 
 
 def by_rule(graph, rules, layer, tensors, r, a):

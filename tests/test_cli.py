@@ -132,6 +132,35 @@ def test_target(run):
         assert message in refused(run("explain", "net.h5", "pictures/lime.png", "--target", target))
 
 
+def test_against(run, place):
+    lime = "explain", "net.h5", "pictures/lime.png", "--rule", "scores=epsilon"  # scores of -0.5, 1.5, -0.5
+    for against, told in (("blue", "n03 blue, explained 2"), ("0 blue", "n01 red, scarlet; n03 blue, explained 2"),
+                          ("runner-up", "runner-up, explained 2"), ("others", "others, explained 0")):
+        status, out, err = run(*lime, *(part for one in against.split() for part in ("--against", one)))
+        assert (status, err) == (0, [])
+        assert out[0].startswith(f"lime.png  1 n02 green  score 1.5 against {told}, relevance ")
+    assert run("verify", "out-4")[0] == 0
+    assert "against was" in refused(run(*lime, "--against", "red", "-o", "out-4"))
+    assert "no class is named 'pink'" in refused(run(*lime, "--against", "pink"))
+    assert "the rules derive" in refused(run(*lime[:3], "--against", "0", "--rules", "gradient"))
+
+
+def test_scores_that_biases_carry(run, place):
+    conv = g.Conv2d("conv", ("input",), -np.eye(3).reshape(3, 3, 1, 1), [0.7, 1.5, 1.5])
+    layers = (conv, g.ReLU("relu", ("conv",)), g.GlobalAveragePool("average", ("relu",)),
+              g.Dense("scores", ("average",), np.eye(3)))
+    save(Model(g.Graph(layers, (3, 8, 8), (0.0, 1.0)), Preprocessing(scale=1 / 255)), "biased.h5")
+    status, out, err = run("explain", "biased.h5", "pictures/red.png", "--rule", "conv=z+", "-o", "a")
+    assert (status, out[0]) == (0, "red.png  1  score 1.5, relevance 0, absorbed 1.5")
+    assert len(err) == 1
+    assert err[0].startswith("fastdtd: 100% of what was explained was absorbed by layers, and no pixel has it")
+    assert run("report", "a")[0] == 0
+    assert err[0].removeprefix("fastdtd: ").split(";")[0] in Path("a/report.html").read_text()
+    assert run("explain", "biased.h5", "pictures/red.png", "-o", "b")[2] == []  # by zB
+    assert run("report", "b")[0] == 0
+    assert "and no pixel has it" not in Path("b/report.html").read_text()
+
+
 def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,21 @@ def test_relevance_is_the_explainers(squeezenet, network, pictures):
 ], ids=str)
 def test_all_layers_and_rules(rules, tmp_path):
     model = small_model()
+    *layers, scores = model.graph
+    weight = scores.weight * np.where(np.arange(len(scores.weight)) == 1, -1, 1)[:, None]  # a class of negative score
+    turned = dataclasses.replace(scores, weight=weight)
+    model = dataclasses.replace(model, graph=Graph((*layers, turned), model.graph.input_shape, model.graph.box))
     made = fastdtd.embed(model, tmp_path, rules, weights="file", name="net", device_cpu=True)
     network = embedded.load(made.shared)
     explainer = fastdtd.Explainer(model, rules, threads=1)
     images = np.random.default_rng(0).random((2, *model.graph.input_shape), np.float32)
-    expected = explainer(images, 3)
+    targets = [3, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fastdtd.ExplanationWarning)
+        expected = explainer(images, targets)
+    assert expected.output[1, 1] < 0
     for i, image in enumerate(images):
-        e = network.explain(image, 3)
+        e = network.explain(image, targets[i])
         assert e.output.tobytes() == expected.output[i].tobytes()
         assert e.relevance.tobytes() == expected.relevance[i].tobytes()
         assert e.absorbed == pytest.approx(expected.absorbed[i], rel=1e-6)

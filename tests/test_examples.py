@@ -34,6 +34,12 @@ def test_two_dimensions(tmp_path):
     assert is_drawn(tmp_path / "out.png")
 
 
+def test_contrast(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "Egyptian cat against espresso" in run("contrast.py", tmp_path / "out.png")
+    assert is_drawn(tmp_path / "out.png")
+
+
 def test_digits(tmp_path, data):
     pytest.importorskip("matplotlib")
     run("digits.py", data / "models/lenet_mnist", tmp_path / "out.png")

@@ -74,23 +74,127 @@ def test_signed_rules_agree_with_the_oracle_and_conserve(case, count, threads):
                    - e.explained[i]) <= 1e-5 * max(kept, e.explained[i])
 
 
-@settings(many, max_examples=40)
-@given(graphs_and_rules(), st.integers(0, 2**32))
+@settings(many, max_examples=80)
+@given(st.booleans().flatmap(lambda signed: graphs_and_rules(signed=signed)), st.integers(0, 2**32))
 def test_any_start_agrees_with_the_oracle(case, seed):
     graph, rules = case
     describe(graph)
     made, batch = explainer(graph, rules, threads=2), images(graph, 3)
     scores = explain(made, batch).output
     start = np.random.default_rng(seed).random(scores.shape, np.float32) * (np.abs(scores) > 1e-3)
+    if naive.explains_negative(graph, {name: rule.rule for name, rule in made.rules.items()}, graph.output):
+        start -= np.float32(0.5) * (start != 0)
     e = made(batch, start=start)
-    np.testing.assert_allclose(e.explained, start.sum(1))
-    assert (e.target == start.argmax(1)).all()
+    np.testing.assert_allclose(e.explained, start.sum(1), atol=1e-6)
+    assert (e.target == np.abs(start).argmax(1)).all()
     names = {name: rule.rule for name, rule in made.rules.items()}
     for i, image in enumerate(batch):
         relevance, _, absorbed = naive.explain(graph, image, 0, names, start[i])
-        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * max(np.linalg.norm(relevance), 1.0)
+        scale = max(np.linalg.norm(relevance), *map(abs, absorbed.values()), 1.0)
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * scale
         for name, lost in absorbed.items():
-            assert abs(e.ledger[name][i] - lost) <= 1e-4
+            assert abs(e.ledger[name][i] - lost) <= 1e-4 * scale
+
+
+@settings(many, max_examples=100)
+@given(st.booleans().flatmap(lambda signed: graphs_and_rules(signed=signed)), st.integers(0, 5))
+def test_what_targets_are_held_against_agrees_with_the_oracle(case, which):
+    """One pass from a start of both signs, whatever the rules; the oracle's difference of two."""
+    graph, rules = case
+    describe(graph)
+    made, batch = explainer(graph, rules, threads=2), images(graph, 3)
+    outputs = graph.shapes[graph.output][0]
+    if outputs == 1:
+        with pytest.raises(InputError, match="one output"):
+            made(batch, against=0)
+        return
+    against = ["others", "softmax-gradient", "runner-up", 0, [outputs - 1, 0], list(range(outputs))][which]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        e = made(batch, against=against)
+    names = {name: rule.rule for name, rule in made.rules.items()}
+    for i, image in enumerate(batch):
+        held = np.argsort(-e.output[i], kind="stable")[1:2].tolist() if against == "runner-up" else against
+        held = [held] if held == 0 else held
+        if not which and np.abs(e.output[i]).min() < 1e-3:  # shares of a score of nearly zero are of any size
+            continue
+        relevance, absorbed = naive.contrast(graph, image, e.target[i], held, names)
+        scale = max(np.linalg.norm(relevance), np.abs(e.output[i]).max(), *map(abs, absorbed.values()), 1)
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * scale
+        for name, lost in absorbed.items():
+            assert abs(e.ledger[name][i] - lost) <= 1e-4 * scale
+        turnover = sum(abs(lost[i]) for lost in e.ledger.values()) + np.abs(e.relevance[i]).sum(dtype=np.float64)
+        assert abs(e.sum[i] + e.absorbed[i] - e.explained[i]) <= 1e-5 * max(turnover, scale)
+
+
+def mixed():
+    """Two of three classes with positive scores, whose maps differ, over 3x3 convolutions by any algorithm."""
+    rng = np.random.default_rng(5)
+    weights = [rng.standard_normal(shape) / 8 for shape in ((32, 3, 3, 3), (32, 32, 3, 3), (32, 32, 3, 3))]
+    layers = []
+    for i, weight in enumerate(weights):
+        layers += [g.Conv2d(f"c{i}", (f"r{i - 1}" if i else g.INPUT,), weight, padding=(1,) * 4),
+                   g.ReLU(f"r{i}", (f"c{i}",))]
+    last = np.abs(rng.standard_normal((4, 32))) * [[1], [0.8], [0.5], [-1]]
+    return g.Graph((*layers, g.GlobalAveragePool("pool", ("r2",)), g.Dense("scores", ("pool",), last)), (3, 24, 24),
+                   (-1.0, 1.0))
+
+
+def test_held_against_classes():
+    graph = mixed()
+    made = Explainer(Model(graph, Preprocessing(None), ("cat", "dog", "fowl", "stone")), threads=1)
+    batch = images(graph, 2)
+    first, *others = (explain(made, batch, target) for target in range(4))
+    size = np.abs(first.relevance).max()
+    for against, maps in (("dog", others[:1]), (["dog", 2], others[:2]), ("runner-up", others[:1])):
+        e = made(batch, "cat", against=against)
+        np.testing.assert_allclose(e.relevance, first.relevance - np.mean([one.relevance for one in maps], 0),
+                                   atol=2e-6 * size)
+        np.testing.assert_allclose(e.explained, first.explained - np.mean([one.explained for one in maps], 0),
+                                   rtol=1e-5)
+        np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-4)
+        assert (e.relevance < 0).any()
+        np.testing.assert_allclose(e.at("input"), e.relevance, atol=2e-6 * size)
+        assert (made(batch[:1], "cat", against=against).relevance[0] == e.relevance[0]).all()
+    assert "0 cat  score" in str(e)
+    assert " against dog, explained " in str(e)
+    assert e.against_name(1) == "dog"
+    assert made(batch, 0, against=[1, 2]).against_name() == "dog; fowl"
+    assert explain(made, batch).against_name() == ""
+    with pytest.warns(ExplanationWarning, match="of 2 of 2 images nothing is held against the target, .*'stone'"):
+        e = made(batch, "cat", against="stone")
+    np.testing.assert_allclose(e.relevance, first.relevance, atol=2e-6 * size)
+    with pytest.warns(ExplanationWarning, match="or it is the target itself"):
+        assert not made(batch, "cat", against="cat").relevance.any()
+    with pytest.warns(ExplanationWarning, match="nothing to decompose; the first is image 0, 'stone'"):
+        e = made(batch, "stone", against="cat")
+    np.testing.assert_allclose(e.relevance, -first.relevance, atol=2e-6 * size)
+
+
+def test_held_against_all_others():
+    graph = mixed()
+    made, batch = explainer(graph), images(graph, 2)
+    y = np.exp(np.float64(made.predict(batch)))
+    y /= y.sum(1, keepdims=True)
+    for against, start in (("others", made.predict(batch)[:, :1] * [1, -1 / 3, -1 / 3, -1 / 3]),
+                           ("softmax-gradient", y[:, :1] * ([[1, 0, 0, 0]] - y))):
+        e = made(batch, 0, against=against)
+        positive, negative = (made(batch, start=side) for side in (np.maximum(start, 0), np.maximum(-start, 0)))
+        size = np.abs(positive.relevance).max()
+        np.testing.assert_allclose(e.relevance, positive.relevance - negative.relevance, atol=2e-6 * size)
+        np.testing.assert_allclose(e.explained, 0, atol=1e-6 * start.max())
+
+
+@pytest.mark.parametrize(("rules", "options", "message"), [
+    ("gradient", {"against": 1}, "the rules derive"), ("dtd", {"against": 9}, "target 9 is not an output"),
+    ("dtd", {"against": "everything"}, "everything"), ("dtd", {"against": []}, "there are no classes"),
+    ("dtd", {"against": 1, "start": [1, 0, 0]}, "a start and classes"), ("dtd", {"against": b"others"}, "target"),
+    ("dtd", {"against": True}, "target True"),
+])
+def test_what_a_target_cannot_be_held_against(rules, options, message):
+    made = explainer(small(), rules)
+    with pytest.raises(InputError, match=message):
+        made(images(small(), 1), **options)
 
 
 @pytest.mark.slow
@@ -394,6 +498,34 @@ def test_a_score_that_is_not_positive_has_nothing_to_decompose():
     assert (e.output[:, 1] <= 0).all()
     assert (e.explained == 0).all()
     assert (e.relevance == 0).all()
+
+
+@pytest.mark.parametrize("rules", ["zennit.epsilon_plus", "zennit.epsilon_gamma_box", "zennit.excitation_backprop",
+                                   "captum.lrp", {"scores": "epsilon"}, {"scores": "alpha-beta"}], ids=str)
+def test_a_negative_score_is_decomposed_by_rules_of_both_signs(rules):
+    *layers, scores = small()
+    graph = g.Graph((*layers, replace(scores, weight=[[1, 1, 1, 1], [-1, 0.1, -1, -1], [1, 0, 0, 0]])), (2, 6, 5),
+                    (-1.0, 1.0))
+    made, batch = explainer(graph, rules), images(graph, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        e = made(batch, 1)
+    assert (e.explained < 0).all()
+    assert (e.explained == e.output[:, 1]).all()
+    assert e.relevance.any()
+    np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-5)
+    again = made(batch, start=e.explained[:, None] * [0, 1, 0])
+    np.testing.assert_allclose(again.relevance, e.relevance, rtol=1e-5, atol=1e-7)
+    assert again.target.tolist() == [1, 1, 1]
+    assert (made(batch, start=[1, 1, 0]).target == 0).all()
+
+
+def test_a_score_of_zero_has_nothing_to_decompose():
+    graph = g.Graph((g.Flatten("flat", (g.INPUT,)), g.Dense("scores", ("flat",), [[1.0, -1.0]])), (2, 1, 1))
+    with pytest.warns(ExplanationWarning, match="1 of 2 targets have a score of zero"):
+        e = explainer(graph, {"scores": "epsilon"})(np.float32([[1, 2], [1, 1]]).reshape(2, 2, 1, 1))
+    assert e.relevance[0].ravel() == pytest.approx([1, -2], rel=1e-5)
+    assert not e.relevance[1].any()
 
 
 def test_inner_layers_are_those_of_the_images_as_they_were_given():

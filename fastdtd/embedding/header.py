@@ -21,7 +21,7 @@ _TEXT = """\
    Input and relevance are float[{channels}][{height}][{width}], output is float[{outputs}]. Relevance and what layers
    absorbed sum to the score that is explained:
 
-       sum of relevance + absorbed = output[target]     (zero where that is not positive)
+       sum of relevance + absorbed = output[target]{positive}
 
    Nothing is allocated and no state is kept: any number of threads may call at once, each with a workspace of its own.
    No library is needed, neither of C nor for mathematics.
@@ -118,5 +118,6 @@ def header(name: str, compiled: Compiled, target: Target, is_compact: bool, resi
         name=name, upper=upper, target=target.name, channels=channels, height=height, width=width,
         outputs=compiled.outputs, weights=weights, workspace_bytes=compiled.workspace_bytes,
         weights_bytes=0 if has_weights else compiled.weights_bytes, abi=program.ABI_VERSION, codes=codes,
+        positive="" if compiled.signed_scores else "     (zero where that is not positive)",
         preprocess=preprocess, unpack=_UNPACK.format(name=name, upper=upper) if is_compact else "",
         compact_bytes=f"#define {upper}_COMPACT_BYTES {compiled.file_bytes}u\n" if is_compact else "")

@@ -34,3 +34,4 @@ class Compiled:
     weights_bytes: int
     file_bytes: int  # of the weights file; 0 where they are inside
     reads_pictures: bool
+    signed_scores: bool  # whether negative ones are explained

@@ -28,7 +28,7 @@ from fastdtd.kernels import load
 from fastdtd.kernels.cpu import jit, program
 from fastdtd.lowering import lower
 from fastdtd.model import Model
-from fastdtd.rules import assign
+from fastdtd.rules import Assignment, assign
 
 _MAGIC, _COMPACT_MAGIC, _VERSION = b"fastdtdW", b"fastdtdC", 1
 
@@ -72,7 +72,7 @@ def _compile(job: Job, folder: Path) -> Compiled:
     with open(folder / WEIGHTS, "wb") as file:
         file.write(headers[is_compact].ljust(header_bytes, b"\0"))
         file.writelines(compact.content if compact else found.weights)
-    facts = _facts(job.model, assignment.derivative, schedule, found, headers[0], job.weights == "embedded")
+    facts = _facts(job.model, assignment, schedule, found, headers[0], job.weights == "embedded")
     if compact:
         for index, value in ((program.COMPACT_MAGIC, int.from_bytes(_COMPACT_MAGIC, "little")),
                              (program.COMPACT_BYTES, compact.size), (program.IS_HALF, half),
@@ -83,7 +83,7 @@ def _compile(job: Job, folder: Path) -> Compiled:
     (folder / OBJECT).write_bytes(content)
     return Compiled(graph.input_shape, graph.shapes[graph.output][0], job.model.classes, found.workspace_bytes,
                     found.weights_bytes, 0 if job.weights == "embedded" else (folder / WEIGHTS).stat().st_size,
-                    job.model.preprocessing.color is not None)
+                    job.model.preprocessing.color is not None, assignment.signed_scores)
 
 
 def _in_half(graph: Graph) -> Graph:
@@ -124,7 +124,7 @@ class _Direct:
         return 0.0
 
 
-def _facts(model: Model, derivative: str | None, schedule: Any, found: Any, header: bytes, embedded: bool
+def _facts(model: Model, assignment: Assignment, schedule: Any, found: Any, header: bytes, embedded: bool
            ) -> list[int]:
     """The network, as fastdtd.kernels.cpu.program reads it."""
     graph, p = model.graph, model.preprocessing
@@ -142,7 +142,8 @@ def _facts(model: Model, derivative: str | None, schedule: Any, found: Any, head
         program.DEAD_AT: found.places["dead"], program.DEAD_BYTES: dead[0] * dead[1],
         program.SLOTS_AT: found.places["slots"], program.HAS_BOUNDS: graph.box is not None,
         program.STARTS_WITH_RELEVANCE: schedule.starts_with_relevance,
-        program.DERIVATIVE: _DERIVATIVES.index(derivative),
+        program.SIGNED_SCORES: assignment.signed_scores,
+        program.DERIVATIVE: _DERIVATIVES.index(assignment.derivative),
         program.COLOR: _COLORS.index(p.color), program.CROPS: p.resize == "crop",
         program.HAS_PLANES: p.values is None,
     }.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,14 @@ class Lowered:
     fused: Mapping[str, g.ReLU | g.Clip]
     locations: Mapping[str, Location]
 
-    def schedule(self, batch: int, workers: int = 1, observed: Sequence[str] = ()) -> Schedule:
+    def schedule(self, batch: int, workers: int = 1, observed: Sequence[str] = (), signed: bool = False) -> Schedule:
         """The steps of an explanation of `batch` images by `workers` threads. Nothing is allocated but tables.
 
-        observed: tensors whose relevance is kept.
+        observed: tensors whose relevance is kept; signed: whether that of outputs may be negative whatever the rules.
         """
         graph, kernels = self.graph, self.kernels
-        b = Builder(graph, self.assignment, kernels, self.weights,
+        assignment = replace(self.assignment, signed=frozenset(graph.shapes)) if signed else self.assignment
+        b = Builder(graph, assignment, kernels, self.weights,
                     separate_locations(graph) if observed else self.locations, self.fused, batch, workers)
         fused = {layer.name for layer in self.fused.values()}
         layers = [layer for layer in graph if layer.name not in fused]

@@ -63,14 +63,13 @@ class Forward(_Winograd):
 class Backward(_Winograd):
     """For one term of a layer's rule."""
 
-    c_min: float  # of what comes back
-
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         channels, height, width = b.graph.shapes[source]
         units, own = self._arguments(b, height, width)
         del own["seen"]
+        c_min = -math.inf if layer.name in b.assignment.signed else 0.0  # of what comes back: no rounding below it
         b.step(b.blocked_kernels.winograd2d_redistribute, units, **{name: arguments[name] for name in _BACKWARD},
-               packed=self.weights[0], inputs=channels, c_min=self.c_min, **own)
+               packed=self.weights[0], inputs=channels, c_min=c_min, **own)
 
 
 def suits(layer: g.Conv2d, term: Term) -> bool:
@@ -88,20 +87,15 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     return Forward(packed, channels, layer.groups, 2, layer.padding[:2], read_only(weight))
 
 
-def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, signed: bool,
-                  kernels: BlockedDevice) -> Backward | None:
-    """None where another algorithm is faster, or has to be taken because relevance is carried.
-
-    signed: whether the outputs' relevance can be negative.
-    """
+def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, carries: bool, kernels: BlockedDevice) -> Backward | None:
+    """None where another algorithm is faster, or has to be taken because relevance is carried."""
     outputs, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
     _, height, width = graph.shapes[layer.inputs[0]]
     if not suits(layer, term) or carries or not kernels.winograd2d_pays(outputs, channels, height, width, 1):
         return None
     v = backward_weights(layer, term).reshape(layer.groups, outputs, channels, 3, 3)
     packed = _pack((v[..., ::-1, ::-1].swapaxes(1, 2),), layer.groups, kernels)
-    return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]),
-                    -math.inf if signed else 0.0)
+    return Backward(packed, outputs, layer.groups, 1, (2 - layer.padding[0], 2 - layer.padding[1]))
 
 
 def _pack(weights: tuple[Array, ...], groups: int, kernels: BlockedDevice) -> Array:

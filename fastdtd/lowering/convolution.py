@@ -45,9 +45,8 @@ def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevi
             return None
         if kernels.CONVOLUTION == "implicit":
             return conv_implicit.pack_backward(layer, term, graph, kernels, precision)
-        signed = layer.name in assignment.signed
         return (conv_depthwise.pack_backward(layer, term, graph, kernels)
-                or conv_winograd.pack_backward(layer, term, graph, carries, signed, kernels)
+                or conv_winograd.pack_backward(layer, term, graph, carries, kernels)
                 or conv_direct.pack_backward(layer, term, graph.shapes[layer.inputs[0]], kernels))
 
     def sparse(term: Term, otherwise: Backward | None) -> conv_sparse.Sparse | None:

@@ -49,12 +49,14 @@ class Assignment:
         with features of its own reads, and what is joined to such a tensor by layers that only pass relevance on; all
         where derivatives are computed.
     signed : frozenset of str
-        Tensors whose relevance can be negative, because of the rule of a layer that they lead to.
+        Tensors whose relevance can be negative, because of the rule of a layer that they lead to, or of the score.
     absorbers : tuple of str
         Layers that may keep relevance from going on, in order: those that redistribute by a rule, and zeros of a
         rearrangement.
     derivative : str or None
         "gradient", "gradient*input" or "sensitivity" where relevance is not redistributed.
+    signed_scores : bool
+        Whether negative scores are explained as positive ones are: by derivatives, and by rules that decompose both.
     """
 
     rules: Mapping[str, LayerRule]
@@ -62,6 +64,7 @@ class Assignment:
     signed: frozenset[str]
     absorbers: tuple[str, ...]
     derivative: str | None
+    signed_scores: bool
 
 
 def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
@@ -102,7 +105,9 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
                 for layer in graph if layer.name in chosen}
     carriers = set(graph.shapes) if derivative else _carriers(graph, assigned)
     absorbers = tuple(layer.name for layer in graph if _absorbs(layer, assigned.get(layer.name), derivative))
-    return Assignment(assigned, frozenset(carriers), _signed(graph, assigned), absorbers, derivative)
+    signed_scores = derivative is not None or _decomposes_negative_scores(graph, assigned)
+    return Assignment(assigned, frozenset(carriers), _signed(graph, assigned, signed_scores), absorbers, derivative,
+                      signed_scores)
 
 
 def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
@@ -251,8 +256,21 @@ def _signed_carriers(graph: Graph, rules: dict[str, Rule]) -> set[str]:
     return {name for name in signed if not graph.domains[name].nonnegative}
 
 
-def _signed(graph: Graph, rules: dict[str, LayerRule]) -> frozenset[str]:
-    signed: set[str] = set()
+def _decomposes_negative_scores(graph: Graph, rules: dict[str, LayerRule]) -> bool:
+    """Whether all layers that are the first to redistribute a score decompose negative ones."""
+    reached, found = {graph.output}, []
+    for layer in reversed(graph.layers):
+        if layer.name in reached:
+            rule = rules.get(layer.name)
+            if rule is not None and rule.terms:
+                found.append(rule.decomposes_negative)
+            else:
+                reached.update(layer.inputs)
+    return bool(found) and all(found)
+
+
+def _signed(graph: Graph, rules: dict[str, LayerRule], signed_scores: bool) -> frozenset[str]:
+    signed = {graph.output} if signed_scores else set()
     for layer in reversed(graph.layers):
         rule = rules.get(layer.name)
         if layer.name in signed or (rule is not None and rule.makes_negative):

@@ -277,6 +277,12 @@ class LayerRule:
                                 codes.NORM_GRADIENT)
 
     @property
+    def decomposes_negative(self) -> bool:
+        """Whether it is a rule of layer-wise relevance propagation, which decomposes negative relevance as it does
+        positive. A deep Taylor decomposition is one of positive values."""
+        return self.formula in (codes.EPSILON, codes.GAMMA, codes.ALPHA_BETA)
+
+    @property
     def retains(self) -> bool:
         """Whether a stabiliser or a bias may keep relevance."""
         return self.formula in (codes.EPSILON, codes.GAMMA, codes.ALPHA_BETA, codes.DIRECTION, codes.NORM_TAYLOR)

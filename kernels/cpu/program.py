@@ -56,8 +56,8 @@ for _ in range(HEADER_WORDS - 1):
 COMPACT_MAGIC, COMPACT_BYTES, IS_HALF, OPERATIONS = (next(_next) for _ in range(4))
 (STEPS, FORWARD_STEPS, CHANNELS, HEIGHT, WIDTH, OUTPUTS, LAYERS, WORKSPACE_BYTES, EMBEDDED_WEIGHTS,
  INPUT_AT, OUTPUT_AT, START_AT, RELEVANCE_AT, LEDGER_AT, DEAD_AT, DEAD_BYTES, SLOTS_AT,
- HAS_BOUNDS, STARTS_WITH_RELEVANCE, DERIVATIVE,
- COLOR, CROPS, HAS_PLANES) = (next(_next) for _ in range(23))
+ HAS_BOUNDS, STARTS_WITH_RELEVANCE, SIGNED_SCORES, DERIVATIVE,
+ COLOR, CROPS, HAS_PLANES) = (next(_next) for _ in range(24))
 FACTS = next(_next)  # how many there are
 
 # What weights are unpacked by, rows of int64: kind, to (in the weights), from (in the compact file), count; of GATHER,
@@ -268,10 +268,10 @@ def explain(facts, steps, slots, regions, call, numbers, weights, inputs, target
                 target = i
     derivative = _fact(facts, DERIVATIVE)
     score = scores[target]
-    explained = score if derivative else max(score, ZERO)
+    explained = score if _fact(facts, SIGNED_SCORES) else max(score, ZERO)
     begin = np.float32(1)
     if not derivative:
-        begin = explained if _fact(facts, STARTS_WITH_RELEVANCE) else np.float32(score > ZERO)
+        begin = explained if _fact(facts, STARTS_WITH_RELEVANCE) else np.sign(explained)
     start = float32_at(workspace + _fact(facts, START_AT), outputs)  # where the scores lie, it may be
     for i in range(outputs):
         start[i] = begin if i == target else ZERO

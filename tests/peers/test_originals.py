@@ -1,5 +1,6 @@
 """Presets named after zennit and Captum compute what those compute, and derivatives what PyTorch does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,11 @@ def network(seed, add=True):
 RECORDED = Path(test_presets.__file__).parent / "recorded"
 
 
+def with_negative_winners(graph):
+    *layers, last = graph
+    return g.Graph((*layers, replace(last, bias=last.bias - np.float32(8))), graph.input_shape, graph.box)
+
+
 def explanation(graph, preset, count=4):
     batch = images(graph, count, seed=3)
     return batch, Explainer(Model(graph, Preprocessing(None)), preset, threads=1)(batch)
@@ -81,10 +87,16 @@ def test_zennit(name, rows):
          [distance_to_zennit(name, seed) for seed in range(5)])
 
 
-def distance_to_zennit(name, seed):
-    graph = network(seed)
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_zennit_on_negative_winners(name):
+    for seed in range(3):
+        distance_to_zennit(name, seed, is_negative=True)
+
+
+def distance_to_zennit(name, seed, is_negative=False):
+    graph = with_negative_winners(network(seed)) if is_negative else network(seed)
     batch, e = explanation(graph, f"zennit.{name}")
-    assert (e.explained > 0).all()
+    assert ((e.explained < 0) == is_negative).all()
     theirs, _ = zennit_relevance(graph, name, batch, e.target)
     lost = np.array(list(e.ledger.values())).sum(0)
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + lost, e.explained, rtol=1e-5, atol=1e-5)
@@ -95,9 +107,17 @@ def test_captum(rows):
     note(rows, "captum.lrp", "Captum 0.9.0, LRP", map(distance_to_captum, range(5)))
 
 
-def distance_to_captum(seed):
+def test_captum_on_negative_winners():
+    for seed in range(3):
+        distance_to_captum(seed, is_negative=True)
+
+
+def distance_to_captum(seed, is_negative=False):
     graph = network(seed, add=False)
+    if is_negative:
+        graph = with_negative_winners(graph)
     batch, e = explanation(graph, "captum.lrp")
+    assert ((e.explained < 0) == is_negative).all()
     parts = [
         nn.Flatten() if isinstance(layer, g.Flatten) else module_of(layer, graph.shapes[layer.inputs[0]])
         for layer in graph

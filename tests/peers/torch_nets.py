@@ -153,7 +153,8 @@ class ZennitExplainer:
 
     def __init__(self, graph, rules, dtype):
         self.net = Net(graph, sums=True).to(dtype).requires_grad_(False)
-        if isinstance(rules, str):
+        self.is_composite = isinstance(rules, str)
+        if self.is_composite:
             self.composite = zennit_composite(rules, graph)
             return
         hooks = {}
@@ -171,8 +172,9 @@ class ZennitExplainer:
     def __call__(self, x, targets):
         """x: a tensor (N, C, H, W) of the dtype. Returns relevance and scores."""
         chosen = torch.as_tensor(targets)
+        low = -torch.inf if self.is_composite else 0  # deep Taylor decomposes positive scores
         with Gradient(self.net, self.composite) as attribute:
-            scores, relevance = attribute(x, lambda y: nn.functional.one_hot(chosen, y.shape[1]) * y.clamp(min=0))
+            scores, relevance = attribute(x, lambda y: nn.functional.one_hot(chosen, y.shape[1]) * y.clamp(min=low))
         return relevance.detach(), scores.detach()
 
 
