@@ -31,6 +31,7 @@ Which pixels does a network's prediction come from?
   fastdtd report out                               a page to look at them: out/report.html
   fastdtd analyze out                              heatmaps of a class compared, for ViRelAy
   fastdtd evaluate net.h5 pictures/ -o out         is the heatmap right? its curve beside other methods'
+  fastdtd channels net.h5 pictures/ --layer conv5  what a layer's channels find, picture by picture
   fastdtd embed net.h5 -o lib                      a library for C that explains, without Python
   fastdtd warmup                                   compile ahead what is otherwise compiled on first use
 
@@ -126,6 +127,19 @@ examples:
   fastdtd evaluate net.h5 photos/ --methods dtd,zennit.epsilon_plus,random
   fastdtd evaluate net.h5 digits/ --region 3 --steps 40      for a small input
   fastdtd evaluate net.h5 photos/ --repeats 5 --seed 1       less noise in the curves; other noise
+"""
+_CHANNELS = """\
+Which features does a layer have, and in which pictures? Explain pictures, and list for each channel of a layer those in
+which it has the largest share of the layer's relevance.
+
+Prints the channels with the largest shares on average, and writes to OUT channels.csv, which has the pictures of every
+channel, and channels.png: a row for each of the first channels, with its pictures and, on each, the relevance that goes
+through this channel alone (concept relevance propagation).
+"""
+_CHANNELS_EXAMPLES = """\
+examples:
+  fastdtd channels squeezenet1_1 photos/ --layer fire9/concat -o out
+  fastdtd channels net.h5 photos/ --layer conv5 --target tabby --channels 20 --pictures 5
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt
@@ -348,6 +362,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(command("evaluate", _EVALUATE, _EVALUATE_EXAMPLES, "compare heatmaps by what they say of the score"))
 
+    _add_channels(command("channels", _CHANNELS, _CHANNELS_EXAMPLES, "rank a layer's channels, and pictures for each"))
+
     how.add_argument("--draft", action="store_true", help="scale JPEGs while they are decoded: faster, and "
                          "somewhat other pixels and scores")
     how.add_argument("--shard", metavar="N", type=int, help="images of a file of results: what is lost where a "
@@ -452,6 +468,27 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
                         "methods together, as in 2GiB or 500MB")
     parser.add_argument("--device", metavar="DEVICE", default="cpu",
                         help="what computes: cpu, cuda, cuda:N or auto, as in `fastdtd explain` (default: %(default)s)")
+
+
+def _add_channels(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_channels)
+    parser.add_argument("model", metavar="MODEL", help="a model file, or the name of a bundled one: squeezenet1_1")
+    parser.add_argument("sources", metavar="SOURCE", nargs="*", default=[],
+                        help="images, as `fastdtd explain` takes them (default: two bundled ones)")
+    parser.add_argument("--layer", metavar="L", required=True, help="the layer, by the name that `fastdtd show` prints")
+    parser.add_argument("--target", metavar="CLASS",
+                        help="class to explain: a name or a number (default: each picture's winner)")
+    parser.add_argument("--channels", metavar="N", type=int, default=8,
+                        help="channels that are printed and drawn (default: %(default)s)")
+    parser.add_argument("--pictures", metavar="N", type=int, default=8,
+                        help="pictures of each channel (default: %(default)s)")
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("out"),
+                        help="folder for the results (default: %(default)s)")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads, at most 1024 (default: all processors)")
+    parser.add_argument("--memory", metavar="SIZE", help="the most that the network's activations may take, as in 2GiB")
+    parser.add_argument("--device", metavar="DEVICE", default="cpu",
+                        help="what computes: cpu, cuda, cuda:N or auto, as in `fastdtd explain` (default: %(default)s)")
+    _add_rules(parser)
 
 
 def _add_embed(parser: argparse.ArgumentParser) -> None:
@@ -768,6 +805,35 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(f"{len(pictures) - len(result.failed)} evaluated"
           f"{f', {count} failed' if (count := len(failed) + len(result.failed)) else ''}; see {out}/")
     return 1 if failed or result.failed else 0
+
+
+def _channels(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastdtd import channels, model_file, sources
+    from fastdtd.evaluation import writable_folder
+    from fastdtd.explainer import Explainer
+
+    for name in ("channels", "pictures"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}; required: a whole number from 1")
+    explainer = Explainer(model_file.load(options.model), _rules(options), device=options.device,
+                          threads=options.threads, memory=options.memory)
+    entries = sources.find(options.sources or sorted((Path(__file__).parent / "models").glob("*.png")))
+    out = writable_folder(options.out)
+    with tqdm(total=len(entries), unit="picture", file=sys.stderr, disable=None) as bar:
+        found = channels.rank(explainer, entries, options.layer,
+                              _targets([] if options.target is None else [options.target]), bar.update)
+    found.save(out, explainer, options.channels, options.pictures)
+    means = found.shares.mean(0, dtype=float)
+    for channel in found.order[:options.channels].tolist():
+        names = ", ".join(found.entries[i].name for i in found.top(channel, options.pictures))
+        print(printable(f"channel {channel}  {means[channel]:.1%} on average  {names}"))
+    for reason in found.failed.values():
+        print(printable(f"fastdtd: not explained: {reason}"), file=sys.stderr)
+    print(f"{len(found.entries)} explained"
+          f"{f', {len(found.failed)} failed' if found.failed else ''}; see {out}/")
+    return 1 if found.failed else 0
 
 
 def _convert(options: argparse.Namespace) -> int:

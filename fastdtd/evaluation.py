@@ -140,7 +140,7 @@ class Evaluation:
             It cannot be written to.
         """
         folder = writable_folder(out)
-        with _writing(folder):
+        with writing(folder):
             replace(folder / "evaluation.csv", self._write_csv)
             replace(folder / "evaluation.png", lambda path: self.plot().save(path, "PNG"))
 
@@ -156,7 +156,7 @@ class Evaluation:
 def writable_folder(out: str | os.PathLike[str]) -> Path:
     """`out`, made where it does not exist. OutputError: it cannot be written to, which is better known at first."""
     folder = Path(out)
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -164,7 +164,8 @@ def writable_folder(out: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
+    """What the system says against writing to `out`, as an OutputError."""
     try:
         yield
     except OSError as error:

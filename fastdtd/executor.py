@@ -17,7 +17,7 @@ from fastdtd.lowering import Lowered, lower
 from fastdtd.plan import OutOfMemoryError, Plan
 from fastdtd.plan_pool import Loan, PlanPool
 from fastdtd.rules import Assignment
-from fastdtd.schedule import Schedule
+from fastdtd.schedule import Schedule, Through
 from fastdtd.threads import Task, Threads
 
 _WORKSPACE_BYTES = 1 << 28  # of one thread's buffers: more images at once would not be faster
@@ -132,7 +132,8 @@ class Executor:
         """What starts the calls of a plan's other workers; None where it has one."""
         return self._threads().submit if plan.schedule.workers > 1 else None
 
-    def map(self, work: Work, count: int, devices: list[DevicePool], signed: bool = False) -> None:
+    def map(self, work: Work, count: int, devices: list[DevicePool], signed: bool = False,
+            through: Through = ()) -> None:
         """Whole images to each thread; all threads to each image where there are fewer images than threads, or no
         memory for as many.
 
@@ -140,7 +141,7 @@ class Executor:
         last images are explained by the caller's own thread, for to hand them over and to wait takes longer. Of several
         devices each gets as many images, and those that a device has no memory for come again, in halves.
 
-        signed: whether outputs may have negative relevance, whatever the rules.
+        signed, through: as `Lowered.schedule` takes them.
         """
         own_plans = self._own_plans and (count >= self.threads or self._is_small)
         workers, max_images = (1, self.batch) if own_plans else (self._workers, self._shared_batch)
@@ -192,7 +193,7 @@ class Executor:
                 first, last = todo.pop()
                 device = min(devices, key=lambda device: device[1].used_workers)
                 try:
-                    loan = device[1].take(device[1].schedule(last - first, workers, (), signed), call)
+                    loan = device[1].take(device[1].schedule(last - first, workers, (), signed, through), call)
                 except OutOfMemoryError:
                     busy = [task for task in running if not task.is_done]
                     for task in busy:
@@ -206,15 +207,15 @@ class Executor:
                 else:
                     running.append(threads.submit(run_in_a_thread, loan, device, first, last))
 
-    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool, signed: bool = False
-                ) -> None:
-        """Run `work` with plans that keep the relevance of tensors, as many at a time as there is memory for. signed:
-        as in `map`."""
+    def observe(self, work: Callable[[Plan], None], layers: Sequence[str], device: DevicePool, signed: bool = False,
+                through: Through = ()) -> None:
+        """Run `work` with plans that keep the relevance of tensors, as many at a time as there is memory for. The
+        others: as in `map`."""
         number, plans = device
         todo = [list(layers)]
         while todo:
             part = todo.pop()
-            schedule = plans.schedule(1, 1, part, signed)
+            schedule = plans.schedule(1, 1, part, signed, through)
             if schedule.nbytes > plans.limit:
                 if len(part) == 1:
                     raise InputError(

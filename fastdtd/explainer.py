@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from fastdtd.inputs import (
     checked_images,
     checked_start,
     checked_targets,
+    checked_through,
     factors,
     memory_size,
     pictures_of,
@@ -175,7 +176,7 @@ class Explainer:
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
     def __call__(self, batch: Any, target: Target = None, start: npt.ArrayLike | None = None, *,
-                 against: Against = None) -> Explanation:
+                 against: Against = None, through: Mapping[str, int | Sequence[int]] | None = None) -> Explanation:
         """Explain each image of a batch.
 
         Parameters
@@ -202,6 +203,9 @@ class Explainer:
               -y_t y_k the others (SGLRP of Iwana et al. 2019).
 
             docs/method.md says what the sums are. A class of such a name is given by its number.
+        through : mapping from str to int or sequence of int, or None
+            Layers, and channels of what they make: of the relevance that comes to such a layer only that of these
+            channels goes on. The rest is the explanation's `cut`. Relevance that goes around the layer stays.
 
         Returns
         -------
@@ -215,7 +219,7 @@ class Explainer:
             A batch of another shape, of no numbers, or with NaN or infinity; a target that the model does not have; a
             start of another shape, negative where it may not be, beside a target, or at an output whose score is zero;
             scores or relevance beyond float32, or relevance lost below its range; `against` beside a start, under
-            derivatives, or for a network of one output.
+            derivatives, or for a network of one output; a layer or channel of `through` that is none.
         DeviceError
             It was made for GPUs before the process was forked.
 
@@ -237,14 +241,15 @@ class Explainer:
             if held is not None and start is not None:
                 raise InputError("a start and classes to hold it against were given; required: one or the other; where "
                                  "rules decompose negative scores, a start may be negative")
-            question = Question(targets, checked_start(start, target, count, outputs, signed), held, signed)
+            question = Question(targets, checked_start(start, target, count, outputs, signed), held, signed,
+                                checked_through(through, self.model, self.conserves))
             explained_targets = np.empty(count, np.int64)
             context = replace(self.context, pictures=pictures, against=against_text(held, self.model),
                               explain_again=partial(self._observed, images, explained_targets, question))
             ledger = np.zeros((len(self._assignment.absorbers), count))
             e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
                             np.empty(count, np.float32), dict(zip(self._assignment.absorbers, ledger, strict=True)),
-                            context)
+                            context, {name: np.zeros(count) for name, _ in question.through})
         sums, doubtful = np.zeros(count), list[slice]()
 
         def explain(plan: Plan, first: int, last: int) -> None:
@@ -259,11 +264,16 @@ class Explainer:
                 case "sensitivity":
                     relevance **= 2
             kernels.read(ledger[:, part], plan.ledger.T)
+            for name, channels in question.through:
+                came = np.empty(plan.came[name].shape, np.float32)
+                kernels.read(came, plan.came[name])
+                e.cut[name][part] = np.delete(came, channels, 1).sum((1, 2, 3), dtype=np.float64)
             if not kernels.sum_relevance(sums[part], relevance, e.output[part], plan.ledger, e.explained[part],
-                                         self._largest_loss) or derivative or against is not None:
+                                         self._largest_loss) or derivative or question.is_special:
                 doubtful.append(part)
 
-        self._executor.map(explain, count, self._executor.devices_for(images), question.mixes_signs)
+        self._executor.map(explain, count, self._executor.devices_for(images), question.mixes_signs,
+                           question.through)
         if doubtful:
             finite = np.empty(count, np.bool_)  # scores
             with kernels.on_device_of(batch):
@@ -342,11 +352,13 @@ class Explainer:
         scores = np.empty(e.output.shape, np.float32)
         self._kernels.read(scores, e.output)
         _, start = question.of(scores)
-        lost = np.abs(e.explained - sums - e.absorbed)
+        cut = np.asarray(sum(e.cut.values(), np.zeros(len(e))))
+        lost = np.abs(e.explained - sums - e.absorbed - cut)
         reasons = {}
         for i in np.flatnonzero(lost > self._largest_loss * np.abs(e.explained)):
             # Under rules that give back negative relevance, too, what is explained may be small beside it.
             turnover = float(abs(e.relevance[i]).sum(dtype=np.float64)) + sum(abs(of[i]) for of in e.ledger.values())
+            turnover = max(turnover, abs(cut[i]))
             if start is not None:
                 turnover = max(turnover, float(np.abs(start[i]).sum()))
             if lost[i] > self._largest_loss * max(abs(float(e.explained[i])), turnover):
@@ -421,7 +433,8 @@ class Explainer:
                 for name, relevance in plan.observed.items():
                     self._kernels.read(found[name][part], relevance)
 
-        self._executor.observe(explain, layers, self._executor.devices_for(images)[0], question.mixes_signs)
+        self._executor.observe(explain, layers, self._executor.devices_for(images)[0], question.mixes_signs,
+                               question.through)
         return found
 
 

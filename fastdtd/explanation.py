@@ -71,6 +71,9 @@ class Explanation:
         By layer, the relevance that it absorbed: where a neuron is active though none of its inputs contributes to it
         (its bias does), the rule has nowhere to send its relevance; and what a stabiliser, or a bias that is part of a
         rule's sums, kept.
+    cut : dict of str to (N,) float64
+        By layer of `through`, the relevance that ended there, in other channels than those that it was to go through:
+        with relevance and ledger it makes up what is explained.
 
     Examples
     --------
@@ -88,6 +91,7 @@ class Explanation:
     explained: Array
     ledger: dict[str, npt.NDArray[np.float64]]
     context: Context = field(default_factory=Context)
+    cut: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     # -- What it says
 
@@ -134,6 +138,7 @@ class Explanation:
             f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}{less}, "
             f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed "
             f"{float(self.absorbed[i]):.6g}"
+            + "".join(f", cut at {printable(name)} {cut[i]:.6g}" for name, cut in self.cut.items())
         )
 
     def _repr_html_(self) -> str:

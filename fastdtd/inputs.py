@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd.errors import InputError, shown
-from fastdtd.graph import Array
+from fastdtd.graph import INPUT, Array
 from fastdtd.model import Model
+from fastdtd.schedule import Through
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
 Against = Target  # or one of AGAINST
@@ -189,17 +190,24 @@ class Question:
     start : (N, K) float32, the relevance that each output starts with, in place of a target's; or None
     against : what the target is held against: a name in AGAINST, or numbers of outputs; or None
     signed : whether negative scores are explained
+    through : layers, and the channels that alone pass relevance on
     """
 
     targets: npt.NDArray[np.int64] | None
     start: Array | None
     against: str | tuple[int, ...] | None
     signed: bool
+    through: Through = ()
 
     @property
     def mixes_signs(self) -> bool:
         """Whether outputs have negative relevance though the rules decompose positive scores alone."""
         return self.against is not None and not self.signed
+
+    @property
+    def is_special(self) -> bool:
+        """Whether there is more to check than the score's sum."""
+        return self.against is not None or bool(self.through)
 
     def part(self, which: slice) -> Question:
         """Of some images."""
@@ -261,6 +269,30 @@ def checked_against(against: Against, model: Model, conserves: bool) -> str | tu
     found = checked_targets(given, model, len(given), outputs)
     assert found is not None
     return tuple(found.tolist())
+
+
+def checked_through(through: Mapping[str, int | Sequence[int]] | None, model: Model, conserves: bool) -> Through:
+    """Layers, and the channels of what they make through which relevance goes on."""
+    if through is None:
+        return ()
+    if not conserves:
+        raise InputError("the rules derive, and no relevance goes through channels; required: rules that redistribute")
+    if not isinstance(through, Mapping):
+        raise InputError(f"through is {shown(through)}; required: a mapping from layers to channels, as in "
+                         "{'conv5': [3, 17]}")
+    found, shapes = [], model.graph.shapes
+    for name, given in through.items():
+        if not isinstance(name, str) or name not in shapes or name == INPUT:
+            raise InputError(f"the network has no layer {shown(name)}; it has {', '.join(list(shapes)[1:])}")
+        channels = list(given) if isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str) else [given]
+        for one in channels:
+            if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not 0 <= one < shapes[name][0]:
+                raise InputError(f"channel {shown(one)} of layer {name!r} was given; required: whole numbers from 0 to "
+                                 f"{shapes[name][0] - 1}")
+        if not channels:
+            raise InputError(f"no channels of layer {name!r} were given; required: one or more")
+        found.append((name, tuple(sorted({int(one) for one in channels}))))
+    return tuple(found)
 
 
 def against_text(against: str | tuple[int, ...] | None, model: Model) -> str:

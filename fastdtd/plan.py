@@ -53,6 +53,9 @@ class Plan:
         Relevance that each layer of `schedule.ledger_layers` absorbed, valid after `backward`.
     observed : dict of str to (batch, C, H, W) float32
         Relevance of the tensors that were asked for, valid after `backward`.
+    came : dict of str to (batch, C, H, W) float32
+        Relevance that came to each layer of `schedule.through`, before it ended in other channels; valid after
+        `backward`.
     """
 
     def __init__(self, schedule: Schedule, kernels: AnyDevice) -> None:
@@ -75,6 +78,7 @@ class Plan:
         steps = np.arange(len(schedule.steps))
         self._forward, self._backward = steps[:schedule.forward_steps], steps[schedule.forward_steps:]
         self.observed = {name: self._states[f"observed/{name}"] for name in schedule.observed}
+        self.came = {name: self._states[f"came/{name}"] for name, _ in schedule.through}
         self.input, self.relevance = self._tensor(schedule.input), self._tensor(schedule.relevance)
         self.output, self.start = self._tensor(schedule.output)[:, :, 0, 0], self._tensor(schedule.start)[:, :, 0, 0]
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 from fastdtd.lowering import Lowered
 from fastdtd.plan import OutOfMemoryError, Plan
-from fastdtd.schedule import Schedule
+from fastdtd.schedule import Schedule, Through
 
-_Key = tuple[int, int, tuple[str, ...], bool]  # batch, workers, tensors whose relevance is kept, any is signed
+# Batch, workers, tensors whose relevance is kept, whether any can be signed, channels that relevance goes through.
+_Key = tuple[int, int, tuple[str, ...], bool, Through]
 _PATIENCE = 0.05  # seconds after which who waits looks for calls that are over and have not said so
 
 
@@ -82,12 +83,15 @@ class PlanPool:
     def used_workers(self) -> int:
         return sum(loan.schedule.workers for loan in self._loans if loan.is_open)
 
-    def schedule(self, batch: int, workers: int, observed: Sequence[str] = (), signed: bool = False) -> Schedule:
-        key = batch, workers, tuple(observed), signed
+    def schedule(self, batch: int, workers: int, observed: Sequence[str] = (), signed: bool = False,
+                 through: Through = ()) -> Schedule:
+        key = batch, workers, tuple(observed), signed, through
         if key not in self._schedules:
             schedule = self._network.schedule(*key)
             if observed:  # rarely asked for twice
                 return schedule
+            if through:  # one after the other: of those before none is asked for
+                self._schedules = {one: kept for one, kept in self._schedules.items() if one[4] in ((), through)}
             self._schedules.setdefault(key, schedule)  # another thread may have been first
         return self._schedules[key]
 

@@ -19,6 +19,7 @@ _ALIGNMENT = 16  # floats: one cache line
 _MAX_BUFFERS_BY_SIZE = 2048  # of more, the time to place them by size, which is quadratic, would be felt
 
 DType = type[np.generic]
+Through = tuple[tuple[str, tuple[int, ...]], ...]  # layers, and channels of what they make
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ class Schedule:
         float32 elements of each worker's scratch arrays.
     states : mapping of str to (shape, dtype)
         Arrays beside the workspace: "ledger" (batch, layers), "dead" (rows, batch) with a flag for each image in which
-        something is absorbed, and the relevance of each tensor of `observed`, by "observed/NAME".
+        something is absorbed; by "observed/NAME" the relevance of each tensor of `observed`; by "came/NAME" what came
+        to each layer of `through`.
     input, output, start, relevance : Tensor
         What the caller writes before the forward pass, reads after it, writes before the backward pass and reads after
         it.
@@ -119,6 +121,8 @@ class Schedule:
         Whether `start` takes relevance R, or the factor c of ``R = |score| c``.
     ledger_layers : tuple of str
         The layer of each column of the ledger.
+    through : tuple of (str, tuple of int)
+        Layers, and those channels of what they make through which relevance goes on; in others it ends.
     """
 
     batch: int
@@ -136,6 +140,7 @@ class Schedule:
     starts_with_relevance: bool
     ledger_layers: tuple[str, ...]
     observed: tuple[str, ...]
+    through: Through
     margin: int  # float32 elements that the device wants after each array
 
     @functools.cached_property

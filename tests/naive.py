@@ -275,10 +275,11 @@ def explain(graph, image, target, rules, start=None):
     return relevance[g.INPUT].reshape(graph.input_shape), scores, absorbed
 
 
-def relevances(graph, image, target, rules, start=None):
+def relevances(graph, image, target, rules, start=None, through=()):
     """(relevance by tensor, flat, scores (K,), absorbed by layer) of one image; rules: by layer, fastdtd.rules.Rule.
 
-    start (K,): relevance of the outputs, instead of the target's score.
+    start (K,): relevance of the outputs, instead of the target's score. through: (layer, channels) where relevance ends
+    in all other channels; what ends there is absorbed by "through LAYER".
     """
     tensors = forward(graph, image)
     relevance = {name: np.zeros_like(value) for name, value in tensors.items()}
@@ -291,6 +292,11 @@ def relevances(graph, image, target, rules, start=None):
     for layer in reversed(graph.layers):
         r, a = relevance[layer.name], np.concatenate([tensors[name] for name in layer.inputs])
         rule, shapes = rules.get(layer.name), [graph.shapes[name] for name in layer.inputs]
+        for name, channels in through:
+            if name == layer.name:
+                others = np.delete(np.arange(r.size).reshape(graph.shapes[name]), channels, 0).ravel()
+                absorbed[f"through {name}"] = r[others].sum()
+                r[others] = 0
         if isinstance(layer, g.Rearrange):
             index = layer.index.ravel()
             backward = sum_by_source(r, index, len(a))

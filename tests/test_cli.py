@@ -161,6 +161,31 @@ def test_scores_that_biases_carry(run, place):
     assert "and no pixel has it" not in Path("b/report.html").read_text()
 
 
+def test_channels(run, place):
+    """Each colour's channel has all relevance of a picture in that colour."""
+    (place / "pictures" / "bad.png").write_bytes(b"no picture")
+    status, out, err = run("channels", "net.h5", "pictures", "--layer", "conv", "--channels", "2", "-o", "c")
+    assert status == 1
+    assert out == ["channel 0  33.3% on average  red.png", "channel 1  33.3% on average  lime.png",
+                   "3 explained, 1 failed; see c/"]
+    assert len(err) == 1
+    assert "bad.png" in err[0]
+    table = Path("c/channels.csv").read_text().splitlines()
+    assert table[0] == "channel,mean_share,rank,file,share,target,class"
+    assert table[1:] == ['0,0.333333,0,red.png,1,0,"n01 red, scarlet"', "1,0.333333,0,lime.png,1,1,n02 green",
+                         "2,0.333333,0,blue.png,1,2,n03 blue"]
+    grid = np.asarray(Image.open("c/channels.png")).astype(int)
+    assert grid.shape[0] == 2 * (144 + 6)
+    assert (abs(grid[:, 130:274] - grid[:, 130:274, :1]) > 100).any()  # red on grey
+    assert (grid[:, 280:] == 255).all()  # where the channels have no relevance
+    for options, message in ((("--layer", "conv9"), "no layer 'conv9'; it has conv, relu"),
+                             (("--layer", "conv", "--rules", "gradient"), "the rules derive"),
+                             (("--layer", "conv", "--channels", "0"), "--channels is 0"),
+                             (("--layer", "conv", "--target", "pink"), "no class is named 'pink'")):
+        assert message in refused(run("channels", "net.h5", "pictures/red.png", *options))
+    assert "no picture can be explained" in refused(run("channels", "net.h5", "pictures/bad.png", "--layer", "conv"))
+
+
 def test_rule(run):
     ruled = run("show", "net.h5", "--rule", "conv=w2", "--rule", "score*=flat")[1]
     assert [line.split()[-1] for line in ruled if line.startswith(("conv", "scores"))] == ["w2", "flat"]

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
-def run(script, *arguments):
+def run(script, *arguments, folder="examples"):
     """What it prints."""
-    return subprocess.run([sys.executable, ROOT / "examples" / script, *arguments], check=True, capture_output=True,
+    return subprocess.run([sys.executable, ROOT / folder / script, *arguments], check=True, capture_output=True,
                           text=True, timeout=300).stdout
 
 
@@ -44,6 +44,16 @@ def test_digits(tmp_path, data):
     pytest.importorskip("matplotlib")
     run("digits.py", data / "models/lenet_mnist", tmp_path / "out.png")
     assert is_drawn(tmp_path / "out.png")
+
+
+def test_limits():
+    """And docs/limits.md has a place for each table."""
+    said = run("limits.py", *(ROOT / "fastdtd/models").glob("*.png"), folder="benchmarks")
+    names = [line for line in said.splitlines() if line.startswith("limits.py ")]
+    assert names == [f"limits.py {name}" for name in ("classes", "objects", "biases", "ties", "first")]
+    page = (ROOT / "docs/limits.md").read_text()
+    assert all(f"<!-- table by benchmarks/{name} -->" in page for name in names)
+    assert "nan" not in said
 
 
 def test_gallery(tmp_path):

@@ -127,6 +127,34 @@ def test_what_targets_are_held_against_agrees_with_the_oracle(case, which):
         assert abs(e.sum[i] + e.absorbed[i] - e.explained[i]) <= 1e-5 * max(turnover, scale)
 
 
+@settings(many, max_examples=100)
+@given(st.booleans().flatmap(lambda signed: graphs_and_rules(signed=signed)), st.integers(1, 4), st.data())
+def test_relevance_through_channels_agrees_with_the_oracle(case, count, data):
+    graph, rules = case
+    describe(graph)
+    made, batch = explainer(graph, rules, threads=2), images(graph, count)
+    through = {}
+    for name in data.draw(st.lists(st.sampled_from(list(graph.shapes)[1:]), min_size=1, max_size=2, unique=True)):
+        channels = st.integers(0, graph.shapes[name][0] - 1)
+        through[name] = sorted(data.draw(st.lists(channels, min_size=1, max_size=4, unique=True)))
+    note(through)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        e = made(batch, through=through)
+    names = {name: rule.rule for name, rule in made.rules.items()}
+    for i, image in enumerate(batch):
+        relevance, scores, absorbed = naive.relevances(graph, image, e.target[i], names, None, through.items())
+        relevance = relevance["input"].reshape(graph.input_shape)
+        scale = max(1.0, np.abs(scores).max(), np.linalg.norm(relevance), *map(abs, absorbed.values()))
+        assert np.linalg.norm(e.relevance[i] - relevance) <= 1e-4 * scale
+        for name, lost in absorbed.items():
+            ours = e.cut[name.removeprefix("through ")] if name.startswith("through ") else e.ledger[name]
+            assert abs(ours[i] - lost) <= 1e-4 * scale
+        turnover = np.abs(e.relevance[i]).sum() + sum(abs(of[i]) for of in (*e.ledger.values(), *e.cut.values()))
+        assert abs(e.sum[i] + e.absorbed[i] + sum(of[i] for of in e.cut.values())
+                   - e.explained[i]) <= 1e-5 * max(turnover, scale)
+
+
 def mixed():
     """Two of three classes with positive scores, whose maps differ, over 3x3 convolutions by any algorithm."""
     rng = np.random.default_rng(5)
@@ -169,6 +197,39 @@ def test_held_against_classes():
     with pytest.warns(ExplanationWarning, match="nothing to decompose; the first is image 0, 'stone'"):
         e = made(batch, "stone", against="cat")
     np.testing.assert_allclose(e.relevance, -first.relevance, atol=2e-6 * size)
+
+
+def test_channels_add_up():
+    """What goes through each channel of a layer is, together, the whole; in any batch, and held against a class."""
+    graph = mixed()
+    made, batch = explainer(graph), images(graph, 3)
+    for options in ({}, {"against": 1}):
+        whole = made(batch, 0, **options)
+        parts = [made(batch, 0, through={"c1": list(range(rest, 32, 4))}, **options) for rest in range(4)]
+        size = np.abs(whole.relevance).max()
+        np.testing.assert_allclose(sum(part.relevance for part in parts), whole.relevance, atol=4e-6 * size)
+        for part in parts:
+            np.testing.assert_allclose(part.sum + part.cut["c1"], part.explained, rtol=1e-4)
+    one = made(batch, 0, through={"c1": 5})
+    assert (made(batch[1:2], 0, through={"c1": np.array([5])}).relevance[0] == one.relevance[1]).all()
+    kept = one.at("r1")
+    assert kept[:, 5].any()
+    assert not np.delete(kept, 5, 1).any()
+    np.testing.assert_allclose(kept[:, 5], made(batch, 0).at("r1")[:, 5], rtol=1e-6)
+    assert ", cut at c1 " in str(one)
+
+
+@pytest.mark.parametrize(("through", "message"), [
+    ({"conv9": 1}, "no layer 'conv9'; it has conv, relu"), ({"input": 0}, "no layer 'input'"),
+    ({"conv": 4}, "channel 4"),
+    ({"conv": []}, "no channels"), ({"conv": [True]}, "channel True"), ({"conv": "1"}, "channel '1'"),
+    (["conv"], "required: a mapping"), ({"conv": [0, -1]}, "channel -1"), ({"conv": 1.0}, "from 0 to 3"),
+])
+def test_no_such_channels(through, message):
+    with pytest.raises(InputError, match=message):
+        explainer(small())(images(small(), 1), through=through)
+    with pytest.raises(InputError, match="the rules derive"):
+        explainer(small(), "gradient")(images(small(), 1), through={"conv": 1})
 
 
 def test_held_against_all_others():

@@ -25,7 +25,7 @@ from fastdtd.lowering.blocks import MAX_TAPS
 from fastdtd.lowering.builder import Builder
 from fastdtd.protocols import AnyDevice
 from fastdtd.rules import Assignment
-from fastdtd.schedule import Schedule
+from fastdtd.schedule import Schedule, Through
 
 _LARGE_TENSORS = 1 << 16  # elements of what a layer reads and writes for an image
 
@@ -60,15 +60,17 @@ class Lowered:
     fused: Mapping[str, g.ReLU | g.Clip]
     locations: Mapping[str, Location]
 
-    def schedule(self, batch: int, workers: int = 1, observed: Sequence[str] = (), signed: bool = False) -> Schedule:
+    def schedule(self, batch: int, workers: int = 1, observed: Sequence[str] = (), signed: bool = False,
+                 through: Through = ()) -> Schedule:
         """The steps of an explanation of `batch` images by `workers` threads. Nothing is allocated but tables.
 
-        observed: tensors whose relevance is kept; signed: whether that of outputs may be negative whatever the rules.
+        observed: tensors whose relevance is kept; signed: whether that of outputs may be negative whatever the rules;
+        through: layers, and the channels of what they make that alone pass relevance on.
         """
         graph, kernels = self.graph, self.kernels
         assignment = replace(self.assignment, signed=frozenset(graph.shapes)) if signed else self.assignment
         b = Builder(graph, assignment, kernels, self.weights,
-                    separate_locations(graph) if observed else self.locations, self.fused, batch, workers)
+                    separate_locations(graph) if observed or through else self.locations, self.fused, batch, workers)
         fused = {layer.name for layer in self.fused.values()}
         layers = [layer for layer in graph if layer.name not in fused]
         first_late = _early_layers(graph, layers) if batch > 1 and kernels.CONVOLUTION == "blocked" else 0
@@ -84,8 +86,12 @@ class Lowered:
             for layer in reversed(layers):
                 b.layer = layer.name
                 result, _ = b.result(layer)
+                for name, channels in through:
+                    if name in (layer.name, result):
+                        _keep_relevance(b, f"came/{name}", result)
+                        b.clear_others(result, channels)
                 for name in dict.fromkeys(name for name in (layer.name, result) if name in observed):
-                    _observe(b, name, result)
+                    _keep_relevance(b, f"observed/{name}", result)
                 _FAMILIES[type(layer)][1](b, layer)
 
         b.touch(b.activation(INPUT), 0)
@@ -102,9 +108,9 @@ class Lowered:
             with b.alone(image, local):
                 backward(early)
         if INPUT in observed:
-            _observe(b, INPUT, INPUT)
+            _keep_relevance(b, f"observed/{INPUT}", INPUT)
         b.touch(b.factor(INPUT), len(b))
-        return b.finish(forward_steps, tuple(observed))
+        return b.finish(forward_steps, tuple(observed), through)
 
 
 def _early_layers(graph: Graph, layers: Sequence[Layer]) -> int:
@@ -161,9 +167,9 @@ def _check_window(layer: Layer, graph: Graph) -> None:
             f"{MAX_TAPS} elements are accepted, but for pools of the whole input. A dense layer has no such limit")
 
 
-def _observe(b: Builder, name: str, result: str) -> None:
-    """Write down the relevance of a tensor, which is that of `result`, once all its readers gave it theirs."""
-    x, c = b.activation(result), b.factor(result)
-    out = b.state(f"observed/{name}", b.graph.shapes[name], np.float32)
+def _keep_relevance(b: Builder, state: str, name: str) -> None:
+    """Write down the relevance of a tensor, once all its readers gave it theirs."""
+    x, c = b.activation(name), b.factor(name)
+    out = b.state(state, b.graph.shapes[name], np.float32)
     b.step(b.kernels.relevance_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,
-           relevance=b.carries_relevance(result))
+           relevance=b.carries_relevance(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fastdtd.kernels.signatures import SIGNATURES, name_of, parameters
 from fastdtd.lowering.aliasing import Intervals, Location
 from fastdtd.protocols import AnyDevice, BlockedDevice, Kernel
 from fastdtd.rules import Assignment, LayerRule
-from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tensor, View, lay_out
+from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tensor, Through, View, lay_out
 
 _Root = tuple[str, int | None]  # a tensor in whose memory others lie, and of which image it is, if of one alone
 ABSORBED = 3  # the saved tensor of what a neuron keeps, after those of its rule's terms
@@ -145,6 +146,16 @@ class Builder:
             self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=stop)
         return True
 
+    def clear_others(self, name: str, channels: Collection[int]) -> None:
+        """No relevance goes on from a tensor's other channels."""
+        location, (count, height, width) = self._locations[name], self.graph.shapes[name]
+        whole = self._view(location, self._factors, (location.elements, 1, 1))
+        edges = [-1, *sorted(channels), count]
+        for before, after in itertools.pairwise(edges):
+            if after - before > 1:
+                begin, end = (location.offset + at * height * width for at in (before + 1, after))
+                self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=end)
+
     def mark_written(self, name: str) -> None:
         location = self._locations[name]
         end = location.offset + math.prod(self.graph.shapes[name])
@@ -248,7 +259,7 @@ class Builder:
 
     # -- All of it
 
-    def finish(self, forward_steps: int, observed: tuple[str, ...]) -> Schedule:
+    def finish(self, forward_steps: int, observed: tuple[str, ...], through: Through) -> Schedule:
         ends = {"input": self.activation(INPUT), "output": self.activation(self.graph.output),
                 "start": self.factor(self.graph.output), "relevance": self.factor(INPUT)}
         alive = [i for i, (_, _, first, _) in enumerate(self._buffers) if first >= 0]
@@ -268,7 +279,8 @@ class Builder:
                               for i, lifetime, offset in zip(alive, lifetimes, offsets, strict=True)), size,
                         self._scratch,
                         self._states, **tensors, starts_with_relevance=self.carries_relevance(self.graph.output),
-                        ledger_layers=self.assignment.absorbers, observed=observed, margin=int(self.kernels.MARGIN))
+                        ledger_layers=self.assignment.absorbers, observed=observed, through=through,
+                        margin=int(self.kernels.MARGIN))
 
 
 def clip_bounds(layer: g.ReLU | g.Clip | g.LeakyReLU) -> tuple[float, float]:
