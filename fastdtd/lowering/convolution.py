@@ -31,7 +31,7 @@ class Packed:
 
 def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int) -> Packed:
     """precision: of products on tensor cores, where there are any."""
-    rule, carries = assignment.rules[layer.name], layer.inputs[0] in assignment.carriers
+    rule, carries = assignment.of(layer), layer.inputs[0] in assignment.carriers
 
     def forward(term: Term) -> Forward:
         if kernels.CONVOLUTION == "implicit":
