@@ -410,8 +410,8 @@ class Multiply(Layer):
     def output_shape(self, shapes: list[Shape]) -> Shape:
         (channels, height, width), gate = shapes
         if gate not in ((channels, height, width), (channels, 1, 1), (1, height, width), (1, 1, 1)):
-            self._refuse(f"multiplies {shape_text(shapes[0])} by a gate of shape {shape_text(gate)}; required: the same "
-                         f"shape, {channels}x1x1 or 1x{height}x{width}")
+            self._refuse(f"multiplies {shape_text(shapes[0])} by a gate of shape {shape_text(gate)}; required: the "
+                         f"same shape, {channels}x1x1 or 1x{height}x{width}")
         return shapes[0]
 
 

@@ -267,7 +267,8 @@ def _setting(field: str, value: list[Any], where: str) -> Any:
     if field in _NUMBERS and len(value) == 1 and isinstance(value[0], (int, float)):
         return float(value[0])
     wanted = {"padding": "1, 2 or 4 integers", "groups": "1 integer", "size": "1 integer", "ceil_mode": "0 or 1",
-              "count_include_pad": "0 or 1", "within_channel": "0 or 1", "function": "1 string", **dict.fromkeys(_NUMBERS, "1 number")}
+              "count_include_pad": "0 or 1", "within_channel": "0 or 1", "function": "1 string",
+              **dict.fromkeys(_NUMBERS, "1 number")}
     raise ModelError(f"{where} has {field} {hdf5.shown(value)}; required: {wanted.get(field, '1 or 2 integers')}")
 
 

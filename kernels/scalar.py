@@ -39,7 +39,6 @@ from fastdtd.kernels.codes import (
     HARD_SIGMOID,
     HARD_SWISH,
     IGNORED,
-    MISH,
     NEGATED,
     NONNEGATIVE,
     ONES,
@@ -352,7 +351,7 @@ def gate(a, function, alpha, beta):
         square = a * a
         s = sigmoid(a * (_GELU_1 + _GELU_3 * square))
         return s, s * (ONE - s) * (_GELU_1 + _THREE * _GELU_3 * square)
-    e = exp(min(a, _TWENTY))  # MISH: tanh(log(1 + e)), which is 1 long before 20
+    e = exp(min(a, _TWENTY))  # Mish: tanh(log(1 + e)), which is 1 long before 20
     n = e * (e + TWO)
     s = n / (n + TWO)
     return s, (ONE - s) * (ONE + s) * (e / (ONE + e))

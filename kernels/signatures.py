@@ -60,7 +60,7 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "power_forward": "x ratio a x_channel a_channel exponent derivative",
     "nonlinearity_forward": "x ratio a x_channel a_channel function alpha beta derivative",
     "multiply_forward": "x a b x_channel a_channel b_channel channels gate_channels",
-    "multiply_redistribute": f"c_in c b c_in_channel c_channel b_channel channels gate_channels share relevance "
+    "multiply_redistribute": "c_in c b c_in_channel c_channel b_channel channels gate_channels share relevance "
                              "derivative accumulate",
     "gate_redistribute": f"c_in c a {_CHANNELS} channels gate_channels share relevance derivative accumulate",
     "rearrange_forward": "x a index x_channel a_channel",

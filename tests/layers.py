@@ -387,8 +387,8 @@ TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
         draw=elementwise(g.Activation, lambda net: net.one_of(ACTIVATIONS), lambda made: not made.is_zero_at_zero),
         in_peers=False),
     "multiply": Entry(
-        {"own shape": layer(g.Multiply, SMALL, inputs=2),
-         "by channel": layer(g.Multiply, SMALL, inputs=2, second=(4, 1, 1)),
+        {"by channel": layer(g.Multiply, SMALL, inputs=2, second=(4, 1, 1)),
+         "own shape": layer(g.Multiply, SMALL, inputs=2),
          "by pixel": layer(g.Multiply, (3, 4, 9), inputs=2, second=(1, 4, 9)),
          "by one number": layer(g.Multiply, (3, 2, 2), inputs=2, second=(1, 1, 1)),
          "flat": layer(g.Multiply, (5, 1, 1), inputs=2)},

@@ -13,8 +13,8 @@ from fastdtd.graph import Graph
 from fastdtd.kernels import codes
 from fastdtd.lowering import linear
 from fastdtd.lowering.builder import Builder, clip_bounds, read_only
-from fastdtd.protocols import Device
-from fastdtd.rules import Term
+from fastdtd.protocols import Device, Kernel
+from fastdtd.rules import LayerRule, Term
 
 Piecewise = g.ReLU | g.Clip | g.LeakyReLU
 Join = g.Concat | g.Flatten
@@ -101,24 +101,25 @@ def multiply_forward(b: Builder, layer: g.Multiply) -> None:
 
 
 def multiply_backward(b: Builder, layer: g.Multiply) -> None:
-    rule, (source, gate) = b.rule(layer), layer.inputs
+    rule, (value, gate) = b.rule(layer), layer.inputs
     assert rule is not None
-    c, a, s = b.factor(layer.name), b.activation(source), b.activation(gate)
-    common: dict[str, Any] = {
-        "c": c, "c_channel": c.channel, "channels": a.channels, "gate_channels": s.channels,
-        "share": 0.5 if rule.name == "half" else 1.0, "derivative": b.derives
-    }
-    accumulate = b.accumulates(source)
-    c_in = b.factor(source)
-    b.step(b.kernels.multiply_redistribute, b.batch * a.channels, c_in=c_in, b=s, c_in_channel=c_in.channel,
-           b_channel=s.channel, relevance=b.carries_relevance(source) and not b.derives, accumulate=accumulate,
-           **common)
+    sums = b.graph.shapes[gate] != b.graph.shapes[value]
+    _factor_backward(b, layer, value, gate, b.kernels.multiply_redistribute, rule)
     if rule.name != "hold":
-        accumulate = b.accumulates(gate)
-        c_in = b.factor(gate)
-        b.step(b.kernels.gate_redistribute, b.batch * s.channels, c_in=c_in, a=a, c_in_channel=c_in.channel,
-               a_channel=a.channel, relevance=b.carries_relevance(gate) and not b.derives, accumulate=accumulate,
-               **common)
+        kernel = b.kernels.gate_redistribute if sums else b.kernels.multiply_redistribute
+        _factor_backward(b, layer, gate, value, kernel, rule)
+
+
+def _factor_backward(b: Builder, layer: g.Multiply, source: str, other: str, kernel: Kernel, rule: LayerRule) -> None:
+    """What one of the factors gets."""
+    accumulate = b.accumulates(source)
+    c_in, c, held = b.factor(source), b.factor(layer.name), b.activation(other)
+    name = "a" if kernel is b.kernels.gate_redistribute else "b"
+    named: dict[str, Any] = {name: held, f"{name}_channel": held.channel}
+    b.step(kernel, b.batch * c_in.channels, c_in=c_in, c=c, c_in_channel=c_in.channel, c_channel=c.channel,
+           channels=c.channels, gate_channels=b.graph.shapes[layer.inputs[1]][0],
+           share=0.5 if rule.name == "half" else 1.0, relevance=b.carries_relevance(source) and not b.derives,
+           derivative=b.derives, accumulate=accumulate, **named)
 
 
 # ---- What only moves elements ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fastdtd.rules.rule import (
 )
 
 __all__ = [
-    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "PRODUCT_RULES", "Assignment",
+    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "PRODUCT_RULES",
+    "Assignment",
     "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain", "search_direction",
 ]

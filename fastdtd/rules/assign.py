@@ -139,9 +139,10 @@ def _held(graph: Graph, chosen: dict[str, Rule]) -> frozenset[str]:
     return frozenset(layer.name for layer in graph if layer.name not in explained)
 
 
-def _explained_inputs(layer: Layer, rule: Rule | None) -> tuple[str, ...]:
+def _explained_inputs(layer: Layer, rule: Rule | LayerRule | None) -> tuple[str, ...]:
     """What a layer gives relevance to."""
-    return layer.inputs[:1] if isinstance(layer, Multiply) and rule is not None and rule.name == "hold" else layer.inputs
+    holds = isinstance(layer, Multiply) and rule is not None and rule.name == "hold"
+    return layer.inputs[:1] if holds else layer.inputs
 
 
 def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
@@ -305,7 +306,7 @@ def _signed(layers: list[Layer], rules: dict[str, LayerRule]) -> frozenset[str]:
     for layer in reversed(layers):
         rule = rules.get(layer.name)
         if layer.name in signed or (rule is not None and rule.makes_negative):
-            signed.update(_explained_inputs(layer, rule and rule.rule))
+            signed.update(_explained_inputs(layer, rule))
     return frozenset(signed)
 
 
@@ -324,7 +325,7 @@ def _carriers(layers: list[Layer], rules: dict[str, LayerRule]) -> set[str]:
         if (rule is not None and rule.needs_relevance) or (isinstance(layer, Activation) and not layer.is_zero_at_zero):
             carriers.update(layer.inputs)
         if rule is None or not rule.terms:
-            for name in _explained_inputs(layer, rule and rule.rule):
+            for name in _explained_inputs(layer, rule):
                 joined[name].add(layer.name)
                 joined[layer.name].add(name)
     waiting = list(carriers)

@@ -320,7 +320,7 @@ def multiply_redistribute(c_in, c, b, c_in_channel, c_channel, b_channel, channe
 @kernel
 def gate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, gate_channels, share, relevance,
                       derivative, accumulate, first, last):
-    """What the gate of a product gets: c_in <- the sum of share * |a| * c over all that each of its values multiplies.
+    """What a gate gets that has one value for several elements of a: c_in <- the sum of share * |a| * c over them.
 
     Units are channels of the gate.
     """
@@ -332,6 +332,7 @@ def gate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, 
         if not accumulate:
             for i in range(gate_positions):
                 out[i] = ZERO
+        total = ZERO_SUM
         for channel in range(k, channels, gate_channels):
             factor = span(flat_c, (n * c.shape[1] + c_channel + channel) * positions, positions)
             value = span(flat_a, (n * a.shape[1] + a_channel + channel) * positions, positions)
@@ -339,10 +340,10 @@ def gate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, 
                 for i in range(positions):
                     out[i] += share * gated(factor[i], value[i], relevance, derivative)
             else:
-                total = ZERO
                 for i in range(positions):
-                    total += gated(factor[i], value[i], relevance, derivative)
-                out[0] += share * total
+                    total += np.float64(gated(factor[i], value[i], relevance, derivative))
+        if gate_positions != positions:
+            out[0] += share * np.float32(total)
 
 
 @kernel
