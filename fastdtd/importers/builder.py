@@ -324,8 +324,8 @@ class Builder(Moves):
         if self.is_gate(x) and not (self.is_gate(y) and x.elements > y.elements):
             x, y = y, x
         if not self.is_gate(y):
-            self.refuse(f"multiplies tensors {x} and {y} that are computed, and neither is a gate; required: a sigmoid "
-                        "or hard sigmoid as one of the two, or a constant")
+            self.refuse(f"multiplies two tensors that are computed, {x} and {y}; required: a gate as one of them, a "
+                        "sigmoid or hard sigmoid, or a constant")
         if x.rank != y.rank or any(n != m and 1 not in (n, m) for n, m in zip(x.dims, y.dims, strict=True)):
             self.refuse(f"multiplies tensors {x} and {y}; required: shapes that broadcast, of as many axes")
         if self.have_one_view(x, y):

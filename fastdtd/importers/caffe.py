@@ -474,12 +474,12 @@ def _same(_: Builder, node: Node) -> Tensor:
 
 OPERATORS: dict[str, Callable[[Builder, Node], Tensor | list[Tensor]]] = {
     "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Deconvolution": _convolution,
-    "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten, "InnerProduct": _inner_product, "LRN": _lrn,
+    "Dropout": _same, "ELU": lambda b, node: b.activation(node.tensor(), "elu", alpha=node.proto.elu_param.alpha),
+    "Eltwise": _eltwise, "Flatten": _flatten, "InnerProduct": _inner_product, "LRN": _lrn,
     "PReLU": _prelu, "Permute": _permute, "Pooling": _pooling, "Power": _power,
     "ReLU": lambda b, node: b.leaky_relu(node.tensor(), node.proto.relu_param.negative_slope),
     "Reshape": _reshape, "Scale": _scale, "Sigmoid": lambda b, node: b.activation(node.tensor(), "sigmoid"),
     "Slice": _slice, "Softmax": _softmax, "Split": _same,
-    "ELU": lambda b, node: b.activation(node.tensor(), "elu", alpha=node.proto.elu_param.alpha),
     "TanH": lambda b, node: b.activation(node.tensor(), "tanh"),
 }
 _SKIPPED = {"input", "accuracy", "silence", "softmaxwithloss", "softmaxloss"}  # they make no output of the network

@@ -8,7 +8,7 @@ these are compared with those of the functions that layers have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from fastdtd import graph
 from fastdtd.graph import ACTIVATIONS, Layer
 from fastdtd.importers.builder import Builder
-from fastdtd.importers.moves import Array
+from fastdtd.importers.moves import Array, Node
 from fastdtd.importers.tensors import Tensor
 
 _GRID = np.concatenate([np.linspace(-8, 8, 97), [-0.01, 0.01, -20.0, 20.0]])
@@ -32,18 +32,20 @@ class Curve:
     """A function of each element of a tensor: its values where the tensor has those of the grid.
 
     of : the tensors that it can be said of, by layer, the nearest first, with these values
+    node : what made it
     """
 
     of: Mapping[str, tuple[Tensor, Array]]
+    node: Node
 
     @property
     def view(self) -> Tensor:
         """A tensor of as many elements."""
         return next(iter(self.of.values()))[0]
 
-    def map(self, function: Callable[[Array], Array]) -> Curve:
+    def map(self, b: Builder, function: Callable[[Array], Array]) -> Curve:
         """function(curve), element by element."""
-        return Curve({name: (x, function(values)) for name, (x, values) in self.of.items()})
+        return Curve({name: (x, function(values)) for name, (x, values) in self.of.items()}, b.node)
 
 
 def curve_of(b: Builder, x: Tensor | Curve) -> Curve:
@@ -62,17 +64,18 @@ def curve_of(b: Builder, x: Tensor | Curve) -> Curve:
             values = each(values)
         found[x.layer] = x, values
     b.budget.step(b.node, len(_GRID) * len(found))
-    return Curve(found)
+    return Curve(found, b.node)
 
 
-def combined(b: Builder, x: Tensor | Curve, y: Tensor | Curve, function: Callable[[Array, Array], Array]
-             ) -> Curve | None:
-    """function(x, y), where both are functions of one tensor's elements."""
-    ours, theirs = curve_of(b, x).of, curve_of(b, y).of
-    common = [name for name in ours if name in theirs and b.have_one_view(ours[name][0], theirs[name][0])]
+def combined(b: Builder, parts: Sequence[Tensor | Curve], function: Callable[..., Array]) -> Curve | None:
+    """function(*parts), where all are functions of one tensor's elements; else None."""
+    first, *others = (curve_of(b, part).of for part in parts)
+    common = [name for name in first
+              if all(name in other and b.have_one_view(first[name][0], other[name][0]) for other in others)]
     if not common:
         return None
-    return Curve({name: (ours[name][0], function(ours[name][1], theirs[name][1])) for name in common})
+    made = {name: (first[name][0], function(*(curve[name][1] for curve in (first, *others)))) for name in common}
+    return Curve(made, b.node)
 
 
 def recognized(curve: Curve) -> tuple[Tensor, str, dict[str, float], float] | None:
@@ -91,12 +94,12 @@ def recognized(curve: Curve) -> tuple[Tensor, str, dict[str, float], float] | No
 def as_activation(b: Builder, curve: Curve) -> Tensor:
     """The layer that computes a curve."""
     found = recognized(curve)
-    if found is None:
-        b.refuse("makes a function of one tensor that is unknown; required: one of "
-                 f"{', '.join(ACTIVATIONS)}, or a gate, the product of a tensor and a sigmoid of another")
-    x, name, fields, factor = found
-    made = b.activation(x, name, "" if factor == 1 else "/activation", **fields)
-    return made if factor == 1 else b.affine(made, scale=factor)
+    with b.at(curve.node):
+        if found is None:
+            b.refuse(f"makes a function of each element that no layer has; required: one of {', '.join(ACTIVATIONS)}")
+        x, name, fields, factor = found
+        made = b.activation(x, name, "" if factor == 1 else "/activation", **fields)
+        return made if factor == 1 else b.affine(made, scale=factor)
 
 
 def reference(name: str, **fields: float) -> Callable[[Array], Array]:

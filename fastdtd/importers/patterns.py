@@ -10,13 +10,13 @@ values are `Squares` and `Sign`; the functions here take them as well as tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastdtd.graph import Power, ReLU
+from fastdtd.graph import Clip, Power, ReLU
 from fastdtd.importers import curves
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.curves import Curve
@@ -145,30 +145,49 @@ def moving(function: Callable[[Builder, Any, Tensor], Tensor]) -> Callable[[Buil
 def activation(b: Builder, x: Any, function: str, **fields: Any) -> Tensor | Curve:
     """One of `graph.ACTIVATIONS`."""
     if isinstance(x, Curve):
-        return x.map(curves.reference(function, **fields))
+        return x.map(b, curves.reference(function, **fields))
     return b.activation(as_tensor(b, x), function, **fields)
 
 
 def curve(b: Builder, x: Any, function: Callable[[Array], Array]) -> Curve:
     """A function that no layer has, of a tensor: it has to become part of one that a layer has."""
-    return curves.curve_of(b, x if isinstance(x, Curve) else as_tensor(b, x)).map(function)
+    return curves.curve_of(b, x if isinstance(x, Curve) else as_tensor(b, x)).map(b, function)
 
 
-def _with_number(x: Any, y: Any, function: Callable[[Array, Array], Array]) -> Curve | None:
+def _with_number(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], Array]) -> Curve | None:
     """function(x, y) of a curve and a number."""
     if isinstance(x, Curve) and not isinstance(y, COMPUTED) and np.size(y) == 1:
-        return x.map(lambda values: function(values, np.asarray(y, np.float64).reshape(1)))
+        return x.map(b, lambda values: function(values, np.asarray(y, np.float64).reshape(1)))
     if isinstance(y, Curve) and not isinstance(x, COMPUTED) and np.size(x) == 1:
-        return y.map(lambda values: function(np.asarray(x, np.float64).reshape(1), values))
+        return y.map(b, lambda values: function(np.asarray(x, np.float64).reshape(1), values))
     return None
 
 
-def _of_one(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], Array]) -> Curve | None:
-    """function(x, y) of two functions of one tensor's elements."""
-    if isinstance(x, Sign) or isinstance(y, Sign):
+def _of_one(b: Builder, parts: Sequence[Any], function: Callable[..., Array]) -> Curve | None:
+    """function(*parts) of functions of one tensor's elements; None where they are none."""
+    return curves.combined(b, [one if isinstance(one, Curve) else as_tensor(b, one) for one in parts], function)
+
+
+def chosen(b: Builder, condition: Any, x: Any, y: Any) -> Curve:
+    """x where the condition holds, else y: PyTorch's softplus is x itself from a threshold on."""
+    made = _of_one(b, (condition, x, y), np.where) if isinstance(condition, Curve) else None
+    return b.refuse("chooses among what is computed; required: functions of one tensor") if made is None else made
+
+
+def greater(b: Builder, x: Any, y: Any) -> Curve:
+    """Whether x > y, where that is a part of an activation."""
+    if isinstance(x, COMPUTED) and not isinstance(y, COMPUTED) and np.size(y) == 1:
+        return curve(b, x, lambda values: values > np.reshape(y, 1))
+    return b.refuse("compares what is computed; required: a tensor and one number")
+
+
+def _scaled_clip(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], Array]) -> Curve | None:
+    """relu6(x + 3) / 6."""
+    if not isinstance(x, Tensor) or isinstance(y, COMPUTED) or not isinstance(b.layers.get(x.layer), Clip):
         return None
-    x, y = (one if isinstance(one, Curve) else as_tensor(b, one) for one in (x, y))
-    return curves.combined(b, x, y, function)
+    made = _with_number(b, curves.curve_of(b, x), y, function)
+    found = None if made is None else curves.recognized(made)
+    return made if found is not None and found[1] == "hard_sigmoid" and found[3] == 1 else None
 
 
 def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | Curve:
@@ -176,10 +195,10 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | 
     def add(one: Array, other: Array) -> Array:
         return one + factor * other
 
-    if (made := _with_number(x, y, add)) is not None:
+    if (made := _with_number(b, x, y, add)) is not None:
         return made
     if isinstance(x, COMPUTED) and isinstance(y, COMPUTED) and (isinstance(x, Curve) or isinstance(y, Curve)) and (
-            made := _of_one(b, x, y, add)) is not None:
+            made := _of_one(b, (x, y), add)) is not None:
         return made
     if not isinstance(x, COMPUTED):
         return b.affine(as_tensor(b, y), scale=float(factor), shift=x)
@@ -195,8 +214,10 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | 
 def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Curve:
     """x * y: of a tensor and a constant, a square, what a pool by the p-norm is written with, a part of an activation,
     or a gate."""
-    if (made := _with_number(x, y, np.multiply)) is not None:
-        return made
+    for one, other in ((x, y), (y, x)):
+        made = _with_number(b, one, other, np.multiply) or _scaled_clip(b, one, other, np.multiply)
+        if made is not None:
+            return made
     for one, other in ((x, y), (y, x)):
         if isinstance(other, COMPUTED):
             if isinstance(one, Sign) and isinstance(other, Tensor) and _is_magnitude(b, other, one.of):
@@ -207,12 +228,14 @@ def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Curve:
             return b.affine(as_tensor(b, one), scale=other)
     if isinstance(x, Tensor) and isinstance(y, Tensor) and b.are_same(x, y):
         return Squares(x, x)
-    made = _of_one(b, x, y, np.multiply)
-    is_activation = made is not None and curves.recognized(made) is not None
-    if made is not None and (is_activation or not all(isinstance(one, Tensor) for one in (x, y))):
+    if isinstance(x, Sign) or isinstance(y, Sign):
+        b.refuse("multiplies two tensors that are computed, one of them the sign of a tensor; required: the sign times "
+                 "the magnitude, in a pool by the p-norm")
+    made = _of_one(b, (x, y), np.multiply)
+    if made is not None and curves.recognized(made) is not None:
         return made
-    x, y = as_tensor(b, x), as_tensor(b, y)
-    return made if made is not None and not (b.is_gate(x) or b.is_gate(y)) else b.gated(x, y)
+    is_gated = isinstance(x, Tensor) and isinstance(y, Tensor) and (b.is_gate(x) or b.is_gate(y))
+    return made if made is not None and not is_gated else b.gated(as_tensor(b, x), as_tensor(b, y))
 
 
 def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
@@ -226,9 +249,10 @@ def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
 
 def divided(b: Builder, x: Any, y: Any) -> Tensor | Curve:
     """x / y, by a constant, by what a local response normalisation divides by, or as a part of an activation."""
-    if (made := _with_number(x, y, np.divide)) is not None:
+    made = _with_number(b, x, y, np.divide) or _scaled_clip(b, x, y, np.divide)
+    if made is not None:
         return made
-    if isinstance(y, Curve) and isinstance(x, COMPUTED) and (made := _of_one(b, x, y, np.divide)) is not None:
+    if isinstance(y, Curve) and isinstance(x, COMPUTED) and (made := _of_one(b, (x, y), np.divide)) is not None:
         return made
     if isinstance(x, Tensor) and isinstance(y, Squares):
         if not y.size or y.bias is None or not b.are_same(y.of, x) or not b.are_same(y.view, x):
@@ -250,13 +274,13 @@ def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor | Curve:
 
 
 def clip(b: Builder, x: Any, low: float, high: float) -> Tensor | Curve:
-    return x.map(lambda values: np.clip(values, low, high)) if isinstance(x, Curve) else b.clip(
+    return x.map(b, lambda values: np.clip(values, low, high)) if isinstance(x, Curve) else b.clip(
         as_tensor(b, x), low, high)
 
 
 def power(b: Builder, x: Tensor | Squares | Curve, exponent: float) -> Tensor | Squares | Curve:
     if isinstance(x, Curve):
-        return x.map(lambda values: values**exponent)
+        return x.map(b, lambda values: values**exponent)
     if isinstance(x, Squares) and x.size and x.beta is None:
         return replace(x, beta=exponent)
     x = as_tensor(b, x)

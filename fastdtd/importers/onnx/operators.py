@@ -424,6 +424,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Log": lambda b, node: patterns.curve(b, node.pointwise(), np.log),
     "Div": lambda b, node: patterns.divided(b, node.operand(0), node.operand(1)), "Dropout": _dropout,
     "Expand": _expand, "Flatten": _flatten,
+    "Greater": lambda b, node: patterns.greater(b, node.operand(0), node.operand(1)),
     "Gather": lambda b, node: b.take(node.tensor(), node.integer("axis", 0), node.constant(1)), "Gemm": _gemm,
     "GlobalAveragePool": _global_pool, "GlobalLpPool": _norm_pool, "GlobalMaxPool": _global_pool,
     "Identity": lambda _, node: node.value(0), "If": _if, "LRN": _lrn,
@@ -441,6 +442,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
     "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
     "Transpose": moving(_transpose), "Unsqueeze": moving(_squeeze), "Upsample": _resize,
+    "Where": lambda b, node: patterns.chosen(b, *map(node.operand, range(3))),
     **dict.fromkeys(_ACTIVATIONS, _activation),
 }
 
