@@ -152,7 +152,7 @@ def test_weights_beside_the_file(tmp_path):
 NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
     "resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3", "squeezenet1_1",
     "shufflenet_v2_x1_0",
-    "regnet_x_400mf")}}
+    "regnet_x_400mf", "regnet_y_400mf", "efficientnet_b0", "mobilenet_v3_small")}}
 
 
 def network(name):
