@@ -157,6 +157,19 @@ def test_caffe_prelu(convert_text, is_shared):
     np.testing.assert_allclose(made(graph), np.where(X > 0, X, X * slope.reshape(-1, 1, 1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("text", "expected"), [
+    (layer("f", "ELU", "x", "t", "elu_param { alpha: 0.5 }"), np.where(X > 0, X, 0.5 * np.expm1(X))),
+    (layer("f", "ELU", "x", "t"), np.where(X > 0, X, np.expm1(X))), (layer("f", "TanH", "x", "t"), np.tanh(X)),
+    (layer("f", "Sigmoid", "x", "t"), 1 / (1 + np.exp(-X))),
+    (layer("s", "Sigmoid", "x", "s") + layer("f", "Eltwise", "x s", "t", "eltwise_param { operation: PROD }"),
+     X / (1 + np.exp(-X))),
+    (layer("r", "ReLU", "x", "r") + layer("h", "TanH", "x", "h") + layer("s", "Sigmoid", "h", "s")
+     + layer("f", "Eltwise", "s r", "t", "eltwise_param { operation: PROD }"),
+     np.maximum(X, 0) / (1 + np.exp(-np.tanh(X))))])
+def test_caffe_activations_and_gates(convert_text, text, expected):
+    np.testing.assert_allclose(made(convert_text(text + GLOBAL).graph), expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(("parameters", "expected"), [
     ("power: 2 scale: 0.5 shift: 1", (1 + 0.5 * X)**2), ("scale: 0.5", X / 2), ("shift: -3", X - 3), ("power: 2", X**2),
     ("", X)])

@@ -105,6 +105,44 @@ def test_activations(tmp_path, activation, expected):
                                                                                      else [expected])
 
 
+@pytest.mark.parametrize(("activation", "expected"), [
+    ("swish", ("silu", 1, None)), ("silu", ("silu", 1, None)), ("hard_silu", ("hard_swish", 1 / 6, 0.5)),
+    ("gelu", ("gelu", None, None)), ("elu", ("elu", 1, 1)), ("selu", ("elu", 1.6732632423543772, 1.0507009873554805)),
+    ("mish", ("mish", None, None)), ("softplus", ("softplus", None, None)), ("tanh", ("tanh", None, None)),
+    ("sigmoid", ("sigmoid", None, None)), ("hard_sigmoid", ("hard_sigmoid", 1 / 6, 0.5)),
+    ({"module": "keras.layers", "class_name": "ELU", "config": {"name": "a", "alpha": 0.5}}, ("elu", 0.5, 1)),
+])
+def test_smooth_activations(tmp_path, activation, expected):
+    graph = convert(keras_file(tmp_path, CONVOLUTION, layer("Activation", "act", activation=activation))).graph
+    made, = (one for one in graph if isinstance(one, g.Activation))
+    assert (made.function, made.alpha, made.beta) == expected
+
+
+@pytest.mark.parametrize(("version", "slope"), [("2.14.0", 0.2), ("3.3.3", 1 / 6), (None, 1 / 6)])
+def test_the_hard_sigmoid_of_a_version(tmp_path, version, slope):
+    file = legacy_file(tmp_path, {}, layer("Activation", "act", activation="hard_sigmoid"), keras_version=version)
+    assert convert(file).graph.layers[0].alpha == slope
+
+
+def test_squeeze_and_excitation(tmp_path):
+    """As keras.applications writes it: a pool, a reshape, dense layers by convolution, and a product."""
+    entries = [layer("InputLayer", "x", batch_shape=[None, 6, 5, 2]) | {"inbound_nodes": []}]
+    for one, *sources in (
+            (layer("GlobalAveragePooling2D", "squeeze"), "x"),
+            (layer("Reshape", "one", target_shape=[1, 1, 2]), "squeeze"),
+            (layer("Conv2D", "conv", filters=2, kernel_size=[1, 1], activation="sigmoid"), "one"),
+            (layer("Multiply", "excite"), "x", "conv"), (layer("GlobalAveragePooling2D", "pool"), "excite")):
+        entries.append(one | {"inbound_nodes": [[[source, 0, 0, {}] for source in sources]]})
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": entries, "input_layers": [["x", 0, 0]],
+                                                     "output_layers": [["pool", 0, 0]]}}
+    weights = {"layers/conv2d/vars/0": numbers(1, 1, 2, 2), "layers/conv2d/vars/1": numbers(2)}
+    graph = convert(keras_file(tmp_path, config=config, weights=weights)).graph
+    assert [(type(one), graph.shapes[one.name]) for one in graph] == [
+        (g.GlobalAveragePool, (2, 1, 1)), (g.Conv2d, (2, 1, 1)), (g.Activation, (2, 1, 1)), (g.Multiply, (2, 6, 5)),
+        (g.GlobalAveragePool, (2, 1, 1))]
+    assert graph.layers[3].inputs == ("input", "conv/activation")
+
+
 @pytest.mark.parametrize(("settings", "expected"), [
     ({}, [g.ReLU]), ({"max_value": 2.5}, [g.Clip]), ({"negative_slope": 0.5}, [g.LeakyReLU]),
     ({"negative_slope": [0.5]}, [g.LeakyReLU]),

@@ -65,7 +65,7 @@ _ZENNIT_EPSILON = Rule("epsilon", epsilon=1e-6)
 _INNVESTIGATE = _table(_ALPHA_1_BETA_0, _ALPHA_1_BETA_0, Rule("flat"))
 _INNVESTIGATE_REFUSES: dict[type[Layer], str] = {
     Add: "an addition, to both inputs of which iNNvestigate passes all relevance, so that it doubles",
-    Multiply: "a product, which iNNvestigate does not explain",
+    Multiply: "a product of computed tensors, for which iNNvestigate has no rule",
     Activation: "no ReLU, for which alone iNNvestigate's deep Taylor is made",
 }
 _CAPTUM_REFUSES: dict[type[Layer], str] = {
