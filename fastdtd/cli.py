@@ -862,7 +862,7 @@ def _show(options: argparse.Namespace) -> int:
 
     model = model_file.load(options.model)
     graph, p = model.graph, model.preprocessing
-    rules = assign(graph, _rules(options)).rules
+    assignment = assign(graph, _rules(options))
 
     def size(name: str) -> str:
         return "x".join(map(str, graph.shapes[name][:1 if graph.shapes[name][1:] == (1, 1) else 3]))
@@ -871,10 +871,11 @@ def _show(options: argparse.Namespace) -> int:
             ("input", "", "", size("input"), "", "", "")]
     for layer in graph:
         count = sum(getattr(layer, field).size for field in layer.arrays if getattr(layer, field) is not None)
-        rule = rules.get(layer.name)
+        rule = assignment.rules.get(layer.name)
+        told = "held constant" if layer.name in assignment.held else str(rule.rule) if rule else ""
         rows.append(
             (layer.name, type(layer).__name__, ", ".join(layer.inputs), size(layer.name), f"{count:,}" if count else "",
-             str(input_domain(graph, layer)) if rule else "", str(rule.rule) if rule else ""))
+             str(input_domain(graph, layer)) if rule else "", told))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print(printable("  ".join(f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}"
@@ -901,7 +902,7 @@ def _list_rules(_: argparse.Namespace) -> int:
         "Presets (--rules):": {name: preset.text for name, preset in rules.PRESETS.items()},
         "Rules of convolutions, dense layers, average pools and additions (--rule); they redistribute relevance": rules.
         LINEAR_RULES, "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
-        "What a rule's bias can be:": rules.BIASES,
+        "Of products with a gate:": rules.PRODUCT_RULES, "What a rule's bias can be:": rules.BIASES,
     }
     width = max(len(name) for table in tables.values() for name in table)
     for title, table in tables.items():

@@ -16,12 +16,14 @@ import numpy as np
 
 from fastdtd.errors import ModelError, shown
 from fastdtd.layers import (
+    ACTIVATIONS,
     LAYER_TYPES,
     MAX_CONVOLUTION_STRIDE,
     MAX_LAYERS,
     MAX_PADDING,
     MAX_TENSOR_ELEMENTS,
     MAX_WEIGHT_ELEMENTS,
+    Activation,
     Add,
     Array,
     AveragePool2d,
@@ -37,6 +39,7 @@ from fastdtd.layers import (
     LeakyReLU,
     LocalResponseNorm,
     MaxPool2d,
+    Multiply,
     Pool2d,
     Power,
     Rearrange,
@@ -47,10 +50,10 @@ from fastdtd.layers import (
 )
 
 __all__ = [
-    "INPUT", "LAYER_TYPES", "MAX_CONVOLUTION_STRIDE", "MAX_LAYERS", "MAX_PADDING", "MAX_TENSOR_ELEMENTS",
-    "MAX_WEIGHT_ELEMENTS", "Add", "Array", "AveragePool2d", "BatchNorm", "Clip", "Concat", "Conv2d", "Dense",
-    "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "Layer", "LeakyReLU", "LocalResponseNorm",
-    "MaxPool2d", "Pool2d", "Power", "ReLU", "Rearrange", "Shape", "Softmax",
+    "ACTIVATIONS", "INPUT", "LAYER_TYPES", "MAX_CONVOLUTION_STRIDE", "MAX_LAYERS", "MAX_PADDING", "MAX_TENSOR_ELEMENTS",
+    "MAX_WEIGHT_ELEMENTS", "Activation", "Add", "Array", "AveragePool2d", "BatchNorm", "Clip", "Concat", "Conv2d",
+    "Dense", "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "Layer", "LeakyReLU", "LocalResponseNorm",
+    "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange", "Shape", "Softmax",
 ]
 
 INPUT = "input"
@@ -180,6 +183,10 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
             return Domain(hidden=True, nonnegative=layer.low >= 0 or inputs[0].nonnegative)
         case Power():
             return Domain(hidden=True, nonnegative=True)
+        case Activation():
+            return Domain(hidden=True, nonnegative=not layer.is_zero_at_zero or inputs[0].nonnegative)
+        case Multiply():
+            return Domain(hidden=True, nonnegative=all(d.nonnegative for d in inputs))
         case LocalResponseNorm() | LeakyReLU():
             return Domain(hidden=True, nonnegative=inputs[0].nonnegative)
         case Rearrange():

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd.errors import ModelError
+from fastdtd.errors import ModelError, shown
 
 MAX_TENSOR_ELEMENTS = 2**28  # one tensor of one image: 1 GiB of float32; larger claims are taken for damage or attack
 MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
@@ -236,6 +236,60 @@ class Power(Layer):
             self._refuse(f"has exponent {self.exponent:g}; required: above 0, at most {_MAX_EXPONENT}")
 
 
+ACTIVATIONS: dict[str, dict[str, float]] = {
+    "elu": {"alpha": 1.0, "beta": 1.0},
+    "gelu": {},
+    "gelu_tanh": {},
+    "hard_sigmoid": {"alpha": 1 / 6, "beta": 0.5},
+    "hard_swish": {"alpha": 1 / 6, "beta": 0.5},
+    "mish": {},
+    "sigmoid": {},
+    "silu": {"alpha": 1.0},
+    "softplus": {},
+    "tanh": {},
+}  # the functions of Activation, and the defaults of their parameters
+_POSITIVE_AT_ZERO = ("hard_sigmoid", "sigmoid", "softplus")  # nowhere negative, as it happens
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Activation(Layer):
+    """``x = f(y)``, where `function` says which f:
+
+    - silu: ``y sigmoid(alpha y)``; sigmoid: ``1 / (1 + exp(-y))``
+    - hard_swish: ``y hard_sigmoid(y)``; hard_sigmoid: ``min(max(alpha y + beta, 0), 1)``
+    - gelu: y times the normal distribution function; gelu_tanh: its approximation by tanh
+    - mish: ``y tanh(softplus(y))``; softplus: ``log(1 + exp(y))``
+    - elu: ``beta y`` where y > 0, else ``beta alpha (exp(y) - 1)``, so SELU too; tanh
+
+    alpha, beta: None for the default of `ACTIVATIONS`, and where f has none.
+    """
+
+    function: str
+    alpha: float | None = None
+    beta: float | None = None
+
+    def validate(self) -> None:
+        if not isinstance(self.function, str) or self.function not in ACTIVATIONS:
+            self._refuse(f"has function {shown(self.function)}; required: one of {', '.join(ACTIVATIONS)}")
+        defaults = ACTIVATIONS[self.function]
+        for field in ("alpha", "beta"):
+            value = getattr(self, field)
+            if value is None:
+                object.__setattr__(self, field, defaults.get(field))
+            elif field not in defaults:
+                self._refuse(f"has {field} {value:g}; required: none, for {self.function} has no such parameter")
+            else:
+                most = 1.0 if field == "beta" and self.function != "elu" else _MAX_EXPONENT
+                object.__setattr__(self, field, float(value))
+                if not 0 <= value <= most:
+                    self._refuse(f"has {field} {value:g}; required: 0 to {most:g}")
+
+    @property
+    def is_zero_at_zero(self) -> bool:
+        """Whether f(0) = 0, so that f(y) / y is bounded and f keeps the sign; else f is nowhere negative."""
+        return self.function not in _POSITIVE_AT_ZERO
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalResponseNorm(Layer):
     """``x[c] = y[c] / (bias + alpha / size * sum of y^2 over size channels around c)^beta`` (Krizhevsky et al. 2012).
@@ -347,6 +401,21 @@ class Add(Layer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Multiply(Layer):
+    """A tensor times its gate, ``y = x * s``: inputs (x, s), where s has one value for each element of x, for each
+    channel (C, 1, 1), or for each pixel (1, H, W)."""
+
+    arity = (2, 2)
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        (channels, height, width), gate = shapes
+        if gate not in ((channels, height, width), (channels, 1, 1), (1, height, width), (1, 1, 1)):
+            self._refuse(f"multiplies {shape_text(shapes[0])} by a gate of shape {shape_text(gate)}; required: the "
+                         f"same shape, {channels}x1x1 or 1x{height}x{width}")
+        return shapes[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Flatten(Layer):
     """(C, H, W) -> (C H W, 1, 1), in that order."""
 
@@ -420,8 +489,8 @@ class Softmax(Layer):
 LAYER_TYPES: dict[str, type[Layer]] = {
     "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
     "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
-    "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "rearrange": Rearrange,
-    "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
+    "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "activation": Activation, "multiply": Multiply,
+    "rearrange": Rearrange, "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
 }  # the names that model files use
 
 

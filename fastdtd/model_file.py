@@ -262,10 +262,13 @@ def _setting(field: str, value: list[Any], where: str) -> Any:
                 return value[0]
             case "ceil_mode" | "count_include_pad" | "within_channel", 1 if value[0] in (0, 1):
                 return bool(value[0])
+    if field == "function" and len(value) == 1 and isinstance(value[0], str):
+        return value[0]
     if field in _NUMBERS and len(value) == 1 and isinstance(value[0], (int, float)):
         return float(value[0])
     wanted = {"padding": "1, 2 or 4 integers", "groups": "1 integer", "size": "1 integer", "ceil_mode": "0 or 1",
-              "count_include_pad": "0 or 1", "within_channel": "0 or 1", **dict.fromkeys(_NUMBERS, "1 number")}
+              "count_include_pad": "0 or 1", "within_channel": "0 or 1", "function": "1 string",
+              **dict.fromkeys(_NUMBERS, "1 number")}
     raise ModelError(f"{where} has {field} {hdf5.shown(value)}; required: {wanted.get(field, '1 or 2 integers')}")
 
 
@@ -326,6 +329,9 @@ def _write_layer(group: h5py.Group, layer: Layer, dtype: npt.DTypeLike, compress
     for field in dataclasses.fields(layer):
         value = getattr(layer, field.name)
         if field.name in ("name", "inputs") or value is None:
+            continue
+        if isinstance(value, str):
+            _put_text(group, field.name, value)
             continue
         if field.name not in layer.arrays:
             group.attrs[field.name] = np.asarray(value, "<f8" if field.name in _NUMBERS else "<i8")

@@ -94,6 +94,10 @@ class Device(Protocol):
     activate_forward: Kernel
     activate_redistribute: Kernel
     power_forward: Kernel
+    nonlinearity_forward: Kernel
+    multiply_forward: Kernel
+    multiply_redistribute: Kernel
+    gate_redistribute: Kernel
     rearrange_forward: Kernel
     rearrange_redistribute: Kernel
     copy_forward: Kernel

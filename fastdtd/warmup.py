@@ -64,7 +64,8 @@ def warm_up(device: str = "cpu") -> str:
     """
     module = kernels.load(device, _say_compiling, _unkept.append)
     graph = _network()
-    rules = assign(graph, {"proportional": "proportional", "normed again": "taylor", "scores": "epsilon"})
+    rules = assign(graph, {"proportional": "proportional", "normed again": "taylor", "gated": "half",
+                           "scores": "epsilon"})
     network = lower(graph, rules, module)
     plan = Plan(network.schedule(batch=1, workers=2), module)
     Plan(network.schedule(batch=1, observed=(graph.output,)), module)  # binding its calls compiles what else it needs
@@ -112,7 +113,10 @@ def _network() -> g.Graph:
         g.LocalResponseNorm("normed again", ("normed",), 5),
         g.Power("power", ("normed again",), 2),
         g.Rearrange("turned", ("power",), np.arange(64 * 16 * 16 // 8, dtype=np.int32).reshape(8, 16, 16)),
-        g.GlobalAveragePool("mean", ("turned",)),
+        g.GlobalAveragePool("pooled", ("turned",)),
+        g.Activation("gate", ("pooled",), "sigmoid"),
+        g.Multiply("gated", ("turned", "gate")),
+        g.GlobalAveragePool("mean", ("gated",)),
         g.Flatten("flat", ("proportional",)),
         g.Flatten("flat average", ("average",)),
         g.Concat("joined", ("mean", "flat", "flat average")),

@@ -39,6 +39,19 @@ NORM_IDENTITY = 10
 NORM_TAYLOR = 11
 NORM_GRADIENT = 12
 
+# Functions of fastdtd.layers.Activation:
+
+SILU = 0
+HARD_SWISH = 1
+GELU = 2
+GELU_TANH = 3
+MISH = 4
+ELU = 5
+TANH = 6
+SIGMOID = 7
+HARD_SIGMOID = 8
+SOFTPLUS = 9
+
 # How convolutions multiply on CUDA:
 
 FP32 = 0  # float32 throughout

@@ -30,15 +30,24 @@ from fastdtd.kernels.codes import (
     ALPHA_BETA,
     BOX,
     DIRECTION,
+    ELU,
     EPSILON,
     GAMMA,
+    GELU,
+    GELU_TANH,
     GRADIENT,
+    HARD_SIGMOID,
+    HARD_SWISH,
     IGNORED,
     NEGATED,
     NONNEGATIVE,
     ONES,
     SHARED,
+    SIGMOID,
     SIGNED,
+    SILU,
+    SOFTPLUS,
+    TANH,
     VALUE,
 )
 from numba import njit, types
@@ -50,6 +59,9 @@ ROUNDING = np.float32(1e-6)  # of P: a smaller Q, which is found as P - t, is wh
 TIE = np.float32(0.75 * 2.0**-23)  # of a value's size: what rounds to its last bit
 LOWEST = np.finfo(np.float32).min
 _THREE_QUARTERS = np.float32(0.75)
+_HALF, _SQRT_HALF, _NORMAL = (np.float32(value) for value in (0.5, math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)))
+_GELU_1, _GELU_3 = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(2 * math.sqrt(2 / math.pi) * 0.044715)
+_THREE, _TWENTY = np.float32(3), np.float32(20)
 
 _formulas = []
 
@@ -284,6 +296,98 @@ def power(a, exponent, derivative):
     if derivative:
         kept *= exponent if a > ZERO else -exponent
     return x, kept
+
+
+# ---- Smooth activations: processors compute the first four without a library -----------------------------------------
+
+
+@formula
+def exp(x):
+    return math.exp(x)
+
+
+@formula
+def expm1(x):
+    """exp(x) - 1."""
+    return math.expm1(x)
+
+
+@formula
+def log1p(x):
+    """log(1 + x), of an x from 0 to 1."""
+    return math.log1p(x)
+
+
+@formula
+def normal_below(x):
+    """How much of the normal distribution lies below x."""
+    return _HALF * math.erfc(-x * _SQRT_HALF)
+
+
+@formula
+def sigmoid(x):
+    return ONE / (ONE + exp(-x))
+
+
+@formula
+def tanh(x):
+    e = expm1(-TWO * abs(x))
+    size = -e / (TWO + e)
+    return size if x > ZERO else -size
+
+
+@formula
+def gate(a, function, alpha, beta):
+    """(s, its derivative) of the functions that are a * s(a)."""
+    if function == SILU:
+        s = sigmoid(alpha * a)
+        return s, alpha * s * (ONE - s)
+    if function == HARD_SWISH:
+        y = alpha * a + beta
+        return clip(y, ZERO, ONE), alpha if ZERO < y < ONE else ZERO
+    if function == GELU:
+        return normal_below(a), _NORMAL * exp(-_HALF * a * a)
+    if function == GELU_TANH:  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
+        square = a * a
+        s = sigmoid(a * (_GELU_1 + _GELU_3 * square))
+        return s, s * (ONE - s) * (_GELU_1 + _THREE * _GELU_3 * square)
+    e = exp(min(a, _TWENTY))  # Mish: tanh(log(1 + e)), which is 1 long before 20
+    n = e * (e + TWO)
+    s = n / (n + TWO)
+    return s, (ONE - s) * (ONE + s) * (e / (ONE + e))
+
+
+@formula
+def nonlinearity(a, function, alpha, beta, derivative):
+    """(x, ratio): x = f(a), and x / a where f(0) = 0, else 1; the derivative if `derivative`."""
+    if function == ELU:
+        e = alpha * expm1(min(a, ZERO))
+        x = beta * (a if a > ZERO else e)
+        kept = beta * (ONE if a > ZERO else alpha if a == ZERO else e / a)
+        return x, beta * (ONE if a > ZERO else e + alpha) if derivative else kept
+    if function == TANH:
+        x = tanh(a)
+        kept = ONE if a == ZERO else x / a
+        return x, (ONE - x) * (ONE + x) if derivative else kept
+    if function == SIGMOID:
+        x = sigmoid(a)
+        return x, x * (ONE - x) if derivative else ONE
+    if function == HARD_SIGMOID:
+        y = alpha * a + beta
+        return clip(y, ZERO, ONE), ONE if not derivative else alpha if ZERO < y < ONE else ZERO
+    if function == SOFTPLUS:
+        x = max(a, ZERO) + log1p(exp(-abs(a)))
+        return x, sigmoid(a) if derivative else ONE
+    s, slope = gate(a, function, alpha, beta)
+    return a * s, s + a * slope if derivative else s
+
+
+@formula
+def gated(c, other, relevance, derivative):
+    """What one of the factors of a product gets of c, for R = |x| c: |other| c; relevance itself as it is."""
+    if derivative:
+        return c * other
+    return c if relevance else c * abs(other)
 
 
 @formula

@@ -58,6 +58,11 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "activate_forward": "x a x_channel a_channel channels slope x_min x_max",
     "activate_redistribute": f"c_in c a {_CHANNELS} channels slope x_min x_max relevance derivative accumulate",
     "power_forward": "x ratio a x_channel a_channel exponent derivative",
+    "nonlinearity_forward": "x ratio a x_channel a_channel function alpha beta derivative",
+    "multiply_forward": "x a b x_channel a_channel b_channel channels gate_channels",
+    "multiply_redistribute": "c_in c b c_in_channel c_channel b_channel channels gate_channels share relevance "
+                             "derivative accumulate",
+    "gate_redistribute": f"c_in c a {_CHANNELS} channels gate_channels share relevance derivative accumulate",
     "rearrange_forward": "x a index x_channel a_channel",
     "rearrange_redistribute": "c_in ledger c starts readers column c_in_channel c_channel relevance accumulate",
     "copy_forward": "x a x_begin a_begin count accumulate",

@@ -21,13 +21,18 @@ PLAIN = "alpha-beta(alpha=1, beta=0, epsilon=0, bias=ignored)"  # z+ whatever th
 
 @dataclass(frozen=True)
 class Example:
-    """A layer, and the shape of each tensor that it reads."""
+    """A layer, and the shape of the tensors that it reads."""
 
     shape: tuple[int, int, int]
     make: Callable[..., g.Layer]  # of its name and the names of what it reads
     inputs: int = 1
+    second: tuple[int, int, int] | None = None  # shape of the second, where it is another
     on_gpu: str = "short"  # how long the simulator of GPUs takes for it: "short", "long", or "" for far too long
     tensor_cores: tuple[tuple[str, str, str], ...] = ()  # (precision, rule, domain): how it is simulated with these
+
+    @property
+    def shapes(self):
+        return [self.shape] * self.inputs if self.second is None else [self.shape, self.second]
 
 
 @dataclass(frozen=True)
@@ -303,6 +308,19 @@ def elementwise(kind, fields, nonnegative):
     return draw
 
 
+ACTIVATIONS = [(name, *fields) for name in g.ACTIVATIONS for fields in {
+    "elu": [(), (0.5, 1.5)], "hard_sigmoid": [(), (0.2, 0.5)], "silu": [(), (1.702,)]}.get(name, [()])]
+
+
+def draw_multiply(net, name):
+    source = net.pick(flat=True)
+    channels, height, width = net.shapes[source]
+    gates = [n for n, shape in net.shapes.items()
+             if shape in ((channels, height, width), (channels, 1, 1), (1, height, width), (1, 1, 1))]
+    inputs = (source, net.one_of(gates))
+    net.add(g.Multiply(name, inputs), all(net.nonnegative[n] for n in inputs))
+
+
 def draw_concat(net, name):
     source = net.pick(flat=True)
     others = [n for n, shape in net.shapes.items() if shape[1:] == net.shapes[source][1:]]
@@ -363,6 +381,19 @@ TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
     "power": Entry(
         {f"to the {exponent:g}": layer(g.Power, SMALL, exponent) for exponent in (1.5, 0.5, 1.0, 2.0)}, NO_RULE,
         draw=elementwise(g.Power, lambda net: (net.one_of([2.0, 0.5, 1.0, 1.5]),), lambda made: True), in_peers=False),
+    "activation": Entry(
+        {" ".join(map(str, fields)): layer(g.Activation, SMALL, *fields) for fields in ACTIVATIONS}
+        | {"silu, several vectors": layer(g.Activation, (3, 7, 19), "silu")}, NO_RULE,
+        draw=elementwise(g.Activation, lambda net: net.one_of(ACTIVATIONS), lambda made: not made.is_zero_at_zero),
+        in_peers=False),
+    "multiply": Entry(
+        {"by channel": layer(g.Multiply, SMALL, inputs=2, second=(4, 1, 1)),
+         "own shape": layer(g.Multiply, SMALL, inputs=2),
+         "by pixel": layer(g.Multiply, (3, 4, 9), inputs=2, second=(1, 4, 9)),
+         "by one number": layer(g.Multiply, (3, 2, 2), inputs=2, second=(1, 1, 1)),
+         "flat": layer(g.Multiply, (5, 1, 1), inputs=2)},
+        tuple((rule, domain) for rule in ("hold", "half") for domain in DOMAINS), (), "", draw_multiply,
+        runs=((1, 2), (2, 1)), in_peers=False),
     "concat": Entry(
         {"of one": layer(g.Concat, SMALL), "of two": layer(g.Concat, (3, 5, 2), inputs=2),
          "of three": layer(g.Concat, (2, 3, 7), inputs=3)}, NO_RULE, draw=draw_concat),

@@ -13,6 +13,7 @@ time. Nothing here is shared with the package but the layers' fields.
 
 import functools
 import inspect
+import math
 
 import numpy as np
 
@@ -164,10 +165,16 @@ def negatives_contribute(graph, rules, name):
     """Whether negative values of a tensor can have relevance: what reads it redistributes some to them."""
     for layer in graph:
         rule = rules.get(layer.name)
-        if name not in layer.inputs:
+        if name not in layer.inputs or is_held(graph, rules, layer.name):
             continue
         match layer:
+            case g.Multiply() if rule.name == "hold" and name != layer.inputs[0]:
+                continue  # held constant
             case g.Conv2d() | g.Dense() | g.Power():
+                return True
+            case g.Activation() if layer.function in ("sigmoid", "hard_sigmoid", "softplus"):
+                return True
+            case g.Multiply() if not all(graph.domains[source].nonnegative for source in layer.inputs):
                 return True
             case g.ReLU() | g.Clip(low=0) | g.LeakyReLU(slope=0):
                 continue
@@ -186,10 +193,19 @@ def explains_negative(graph, rules, name):
     if layer is None:
         return False
     rule = rules.get(name)
-    if rule is None or rule.name in ("identity", "taylor", "winner"):
-        return all(explains_negative(graph, rules, source) for source in layer.inputs)
+    if rule is None or rule.name in ("identity", "taylor", "winner", "hold", "half"):
+        inputs = layer.inputs[:1] if rule is not None and rule.name == "hold" else layer.inputs
+        return all(explains_negative(graph, rules, source) for source in inputs)
     return rule.name in ("epsilon", "gamma") or (rule.name in ("alpha-beta", "z+") and (
         rule.beta > 0 or rule.epsilon > 0 or rule.bias != "ignored" or rule.alpha != 1))
+
+
+def is_held(graph, rules, name):
+    """Whether a layer leads to nothing but gates that are held constant."""
+    readers = [layer for layer in graph if name in layer.inputs]
+    return bool(readers) and all(
+        is_held(graph, rules, reader.name) or (isinstance(reader, g.Multiply) and name != reader.inputs[0]
+                                               and rules[reader.name].name == "hold") for reader in readers)
 
 
 # ---- Normalisation ---------------------------------------------------------------------------------------------------
@@ -231,6 +247,43 @@ def taylor_of_normalisation(layer, a, relevance, epsilon):
     return backward
 
 
+# ---- Activations -----------------------------------------------------------------------------------------------------
+
+
+def activation(layer, y):
+    """By the textbook."""
+    alpha, beta = layer.alpha, layer.beta
+    with np.errstate(over="ignore"):
+        sigmoid, softplus = 1 / (1 + np.exp(-y)), np.log1p(np.exp(-np.abs(y))) + np.maximum(y, 0)
+        match layer.function:
+            case "silu":
+                return y / (1 + np.exp(-alpha * y))
+            case "hard_swish":
+                return y * np.clip(alpha * y + beta, 0, 1)
+            case "hard_sigmoid":
+                return np.clip(alpha * y + beta, 0, 1)
+            case "gelu":
+                return y * np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in y])
+            case "gelu_tanh":
+                return y / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+            case "mish":
+                return y * np.tanh(softplus)
+            case "elu":
+                return beta * np.where(y > 0, y, alpha * np.expm1(np.minimum(y, 0)))
+            case "tanh":
+                return np.tanh(y)
+            case "sigmoid":
+                return sigmoid
+            case "softplus":
+                return softplus
+    raise ValueError(layer.function)
+
+
+def gate_index(shapes):
+    """(elements,): which value of the gate, flat, multiplies each element of a product."""
+    return np.broadcast_to(np.arange(np.prod(shapes[1])).reshape(shapes[1]), shapes[0]).ravel()
+
+
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +302,10 @@ def forward(graph, image):
                 value = np.where(inputs[0] > 0, inputs[0], layer.slope * inputs[0])
             case g.Power():
                 value = np.abs(inputs[0])**layer.exponent
+            case g.Activation():
+                value = activation(layer, inputs[0])
+            case g.Multiply():
+                value = inputs[0] * inputs[1][gate_index(shapes)]
             case g.Rearrange():
                 value = read(inputs[0], layer.index.ravel())
             case g.LocalResponseNorm():
@@ -297,6 +354,8 @@ def relevances(graph, image, target, rules, start=None, through=()):
                 others = np.delete(np.arange(r.size).reshape(graph.shapes[name]), channels, 0).ravel()
                 absorbed[f"through {name}"] = r[others].sum()
                 r[others] = 0
+        if not r.any() and is_held(graph, rules, layer.name):
+            continue
         if isinstance(layer, g.Rearrange):
             index = layer.index.ravel()
             backward = sum_by_source(r, index, len(a))
@@ -305,6 +364,10 @@ def relevances(graph, image, target, rules, start=None, through=()):
         elif isinstance(layer, g.LocalResponseNorm) and rule.name == "taylor":
             backward = taylor_of_normalisation(layer, a.reshape(shapes[0]), r, rule.epsilon)
             absorbed[layer.name] = r.sum() - backward.sum()
+        elif isinstance(layer, g.Multiply):
+            share = {"hold": 1.0, "half": 0.5}[rule.name]
+            to_gate = np.bincount(gate_index(shapes), (1 - share) * r, np.prod(shapes[1]))
+            backward = np.concatenate([share * r, to_gate])
         elif rule is None or rule.name == "identity":  # activations, normalisation, concatenation, flatten
             backward = r
         elif rule.name == "winner":

@@ -25,8 +25,13 @@ def network(example, domain, signed=False):
             if domain == NON_NEGATIVE:
                 layers.append(g.ReLU(f"nonnegative{i}", (f"before{i}",)))
             sources[i] = layers[-1].name
+    if example.second is not None:
+        elements, wanted = np.prod(example.shape), np.prod(example.second)
+        last = np.arange(elements - wanted, elements).reshape(example.second)  # the first are zeros
+        layers.append(g.Rearrange("second", (sources[1],), last))
+        sources[1] = "second"
     tested = example.make(TESTED, *sources)
-    features = int(np.prod(tested.output_shape([example.shape] * example.inputs)))
+    features = int(np.prod(tested.output_shape(example.shapes)))
     weight = weights(5, 3, features)
     layers += [tested] if signed else [tested, g.ReLU("relu", (TESTED,))]
     layers.append(g.Flatten("flat", (layers[-1].name,)))

@@ -128,12 +128,16 @@ def test_caffe_joins_and_layers_in_place(convert_text):
 
 @pytest.mark.parametrize("end", ["Softmax", "Sigmoid"])
 def test_caffe_probabilities(convert_text, end):
-    """Left out at the end, in place or not, and refused elsewhere."""
+    """Left out at the end, in place or not; elsewhere a sigmoid is a layer, and a softmax refused."""
     for top in ("pool", "prob"):
         assert [layer.name for layer in convert_text(layer("r", "ReLU", "x", "t") + GLOBAL
                                                      + layer("prob", end, "pool", top)).graph] == ["r", "pool"]
-    with pytest.raises(ConversionError, match=f"{end.lower()} 'prob' is not the last layer"):
-        convert_text(layer("prob", end, "x", "t") + GLOBAL)
+    inside = layer("prob", end, "x", "t") + GLOBAL
+    if end == "Sigmoid":
+        assert [layer.name for layer in convert_text(inside).graph] == ["prob", "pool"]
+        return
+    with pytest.raises(ConversionError, match="softmax 'prob' is not the last layer"):
+        convert_text(inside)
 
 
 X = numbers(3, 9, 8, seed=2)
@@ -151,6 +155,19 @@ def test_caffe_prelu(convert_text, is_shared):
     more = f"prelu_param {{ channel_shared: {str(is_shared).lower()} filler {{ value: 0.1 }} }}"
     graph = convert_text(layer("p", "PReLU", "x", "t", more) + GLOBAL, {"p": [np.asarray(slope)]}).graph
     np.testing.assert_allclose(made(graph), np.where(X > 0, X, X * slope.reshape(-1, 1, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (layer("f", "ELU", "x", "t", "elu_param { alpha: 0.5 }"), np.where(X > 0, X, 0.5 * np.expm1(X))),
+    (layer("f", "ELU", "x", "t"), np.where(X > 0, X, np.expm1(X))), (layer("f", "TanH", "x", "t"), np.tanh(X)),
+    (layer("f", "Sigmoid", "x", "t"), 1 / (1 + np.exp(-X))),
+    (layer("s", "Sigmoid", "x", "s") + layer("f", "Eltwise", "x s", "t", "eltwise_param { operation: PROD }"),
+     X / (1 + np.exp(-X))),
+    (layer("r", "ReLU", "x", "r") + layer("h", "TanH", "x", "h") + layer("s", "Sigmoid", "h", "s")
+     + layer("f", "Eltwise", "s r", "t", "eltwise_param { operation: PROD }"),
+     np.maximum(X, 0) / (1 + np.exp(-np.tanh(X))))])
+def test_caffe_activations_and_gates(convert_text, text, expected):
+    np.testing.assert_allclose(made(convert_text(text + GLOBAL).graph), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("parameters", "expected"), [
@@ -320,10 +337,10 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
 
 
 @pytest.mark.parametrize(("text", "weights", "message"), [
-    (layer("l", "TanH"), {},
-     r"net\.prototxt: layer 'l' of type TanH \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, "
-     r".*Split$"),
-    ('layers { name: "s" type: TANH bottom: "x" top: "s" }', {}, "layer 's' of type TANH .* is not supported"),
+    (layer("l", "BNLL"), {},
+     r"net\.prototxt: layer 'l' of type BNLL \(number 1 of 1, reads 'x'\) is not supported; supported: BatchNorm, "
+     r".*TanH$"),
+    ('layers { name: "s" type: BNLL bottom: "x" top: "s" }', {}, "layer 's' of type BNLL .* is not supported"),
     ('layers { layer { name: "r" type: "relu" } bottom: "x" top: "s" }', {}, "Caffe's first version"),
     (layer("d", "Data", "x"), {}, "source of training data"),
     (layer("c", "Convolution", more=CONV), {}, "has 0 blobs of weights in the .caffemodel; required: 2"),

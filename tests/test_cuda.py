@@ -175,8 +175,9 @@ CONNECTED = {  # what passes relevance on in ways that hang on other layers
 }
 PASSING = CONNECTED | {  # the network's own layers read and are read by others than in test_like_the_oracle
     f"{kind}, {name}": [KEPT[kind].examples[name].make("tested", *["conv"] * KEPT[kind].examples[name].inputs)]
-    for kind, name in every_example(["leaky_relu", "clip", "power", "rearrange", "local_response_norm"])
-    if KEPT[kind].examples[name].shape == (4, 4, 3)
+    for kind, name in every_example(["leaky_relu", "clip", "power", "activation", "multiply", "rearrange",
+                                     "local_response_norm"])
+    if KEPT[kind].examples[name].shapes in ([(4, 4, 3)], [(4, 4, 3)] * 2)
 }
 
 
@@ -352,7 +353,8 @@ def test_every_kernel_is_launched(monkeypatch):
           tolerance=TOLERANCES["tf32"])
     for kind, rule in (("conv2d", "zB"), ("conv2d", "flat"), ("dense", "z+"), ("max_pool2d", "winner"),
                        ("max_pool2d", "proportional"), ("average_pool2d", "w2"), ("global_average_pool", "zB"),
-                       ("add", "zB"), ("power", ""), ("rearrange", ""), ("local_response_norm", "identity")):
+                       ("add", "zB"), ("power", ""), ("activation", ""), ("multiply", "half"),
+                       ("rearrange", ""), ("local_response_norm", "identity")):
         check(KEPT[kind].examples[KEPT[kind].short], rule, BOX, count=1, **ON_GPU)
     for kind, rule in (("local_response_norm", "taylor(epsilon=0.1)"), ("conv2d", "epsilon(epsilon=0.5)"),
                        ("dense", "epsilon(epsilon=0.5, bias=shared)"), ("add", "epsilon(epsilon=0.5)")):

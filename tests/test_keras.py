@@ -105,6 +105,44 @@ def test_activations(tmp_path, activation, expected):
                                                                                      else [expected])
 
 
+@pytest.mark.parametrize(("activation", "expected"), [
+    ("swish", ("silu", 1, None)), ("silu", ("silu", 1, None)), ("hard_silu", ("hard_swish", 1 / 6, 0.5)),
+    ("gelu", ("gelu", None, None)), ("elu", ("elu", 1, 1)), ("selu", ("elu", 1.6732632423543772, 1.0507009873554805)),
+    ("mish", ("mish", None, None)), ("softplus", ("softplus", None, None)), ("tanh", ("tanh", None, None)),
+    ("sigmoid", ("sigmoid", None, None)), ("hard_sigmoid", ("hard_sigmoid", 1 / 6, 0.5)),
+    ({"module": "keras.layers", "class_name": "ELU", "config": {"name": "a", "alpha": 0.5}}, ("elu", 0.5, 1)),
+])
+def test_smooth_activations(tmp_path, activation, expected):
+    graph = convert(keras_file(tmp_path, CONVOLUTION, layer("Activation", "act", activation=activation))).graph
+    made, = (one for one in graph if isinstance(one, g.Activation))
+    assert (made.function, made.alpha, made.beta) == expected
+
+
+@pytest.mark.parametrize(("version", "slope"), [("2.14.0", 0.2), ("3.3.3", 1 / 6), (None, 1 / 6)])
+def test_the_hard_sigmoid_of_a_version(tmp_path, version, slope):
+    file = legacy_file(tmp_path, {}, layer("Activation", "act", activation="hard_sigmoid"), keras_version=version)
+    assert convert(file).graph.layers[0].alpha == slope
+
+
+def test_squeeze_and_excitation(tmp_path):
+    """As keras.applications writes it: a pool, a reshape, dense layers by convolution, and a product."""
+    entries = [layer("InputLayer", "x", batch_shape=[None, 6, 5, 2]) | {"inbound_nodes": []}]
+    for one, *sources in (
+            (layer("GlobalAveragePooling2D", "squeeze"), "x"),
+            (layer("Reshape", "one", target_shape=[1, 1, 2]), "squeeze"),
+            (layer("Conv2D", "conv", filters=2, kernel_size=[1, 1], activation="sigmoid"), "one"),
+            (layer("Multiply", "excite"), "x", "conv"), (layer("GlobalAveragePooling2D", "pool"), "excite")):
+        entries.append(one | {"inbound_nodes": [[[source, 0, 0, {}] for source in sources]]})
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": entries, "input_layers": [["x", 0, 0]],
+                                                     "output_layers": [["pool", 0, 0]]}}
+    weights = {"layers/conv2d/vars/0": numbers(1, 1, 2, 2), "layers/conv2d/vars/1": numbers(2)}
+    graph = convert(keras_file(tmp_path, config=config, weights=weights)).graph
+    assert [(type(one), graph.shapes[one.name]) for one in graph] == [
+        (g.GlobalAveragePool, (2, 1, 1)), (g.Conv2d, (2, 1, 1)), (g.Activation, (2, 1, 1)), (g.Multiply, (2, 6, 5)),
+        (g.GlobalAveragePool, (2, 1, 1))]
+    assert graph.layers[3].inputs == ("input", "conv/activation")
+
+
 @pytest.mark.parametrize(("settings", "expected"), [
     ({}, [g.ReLU]), ({"max_value": 2.5}, [g.Clip]), ({"negative_slope": 0.5}, [g.LeakyReLU]),
     ({"negative_slope": [0.5]}, [g.LeakyReLU]),
@@ -217,13 +255,12 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
 @pytest.mark.parametrize(("refused", "message"), [
     (layer("Lambda", "code", function={"class_name": "__lambda__", "config": {"code": "4wAAAA"}}),
      r"Lambda 'code' \(layer 3 of 4\) is of a class that is not supported; what works: .* never run"),
-    (layer("Multiply", "se"), "Multiply 'se' .*squeeze-and-excitation"),
+    (layer("Multiply", "se"), "Multiply 'se' .* reads tensors of .* required: two or more"),
     (layer("LSTM", "l"), r"LSTM 'l' \(layer 3 of 4\) .* supported: Activation, "),
     (layer("Conv2D", "mine") | {"module": "mylib.layers"}, "'mine' .* somebody's own"),
     (layer("mylib>Conv2D", "mine"), "'mine' .* somebody's own"),
     (layer("Dense", "mine") | {"registered_name": "mylib>Dense"}, "'mine' .* somebody's own"),
-    (layer("Activation", "a", activation="swish"), "activation 'swish'; required: linear, relu"),
-    (layer("Activation", "a", activation="sigmoid"), "sigmoid 'a' is not the last layer; required: a sigmoid only"),
+    (layer("Activation", "a", activation="softsign"), "activation 'softsign'; required: linear, relu"),
     (layer("Activation", "a", activation={"module": "mylib", "class_name": "function", "config": "relu"}),
      "of somebody's own"),
     (layer("Activation", "a", activation=3), "activation is a whole number '3'; required: a text"),
@@ -337,7 +374,6 @@ def test_arithmetic_with_constants_is_one_layer(tmp_path):
 
 
 @pytest.mark.parametrize(("refused", "message"), [
-    (operation("Multiply", "a", X, X), "Multiply 'a' .*squeeze-and-excitation"),
     (operation("TrueDivide", "a", 1.0, X), "TrueDivide 'a' .*divides by what is computed"),
     (operation("TrueDivide", "a", X, 0), "by zero"),
     (operation("Subtract", "a", X), "has 1 inputs; required: two"),
@@ -445,9 +481,9 @@ def test_without_keras(tmp_path, monkeypatch, caplog):
 
 
 def test_a_sigmoid_at_the_end(tmp_path):
-    """Of a convolution, whose mean over the image is then refused: a pool is the last layer of these files."""
-    with pytest.raises(ConversionError, match="sigmoid 'conv/activation' is not the last layer"):
-        convert(keras_file(tmp_path, layer("Conv2D", "conv", filters=3, kernel_size=[2, 2], activation="sigmoid")))
+    """It is left out there, and a layer elsewhere: of a convolution before a pool, say."""
+    inside = convert(keras_file(tmp_path, layer("Conv2D", "conv", filters=3, kernel_size=[2, 2], activation="sigmoid")))
+    assert [layer.name for layer in inside.graph][:2] == ["conv", "conv/activation"]
     config = {"class_name": "Sequential", "config": {"name": "net", "layers": [
         layer("InputLayer", "x", batch_shape=[None, 4]), layer("Dense", "scores", units=1, activation="sigmoid")]}}
     weights = {"layers/dense/vars/0": numbers(4, 1), "layers/dense/vars/1": numbers(1)}

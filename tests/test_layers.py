@@ -22,7 +22,7 @@ def test_examples_are_of_their_kind(kind, name):
     example = TABLE[kind].examples[name]
     made = example.make("made", *["source"] * example.inputs)
     assert type(made) is g.LAYER_TYPES[kind]
-    assert made.output_shape([example.shape] * example.inputs)
+    assert made.output_shape(example.shapes)
     assert example.on_gpu in ("short", "long", "")
 
 

@@ -17,6 +17,7 @@ from model_files import numbers, write_small
 from fastdtd import model_file
 from fastdtd.errors import InputError, ModelError, OutputError
 from fastdtd.graph import (
+    Activation,
     Add,
     AveragePool2d,
     Clip,
@@ -29,6 +30,7 @@ from fastdtd.graph import (
     LeakyReLU,
     LocalResponseNorm,
     MaxPool2d,
+    Multiply,
     Power,
     Rearrange,
     ReLU,
@@ -52,7 +54,9 @@ def every_layer():
         Clip("clip", ("q",), -0.5, 3.5), LeakyReLU("leaky", ("clip",), 0.125),
         LocalResponseNorm("norm", ("leaky",), 3, 0.01, 0.5, 2.0, True), Power("power", ("norm",), 1.5),
         Rearrange("turned", ("power",), np.arange(-1, 47).reshape(4, 4, 3)[:, ::-1]),
-        Concat("both", ("p", "turned", "p")), GlobalAveragePool("g", ("both",)), Flatten("f", ("g",)),
+        Concat("both", ("p", "turned", "p")), Activation("swish", ("both",), "silu", 1.5),
+        GlobalAveragePool("g", ("swish",)), Activation("gate", ("g",), "hard_sigmoid", 0.2, 0.4),
+        Multiply("gated", ("g", "gate")), Flatten("f", ("gated",)),
         Dense("d", ("f",), numbers(200, 12, seed=3), numbers(200, seed=4)), ReLU("r2", ("d",)),
         Dense(".", ("r2",), numbers(3, 200, seed=5)),
     )

@@ -184,7 +184,7 @@ def _with_numbers(graph: Graph, assignment: Assignment, kernels: Any, packings: 
     .... Lowering goes through layers in order."""
     rest = iter(packings)
     for layer in graph:
-        if not isinstance(layer, Conv2d) or layer.name not in assignment.rules:
+        if not isinstance(layer, Conv2d) or assignment.of(layer) is None:
             continue
         numbers = np.arange(1, layer.weight.size + 1, dtype=np.float32).reshape(layer.weight.shape)
         matrices = []

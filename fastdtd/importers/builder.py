@@ -292,9 +292,56 @@ class Builder(Moves):
             self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")
         return self.ends_in("log_softmax" if is_log else "softmax", self.materialize(x), part)
 
-    def sigmoid(self, x: Tensor, part: str = "") -> Tensor:
-        """At the end: a binary classifier's score is its logit."""
-        return self.ends_in("sigmoid", x, part)
+    def activation(self, x: Tensor, function: str, part: str = "", **fields: Any) -> Tensor:
+        """One of `graph.ACTIVATIONS`, with its alpha and beta."""
+        layer = graph.Activation("", ("",), function, **fields)
+        if not layer.is_zero_at_zero and self.has_zeros(x):
+            x = self.materialize(x)
+        made = self.pointwise(graph.Activation, x, part, function=function, **fields)
+        # At the end a binary classifier's score is its logit.
+        return self.may_end_in("sigmoid", made) if function == "sigmoid" else made
+
+    def is_gate(self, x: Tensor) -> bool:
+        """Whether x is a sigmoid of something, soft or hard, moved or scaled, or a product of such."""
+        while layer := self.layers.get(x.layer):
+            match layer:
+                case graph.Activation():
+                    return layer.function in ("sigmoid", "hard_sigmoid")
+                case graph.Clip():  # relu6(x + 3)
+                    before = self.layers.get(layer.inputs[0])
+                    return layer.low == 0 and isinstance(before, graph.BatchNorm) and bool(
+                        (2 * before.shift == layer.high).all())
+                case graph.BatchNorm() | graph.Rearrange() | graph.Flatten():
+                    x = replace(x, layer=layer.inputs[0])
+                case graph.Multiply():
+                    return all(self.is_gate(replace(x, layer=name)) for name in layer.inputs)
+                case _:
+                    return False
+        return False
+
+    def gated(self, x: Tensor, y: Tensor) -> Tensor:
+        """The product of a tensor and its gate, in either order, of shapes that broadcast."""
+        if self.is_gate(x) and not (self.is_gate(y) and x.elements > y.elements):
+            x, y = y, x
+        if not self.is_gate(y):
+            self.refuse(f"multiplies two tensors that are computed, {x} and {y}; required: a gate as one of them, a "
+                        "sigmoid or hard sigmoid, or a constant")
+        if x.rank != y.rank or any(n != m and 1 not in (n, m) for n, m in zip(x.dims, y.dims, strict=True)):
+            self.refuse(f"multiplies tensors {x} and {y}; required: shapes that broadcast, of as many axes")
+        if self.have_one_view(x, y):
+            return replace(x, layer=self.add(graph.Multiply, [x.base, y.base]).layer)
+        dims = tuple(map(max, x.dims, y.dims))
+        if x.dims != dims:
+            x = self.expand(x, (-1, *dims))
+        is_last = x.rank > 2 and not x.is_whole and self.channels_first(x).is_whole
+        if is_last:
+            x, y = self.channels_first(x), self.channels_first(y)
+        by_channel = all(n == 1 for n in y.dims[1:])
+        if not (by_channel or y.dims[1:] == x.dims[1:]) or y.dims[:1] not in (x.dims[:1], (1,)):
+            y = self.expand(y, (-1, *x.dims))
+        made = self.add(graph.Multiply, [self.materialize(x), self.materialize(y)])
+        made = Tensor.whole(made.layer, made.shape, x.dims)
+        return self.channels_last(made) if is_last else made
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

@@ -40,6 +40,7 @@ ConvolutionParameter: num_output 1 uint32, bias_term 2 bool = true, pad 3 uint32
 group 5 uint32 = 1, stride 6 uint32*, pad_h 9 uint32, pad_w 10 uint32, kernel_h 11 uint32, kernel_w 12 uint32, \
 stride_h 13 uint32, stride_w 14 uint32, axis 16 int32 = 1, dilation 18 uint32*
 DropoutParameter: dropout_ratio 1 float
+ELUParameter: alpha 1 float = 1
 EltwiseParameter: operation 1 EltwiseOp = SUM, coeff 2 float*
 FlattenParameter: axis 1 int32 = 1, end_axis 2 int32 = -1
 InnerProductParameter: num_output 1 uint32, bias_term 2 bool = true, axis 5 int32 = 1, transpose 6 bool
@@ -57,6 +58,7 @@ ScaleParameter: axis 1 int32 = 1, num_axes 2 int32 = 1, bias_term 4 bool
 SigmoidParameter:
 SliceParameter: slice_dim 1 uint32 = 1, slice_point 2 uint32*, axis 3 int32 = 1
 SoftmaxParameter: axis 2 int32 = 1
+TanHParameter:
 LayerParameter: name 1 string, type 2 string, bottom 3 string*, top 4 string*, blobs 7 BlobProto*, \
 include 8 NetStateRule*, exclude 9 NetStateRule*, phase 10 Phase = TEST, concat_param 104 ConcatParameter, \
 convolution_param 106 ConvolutionParameter, dropout_param 108 DropoutParameter, \
@@ -65,14 +67,15 @@ inner_product_param 117 InnerProductParameter, lrn_param 118 LRNParameter, pooli
 power_param 122 PowerParameter, relu_param 123 ReLUParameter, softmax_param 125 SoftmaxParameter, \
 slice_param 126 SliceParameter, prelu_param 131 PReLUParameter, sigmoid_param 124 SigmoidParameter, \
 reshape_param 133 ReshapeParameter, flatten_param 135 FlattenParameter, batch_norm_param 139 BatchNormParameter, \
-scale_param 142 ScaleParameter, input_param 143 InputParameter, permute_param 202 PermuteParameter
+scale_param 142 ScaleParameter, input_param 143 InputParameter, tanh_param 127 TanHParameter, \
+elu_param 140 ELUParameter, permute_param 202 PermuteParameter
 V0LayerParameter:
 V1LayerParameter: layer 1 V0LayerParameter, bottom 2 string*, top 3 string*, name 4 string, type 5 LayerType, \
 blobs 6 BlobProto*, concat_param 9 ConcatParameter, convolution_param 10 ConvolutionParameter, \
 dropout_param 12 DropoutParameter, inner_product_param 17 InnerProductParameter, lrn_param 18 LRNParameter, \
 pooling_param 19 PoolingParameter, power_param 21 PowerParameter, eltwise_param 24 EltwiseParameter, \
 relu_param 30 ReLUParameter, slice_param 31 SliceParameter, include 32 NetStateRule*, exclude 33 NetStateRule*, \
-sigmoid_param 38 SigmoidParameter, softmax_param 39 SoftmaxParameter
+tanh_param 37 TanHParameter, sigmoid_param 38 SigmoidParameter, softmax_param 39 SoftmaxParameter
 NetParameter: name 1 string, layers 2 V1LayerParameter*, input 3 string*, input_dim 4 int32*, state 6 NetState, \
 input_shape 8 BlobShape*, layer 100 LayerParameter*
 """
@@ -157,6 +160,7 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
     nodes = [Node(proto, fields, i, len(found), weights.get(proto.name, ()), blobs)
              for i, (proto, fields) in enumerate(found)]
     nodes = [node for node in nodes if node.kind not in _SKIPPED]
+    outputs: list[Tensor] = []
     last_reader = {bottom: node for node in nodes for bottom in node.bottoms}
     for node in nodes:
         operator = node.operator()
@@ -171,10 +175,11 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
                     node.refuse(f"has a top {node.tops[is_unread.index(True)]!r} that nothing reads; required: one "
                                 "output. Remove it")
             elif all(is_unread):
-                made = builder.scores(made)  # an output
+                made = builder.scores(made)
+                outputs.append(made)
         several = made if isinstance(made, list) else [made] * (len(node.tops) if node.kind == "split" else 1)
         blobs.update(zip(node.tops, several, strict=False))
-    return Parsed(builder.finished(builder.layers.values()), x.shape, "caffe")
+    return Parsed(builder.leading_to(*outputs), x.shape, "caffe")
 
 
 def _unread_fields(text: str) -> dict[str, list[list[str]]]:
@@ -382,9 +387,11 @@ def _concat(b: Builder, node: Node) -> Tensor:
 
 def _eltwise(b: Builder, node: Node) -> Tensor:
     p = node.proto.eltwise_param
+    if _value(p, "operation") == "PROD" and len(node.bottoms) == 2:
+        return patterns.as_tensor(b, patterns.times(b, *node.tensors()))
     if _value(p, "operation") != "SUM" or any(c != 1 for c in p.coeff) or len(node.bottoms) < 2:
         node.refuse(f"is a {_value(p, 'operation')} of {len(node.bottoms)} bottoms with coefficients {list(p.coeff)}; "
-                    "required: a SUM of two or more, each once")
+                    "required: a SUM of two or more, each once, or a PROD of two")
     return b.sum(node.tensors())
 
 
@@ -467,10 +474,12 @@ def _same(_: Builder, node: Node) -> Tensor:
 
 OPERATORS: dict[str, Callable[[Builder, Node], Tensor | list[Tensor]]] = {
     "BatchNorm": _batch_norm, "Concat": _concat, "Convolution": _convolution, "Deconvolution": _convolution,
-    "Dropout": _same, "Eltwise": _eltwise, "Flatten": _flatten, "InnerProduct": _inner_product, "LRN": _lrn,
+    "Dropout": _same, "ELU": lambda b, node: b.activation(node.tensor(), "elu", alpha=node.proto.elu_param.alpha),
+    "Eltwise": _eltwise, "Flatten": _flatten, "InnerProduct": _inner_product, "LRN": _lrn,
     "PReLU": _prelu, "Permute": _permute, "Pooling": _pooling, "Power": _power,
     "ReLU": lambda b, node: b.leaky_relu(node.tensor(), node.proto.relu_param.negative_slope),
-    "Reshape": _reshape, "Scale": _scale, "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Slice": _slice,
-    "Softmax": _softmax, "Split": _same,
+    "Reshape": _reshape, "Scale": _scale, "Sigmoid": lambda b, node: b.activation(node.tensor(), "sigmoid"),
+    "Slice": _slice, "Softmax": _softmax, "Split": _same,
+    "TanH": lambda b, node: b.activation(node.tensor(), "tanh"),
 }
 _SKIPPED = {"input", "accuracy", "silence", "softmaxwithloss", "softmaxloss"}  # they make no output of the network

@@ -59,7 +59,7 @@ class Moves:
         self.budget, self.batch = budget, batch
         self.layers: dict[str, Layer] = {}
         self.node = Node()
-        self.squared: dict[Any, Tensor] = {}  # what patterns.Squares are where elements are needed
+        self.squared: dict[Any, Tensor] = {}  # what patterns.Squares and curves are where elements are needed
         self.ending = ""  # what the source makes of its scores at last, which are kept as they are before it
         self._endings: dict[str, str] = {}
         self._materialized: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -77,9 +77,9 @@ class Moves:
     def refuse(self, what: str) -> NoReturn:
         self.node.refuse(what)
 
-    def leading_to(self, output: Tensor) -> list[Layer]:
-        """The layers that `output` needs, the one that materializes it included."""
-        needed, waiting = set(), [self.scores(output).layer]
+    def leading_to(self, *outputs: Tensor) -> list[Layer]:
+        """The layers that these need, those that materialize them included."""
+        needed, waiting = set(), [self.materialize(output).layer for output in outputs]
         while waiting:
             name = waiting.pop()
             if name != INPUT and name not in needed:
@@ -88,8 +88,13 @@ class Moves:
         return self.finished(layer for name, layer in self.layers.items() if name in needed)
 
     def ends_in(self, kind: str, x: Tensor, part: str = "") -> Tensor:
-        """softmax, log_softmax or sigmoid of `x`, by a layer that must be the last, and is left out there."""
+        """softmax or log_softmax of `x`, by a layer that must be the last, and is left out there."""
         made = self.pointwise(graph.Softmax, x, part)
+        self._endings[made.layer] = kind
+        return made
+
+    def may_end_in(self, kind: str, made: Tensor) -> Tensor:
+        """The layer of `made` is left out where it is the last, and computed elsewhere."""
         self._endings[made.layer] = kind
         return made
 
@@ -97,7 +102,10 @@ class Moves:
         """`output` in order, as it is before the probabilities that are made of it."""
         kind = self._endings.get(output.layer, "")
         if kind:
-            output = replace(output, layer=self.layers.pop(output.layer).inputs[0])
+            last = self.layers[output.layer]
+            if not any(last.name in layer.inputs for layer in self.layers.values()):
+                del self.layers[last.name]
+            output = replace(output, layer=last.inputs[0])
             self.ending = kind
         return self.materialize(output)
 
@@ -105,7 +113,7 @@ class Moves:
         """All layers of a network, of which none may make probabilities but the last."""
         found = list(layers)
         for layer in found:
-            if kind := self._endings.get(layer.name):
+            if (kind := self._endings.get(layer.name)) and isinstance(layer, graph.Softmax):
                 raise ConversionError(f"{kind} {layer.name!r} is not the last layer; required: a {kind} only at the "
                                       "end, where it is left out, and the score before it explained")
         return found
@@ -151,6 +159,8 @@ class Moves:
                 return True
             case graph.Clip():
                 return layer.low >= 0 or inputs
+            case graph.Activation():
+                return not layer.is_zero_at_zero or inputs
             case graph.Conv2d() | graph.Dense():
                 bias = layer.bias is None or bool((layer.bias >= 0).all())
                 return inputs and bias and bool((layer.weight >= 0).all())

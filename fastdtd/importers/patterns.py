@@ -1,5 +1,7 @@
 """What sources write as several operators: recognised while the values go from one to the next.
 
+Functions of one element are in curves.py.
+
 x * x that is moved, averaged, scaled and raised, and at last divides x, is a local response normalisation. The sign of
 a tensor times its magnitude is the tensor, as in a pool by the p-norm. Until it is known what they will be, such
 values are `Squares` and `Sign`; the functions here take them as well as tensors and constants.
@@ -8,14 +10,16 @@ values are `Squares` and `Sign`; the functions here take them as well as tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastdtd.graph import Power, ReLU
+from fastdtd.graph import Clip, Power, ReLU
+from fastdtd.importers import curves
 from fastdtd.importers.builder import Builder
+from fastdtd.importers.curves import Curve
 from fastdtd.importers.moves import Array, Node
 from fastdtd.importers.tensors import Tensor
 
@@ -46,8 +50,12 @@ class Sign:
 
     of: Tensor
 
+    @property
+    def view(self) -> Tensor:
+        return self.of
 
-COMPUTED = (Tensor, Squares, Sign)
+
+COMPUTED = (Tensor, Squares, Sign, Curve)
 
 
 class ValueNode(Node):
@@ -71,7 +79,7 @@ class ValueNode(Node):
     def is_computed(self, key: Hashable) -> bool:
         return isinstance(self.value(key), COMPUTED)
 
-    def operand(self, key: Hashable) -> Tensor | Squares | Sign | Array:
+    def operand(self, key: Hashable) -> Tensor | Squares | Sign | Curve | Array:
         """For arithmetic: of `COMPUTED`, or an array."""
         value = self.value(key)
         return value if isinstance(value, COMPUTED) else self.constant(key)
@@ -80,6 +88,11 @@ class ValueNode(Node):
         """The first input, which may be squares."""
         value = self.value(self.first)
         return value if isinstance(value, Squares) else self.tensor()
+
+    def pointwise(self) -> Tensor | Squares | Curve:
+        """The first input, which may be a function of one element."""
+        value = self.value(self.first)
+        return value if isinstance(value, Curve) else self.moving()
 
     def tensor(self, key: Any = None) -> Tensor:
         key = self.first if key is None else key
@@ -104,10 +117,14 @@ class ValueNode(Node):
         return float(value.item())
 
 
-def as_tensor(b: Builder, x: Tensor | Squares | Sign) -> Tensor:
-    """Squares as a layer that makes them."""
+def as_tensor(b: Builder, x: Tensor | Squares | Sign | Curve) -> Tensor:
+    """Squares, and functions of one element, as a layer that makes them."""
     if isinstance(x, Tensor):
         return x
+    if isinstance(x, Curve):
+        if x not in b.squared:
+            b.squared[x] = curves.as_activation(b, x)
+        return b.squared[x]
     if isinstance(x, Sign):
         b.refuse("reads the sign of a tensor; required: one as part of a pool by the p-norm only")
     if x.size:
@@ -126,8 +143,64 @@ def moving(function: Callable[[Builder, Any, Tensor], Tensor]) -> Callable[[Buil
     return operator
 
 
-def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares:
+def activation(b: Builder, x: Any, function: str, **fields: Any) -> Tensor | Curve:
+    """One of `graph.ACTIVATIONS`."""
+    if isinstance(x, Curve):
+        return x.map(b, curves.reference(function, **fields))
+    return b.activation(as_tensor(b, x), function, **fields)
+
+
+def curve(b: Builder, x: Any, function: Callable[[Array], Array]) -> Curve:
+    """A function that no layer has, of a tensor: it has to become part of one that a layer has."""
+    return curves.curve_of(b, x if isinstance(x, Curve) else as_tensor(b, x)).map(b, function)
+
+
+def _with_number(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], Array]) -> Curve | None:
+    """function(x, y) of a curve and a number."""
+    if isinstance(x, Curve) and not isinstance(y, COMPUTED) and np.size(y) == 1:
+        return x.map(b, lambda values: function(values, np.asarray(y, np.float64).reshape(1)))
+    if isinstance(y, Curve) and not isinstance(x, COMPUTED) and np.size(x) == 1:
+        return y.map(b, lambda values: function(np.asarray(x, np.float64).reshape(1), values))
+    return None
+
+
+def _of_one(b: Builder, parts: Sequence[Any], function: Callable[..., Array]) -> Curve | None:
+    """function(*parts) of functions of one tensor's elements; None where they are none."""
+    return curves.combined(b, [one if isinstance(one, Curve) else as_tensor(b, one) for one in parts], function)
+
+
+def chosen(b: Builder, condition: Any, x: Any, y: Any) -> Curve:
+    """x where the condition holds, else y: PyTorch's softplus is x itself from a threshold on."""
+    made = _of_one(b, (condition, x, y), np.where) if isinstance(condition, Curve) else None
+    return b.refuse("chooses among what is computed; required: functions of one tensor") if made is None else made
+
+
+def greater(b: Builder, x: Any, y: Any) -> Curve:
+    """Whether x > y, where that is a part of an activation."""
+    if isinstance(x, COMPUTED) and not isinstance(y, COMPUTED) and np.size(y) == 1:
+        return curve(b, x, lambda values: values > np.reshape(y, 1))
+    return b.refuse("compares what is computed; required: a tensor and one number")
+
+
+def _scaled_clip(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], Array]) -> Curve | None:
+    """relu6(x + 3) / 6."""
+    if not isinstance(x, Tensor) or isinstance(y, COMPUTED) or not isinstance(b.layers.get(x.layer), Clip):
+        return None
+    made = _with_number(b, curves.curve_of(b, x), y, function)
+    found = None if made is None else curves.recognized(made)
+    return made if found is not None and found[1] == "hard_sigmoid" and found[3] == 1 else None
+
+
+def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | Curve:
     """x + factor * y, of which one may be a constant."""
+    def add(one: Array, other: Array) -> Array:
+        return one + factor * other
+
+    if (made := _with_number(b, x, y, add)) is not None:
+        return made
+    if isinstance(x, COMPUTED) and isinstance(y, COMPUTED) and (isinstance(x, Curve) or isinstance(y, Curve)) and (
+            made := _of_one(b, (x, y), add)) is not None:
+        return made
     if not isinstance(x, COMPUTED):
         return b.affine(as_tensor(b, y), scale=float(factor), shift=x)
     if isinstance(y, COMPUTED):
@@ -139,8 +212,13 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares:
     return b.affine(as_tensor(b, x), shift=factor * np.asarray(y, np.float64))
 
 
-def times(b: Builder, x: Any, y: Any) -> Tensor | Squares:
-    """x * y: of a tensor and a constant, a square, or what a pool by the p-norm is written with."""
+def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Curve:
+    """x * y: of a tensor and a constant, a square, what a pool by the p-norm is written with, a part of an activation,
+    or a gate."""
+    for one, other in ((x, y), (y, x)):
+        made = _with_number(b, one, other, np.multiply) or _scaled_clip(b, one, other, np.multiply)
+        if made is not None:
+            return made
     for one, other in ((x, y), (y, x)):
         if isinstance(other, COMPUTED):
             if isinstance(one, Sign) and isinstance(other, Tensor) and _is_magnitude(b, other, one.of):
@@ -151,7 +229,14 @@ def times(b: Builder, x: Any, y: Any) -> Tensor | Squares:
             return b.affine(as_tensor(b, one), scale=other)
     if isinstance(x, Tensor) and isinstance(y, Tensor) and b.are_same(x, y):
         return Squares(x, x)
-    return b.refuse("multiplies two tensors that are computed; required: one, and a constant")
+    if isinstance(x, Sign) or isinstance(y, Sign):
+        b.refuse("multiplies two tensors that are computed, one of them the sign of a tensor; required: the sign times "
+                 "the magnitude, in a pool by the p-norm")
+    made = _of_one(b, (x, y), np.multiply)
+    if made is not None and curves.recognized(made) is not None:
+        return made
+    is_gated = isinstance(x, Tensor) and isinstance(y, Tensor) and (b.is_gate(x) or b.is_gate(y))
+    return made if made is not None and not is_gated else b.gated(as_tensor(b, x), as_tensor(b, y))
 
 
 def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
@@ -163,8 +248,13 @@ def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
     return is_one and b.have_one_view(x, of)
 
 
-def divided(b: Builder, x: Any, y: Any) -> Tensor:
-    """x / y, by a constant or by what a local response normalisation divides by."""
+def divided(b: Builder, x: Any, y: Any) -> Tensor | Curve:
+    """x / y, by a constant, by what a local response normalisation divides by, or as a part of an activation."""
+    made = _with_number(b, x, y, np.divide) or _scaled_clip(b, x, y, np.divide)
+    if made is not None:
+        return made
+    if isinstance(y, Curve) and isinstance(x, COMPUTED) and (made := _of_one(b, (x, y), np.divide)) is not None:
+        return made
     if isinstance(x, Tensor) and isinstance(y, Squares):
         if not y.size or y.bias is None or not b.are_same(y.of, x) or not b.are_same(y.view, x):
             b.refuse(f"divides by squares; {_REQUIRED}")
@@ -179,21 +269,30 @@ def divided(b: Builder, x: Any, y: Any) -> Tensor:
     return b.affine(as_tensor(b, x), scale=1 / np.asarray(y, np.float64))
 
 
-def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor:
+def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor | Curve:
     """The larger or smaller of a tensor and a constant."""
     x, bound = (x, y) if isinstance(x, COMPUTED) else (y, x)
     if isinstance(bound, COMPUTED) or not bound.size or (bound != bound.flat[0]).any():
         b.refuse("compares tensors that are computed, or with several numbers; required: one, and one number")
     value = float(np.asarray(bound).flat[0])
-    return b.clip(as_tensor(b, x), *((value, math.inf) if is_max else (-math.inf, value)))
+    return clip(b, x, *((value, math.inf) if is_max else (-math.inf, value)))
 
 
-def power(b: Builder, x: Tensor | Squares, exponent: float) -> Tensor | Squares:
+def clip(b: Builder, x: Any, low: float, high: float) -> Tensor | Curve:
+    return x.map(b, lambda values: np.clip(values, low, high)) if isinstance(x, Curve) else b.clip(
+        as_tensor(b, x), low, high)
+
+
+def power(b: Builder, x: Tensor | Squares | Curve, exponent: float) -> Tensor | Squares | Curve:
+    if isinstance(x, Curve):
+        return x.map(b, lambda values: values**exponent)
     if isinstance(x, Squares) and x.size and x.beta is None:
         return replace(x, beta=exponent)
     x = as_tensor(b, x)
     if exponent in (1, 2):
         return x if exponent == 1 else Squares(x, x)
+    if exponent == 3 and not b.is_nonnegative(x):
+        return curve(b, x, lambda values: values**3)  # of GELU's approximation
     if exponent % 2 and not b.is_nonnegative(x):
         b.refuse(f"raises to {exponent:g} what can be negative; required: an even power, or a ReLU before it")
     return b.pointwise(Power, x, exponent=exponent)

@@ -42,6 +42,8 @@ _FAMILIES: dict[type[Layer], tuple[Steps, Steps]] = {
     g.Clip: (pointwise.activation_forward, pointwise.activation_backward),
     g.LeakyReLU: (pointwise.activation_forward, pointwise.activation_backward),
     g.Power: (pointwise.power_forward, pointwise.redistribute_by_ratio),
+    g.Activation: (pointwise.nonlinearity_forward, pointwise.redistribute_by_ratio),
+    g.Multiply: (pointwise.multiply_forward, pointwise.multiply_backward),
     g.Add: (pointwise.add_forward, pointwise.add_backward),
     g.Rearrange: (pointwise.rearrange_forward, pointwise.rearrange_backward),
     g.Concat: (pointwise.join_forward, pointwise.join_backward),
@@ -92,7 +94,8 @@ class Lowered:
                         b.clear_others(result, channels)
                 for name in dict.fromkeys(name for name in (layer.name, result) if name in observed):
                     _keep_relevance(b, f"observed/{name}", result)
-                _FAMILIES[type(layer)][1](b, layer)
+                if layer.name not in assignment.held:
+                    _FAMILIES[type(layer)][1](b, layer)
 
         b.touch(b.activation(INPUT), 0)
         for image in range(batch if early else 0):
@@ -142,7 +145,7 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
     weights: dict[str, Any] = {}
     with np.errstate(all="ignore"):  # what becomes infinite is refused with the scores or the relevance
         for layer in graph:
-            rule = assignment.rules.get(layer.name)
+            rule = assignment.of(layer)
             match layer:
                 case g.Conv2d() if rule:
                     weights[layer.name] = convolution.pack(layer, graph, assignment, kernels, precision)
@@ -169,6 +172,7 @@ def _check_window(layer: Layer, graph: Graph) -> None:
 
 def _keep_relevance(b: Builder, state: str, name: str) -> None:
     """Write down the relevance of a tensor, once all its readers gave it theirs."""
+    b.complete(name)
     x, c = b.activation(name), b.factor(name)
     out = b.state(state, b.graph.shapes[name], np.float32)
     b.step(b.kernels.relevance_redistribute, b.batch, out=out, x=x, c=c, x_channel=x.channel, c_channel=c.channel,

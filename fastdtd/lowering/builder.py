@@ -136,14 +136,12 @@ class Builder:
 
     def accumulates(self, name: str) -> bool:
         """Whether what comes back to a tensor is added to what is there; what is not written yet is cleared before."""
-        location, end = self._locations[name], self._locations[name].offset + math.prod(self.graph.shapes[name])
-        gaps = self._written.setdefault(location.root, Intervals()).gaps(location.offset, end)
-        self.mark_written(name)
-        if gaps == [(location.offset, end)]:
+        location = self._locations[name]
+        end = location.offset + math.prod(self.graph.shapes[name])
+        if self._gaps(name) == [(location.offset, end)]:
+            self.mark_written(name)
             return False
-        whole = self._view(location, self._factors, (location.elements, 1, 1))
-        for begin, stop in gaps:
-            self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=stop)
+        self.complete(name)
         return True
 
     def clear_others(self, name: str, channels: Collection[int]) -> None:
@@ -155,6 +153,20 @@ class Builder:
             if after - before > 1:
                 begin, end = (location.offset + at * height * width for at in (before + 1, after))
                 self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=end)
+
+    def complete(self, name: str) -> None:
+        """Clear what came back to no element of a tensor."""
+        location = self._locations[name]
+        whole = self._view(location, self._factors, (location.elements, 1, 1))
+        for begin, stop in self._gaps(name):
+            self.step(self.kernels.clear_redistribute, self.batch, c_in=whole, begin=begin, end=stop)
+        self.mark_written(name)
+
+    def _gaps(self, name: str) -> list[tuple[int, int]]:
+        """Where in its memory a tensor is not written yet."""
+        location = self._locations[name]
+        end = location.offset + math.prod(self.graph.shapes[name])
+        return self._written.setdefault(location.root, Intervals()).gaps(location.offset, end)
 
     def mark_written(self, name: str) -> None:
         location = self._locations[name]
@@ -187,7 +199,7 @@ class Builder:
     # -- Facts about layers
 
     def rule(self, layer: Layer) -> LayerRule | None:
-        return self.assignment.rules.get(layer.name)
+        return self.assignment.of(layer)
 
     def carries_relevance(self, name: str) -> bool:
         return name in self.assignment.carriers

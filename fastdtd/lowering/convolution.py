@@ -31,7 +31,8 @@ class Packed:
 
 def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: int) -> Packed:
     """precision: of products on tensor cores, where there are any."""
-    rule, carries = assignment.rules[layer.name], layer.inputs[0] in assignment.carriers
+    rule, carries = assignment.of(layer), layer.inputs[0] in assignment.carriers
+    assert rule is not None
 
     def forward(term: Term) -> Forward:
         if kernels.CONVOLUTION == "implicit":
@@ -55,9 +56,10 @@ def pack(layer: g.Conv2d, graph: Graph, assignment: Assignment, kernels: AnyDevi
             return None
         return conv_sparse.pack(layer, term, graph.shapes[layer.inputs[0]], carries, winograd, kernels)
 
-    backward_passes = [backward(term) for term in rule.terms]
+    terms = () if layer.name in assignment.held else rule.terms
+    backward_passes = [backward(term) for term in terms]
     return Packed([forward(term) for term in rule.sums], backward_passes,
-                  [sparse(term, way) for term, way in zip(rule.terms, backward_passes, strict=True)])
+                  [sparse(term, way) for term, way in zip(terms, backward_passes, strict=True)])
 
 
 def forward(b: Builder, layer: g.Conv2d) -> None:

@@ -1,4 +1,4 @@
-"""What treats each element by itself, or moves it: activations, powers, additions, joins, rearrangements."""
+"""What treats each element by itself, or moves it: activations, powers, additions, products, joins, rearrangements."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import numpy.typing as npt
 
 from fastdtd import graph as g
 from fastdtd.graph import Graph
+from fastdtd.kernels import codes
 from fastdtd.lowering import linear
 from fastdtd.lowering.builder import Builder, clip_bounds, read_only
-from fastdtd.protocols import Device
-from fastdtd.rules import Term
+from fastdtd.protocols import Device, Kernel
+from fastdtd.rules import LayerRule, Term
 
-Activation = g.ReLU | g.Clip | g.LeakyReLU
+Piecewise = g.ReLU | g.Clip | g.LeakyReLU
 Join = g.Concat | g.Flatten
+
+_FUNCTIONS = {name: getattr(codes, name.upper()) for name in g.ACTIVATIONS}
 
 
 # ---- Activations -----------------------------------------------------------------------------------------------------
 
 
-def activation_forward(b: Builder, layer: Activation) -> None:
+def activation_forward(b: Builder, layer: Piecewise) -> None:
     x, a = b.activation(layer.name), b.activation(layer.inputs[0])
     b.step(b.kernels.activate_forward, b.batch * x.channels, x=x, a=a, x_channel=x.channel, a_channel=a.channel,
            channels=x.channels, **_activation(layer))
 
 
-def activation_backward(b: Builder, layer: Activation) -> None:
+def activation_backward(b: Builder, layer: Piecewise) -> None:
     source = layer.inputs[0]
     accumulate = b.accumulates(source)
     c_in, a, c = b.factor(source), b.activation(source), b.factor(layer.name)
@@ -37,7 +40,7 @@ def activation_backward(b: Builder, layer: Activation) -> None:
            and not b.derives, derivative=b.derives, accumulate=accumulate, **_activation(layer))
 
 
-def _activation(layer: Activation) -> dict[str, Any]:
+def _activation(layer: Piecewise) -> dict[str, Any]:
     low, high = clip_bounds(layer)
     return {"slope": layer.slope if isinstance(layer, g.LeakyReLU) else 1.0, "x_min": low, "x_max": high}
 
@@ -48,7 +51,15 @@ def power_forward(b: Builder, layer: g.Power) -> None:
            a_channel=a.channel, exponent=layer.exponent, derivative=b.derives)
 
 
-def redistribute_by_ratio(b: Builder, layer: g.Power | g.LocalResponseNorm) -> None:
+def nonlinearity_forward(b: Builder, layer: g.Activation) -> None:
+    x, a = b.activation(layer.name), b.activation(layer.inputs[0])
+    alpha, beta = (1.0 if value is None else value for value in (layer.alpha, layer.beta))
+    b.step(b.kernels.nonlinearity_forward, b.batch * x.channels, x=x, ratio=b.saved(layer).view, a=a,
+           x_channel=x.channel, a_channel=a.channel, function=_FUNCTIONS[layer.function], alpha=alpha, beta=beta,
+           derivative=b.derives)
+
+
+def redistribute_by_ratio(b: Builder, layer: g.Power | g.Activation | g.LocalResponseNorm) -> None:
     """Backward where each output is a multiple of its own input: c_in = ratio * c."""
     source = layer.inputs[0]
     accumulate = b.accumulates(source)
@@ -78,6 +89,37 @@ def _add_sum(b: Builder, layer: g.Add, index: int, features: int, arguments: dic
 
 def _add_term(b: Builder, layer: g.Add, part: int, term: Term, source: str, arguments: dict[str, Any]) -> None:
     b.step(b.kernels.add_redistribute, b.batch * b.graph.shapes[source][0], **arguments, features=term.features)
+
+
+# ---- Products --------------------------------------------------------------------------------------------------------
+
+
+def multiply_forward(b: Builder, layer: g.Multiply) -> None:
+    x, (a, gate) = b.activation(layer.name), map(b.activation, layer.inputs)
+    b.step(b.kernels.multiply_forward, b.batch * x.channels, x=x, a=a, b=gate, x_channel=x.channel,
+           a_channel=a.channel, b_channel=gate.channel, channels=x.channels, gate_channels=gate.channels)
+
+
+def multiply_backward(b: Builder, layer: g.Multiply) -> None:
+    rule, (value, gate) = b.rule(layer), layer.inputs
+    assert rule is not None
+    sums = b.graph.shapes[gate] != b.graph.shapes[value]
+    _factor_backward(b, layer, value, gate, b.kernels.multiply_redistribute, rule)
+    if rule.name != "hold":
+        kernel = b.kernels.gate_redistribute if sums else b.kernels.multiply_redistribute
+        _factor_backward(b, layer, gate, value, kernel, rule)
+
+
+def _factor_backward(b: Builder, layer: g.Multiply, source: str, other: str, kernel: Kernel, rule: LayerRule) -> None:
+    """What one of the factors gets."""
+    accumulate = b.accumulates(source)
+    c_in, c, held = b.factor(source), b.factor(layer.name), b.activation(other)
+    name = "a" if kernel is b.kernels.gate_redistribute else "b"
+    named: dict[str, Any] = {name: held, f"{name}_channel": held.channel}
+    b.step(kernel, b.batch * c_in.channels, c_in=c_in, c=c, c_in_channel=c_in.channel, c_channel=c.channel,
+           channels=c.channels, gate_channels=b.graph.shapes[layer.inputs[1]][0],
+           share=0.5 if rule.name == "half" else 1.0, relevance=b.carries_relevance(source) and not b.derives,
+           derivative=b.derives, accumulate=accumulate, **named)
 
 
 # ---- What only moves elements ----------------------------------------------------------------------------------------

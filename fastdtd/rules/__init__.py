@@ -8,6 +8,7 @@ from fastdtd.rules.rule import (
     NORM_RULES,
     PARAMETERS,
     POOL_RULES,
+    PRODUCT_RULES,
     LayerRule,
     Rule,
     Term,
@@ -15,6 +16,7 @@ from fastdtd.rules.rule import (
 )
 
 __all__ = [
-    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "Assignment",
+    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "PRODUCT_RULES",
+    "Assignment",
     "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain", "search_direction",
 ]

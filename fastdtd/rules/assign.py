@@ -10,6 +10,7 @@ from fastdtd.errors import RuleError, shown
 from fastdtd.graph import (
     INPUT,
     LAYER_TYPES,
+    Activation,
     Add,
     AveragePool2d,
     Clip,
@@ -24,15 +25,22 @@ from fastdtd.graph import (
     LeakyReLU,
     LocalResponseNorm,
     MaxPool2d,
+    Multiply,
     Power,
     Rearrange,
 )
 from fastdtd.kernels import codes
 from fastdtd.rules.presets import DERIVATIVES, PRESETS
-from fastdtd.rules.rule import LINEAR_RULES, NORM_RULES, POOL_RULES, LayerRule, Rule, Term
+from fastdtd.rules.rule import LINEAR_RULES, NORM_RULES, POOL_RULES, PRODUCT_RULES, LayerRule, Rule, Term
 
 Rules = str | Mapping[str, str | Rule] | Sequence[str | Mapping[str, str | Rule]]
 
+# Of layers whose values alone are needed: one sum, of whatever is quick.
+_UNEXPLAINED = {
+    MaxPool2d: LayerRule(Rule("winner")), LocalResponseNorm: LayerRule(Rule("identity"), (), codes.NORM_IDENTITY),
+    Multiply: LayerRule(Rule("hold"))
+}
+_UNEXPLAINED_SUM = LayerRule(Rule("z+"), (Term(codes.NONNEGATIVE, "positive"),))
 _NORM_FORMULAS = {"identity": codes.NORM_IDENTITY, "taylor": codes.NORM_TAYLOR, "gradient": codes.NORM_GRADIENT}
 
 
@@ -43,7 +51,12 @@ class Assignment:
     Attributes
     ----------
     rules : mapping of str to LayerRule
-        Of each layer that redistributes, by name. Layers that only pass relevance on (ReLU, concatenation) have none.
+        Of each layer that redistributes, by name. Layers that only pass relevance on (ReLU, concatenation) have none,
+        nor have those that are `held`.
+    held : frozenset of str
+        Layers that lead to nothing but gates which are held constant: no relevance comes back to them.
+    unexplained : mapping of str to LayerRule
+        What their outputs are computed with.
     carriers : frozenset of str
         Tensors that carry relevance R in the backward pass, not its factor c in ``R = |a| c``: the input, what a rule
         with features of its own reads, and what is joined to such a tensor by layers that only pass relevance on; all
@@ -60,11 +73,17 @@ class Assignment:
     """
 
     rules: Mapping[str, LayerRule]
+    held: frozenset[str]
+    unexplained: Mapping[str, LayerRule]
     carriers: frozenset[str]
     signed: frozenset[str]
     absorbers: tuple[str, ...]
     derivative: str | None
     signed_scores: bool
+
+    def of(self, layer: Layer) -> LayerRule | None:
+        """What a layer is computed with; None where it only passes relevance on."""
+        return self.rules.get(layer.name, self.unexplained.get(layer.name))
 
 
 def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
@@ -92,6 +111,7 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
         domain.
     """
     preset, changes = _parsed(rules)
+    _check_preset(preset, graph)
     chosen = {layer.name: _of_preset(preset, layer, input_domain(graph, layer)) for layer in graph if _choices(layer)}
     types = {layer.name: f"type:{name}" for layer in graph for name, kind in LAYER_TYPES.items() if type(layer) is kind}
     for pattern, rule in changes:
@@ -99,15 +119,34 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
         if not matches:
             raise RuleError(f"no layer with a rule is named {pattern!r} or matches it; they are {', '.join(chosen)}")
         chosen.update(dict.fromkeys(matches, rule))
-    derivative = _derivative(graph, chosen, preset)
-    signed = _signed_carriers(graph, chosen)
+    held = _held(graph, chosen)
+    unexplained = {name: _UNEXPLAINED.get(type(layer), _UNEXPLAINED_SUM) for layer in graph
+                   if (name := layer.name) in held and name in chosen}
+    chosen = {name: rule for name, rule in chosen.items() if name not in held}
+    layers = [layer for layer in graph if layer.name not in held]
+    derivative = _derivative(layers, chosen, preset)
+    signed = _signed_carriers(graph, layers, chosen)
     assigned = {layer.name: _layer_rule(layer, chosen[layer.name], input_domain(graph, layer), layer.name in signed)
-                for layer in graph if layer.name in chosen}
-    carriers = set(graph.shapes) if derivative else _carriers(graph, assigned)
-    absorbers = tuple(layer.name for layer in graph if _absorbs(layer, assigned.get(layer.name), derivative))
+                for layer in layers if layer.name in chosen}
+    carriers = set(graph.shapes) if derivative else _carriers(layers, assigned)
+    absorbers = tuple(layer.name for layer in layers if _absorbs(layer, assigned.get(layer.name), derivative))
     signed_scores = derivative is not None or _decomposes_negative_scores(graph, assigned)
-    return Assignment(assigned, frozenset(carriers), _signed(graph, assigned, signed_scores), absorbers, derivative,
-                      signed_scores)
+    return Assignment(assigned, held, unexplained, frozenset(carriers),
+                      _signed(graph, layers, assigned, signed_scores), absorbers, derivative, signed_scores)
+
+
+def _held(graph: Graph, chosen: dict[str, Rule]) -> frozenset[str]:
+    explained = {graph.output}
+    for layer in reversed(graph.layers):
+        if layer.name in explained:
+            explained.update(_explained_inputs(layer, chosen.get(layer.name)))
+    return frozenset(layer.name for layer in graph if layer.name not in explained)
+
+
+def _explained_inputs(layer: Layer, rule: Rule | LayerRule | None) -> tuple[str, ...]:
+    """What a layer gives relevance to."""
+    holds = isinstance(layer, Multiply) and rule is not None and rule.name == "hold"
+    return layer.inputs[:1] if holds else layer.inputs
 
 
 def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:
@@ -151,20 +190,24 @@ def _choices(layer: Layer) -> dict[str, str]:
             return POOL_RULES
         case LocalResponseNorm():
             return NORM_RULES
+        case Multiply():
+            return PRODUCT_RULES
     return {}
 
 
+def _check_preset(preset: str, graph: Graph) -> None:
+    for layer in graph:
+        if why := PRESETS[preset].refused.get(type(layer)):
+            raise RuleError(f"layer {layer.name!r} is {why}; required: a network without, or rules='dtd'")
+
+
 def _of_preset(name: str, layer: Layer, domain: Domain) -> Rule:
-    preset = PRESETS[name]
-    if type(layer) in preset.refused:
-        raise RuleError(
-            f"layer {layer.name!r} is {preset.refused[type(layer)]}; required: a network without, or rules='dtd'")
-    return preset.rule(type(layer), domain.hidden, domain.low is not None)
+    return PRESETS[name].rule(type(layer), domain.hidden, domain.low is not None)
 
 
-def _derivative(graph: Graph, chosen: dict[str, Rule], preset: str) -> str | None:
+def _derivative(layers: list[Layer], chosen: dict[str, Rule], preset: str) -> str | None:
     derived = {name for name, rule in chosen.items() if rule.name == "gradient"}
-    others = [layer.name for layer in graph if layer.name not in derived and "gradient" in _choices(layer)]
+    others = [layer.name for layer in layers if layer.name not in derived and "gradient" in _choices(layer)]
     if derived and others:
         raise RuleError(
             f"layer {others[0]!r} has a rule that redistributes relevance, others the rule 'gradient', which does not; "
@@ -183,6 +226,8 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
                         f"{', '.join(allowed)}")
     if isinstance(layer, LocalResponseNorm):
         return LayerRule(rule, (), _NORM_FORMULAS[rule.name])
+    if isinstance(layer, Multiply):
+        return LayerRule(rule, (), codes.GRADIENT if rule.name == "gradient" else None)
     bounded = domain.low is not None
     hidden_features = codes.NONNEGATIVE if domain.nonnegative else codes.SIGNED
     positive, value = Term(hidden_features, "positive"), Term(codes.VALUE, "value")
@@ -229,17 +274,21 @@ def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> Layer
     return LayerRule(rule, (positive, *((negative,) if rule.beta else ()), *bias), codes.ALPHA_BETA)
 
 
-def _signed_carriers(graph: Graph, rules: dict[str, Rule]) -> set[str]:
+def _signed_carriers(graph: Graph, layers: list[Layer], rules: dict[str, Rule]) -> set[str]:
     """Tensors whose negative values can have relevance, because of the layers that read them.
 
     Scores are none of them: only positive contributions to a class are explained.
     """
     signed: set[str] = set()
-    for layer in reversed(graph.layers):
+    for layer in reversed(layers):
         rule = rules.get(layer.name)
         match layer:
             case Power() | Conv2d() | Dense():
                 passes_on = True
+            case Activation() if not layer.is_zero_at_zero:
+                passes_on = True
+            case Multiply() if not all(graph.domains[name].nonnegative for name in layer.inputs):
+                passes_on = True  # a product's sign may be either
             case Clip(low=0.0) | LeakyReLU(slope=0.0):
                 passes_on = False
             case MaxPool2d() if rule and rule.name == "proportional":
@@ -247,12 +296,12 @@ def _signed_carriers(graph: Graph, rules: dict[str, Rule]) -> set[str]:
             case Add() | AveragePool2d() | GlobalAveragePool() if rule and rule.name not in ("z+", "alpha-beta"):
                 passes_on = True
             case Add() | AveragePool2d() | GlobalAveragePool() | MaxPool2d() | Concat() | Flatten() | Rearrange() | \
-                    LocalResponseNorm() | LeakyReLU() | Clip():
+                    LocalResponseNorm() | LeakyReLU() | Clip() | Activation() | Multiply():
                 passes_on = layer.name in signed
             case _:
                 passes_on = False
         if passes_on:
-            signed.update(layer.inputs)
+            signed.update(_explained_inputs(layer, rule))
     return {name for name in signed if not graph.domains[name].nonnegative}
 
 
@@ -265,34 +314,35 @@ def _decomposes_negative_scores(graph: Graph, rules: dict[str, LayerRule]) -> bo
             if rule is not None and rule.terms:
                 found.append(rule.decomposes_negative)
             else:
-                reached.update(layer.inputs)
+                reached.update(_explained_inputs(layer, rule))
     return bool(found) and all(found)
 
 
-def _signed(graph: Graph, rules: dict[str, LayerRule], signed_scores: bool) -> frozenset[str]:
+def _signed(graph: Graph, layers: list[Layer], rules: dict[str, LayerRule], signed_scores: bool) -> frozenset[str]:
     signed = {graph.output} if signed_scores else set()
-    for layer in reversed(graph.layers):
+    for layer in reversed(layers):
         rule = rules.get(layer.name)
         if layer.name in signed or (rule is not None and rule.makes_negative):
-            signed.update(layer.inputs)
+            signed.update(_explained_inputs(layer, rule))
     return frozenset(signed)
 
 
 def _absorbs(layer: Layer, rule: LayerRule | None, derivative: str | None) -> bool:
     if isinstance(layer, Rearrange):
         return bool(layer.index.min() < 0) and derivative is None
-    return rule is not None and rule.name not in ("winner", "identity", "gradient")
+    return rule is not None and rule.name not in ("winner", "identity", "gradient", "hold", "half")
 
 
-def _carriers(graph: Graph, rules: dict[str, LayerRule]) -> set[str]:
-    joined: dict[str, set[str]] = {name: set() for name in graph.shapes}
+def _carriers(layers: list[Layer], rules: dict[str, LayerRule]) -> set[str]:
+    joined: dict[str, set[str]] = {name: set() for name in (INPUT, *(layer.name for layer in layers))}
     carriers = {INPUT}
-    for layer in graph:
+    for layer in layers:
         rule = rules.get(layer.name)
-        if rule is not None and rule.needs_relevance:
+        # What is not 0 at 0 has relevance there, which is no multiple of a.
+        if (rule is not None and rule.needs_relevance) or (isinstance(layer, Activation) and not layer.is_zero_at_zero):
             carriers.update(layer.inputs)
         if rule is None or not rule.terms:
-            for name in layer.inputs:
+            for name in _explained_inputs(layer, rule):
                 joined[name].add(layer.name)
                 joined[layer.name].add(name)
     waiting = list(carriers)

@@ -38,6 +38,11 @@ NORM_RULES = {
     "taylor": "by a first-order expansion in which neighbours take part; relevance can be negative",
     "gradient": "no redistribution: the derivative",
 }
+PRODUCT_RULES = {
+    "hold": "all to what the gate multiplies, with the gate held constant",
+    "half": "half to it, half to the gate",
+    "gradient": "no redistribution: the derivative",
+}
 BIASES = {
     "ignored": "left out of the sums that relevance is redistributed by",
     "absorbed": "part of these sums; its part of the relevance goes to the ledger",
@@ -51,7 +56,7 @@ PARAMETERS: dict[str, dict[str, float | str]] = {
     "taylor": {"epsilon": 1e-6},
 }  # that a rule takes, and their defaults
 _NEUTRAL: dict[str, float | str] = {"alpha": 1.0, "beta": 0.0, "gamma": 0.0, "epsilon": 0.0, "bias": "ignored"}
-_NAMES = {**LINEAR_RULES, **POOL_RULES, **NORM_RULES}
+_NAMES = {**LINEAR_RULES, **POOL_RULES, **NORM_RULES, **PRODUCT_RULES}
 _MAX_SQUARED = 1e15
 _MAX_PARAMETER = 1e6
 

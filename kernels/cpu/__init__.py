@@ -15,8 +15,8 @@ from fastdtd.kernels.cpu.depthwise import (
 from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
     absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
-    clear_redistribute, copy_forward, power_forward, rearrange_forward, rearrange_redistribute, sum_relevance,
-    surely_within,
+    clear_redistribute, copy_forward, gate_redistribute, multiply_forward, multiply_redistribute, nonlinearity_forward,
+    power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
 )
 from fastdtd.kernels.cpu.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
 from fastdtd.kernels.cpu.memory import (
@@ -49,9 +49,10 @@ __all__ = [
     "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
     "dense_redistribute_elements", "density_redistribute", "depthwise2d_block_rows", "depthwise2d_forward",
-    "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "max_pool2d_forward",
-    "max_pool2d_redistribute", "memory_budget", "namespace", "normalize_forward", "normalize_redistribute",
-    "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
+    "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "gate_redistribute",
+    "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "multiply_forward", "multiply_redistribute",
+    "namespace", "nonlinearity_forward", "normalize_forward", "normalize_redistribute", "normalize_taylor_elements",
+    "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
     "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
     "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "sparse2d_below",
     "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute", "sparse2d_scratch",

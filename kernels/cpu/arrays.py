@@ -65,6 +65,7 @@ def _make_reader(result, given, kind):
 
 # The same bits as a number of another type.
 float32_of = _make_reader(types.float32, types.int32, F32)
+bits32_of = _make_reader(types.int32, types.float32, I32)
 float_of = _make_reader(types.float64, types.int64, ir.DoubleType())
 bits_of = _make_reader(types.int64, types.float64, I64)
 

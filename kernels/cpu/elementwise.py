@@ -9,13 +9,27 @@ channel does all of them in one loop.
 from functools import partial
 
 import numpy as np
-from fastdtd.kernels.codes import BOX
+from fastdtd.kernels.codes import (
+    BOX,
+    ELU,
+    GELU,
+    GELU_TANH,
+    HARD_SIGMOID,
+    HARD_SWISH,
+    MISH,
+    SIGMOID,
+    SILU,
+    SOFTPLUS,
+    TANH,
+)
 from fastdtd.kernels.cpu.arrays import flat
-from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.jit import kernel, part
 from fastdtd.kernels.cpu.scalar import (
     activation,
     activation_redistributed,
     clip,
+    gated,
+    nonlinearity,
     positive_feature,
     power,
     ratio_of,
@@ -221,6 +235,115 @@ def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first
         value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, positions)
         for i in range(positions):
             out[i], kept[i] = power(value[i], exponent, derivative)
+
+
+@part
+def _of_each(out, kept, value, function, alpha, beta, derivative):
+    for i in range(len(out)):
+        out[i], kept[i] = nonlinearity(value[i], function, alpha, beta, derivative)
+
+
+@kernel
+def nonlinearity_forward(x, ratio, a, x_channel, a_channel, function, alpha, beta, derivative, first, last):
+    """x <- f(a), ratio <- x / a, or 1 where f(0) is not 0; the derivative if `derivative`."""
+    channels, positions = ratio.shape[1], ratio.shape[2] * ratio.shape[3]
+    flat_x, flat_ratio, flat_a = flat(x), flat(ratio), flat(a)
+    unit = first
+    while unit < last:
+        n, k = unit // channels, unit % channels
+        channel_count = channels_in_span(unit, last, channels)
+        count = channel_count * positions
+        out = span(flat_x, (n * x.shape[1] + x_channel + k) * positions, count)
+        kept = span(flat_ratio, unit * positions, count)
+        value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, count)
+        if function == SILU:
+            _of_each(out, kept, value, SILU, alpha, beta, derivative)
+        elif function == HARD_SWISH:
+            _of_each(out, kept, value, HARD_SWISH, alpha, beta, derivative)
+        elif function == GELU:
+            _of_each(out, kept, value, GELU, alpha, beta, derivative)
+        elif function == GELU_TANH:
+            _of_each(out, kept, value, GELU_TANH, alpha, beta, derivative)
+        elif function == MISH:
+            _of_each(out, kept, value, MISH, alpha, beta, derivative)
+        elif function == ELU:
+            _of_each(out, kept, value, ELU, alpha, beta, derivative)
+        elif function == TANH:
+            _of_each(out, kept, value, TANH, alpha, beta, derivative)
+        elif function == SIGMOID:
+            _of_each(out, kept, value, SIGMOID, alpha, beta, derivative)
+        elif function == HARD_SIGMOID:
+            _of_each(out, kept, value, HARD_SIGMOID, alpha, beta, derivative)
+        else:
+            _of_each(out, kept, value, SOFTPLUS, alpha, beta, derivative)
+        unit += channel_count
+
+
+@kernel
+def multiply_forward(x, a, b, x_channel, a_channel, b_channel, channels, gate_channels, first, last):
+    """x <- a * b, b with a value for each element, channel or pixel."""
+    positions, gate_positions = a.shape[2] * a.shape[3], b.shape[2] * b.shape[3]
+    flat_x, flat_a, flat_b = flat(x), flat(a), flat(b)
+    for unit in range(first, last):
+        n, k = unit // channels, unit % channels
+        out = span(flat_x, (n * x.shape[1] + x_channel + k) * positions, positions)
+        value = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, positions)
+        gate = span(flat_b, (n * b.shape[1] + b_channel + k % gate_channels) * gate_positions, gate_positions)
+        if gate_positions == positions:
+            for i in range(positions):
+                out[i] = value[i] * gate[i]
+        else:
+            for i in range(positions):
+                out[i] = value[i] * gate[0]
+
+
+@kernel
+def multiply_redistribute(c_in, c, b, c_in_channel, c_channel, b_channel, channels, gate_channels, share, relevance,
+                          derivative, accumulate, first, last):
+    """What is multiplied gets of a product: c_in <- share * |b| * c; relevance itself passes as it is.
+
+    If `derivative`, c is a derivative, and so is c_in.
+    """
+    positions, gate_positions = c.shape[2] * c.shape[3], b.shape[2] * b.shape[3]
+    flat_in, flat_c, flat_b = flat(c_in), flat(c), flat(b)
+    for unit in range(first, last):
+        n, k = unit // channels, unit % channels
+        out = span(flat_in, (n * c_in.shape[1] + c_in_channel + k) * positions, positions)
+        factor = span(flat_c, (n * c.shape[1] + c_channel + k) * positions, positions)
+        gate = span(flat_b, (n * b.shape[1] + b_channel + k % gate_channels) * gate_positions, gate_positions)
+        step = 1 if gate_positions == positions else 0
+        for i in range(positions):
+            result = share * gated(factor[i], gate[i * step], relevance, derivative)
+            out[i] = result + out[i] if accumulate else result
+
+
+@kernel
+def gate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, gate_channels, share, relevance,
+                      derivative, accumulate, first, last):
+    """What a gate gets that has one value for several elements of a: c_in <- the sum of share * |a| * c over them.
+
+    Units are channels of the gate.
+    """
+    positions, gate_positions = c.shape[2] * c.shape[3], c_in.shape[2] * c_in.shape[3]
+    flat_in, flat_c, flat_a = flat(c_in), flat(c), flat(a)
+    for unit in range(first, last):
+        n, k = unit // gate_channels, unit % gate_channels
+        out = span(flat_in, (n * c_in.shape[1] + c_in_channel + k) * gate_positions, gate_positions)
+        if not accumulate:
+            for i in range(gate_positions):
+                out[i] = ZERO
+        total = ZERO_SUM
+        for channel in range(k, channels, gate_channels):
+            factor = span(flat_c, (n * c.shape[1] + c_channel + channel) * positions, positions)
+            value = span(flat_a, (n * a.shape[1] + a_channel + channel) * positions, positions)
+            if gate_positions == positions:
+                for i in range(positions):
+                    out[i] += share * gated(factor[i], value[i], relevance, derivative)
+            else:
+                for i in range(positions):
+                    total += np.float64(gated(factor[i], value[i], relevance, derivative))
+        if gate_positions != positions:
+            out[0] += share * np.float32(total)
 
 
 @kernel

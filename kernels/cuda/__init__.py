@@ -11,8 +11,8 @@ from fastdtd.kernels.cuda.dense import (
 from fastdtd.kernels.cuda.direction import direction_kernels
 from fastdtd.kernels.cuda.elementwise import (
     absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
-    clear_redistribute, copy_forward, power_forward, rearrange_forward, rearrange_redistribute, sum_relevance,
-    surely_within,
+    clear_redistribute, copy_forward, gate_redistribute, multiply_forward, multiply_redistribute, nonlinearity_forward,
+    power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
 )
 from fastdtd.kernels.cuda.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
 from fastdtd.kernels.cuda.memory import (
@@ -35,9 +35,10 @@ __all__ = [
     "add_forward", "add_redistribute", "bind", "clear_redistribute", "constant", "conv2d_forward", "conv2d_pack",
     "conv2d_packed_shape", "conv2d_panel_rows", "conv2d_redistribute", "conv2d_taps", "copy_forward", "dense_forward",
     "dense_forward_elements", "dense_redistribute", "dense_redistribute_elements", "direction_kernels", "empty",
-    "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "namespace", "normalize_forward",
-    "normalize_redistribute", "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of",
-    "pool2d_forward", "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
+    "gate_redistribute", "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "multiply_forward",
+    "multiply_redistribute", "namespace", "nonlinearity_forward", "normalize_forward", "normalize_redistribute",
+    "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
+    "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
     "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "sum_relevance",
     "surely_within", "table", "write", "zeros",
 ]

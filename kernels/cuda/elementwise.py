@@ -14,6 +14,8 @@ from fastdtd.kernels.cuda.scalar import (
     activation,
     activation_redistributed,
     clip,
+    gated,
+    nonlinearity,
     positive_feature,
     power,
     ratio_of,
@@ -105,6 +107,57 @@ def _power(x, ratio, a, x_elements, x_begin, a_elements, a_begin, elements, coun
     if at < count:
         n, i = split(at, elements)
         x[n * x_elements + x_begin + i], ratio[at] = power(a[n * a_elements + a_begin + i], exponent, derivative)
+
+
+@kernel
+def _nonlinearity(x, ratio, a, x_elements, x_begin, a_elements, a_begin, elements, count, function, alpha, beta,
+                  derivative):
+    at = cuda.grid(1)
+    if at < count:
+        n, i = split(at, elements)
+        value = a[n * a_elements + a_begin + i]
+        x[n * x_elements + x_begin + i], ratio[at] = nonlinearity(value, function, alpha, beta, derivative)
+
+
+@kernel
+def _multiply(x, a, b, x_elements, x_begin, a_elements, a_begin, b_elements, b_begin, positions, per_channel, per_pixel,
+              elements, count):
+    at = cuda.grid(1)
+    if at < count:
+        n, i = split(at, elements)
+        k, position = split(i, positions)
+        s = b[n * b_elements + b_begin + k * per_channel + position * per_pixel]
+        x[n * x_elements + x_begin + i] = a[n * a_elements + a_begin + i] * s
+
+
+@kernel
+def _redistribute_product(c_in, c, b, in_elements, in_begin, c_elements, c_begin, b_elements, b_begin, positions,
+                          per_channel, per_pixel, elements, count, share, relevance, derivative, accumulate):
+    at = cuda.grid(1)
+    if at < count:
+        n, i = split(at, elements)
+        (k, position), to = split(i, positions), n * in_elements + in_begin + i
+        s = b[n * b_elements + b_begin + k * per_channel + position * per_pixel]
+        result = share * gated(c[n * c_elements + c_begin + i], s, relevance, derivative)
+        c_in[to] = result + c_in[to] if accumulate else result
+
+
+@kernel
+def _redistribute_gate(c_in, c, a, in_elements, in_begin, c_elements, c_begin, a_elements, a_begin, gate_elements,
+                       gate_positions, channels, gate_channels, positions, share, relevance, derivative, accumulate):
+    n, i = split(cuda.blockIdx.x, gate_elements)  # a block has a value of the gate
+    sums, t = cuda.shared.array(SUMMING_THREADS, float64), cuda.threadIdx.x
+    (k, position), total = split(i, gate_positions), np.float64(0)
+    across = positions // gate_positions
+    for j in range(t, (channels // gate_channels) * across, SUMMING_THREADS):
+        step, pixel = split(j, across)
+        at = (k + step * gate_channels) * positions + position + pixel
+        total += np.float64(gated(c[n * c_elements + c_begin + at], a[n * a_elements + a_begin + at], relevance,
+                                  derivative))
+    total = sum_of_block(sums, total)
+    if t == 0:
+        to, result = n * in_elements + in_begin + i, share * np.float32(total)
+        c_in[to] = result + c_in[to] if accumulate else result
 
 
 @kernel
@@ -238,6 +291,55 @@ def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first
     launch_for_each(_power, (end - image) * elements, flat(x), flat(ratio[image:end]), flat(a),
                     *location(x, x_channel, image), *location(a, a_channel, image), elements, (end - image) * elements,
                     np.float32(exponent), int(derivative))
+
+
+def nonlinearity_forward(x, ratio, a, x_channel, a_channel, function, alpha, beta, derivative, first, last):
+    """x <- f(a), ratio <- x / a, or 1 where f(0) is not 0; the derivative if `derivative`."""
+    image, end = whole_images(first, last, ratio.shape[1])
+    elements = math.prod(ratio.shape[1:])
+    launch_for_each(_nonlinearity, (end - image) * elements, flat(x), flat(ratio[image:end]), flat(a),
+                    *location(x, x_channel, image), *location(a, a_channel, image), elements, (end - image) * elements,
+                    int(function), np.float32(alpha), np.float32(beta), int(derivative))
+
+
+def multiply_forward(x, a, b, x_channel, a_channel, b_channel, channels, gate_channels, first, last):
+    """x <- a * b, b with a value for each element, channel or pixel."""
+    image, end = whole_images(first, last, channels)
+    elements = channels * math.prod(a.shape[2:])
+    launch_for_each(_multiply, (end - image) * elements, flat(x), flat(a), flat(b), *location(x, x_channel, image),
+                    *location(a, a_channel, image), *location(b, b_channel, image), *_steps(a, b, gate_channels),
+                    elements, (end - image) * elements)
+
+
+def multiply_redistribute(c_in, c, b, c_in_channel, c_channel, b_channel, channels, gate_channels, share, relevance,
+                          derivative, accumulate, first, last):
+    """What is multiplied gets of a product: c_in <- share * |b| * c; relevance itself passes as it is."""
+    image, end = whole_images(first, last, channels)
+    elements = channels * math.prod(c.shape[2:])
+    launch_for_each(_redistribute_product, (end - image) * elements, flat(c_in), flat(c), flat(b),
+                    *location(c_in, c_in_channel, image), *location(c, c_channel, image),
+                    *location(b, b_channel, image), *_steps(c, b, gate_channels), elements, (end - image) * elements,
+                    np.float32(share), int(relevance), int(derivative), int(accumulate))
+
+
+def _steps(a, b, gate_channels):
+    """Pixels of a channel, and by how many elements the gate goes on with a channel and with a pixel."""
+    positions, gate_positions = math.prod(a.shape[2:]), math.prod(b.shape[2:])
+    return positions, gate_positions if gate_channels > 1 else 0, int(gate_positions > 1)
+
+
+def gate_redistribute(c_in, c, a, c_in_channel, c_channel, a_channel, channels, gate_channels, share, relevance,
+                      derivative, accumulate, first, last):
+    """What a gate gets that has one value for several elements of a: c_in <- the sum of share * |a| * c over them.
+
+    Units are channels of the gate.
+    """
+    image, end = whole_images(first, last, gate_channels)
+    gate_positions = math.prod(c_in.shape[2:])
+    launch(_redistribute_gate, (end - image) * gate_channels * gate_positions, SUMMING_THREADS, flat(c_in), flat(c),
+           flat(a), *location(c_in, c_in_channel, image), *location(c, c_channel, image),
+           *location(a, a_channel, image), gate_channels * gate_positions, gate_positions, channels, gate_channels,
+           math.prod(c.shape[2:]), np.float32(share), int(relevance), int(derivative), int(accumulate))
 
 
 def rearrange_forward(x, a, index, x_channel, a_channel, first, last):

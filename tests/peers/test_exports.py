@@ -98,6 +98,15 @@ PARTS = {
     "largest pixel": (lambda: nn.AdaptiveMaxPool2d(1), {g.MaxPool2d: 1}),
     "hard tanh": (lambda: nn.Hardtanh(-0.5, 0.5), {g.Clip: 1}),
     "ReLU6": (nn.ReLU6, {g.Clip: 1}),
+    **{f"{name}, one layer": (lambda make=make: Function(make), {g.Activation: 1, g.Conv2d: 1, g.Multiply: 0})
+       for name, make in {
+           "SiLU": functional.silu, "hard-swish": functional.hardswish, "hard-sigmoid": functional.hardsigmoid,
+           "GELU": functional.gelu, "GELU by tanh": lambda x: functional.gelu(x, approximate="tanh"),
+           "Mish": functional.mish, "ELU": lambda x: functional.elu(x, 0.5), "SELU": functional.selu,
+           "softplus": functional.softplus, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+           "GELU of products": lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x * x * x))),
+       }.items()},
+    "gate": (lambda: Function(lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True))), {g.Multiply: 1}),
     "leaky ReLU": (lambda: nn.LeakyReLU(0.2), {g.LeakyReLU: 1}),
     "PReLU": (lambda: nn.Sequential(nn.PReLU(), nn.PReLU(6)), {g.LeakyReLU: 2}),
     "p-norm": (lambda: nn.LPPool2d(2, 3, 2), {g.Power: 2, g.ReLU: 0}),
@@ -152,7 +161,7 @@ def test_weights_beside_the_file(tmp_path):
 NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
     "resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3", "squeezenet1_1",
     "shufflenet_v2_x1_0",
-    "regnet_x_400mf")}}
+    "regnet_x_400mf", "regnet_y_400mf", "efficientnet_b0", "mobilenet_v3_small")}}
 
 
 def network(name):

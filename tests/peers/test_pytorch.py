@@ -167,11 +167,12 @@ class Computed(nn.Module):
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    (torch.sigmoid, "sigmoid 'sigmoid' is not the last layer; required: a sigmoid only at the end"),
-    (torch.tanh, r"Computed: tanh \(node 'tanh'\) is not supported; nearest: relu, leaky_relu or clamp; "
-     "supported: .*, view"),
-    (lambda y: y * y.relu(), "multiplies two tensors"),
-    (lambda y: y ** 3, "raises to 3 what can be negative; required: an even power"),
+    (functional.softsign, "divides by what is computed"),
+    (functional.celu, r"Computed: celu \(node 'celu'\) is not supported; nearest: elu; supported: .*, view"),
+    (lambda y: y * y.relu(), r"mul \(node 'mul'\) makes a function of each element that no layer has"),
+    (lambda y: y * torch.tanh(y.flip(2)), "multiplies two tensors"),
+    (lambda y: y ** 3, "makes a function of each element that no layer has"),
+    (lambda y: y ** 5, "raises to 5 what can be negative; required: an even power"),
     (lambda y: torch.sign(y) + y, "reads the sign of a tensor"),
     (lambda y: torch.sign(y) * y.abs().flip(3), "multiplies two tensors"),
     (lambda y: torch.sign(y) * y.abs().roll(1, 2), "multiplies two tensors"),

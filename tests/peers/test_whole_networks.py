@@ -23,7 +23,9 @@ TORCHVISION = {
     "vgg19_bn": "VGG-19, batch norm", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnext50_32x4d": "ResNeXt-50",
     "densenet121": "DenseNet-121", "mobilenet_v2": "MobileNet v2", "mnasnet1_0": "MNASNet", "googlenet": "GoogLeNet",
     "inception_v3": "Inception v3", "squeezenet1_0": "SqueezeNet 1.0", "squeezenet1_1": "SqueezeNet 1.1",
-    "regnet_x_400mf": "RegNet X",
+    "regnet_x_400mf": "RegNet X", "regnet_y_400mf": "RegNet Y", "efficientnet_b0": "EfficientNet-B0",
+    "efficientnet_v2_s": "EfficientNet V2-S", "mobilenet_v3_small": "MobileNet v3 small",
+    "mobilenet_v3_large": "MobileNet v3 large",
 }
 OTHERS = {
     "MobileNet v1": "MobileNet v1", "AlexNet with LRN": "AlexNet, LRN and groups",

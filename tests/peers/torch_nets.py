@@ -68,6 +68,8 @@ def module_of(layer, shape):
             return nn.Hardtanh(layer.low, layer.high)
         case g.LeakyReLU():
             return nn.LeakyReLU(layer.slope)
+        case g.Activation():
+            return activation(layer)
         case g.LocalResponseNorm(within_channel=True):
             return NormWithinChannel(layer)
         case g.LocalResponseNorm():
@@ -87,6 +89,14 @@ def module_of(layer, shape):
     return module
 
 
+def activation(layer):
+    """PyTorch's own, with its own parameters."""
+    made = {"elu": lambda: nn.ELU(layer.alpha), "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"),
+            "hard_sigmoid": nn.Hardsigmoid, "hard_swish": nn.Hardswish, "mish": nn.Mish, "sigmoid": nn.Sigmoid,
+            "silu": nn.SiLU, "softplus": nn.Softplus, "tanh": nn.Tanh}[layer.function]
+    return made()
+
+
 class NormWithinChannel(nn.Module):
     """Local response normalisation over an odd number of pixels down and across, which PyTorch has none of."""
 
@@ -100,12 +110,12 @@ class NormWithinChannel(nn.Module):
 
 class Net(nn.Module):
     """Runs a Graph's layers in order. sums: whether additions are zennit's Sum, which rules can be hooked to, and which
-    is slower than a plain +.
+    is slower than a plain +. holds_gates: whether what is multiplied passes gradients on as they are, and gates none.
     """
 
-    def __init__(self, graph, sums=False):
+    def __init__(self, graph, sums=False, holds_gates=False):
         super().__init__()
-        self.graph, self.sums = graph, sums
+        self.graph, self.sums, self.holds_gates = graph, sums, holds_gates
         self.parts = nn.ModuleList(module_of(layer, graph.shapes[layer.inputs[0]]) for layer in graph)
 
     def forward(self, x):
@@ -123,6 +133,9 @@ class Net(nn.Module):
                              * torch.tensor(layer.index.ravel() >= 0)).reshape(-1, *layer.index.shape)
                 case g.Add():
                     value = part(torch.stack(inputs, -1)) if self.sums else sum(inputs[1:], inputs[0])
+                case g.Multiply():  # whose relevance is all x's: for zennit, a gradient of one
+                    x, s = inputs
+                    value = x + (x * s - x).detach() if self.holds_gates else x * s
                 case g.Concat():
                     value = torch.cat(inputs, 1)
                 case g.Flatten():
@@ -152,7 +165,7 @@ class ZennitExplainer:
     """
 
     def __init__(self, graph, rules, dtype):
-        self.net = Net(graph, sums=True).to(dtype).requires_grad_(False)
+        self.net = Net(graph, sums=True, holds_gates=True).to(dtype).requires_grad_(False)
         self.is_composite = isinstance(rules, str)
         if self.is_composite:
             self.composite = zennit_composite(rules, graph)
@@ -163,7 +176,7 @@ class ZennitExplainer:
             hooks[part] = {
                 "z+": zplus, "alpha-beta": zplus, "w2": lambda: WSquare(1e-12, zero_params="bias"),
                 "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype),
-                "winner": lambda: None, "identity": Pass, None: Pass
+                "winner": lambda: None, "identity": Pass, "hold": Pass, None: Pass
             }[rules.get(layer.name)]()
             if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
                 hooks[part] = SumPlus(stabilizer=1e-12)

@@ -33,8 +33,9 @@ _KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number
           bool: "true or false"}
 
 
-def read(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, str]:
-    """What `use` makes of the configuration and the weights in a file, which is open meanwhile, and its format."""
+def read(data: bytes, use: Callable[[dict[str, Any], Any, Any], Any]) -> tuple[Any, str]:
+    """What `use` makes of the configuration and the weights in a file, which is open meanwhile, and of Keras's version;
+    and the file's format."""
     if data.startswith(b"PK"):
         return _read_zip(data, use)
     if data.startswith(SIGNATURE):
@@ -42,12 +43,12 @@ def read(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, s
     raise ConversionError(f"neither a zip nor an HDF5 file, or its start is damaged; required: {REQUIRED}")
 
 
-def _read_zip(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, str]:
+def _read_zip(data: bytes, use: Callable[[dict[str, Any], Any, Any], Any]) -> tuple[Any, str]:
     members = _unpacked(data)
     version = _json(members[_METADATA], _METADATA).get("keras_version") if _METADATA in members else None
     config = _json(members[_CONFIG], _CONFIG)
     with hdf5.opened(members[_WEIGHTS], f"{REQUIRED}, with sound weights in {_WEIGHTS}") as file:
-        return use(config, NumberedWeights(file)), _format(version)
+        return use(config, NumberedWeights(file), version), _format(version)
 
 
 def _unpacked(data: bytes) -> dict[str, bytes]:
@@ -74,7 +75,7 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
         raise ConversionError(f"damaged, or no .keras file ({error}); required: {REQUIRED}") from None
 
 
-def _read_hdf5(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[Any, str]:
+def _read_hdf5(data: bytes, use: Callable[[dict[str, Any], Any, Any], Any]) -> tuple[Any, str]:
     with hdf5.opened(data, REQUIRED) as file:
         found = hdf5.named_attributes(file, "the file")
         texts = {}
@@ -92,7 +93,7 @@ def _read_hdf5(data: bytes, use: Callable[[dict[str, Any], Any], Any]) -> tuple[
             raise ConversionError(f"has no group 'model_weights'; required: {REQUIRED}")
         weights = NamedWeights(hdf5.group(members["model_weights"], "/model_weights"))
         config = _json(texts["model_config"].encode(), "model_config")
-        return use(config, weights), _format(texts.get("keras_version")) + " (HDF5)"
+        return use(config, weights, texts.get("keras_version")), _format(texts.get("keras_version")) + " (HDF5)"
 
 
 def _format(version: Any) -> str:

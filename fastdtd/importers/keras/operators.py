@@ -6,6 +6,7 @@ first. These transposes cancel (tensors.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -139,7 +140,7 @@ def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
         kind = expect(value.get("class_name"), str, where)
         if value.get("module") != "builtins" and not is_keras_module(value.get("module")):
             node.refuse("has an activation of somebody's own, whose code is not in the file; required: Keras's own")
-        if kind in ("ReLU", "LeakyReLU", "Softmax"):
+        if kind in ("ReLU", "LeakyReLU", "ELU", "Softmax"):
             inner = node.inner(kind, value.get("config"), part, x)
             with b.at(inner):
                 made = OPERATORS[kind](b, inner)
@@ -157,10 +158,25 @@ def _activated(b: Builder, node: Node, x: Tensor) -> Tensor:
         return b.leaky_relu(x, 0.2, part)
     if name in ("softmax", "log_softmax"):
         return b.channels_last(b.softmax(b.channels_first(x), 1, part, is_log=name == "log_softmax"))
-    if name == "sigmoid":
-        return b.sigmoid(x, part)
-    return node.refuse(f"has activation {name[:60]!r}; required: linear, relu, relu6, leaky_relu or, at the end, "
-                       "softmax or sigmoid")
+    if name == "hard_sigmoid":
+        return b.activation(x, name, part, alpha=1 / 6 if node.reader.is_keras_3 else 0.2)
+    if name in _FUNCTIONS:
+        function, fields = _FUNCTIONS[name]
+        return b.activation(x, function, part, **fields)
+    return node.refuse(f"has activation {name[:60]!r}; required: linear, relu, relu6, leaky_relu, hard_sigmoid, "
+                       f"{', '.join(_FUNCTIONS)} or, at the end, softmax")
+
+
+_FUNCTIONS: dict[str, tuple[str, dict[str, float]]] = {
+    "elu": ("elu", {}), "gelu": ("gelu", {}), "hard_silu": ("hard_swish", {}), "hard_swish": ("hard_swish", {}),
+    "mish": ("mish", {}), "selu": ("elu", {"alpha": 1.6732632423543772, "beta": 1.0507009873554805}),
+    "sigmoid": ("sigmoid", {}), "silu": ("silu", {}), "softplus": ("softplus", {}), "swish": ("silu", {}),
+    "tanh": ("tanh", {}),
+}
+
+
+def _elu(b: Builder, node: Node) -> Tensor:
+    return b.activation(node.tensor(), "elu", alpha=node.number("alpha", 1.0))
 
 
 def _relu(b: Builder, node: Node) -> Tensor:
@@ -235,16 +251,15 @@ def _subtract(b: Builder, node: Node) -> Tensor:
 
 
 def _multiply(b: Builder, node: Node) -> Tensor:
-    if len(node.inputs) != 2 or all(isinstance(x, Tensor) for x in node.inputs):
-        node.refuse("multiplies tensors, as in squeeze-and-excitation; required: one, and a constant, for products of "
-                    "two have no rule")
+    if len(node.inputs) != 2:
+        return functools.reduce(lambda x, y: patterns.as_tensor(b, patterns.times(b, x, y)), node.tensors())
     x, y = node.operands()
     return patterns.as_tensor(b, patterns.times(b, x, y))
 
 
 def _divide(b: Builder, node: Node) -> Tensor:
     x, y = node.operands()
-    return patterns.divided(b, x, y)
+    return patterns.as_tensor(b, patterns.divided(b, x, y))
 
 
 def _concatenate(b: Builder, node: Node) -> Tensor:
@@ -323,6 +338,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
     "Concatenate": _concatenate, "Conv1D": _conv, "Conv1DTranspose": _conv_transpose, "Conv2D": _conv,
     "Conv2DTranspose": _conv_transpose, "Cropping1D": _cropping, "Cropping2D": _cropping, "Dense": _dense,
     "DepthwiseConv1D": _depthwise, "DepthwiseConv2D": _depthwise, "Divide": _divide, "Dropout": unchanged,
+    "ELU": _elu,
     "Flatten": _flatten, "GaussianDropout": unchanged, "GaussianNoise": unchanged, "GetItem": _get_item,
     "GlobalAveragePooling1D": _global_pool, "GlobalAveragePooling2D": _global_pool,
     "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
@@ -352,7 +368,7 @@ INSTEAD = {
     "TFOpLambda": "layers in place of TensorFlow's functions, Rescaling in place of preprocess_input's arithmetic say",
     "SlicingOpLambda": "Cropping2D in place of slices", "Average": "Add, and Rescaling after it",
     "Maximum": "MaxPooling2D over what lies side by side",
-    "PReLU": "LeakyReLU", "ELU": "ReLU or LeakyReLU", "LocallyConnected2D": "Conv2D", "Conv3D": "Conv2D",
+    "PReLU": "LeakyReLU", "LocallyConnected2D": "Conv2D", "Conv3D": "Conv2D",
     "LayerNormalization": "BatchNormalization", "GroupNormalization": "BatchNormalization",
     "UnitNormalization": "BatchNormalization",
     "Resizing": "a model that begins after it, for fastdtd resizes images", "CenterCrop": "Cropping2D",

@@ -47,8 +47,9 @@ def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = 
     The format is the version of Keras that wrote it. size: replaces the input size in the file. limit: bytes, see
     `Budget`. Raises ConversionError and ModelError.
     """
-    def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights) -> tuple[Any, KerasRuntime]:
-        reader = Reader(weights, Budget(len(data), limit))
+    def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights, version: Any
+             ) -> tuple[Any, KerasRuntime]:
+        reader = Reader(weights, Budget(len(data), limit), not str(version).startswith(("1.", "2.")))
         layers, x = reader.read(config, size)
         return layers, KerasRuntime(reader.builder, x, content=data)
 
@@ -293,10 +294,13 @@ class Node(moves.Node):
 
 
 class Reader:
-    """Calls layers, and models of layers, one after the other."""
+    """Calls layers, and models of layers, one after the other.
 
-    def __init__(self, weights: files.NumberedWeights | files.NamedWeights, budget: Budget) -> None:
-        self.weights = weights
+    is_keras_3: whether functions are as they have been since Keras 3
+    """
+
+    def __init__(self, weights: files.NumberedWeights | files.NamedWeights, budget: Budget, is_keras_3: bool) -> None:
+        self.weights, self.is_keras_3 = weights, is_keras_3
         self.builder = Builder(budget)
         self._depth = self._calls = 0
 
@@ -318,7 +322,8 @@ class Reader:
         output = self._run(nodes, [x]) if calls is None else calls.run(self, [x])[0]
         with self.builder.at(top):
             is_last = output.rank <= 4 and not channels_first
-            layers = self.builder.leading_to(self.builder.channels_first(output) if is_last else output)
+            layers = self.builder.leading_to(self.builder.scores(
+                self.builder.channels_first(output) if is_last else output))
         if not layers:
             raise ConversionError("the network has no layers that compute anything")
         return layers, x

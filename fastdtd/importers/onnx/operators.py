@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 
 from fastdtd.graph import MAX_TENSOR_ELEMENTS, Power
-from fastdtd.importers import patterns
+from fastdtd.importers import curves, patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
+from fastdtd.importers.curves import Curve
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants
 from fastdtd.importers.patterns import Sign, Squares, moving
@@ -148,7 +149,7 @@ def _matmul(b: Builder, node: Node) -> Tensor:
 # Arithmetic
 
 
-def _add(b: Builder, node: Node) -> Tensor | Squares:
+def _add(b: Builder, node: Node) -> Tensor | Squares | Curve:
     return patterns.plus(b, node.operand(0), node.operand(1), -1.0 if node.op == "Sub" else 1.0)
 
 
@@ -182,10 +183,10 @@ def _lrn(b: Builder, node: Node) -> Tensor:
 # Activations
 
 
-def _clip(b: Builder, node: Node) -> Tensor:
+def _clip(b: Builder, node: Node) -> Tensor | Curve:
     low, high = (_bound(node.single(i, limit) if node.has_input(i) else node.number(name, limit))
                  for i, name, limit in ((1, "min", -math.inf), (2, "max", math.inf)))
-    return b.clip(node.tensor(), low, high)
+    return patterns.clip(b, node.pointwise(), low, high)
 
 
 def _bound(value: Any) -> Any:
@@ -214,6 +215,26 @@ def _softmax(b: Builder, node: Node) -> Tensor:
         x = b.flatten(x)  # over all axes from there
     return b.softmax(x, 1 if axis % x.rank == 1 else axis, is_log=node.op == "LogSoftmax")
 
+
+def _activation(b: Builder, node: Node) -> Tensor | Curve:
+    name, fields = _ACTIVATIONS[node.op]
+    given = {field: node.number(key, default) for field, (key, default) in fields.items()}
+    if node.op == "Gelu":
+        mode = node.text("approximate", "none")
+        if mode not in ("none", "tanh"):
+            node.refuse(f"has approximate {mode!r}; required: none or tanh")
+        name = "gelu" if mode == "none" else "gelu_tanh"
+    return patterns.activation(b, node.pointwise(), name, **given)
+
+
+_ACTIVATIONS: dict[str, tuple[str, dict[str, tuple[str, float]]]] = {
+    "Elu": ("elu", {"alpha": ("alpha", 1.0)}), "Gelu": ("gelu", {}),
+    "HardSigmoid": ("hard_sigmoid", {"alpha": ("alpha", 0.2), "beta": ("beta", 0.5)}),
+    "HardSwish": ("hard_swish", {}), "Mish": ("mish", {}),
+    "Selu": ("elu", {"alpha": ("alpha", 1.67326319217681884765625), "beta": ("gamma", 1.05070102214813232421875)}),
+    "Sigmoid": ("sigmoid", {}), "Softplus": ("softplus", {}), "Swish": ("silu", {"alpha": ("alpha", 1.0)}),
+    "Tanh": ("tanh", {}),
+}
 
 # Moving elements
 
@@ -399,24 +420,31 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "BatchNormalization": _batch_norm, "Cast": _cast, "CastLike": _cast, "Clip": _clip,
     "Concat": lambda b, node: b.concat(node.tensors(), node.integer("axis", 0)), "Constant": _constant, "Conv": _conv,
     "ConvTranspose": _conv_transpose, "DepthToSpace": _depth_and_space,
+    "Erf": lambda b, node: patterns.curve(b, node.pointwise(), curves.erf),
+    "Exp": lambda b, node: patterns.curve(b, node.pointwise(), np.exp),
+    "Log": lambda b, node: patterns.curve(b, node.pointwise(), np.log),
     "Div": lambda b, node: patterns.divided(b, node.operand(0), node.operand(1)), "Dropout": _dropout,
     "Expand": _expand, "Flatten": _flatten,
+    "Greater": lambda b, node: patterns.greater(b, node.operand(0), node.operand(1)),
     "Gather": lambda b, node: b.take(node.tensor(), node.integer("axis", 0), node.constant(1)), "Gemm": _gemm,
     "GlobalAveragePool": _global_pool, "GlobalLpPool": _norm_pool, "GlobalMaxPool": _global_pool,
     "Identity": lambda _, node: node.value(0), "If": _if, "LRN": _lrn,
     "LeakyRelu": lambda b, node: b.leaky_relu(node.tensor(), node.number("alpha", 0.01)), "LogSoftmax": _softmax,
     "LpPool": _norm_pool, "MatMul": _matmul, "Max": _extreme, "MaxPool": _pool, "Mean": _sum, "Min": _extreme,
     "Mul": lambda b, node: patterns.times(b, node.operand(0), node.operand(1)),
-    "Neg": lambda b, node: b.affine(node.tensor(), scale=-1.0),
+    "Neg": lambda b, node: patterns.times(b, node.operand(0), np.float64(-1)),
     "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
-    "Pow": lambda b, node: patterns.power(b, node.moving(), node.single(1, 2.0)), "ReduceMax": _reduce,
+    "Pow": lambda b, node: patterns.power(b, node.pointwise(), node.single(1, 2.0)), "ReduceMax": _reduce,
+    "Reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand(0)),
     "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
     "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape,
-    "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Sign": lambda _, node: Sign(node.tensor()),
+    "Sign": lambda _, node: Sign(node.tensor()),
     "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
     "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
     "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
     "Transpose": moving(_transpose), "Unsqueeze": moving(_squeeze), "Upsample": _resize,
+    "Where": lambda b, node: patterns.chosen(b, *map(node.operand, range(3))),
+    **dict.fromkeys(_ACTIVATIONS, _activation),
 }
 
 _ACTIVATION = "Relu, LeakyRelu or Clip"
@@ -428,8 +456,7 @@ IGNORED = {"antialias", "cubic_coeff_a", "exclude_outside", "extrapolation_value
            "round_mode", "saturate", "seed", "storage_order"}
 
 NEAREST = {
-    **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Softplus",
-                     "Softsign", "Swish", "Tanh", "ThresholdedRelu"), _ACTIVATION),
+    **dict.fromkeys(("Softsign", "ThresholdedRelu"), _ACTIVATION), "Celu": "Elu",
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
                      "RMSNormalization", "MeanVarianceNormalization"), _NORMALISATION),
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastdtd.graph import (
     INPUT,
+    Activation,
     AveragePool2d,
     Clip,
     Concat,
@@ -40,7 +41,7 @@ ATTRIBUTES: dict[str, set[str]] = {
     "QLinearAveragePool": {"auto_pad", "ceil_mode", "channels_last", "count_include_pad", "kernel_shape", "pads",
                            "strides"},
     "QLinearConcat": {"axis"}, "QLinearGlobalAveragePool": {"channels_last"}, "QLinearLeakyRelu": {"alpha"},
-    "QLinearSigmoid": set(), "QLinearSoftmax": {"axis", "opset"}, "QuantizeLinear": {"axis", "block_size"},
+    "QLinearMul": set(), "QLinearSigmoid": set(), "QLinearSoftmax": {"axis", "opset"}, "QuantizeLinear": {"axis", "block_size"},
 }
 _KEEP_RANGE = AveragePool2d, GlobalAveragePool, MaxPool2d, Concat, Flatten, Rearrange  # of what they read, and zero
 
@@ -126,7 +127,7 @@ def _lies_within(b: Builder, x: Tensor, low: float, high: float) -> bool:
         match b.layers.get(name):
             case Clip(low=own_low, high=own_high) if low <= own_low and own_high <= high:
                 pass
-            case Softmax():  # at the end, where it is left out
+            case Softmax() | Activation(function="sigmoid" | "hard_sigmoid"):  # grids for these end at about 1
                 pass
             case None if name == INPUT:
                 pass
@@ -233,6 +234,10 @@ def _add(b: Builder, node: Node) -> Tensor:
     return _made(b, node, b.sum([_read(node, 0, 1, 2), _read(node, 3, 4, 5)]), 6, 7)
 
 
+def _multiply(b: Builder, node: Node) -> Tensor:
+    return _made(b, node, b.gated(_read(node, 0, 1, 2), _read(node, 3, 4, 5)), 6, 7)
+
+
 def _concat(b: Builder, node: Node) -> Tensor:
     parts = [_read(node, i, i + 1, i + 2) for i in range(2, len(node.inputs), 3)]
     return _made(b, node, b.concat(parts, node.integer("axis", 0)), 0, 1)
@@ -258,7 +263,7 @@ def _leaky_relu(b: Builder, node: Node) -> Tensor:
 def _probabilities(b: Builder, node: Node) -> Tensor:
     x = _read(node, 0, 1, 2)
     if node.op == "QLinearSigmoid":
-        return _made(b, node, b.sigmoid(x), 3, 4)
+        return _made(b, node, b.activation(x, "sigmoid"), 3, 4)
     axis, opset = node.integer("axis", -1), node.integer("opset", 13)
     if opset < 13 and b.axis(axis, x.rank) == 1:  # over all axes from there
         x = b.flatten(x)
@@ -269,7 +274,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "ConvInteger": _sum_of_numbers, "DequantizeLinear": _dequantize, "DynamicQuantizeLinear": _quantize_dynamically,
     "MatMulInteger": _sum_of_numbers, "QGemm": _gemm, "QLinearAdd": _add, "QLinearAveragePool": _pool,
     "QLinearConcat": _concat, "QLinearConv": _conv, "QLinearGlobalAveragePool": _pool,
-    "QLinearLeakyRelu": _leaky_relu, "QLinearMatMul": _matmul, "QLinearSigmoid": _probabilities,
+    "QLinearLeakyRelu": _leaky_relu, "QLinearMatMul": _matmul, "QLinearMul": _multiply,
+    "QLinearSigmoid": _probabilities,
     "QLinearSoftmax": _probabilities, "QuantizeLinear": _quantize,
 }
 

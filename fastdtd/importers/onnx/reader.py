@@ -26,7 +26,7 @@ from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants, operators, quantized
 from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST
 from fastdtd.importers.onnx.runtime import QUANTIZED_TOLERANCE, OnnxRuntime
-from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
+from fastdtd.importers.patterns import COMPUTED, ValueNode, as_tensor
 from fastdtd.importers.tensors import Tensor, layer_shape
 from fastdtd.importers.verify import TOLERANCE
 
@@ -113,10 +113,10 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
         node = reader.read(proto, index, len(model.graph.node))
         steps += [(str(node), name, reader.values.get(name)) for name in node.outputs[:1]]
     result = reader.values.get(output)
-    if not nodes or not isinstance(result, (Tensor, Squares)):
+    if not nodes or not isinstance(result, COMPUTED):
         raise ConversionError(f"the output {output!r} is not computed from the input by supported operators")
     with reader.builder.at(Node(reader, nodes[-1][1], nodes[-1][0], len(model.graph.node))):
-        layers = reader.builder.leading_to(as_tensor(reader.builder, result))
+        layers = reader.builder.leading_to(reader.builder.scores(as_tensor(reader.builder, result)))
     producer = "".join(c for c in f"{model.producer_name} {model.producer_version}" if c.isprintable()).strip()[:100]
     file_format = f"onnx opset {opset}" + (f" from {producer}" if producer else "")
     bounds = next((grid.bounds() for name, grid in reader.grids.items() if grid.scale and getattr(
@@ -284,8 +284,9 @@ class Reader:
         node.check_read()
         for name, value in zip(node.outputs, made if isinstance(made, list) else [made], strict=False):
             self.values[name] = value
-            if isinstance(value, (Tensor, Squares)):
-                self.elements += self.builder.batch * (value.view if isinstance(value, Squares) else value).elements
+            if isinstance(value, COMPUTED):
+                view = value if isinstance(value, Tensor) else value.view
+                self.elements += self.builder.batch * view.elements
             elif isinstance(value, np.ndarray):
                 self.elements += value.size
         return node

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from fastdtd.graph import Power
-from fastdtd.importers import patterns
+from fastdtd.importers import curves, patterns
 from fastdtd.importers.builder import Builder, same_padding
+from fastdtd.importers.curves import Curve
 from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
 
@@ -105,23 +106,23 @@ def _reduce(b: Builder, node: Node) -> Tensor:
 # Arithmetic
 
 
-def _add(b: Builder, node: Node) -> Tensor | Squares:
+def _add(b: Builder, node: Node) -> Tensor | Squares | Curve:
     factor = node.get("alpha", 1) * (1.0 if node.op == "add" else -1.0)
     x, y = node.operand("self"), node.operand("other")
     return patterns.plus(b, y, x, factor) if node.op == "rsub" else patterns.plus(b, x, y, factor)
 
 
-def _divide(b: Builder, node: Node) -> Tensor:
+def _divide(b: Builder, node: Node) -> Tensor | Curve:
     if "rounding_mode" in node:
         node.refuse("rounds; required: division as it is")
     return patterns.divided(b, node.operand("self"), node.operand("other"))
 
 
-def _power(b: Builder, node: Node) -> Tensor | Squares:
+def _power(b: Builder, node: Node) -> Tensor | Squares | Curve:
     exponent = {"sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
     if not isinstance(exponent, (int, float)):
         node.refuse("has an exponent that is no number; required: one")
-    return patterns.power(b, node.moving(), float(exponent))
+    return patterns.power(b, node.pointwise(), float(exponent))
 
 
 def _batch_norm(b: Builder, node: Node) -> list[Tensor]:
@@ -137,14 +138,30 @@ def _batch_statistics(_: Builder, node: Node) -> Any:
 # Activations
 
 
-def _clip(b: Builder, node: Node) -> Tensor:
+def _clip(b: Builder, node: Node) -> Tensor | Curve:
     names = ("min_val", "max_val") if node.op == "hardtanh" else ("min", "max")
     defaults = {"hardtanh": (-1.0, 1.0), "relu6": (0.0, 6.0)}.get(node.op, (-math.inf, math.inf))
     low, high = (node.single(name, default) for name, default in zip(names, defaults, strict=True))
-    return b.clip(node.tensor(), low, high)
+    return patterns.clip(b, node.pointwise(), low, high)
 
 
-def _extreme(b: Builder, node: Node) -> Tensor:
+def _activation(b: Builder, node: Node) -> Tensor | Curve:
+    name, fields = node.op, {}
+    match node.op:
+        case "elu":
+            name, fields = "elu", {"alpha": float(node.get("alpha", 1.0)), "beta": float(node.get("scale", 1.0))}
+        case "selu":
+            name, fields = "elu", {"alpha": 1.6732632423543772, "beta": 1.0507009873554805}
+        case "gelu":
+            name = "gelu_tanh" if node.get("approximate", "none") == "tanh" else "gelu"
+        case "hardsigmoid" | "hardswish":
+            name = name.replace("hard", "hard_")
+        case "softplus" if node.get("threshold", 20) < 20:
+            node.refuse(f"has threshold {node.get('threshold', 20)}; required: 20 or more, where it changes nothing")
+    return patterns.activation(b, node.pointwise(), name, **fields)
+
+
+def _extreme(b: Builder, node: Node) -> Tensor | Curve:
     return patterns.extreme(b, node.operand("self"), node.operand("other"), node.op == "maximum")
 
 
@@ -337,27 +354,34 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "channel_shuffle": _channel_shuffle, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
     "clone": _same, "constant_pad_nd": moving(_pad), "conv1d": _conv,
     "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "copy": _copy,
-    "detach": _same, "div": _divide, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
+    "detach": _same, "div": _divide, "erf": lambda b, node: patterns.curve(b, node.pointwise(), curves.erf),
+    "exp": lambda b, node: patterns.curve(b, node.pointwise(), np.exp),
+    "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
     "fill": _fill, "full_like": _fill, "flip": _flip, "getitem": _item, "hardtanh": _clip,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
-    "log_softmax": _softmax, "matmul": _matmul,
+    "log": lambda b, node: patterns.curve(b, node.pointwise(), np.log),
+    "log1p": lambda b, node: patterns.curve(b, node.pointwise(), np.log1p), "log_softmax": _softmax, "matmul": _matmul,
     "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool, "maximum": _extreme,
     "mean": _reduce, "minimum": _extreme, "mm": _matmul,
     "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")),
-    "neg": lambda b, node: b.affine(node.tensor(), scale=-1.0), "pad": moving(_pad), "permute": moving(_permute),
+    "neg": lambda b, node: patterns.times(b, node.operand("self"), np.float64(-1)), "pad": moving(_pad),
+    "permute": moving(_permute),
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_shuffle, "pow": _power, "prelu": _prelu,
+    "reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand("self")),
     "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
     "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
-    "select_scatter": _scatter, "sigmoid": lambda b, node: b.sigmoid(node.tensor()),
-    "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
+    "select_scatter": _scatter, "sign": lambda _, node: Sign(node.tensor()), "slice": _slice,
+    "slice_scatter": _scatter,
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
     "squeeze": moving(_squeeze), "stack": _concat, "sub": _add, "sum": _reduce, "transpose": moving(_permute),
     "type_as": _type_as, "unbind": _split, "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
     "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view), "zero": _fill,
     "zeros_like": _fill,
+    **dict.fromkeys(("elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus", "tanh"),
+                    _activation),
 }
 
 # What may be given and need not be read: where and how a tensor lies in memory, what matters in training alone, and
@@ -366,8 +390,7 @@ IGNORED = {"copy", "device", "half_to_float", "implicit", "layout", "memory_form
            "pin_memory", "requires_grad"}
 
 NEAREST = {
-    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "silu", "softplus",
-                     "tanh"), "relu, leaky_relu or clamp"),
+    "celu": "elu",
     **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
     **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),
     "upsample_bilinear2d": "upsample_nearest2d",
