@@ -41,7 +41,8 @@ ATTRIBUTES: dict[str, set[str]] = {
     "QLinearAveragePool": {"auto_pad", "ceil_mode", "channels_last", "count_include_pad", "kernel_shape", "pads",
                            "strides"},
     "QLinearConcat": {"axis"}, "QLinearGlobalAveragePool": {"channels_last"}, "QLinearLeakyRelu": {"alpha"},
-    "QLinearMul": set(), "QLinearSigmoid": set(), "QLinearSoftmax": {"axis", "opset"}, "QuantizeLinear": {"axis", "block_size"},
+    "QLinearMul": set(), "QLinearSigmoid": set(), "QLinearSoftmax": {"axis", "opset"},
+    "QuantizeLinear": {"axis", "block_size"},
 }
 _KEEP_RANGE = AveragePool2d, GlobalAveragePool, MaxPool2d, Concat, Flatten, Rearrange  # of what they read, and zero
 
@@ -275,8 +276,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "MatMulInteger": _sum_of_numbers, "QGemm": _gemm, "QLinearAdd": _add, "QLinearAveragePool": _pool,
     "QLinearConcat": _concat, "QLinearConv": _conv, "QLinearGlobalAveragePool": _pool,
     "QLinearLeakyRelu": _leaky_relu, "QLinearMatMul": _matmul, "QLinearMul": _multiply,
-    "QLinearSigmoid": _probabilities,
-    "QLinearSoftmax": _probabilities, "QuantizeLinear": _quantize,
+    "QLinearSigmoid": _probabilities, "QLinearSoftmax": _probabilities, "QuantizeLinear": _quantize,
 }
 
 
