@@ -377,6 +377,34 @@ class GlobalAveragePool(Layer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Resize(Layer):
+    """``y[c] = rows x[c] columns^T``: each output a weighted mean of pixels, as in bilinear interpolation, and in
+    average pools to a size that does not divide the input's.
+
+    rows: (H', H); columns: (W', W); no weight is negative, and each output has one above zero.
+    """
+
+    rows: Array
+    columns: Array
+
+    arrays = ("rows", "columns")
+
+    def validate(self) -> None:
+        for name in self.arrays:
+            weight = getattr(self, name)
+            if weight.ndim != 2 or 0 in weight.shape or weight.min() < 0 or not weight.max(1).all():
+                self._refuse(f"has {name} of shape {weight.shape}; required: (outputs, inputs), no weight negative, "
+                             "and one above zero for each output")
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        channels, height, width = shapes[0]
+        if (height, width) != (self.rows.shape[1], self.columns.shape[1]):
+            self._refuse(f"resizes {self.rows.shape[1]}x{self.columns.shape[1]} pixels but {self.inputs[0]!r} has "
+                         f"{height}x{width}")
+        return channels, len(self.rows), len(self.columns)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Concat(Layer):
     """Inputs one after the other along the channels."""
 
@@ -488,7 +516,8 @@ class Softmax(Layer):
 
 LAYER_TYPES: dict[str, type[Layer]] = {
     "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
-    "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
+    "global_average_pool": GlobalAveragePool, "resize": Resize, "concat": Concat, "add": Add, "flatten": Flatten,
+    "batch_norm": BatchNorm,
     "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "activation": Activation, "multiply": Multiply,
     "rearrange": Rearrange, "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
 }  # the names that model files use

@@ -91,6 +91,9 @@ class Device(Protocol):
     normalize_taylor_redistribute: Kernel
     add_forward: Kernel
     add_redistribute: Kernel
+    resize_forward: Kernel
+    resize_redistribute: Kernel
+    resize_elements: Callable[[int, int], int]
     activate_forward: Kernel
     activate_redistribute: Kernel
     power_forward: Kernel

@@ -39,7 +39,6 @@ from fastdtd.kernels.codes import (
     HARD_SIGMOID,
     HARD_SWISH,
     IGNORED,
-    MISH,
     NEGATED,
     NONNEGATIVE,
     ONES,

@@ -17,6 +17,9 @@ _BACKWARD = "c_in c ratio a"
 _CHANNELS = "c_in_channel c_channel a_channel"
 _DIRECTION = f"groups stride_h stride_w {_PAD} dilation_h dilation_w"
 
+_LISTS = ("row_starts row_sources row_weights row_v column_starts column_sources column_weights column_v")
+_TRANSPOSED_LISTS = "row_starts row_sources row_v column_starts column_sources column_v"
+
 SIGNATURES = {name: tuple(names.split()) for name, names in {
     "conv2d_forward": f"{_TAPES} packed offsets bounds taps bias constant pattern z_min planes block columns sums "
                       f"x_channel a_channel stride_h stride_w {_BLOCK} channels splits features precision x_min x_max "
@@ -49,6 +52,8 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "pool2d_forward": f"{_TAPES} low planes offsets count_h count_w block x_channel a_channel {_STEP} {_BLOCK} {_PAD} "
                       "maximum features relevance",
     "pool2d_redistribute": f"{_BACKWARD} low block results {_CHANNELS} {_STEP} {_PAD} features relevance accumulate",
+    "resize_forward": f"{_TAPES} low high {_LISTS} lines x_channel a_channel features x_min x_max relevance",
+    "resize_redistribute": f"{_BACKWARD} low high {_TRANSPOSED_LISTS} lines {_CHANNELS} features relevance accumulate",
     "normalize_forward": "x ratio a x_channel a_channel before after within_channel alpha beta bias",
     "normalize_redistribute": "c_in c ratio c_in_channel c_channel relevance accumulate",
     "normalize_taylor_redistribute": f"c_in ledger c ratio a scratch column {_CHANNELS} before after within_channel "
@@ -60,7 +65,7 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "power_forward": "x ratio a x_channel a_channel exponent derivative",
     "nonlinearity_forward": "x ratio a x_channel a_channel function alpha beta derivative",
     "multiply_forward": "x a b x_channel a_channel b_channel channels gate_channels",
-    "multiply_redistribute": f"c_in c b c_in_channel c_channel b_channel channels gate_channels share relevance "
+    "multiply_redistribute": "c_in c b c_in_channel c_channel b_channel channels gate_channels share relevance "
                              "derivative accumulate",
     "gate_redistribute": f"c_in c a {_CHANNELS} channels gate_channels share relevance derivative accumulate",
     "rearrange_forward": "x a index x_channel a_channel",

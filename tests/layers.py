@@ -281,6 +281,50 @@ def draw_global_average(net, name):
     net.add(g.GlobalAveragePool(name, (source,)), net.nonnegative[source])
 
 
+def resize(shape, down, across, **options):
+    return layer(g.Resize, shape, down(shape[1]), across(shape[2]), **options)
+
+
+def interpolation(outputs, aligned=False):
+    """Of an axis: bilinear, with the corners where they were or not."""
+    def weights(inputs):
+        at = np.arange(outputs)
+        place = at * (inputs - 1) / max(outputs - 1, 1) if aligned else (at + 0.5) * inputs / outputs - 0.5
+        place = np.clip(place, 0, inputs - 1)
+        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(inputs)))
+
+    return weights
+
+
+def averages(outputs):
+    """Of an axis: pieces of about the same length."""
+    def weights(inputs):
+        at, position = np.arange(outputs)[:, None], np.arange(inputs)
+        own = (position >= at * inputs // outputs) & (position < -(-(at + 1) * inputs // outputs))
+        return own / own.sum(1, keepdims=True)
+
+    return weights
+
+
+RESIZES = {
+    "twice": resize((2, 3, 4), interpolation(6), interpolation(8)),
+    "corners aligned": resize((2, 5, 3), interpolation(7, True), interpolation(8, True)),
+    "to fewer": resize((3, 9, 7), interpolation(4), interpolation(3)),
+    "averages that overlap": resize((2, 7, 10), averages(3), averages(4)),
+    "several vectors": resize((2, 4, 19), interpolation(5), interpolation(70), on_gpu=""),
+    "from one pixel": resize((3, 1, 1), interpolation(2), interpolation(3)),
+    "one axis": resize((2, 4, 5), averages(4), interpolation(9)),
+    "sums that are not one": resize((2, 4, 3), lambda n: 3 * interpolation(5)(n), lambda n: averages(2)(n) / 2),
+}
+
+
+def draw_resize(net, name):
+    source = net.pick()
+    sizes = [net.integer(1, 2 * n) for n in net.shapes[source][1:]]
+    net.add(g.Resize(name, (source,), *(net.one_of([averages, interpolation])(size)(n) for size, n in zip(
+        sizes, net.shapes[source][1:], strict=True))), net.nonnegative[source])
+
+
 def draw_add(net, name):
     source = net.pick(nonnegative=net.like_peers)
     others = [n for n, shape in net.shapes.items()
@@ -362,6 +406,8 @@ TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
          "square": layer(g.GlobalAveragePool, (2, 7, 7)),
          "several vectors": layer(g.GlobalAveragePool, (2, 13, 13), on_gpu="")},
         LINEAR_WITHOUT_WEIGHTS, SIGNED_WITHOUT_WEIGHTS, "small", draw_global_average),
+    "resize": Entry(RESIZES, LINEAR_WITHOUT_WEIGHTS, SIGNED_WITHOUT_WEIGHTS, "corners aligned", draw_resize,
+                    in_peers=False),
     "max_pool2d": Entry(
         pools(g.MaxPool2d), tuple((rule, domain) for rule in ("winner", "proportional") for domain in DOMAINS),
         draw=lambda net, name: draw_pool(net, name, g.MaxPool2d)),

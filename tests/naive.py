@@ -49,6 +49,10 @@ def _matrix(layer, shapes):
             return np.full((shapes[0][0], size), 1 / size), np.arange(elements).reshape(-1, size)
         case g.Pool2d():
             return window_matrix(layer, shapes[0])
+        case g.Resize():
+            both = np.multiply.outer(layer.rows.astype(float), layer.columns.astype(float)).transpose(0, 2, 1, 3)
+            weights = np.kron(np.eye(shapes[0][0]), both.reshape(layer.rows.shape[0] * layer.columns.shape[0], -1))
+            return weights, np.where(weights > 0, np.arange(elements), -1)
     raise TypeError(type(layer).__name__)
 
 
@@ -180,8 +184,9 @@ def negatives_contribute(graph, rules, name):
                 continue
             case g.MaxPool2d() if rule.name == "proportional":
                 continue
-            case g.Add() | g.AveragePool2d() | g.GlobalAveragePool() if rule.name not in ("z+", "alpha-beta"):
-                return True
+            case g.Add() | g.AveragePool2d() | g.GlobalAveragePool() | g.Resize():
+                if rule.name not in ("z+", "alpha-beta"):
+                    return True
         if negatives_contribute(graph, rules, layer.name):
             return True
     return False

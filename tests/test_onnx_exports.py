@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from importing import converter_of_nodes, ints, node, numbers, of_type, scores
+from importing import converter_of_nodes, ints, node, numbers, of_type, onnx_file, scores
 
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError, FastDTDError
@@ -421,8 +421,12 @@ YES = {"yes": np.array(True)}
      "makes a tensor of .* elements; at most"),
     ([node("Resize", ["x", "", "f"], ["t"]), POOL], {"f": np.float32([1, 1, 1e6, 1e6])}, "makes .* of .N, 3, 9, 8."),
     ([node("Resize", ["x", "", "f"], ["t"]), POOL], {"f": np.float32([1, 1, np.nan, 1])}, "required: numbers above 0"),
-    ([node("Resize", ["x", "", "f"], ["t"], mode="linear"), POOL], {"f": np.float32([1, 1, 2, 2])},
-     "required: nearest"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="cubic"), POOL], {"f": np.float32([1, 1, 2, 2])},
+     "mode 'cubic', policy 'stretch' and antialias 0; required: nearest or linear"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="linear"), POOL], {"f": np.float32([1, 2, 2, 2])},
+     "the channels as they are"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="linear", coordinate_transformation_mode="tf_half_pixel_for_nn"),
+      POOL], {"f": np.float32([1, 1, 2, 2])}, "coordinate_transformation_mode 'tf_half_pixel_for_nn'"),
     ([node("Gather", ["s", "i"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL],
      {"s": ints(1, 216), "i": ints(0, 2)},
      "Gather 'c' .* cannot be computed .* positions 0 to 2 of an axis of length 2"),
@@ -741,3 +745,20 @@ def test_onnx_s_own_cases_hold_nothing_that_is_not_read():
     assert parsed > 80
     unread = ("which is not supported; required", "that it has not in opset")
     assert not {name: text for name, text in refused.items() if any(part in text for part in unread)}
+
+
+@pytest.mark.parametrize("coordinates", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])
+@pytest.mark.parametrize(("scales", "sizes"), [((1, 1, 2, 3), None), ((1, 1, 2 / 3, 1.25), None), (None, (1, 3, 1, 20))])
+def test_bilinear_resizing(convert_nodes, coordinates, scales, sizes):
+    """As the specification's reference computes it."""
+    from onnx.reference import ReferenceEvaluator
+
+    constants = {"f": np.float32(scales)} if scales else {"f": np.float32([]), "s": ints(*sizes)}
+    nodes = [node("Resize", ["x", "", "f", *([] if scales else ["s"])], ["t"], mode="linear",
+                  coordinate_transformation_mode=coordinates), POOL]
+    made = onnx.ModelProto.FromString(onnx_file([*nodes[:1], node("Flatten", ["t"], ["y"])], constants))
+    x = numbers(1, 3, 9, 8)
+    expected, = ReferenceEvaluator(made).run(None, {"x": x})
+    graph = convert_nodes([*nodes[:1], node("Flatten", ["t"], ["y"])], constants).graph
+    assert [type(layer) for layer in graph] == [g.Resize, g.Flatten]
+    np.testing.assert_allclose(scores(graph, x), expected, rtol=1e-4, atol=1e-5)

@@ -211,17 +211,43 @@ class Builder(Moves):
         return self.pointwise(graph.Power, sums, exponent=1 / exponent if exponent else 0.0)
 
     def adaptive_pool(self, x: Tensor, is_average: bool, size: Sequence[int | None]) -> Tensor:
-        """To one pixel, or to a size that divides the input's into equal windows."""
+        """Windows from floor(i n / m) to ceil((i + 1) n / m), for m outputs of n inputs along an axis."""
         axes = self.spatial(x)
         wanted = [own if n is None else n for n, own in zip(size, x.dims[1:], strict=True)]
         if wanted == [1] * axes:
             return self.reduce(x, "mean" if is_average else "max", range(2, axes + 2), keep=True)
         if wanted == list(x.dims[1:]):
             return x
-        if any(n < 1 or own % n for n, own in zip(wanted, x.dims[1:], strict=True)):
-            self.refuse(f"makes {tuple(wanted)} of {x.dims[1:]}; required: a size that divides it")
-        kernel = [own // n for n, own in zip(wanted, x.dims[1:], strict=True)]
-        return self.pool(x, is_average, kernel, kernel, (0,) * 2 * axes)
+        if min(wanted) < 1 or math.prod(wanted) > graph.MAX_TENSOR_ELEMENTS:
+            self.refuse(f"makes {tuple(wanted)} of {x.dims[1:]}; required: sizes from 1")
+        if all(own % n == 0 for n, own in zip(wanted, x.dims[1:], strict=True)):
+            kernel = [own // n for n, own in zip(wanted, x.dims[1:], strict=True)]
+            return self.pool(x, is_average, kernel, kernel, (0,) * 2 * axes)
+        self.spend(sum(n * own for n, own in zip(wanted, x.dims[1:], strict=True)))
+        windows = [[np.arange(i * own // n, -(-(i + 1) * own // n)) for i in range(n)]
+                   for n, own in zip(wanted, x.dims[1:], strict=True)]
+        if is_average:
+            return self.resize(x, [np.stack([np.isin(np.arange(own), window) / len(window) for window in each])
+                                   for each, own in zip(windows, x.dims[1:], strict=True)])
+        # Windows of one length side by side: the last element of a shorter one comes again, and never before the first.
+        kernel = [max(map(len, each)) for each in windows]
+        repeated = self.repeat(x, [np.arange(x.dims[0]), *(
+            np.concatenate([np.pad(window, (0, k - len(window)), "edge") for window in each])
+            for k, each in zip(kernel, windows, strict=True))])
+        return self.pool(repeated, False, kernel, kernel, (0,) * 2 * axes)
+
+    def resize(self, x: Tensor, weights: Sequence[Array]) -> Tensor:
+        """Weighted means along each spatial axis; weights: (outputs, inputs) of each."""
+        self.spatial(x)
+        rows, columns = weights if len(weights) == 2 else (np.ones((1, 1)), *weights)
+        return self.add(graph.Resize, [self.materialize(x)], rows=rows, columns=columns)
+
+    def interpolate(self, x: Tensor, positions: Sequence[Array]) -> Tensor:
+        """Bilinear: at fractional positions along each spatial axis; beyond the ends is what is there."""
+        self.spend(sum(len(at) * n for at, n in zip(positions, x.dims[1:], strict=True)))
+        return self.resize(x, [
+            np.maximum(0, 1 - np.abs(np.clip(at, 0, n - 1)[:, None] - np.arange(n)))
+            for at, n in zip(positions, x.dims[1:], strict=True)])
 
     def reduce(self, x: Tensor, how: str, axes: Iterable[int], keep: bool) -> Tensor:
         """The "mean", "sum" or "max" over any axes but the batch."""

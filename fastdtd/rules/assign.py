@@ -28,6 +28,7 @@ from fastdtd.graph import (
     Multiply,
     Power,
     Rearrange,
+    Resize,
 )
 from fastdtd.kernels import codes
 from fastdtd.rules.presets import DERIVATIVES, PRESETS
@@ -179,7 +180,7 @@ def input_domain(graph: Graph, layer: Layer) -> Domain:
 def _choices(layer: Layer) -> dict[str, str]:
     """The rules that a layer of this kind can have; none where it only passes relevance on."""
     match layer:
-        case Conv2d() | Dense() | Add() | AveragePool2d() | GlobalAveragePool():
+        case Conv2d() | Dense() | Add() | AveragePool2d() | GlobalAveragePool() | Resize():
             return LINEAR_RULES
         case MaxPool2d():
             return POOL_RULES
@@ -288,9 +289,9 @@ def _signed_carriers(graph: Graph, layers: list[Layer], rules: dict[str, Rule]) 
                 passes_on = False
             case MaxPool2d() if rule and rule.name == "proportional":
                 passes_on = False
-            case Add() | AveragePool2d() | GlobalAveragePool() if rule and rule.name not in ("z+", "alpha-beta"):
+            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() if rule and rule.name not in ("z+", "alpha-beta"):
                 passes_on = True
-            case Add() | AveragePool2d() | GlobalAveragePool() | MaxPool2d() | Concat() | Flatten() | Rearrange() | \
+            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() | MaxPool2d() | Concat() | Flatten() | Rearrange() | \
                     LocalResponseNorm() | LeakyReLU() | Clip() | Activation() | Multiply():
                 passes_on = layer.name in signed
             case _:

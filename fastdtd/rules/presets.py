@@ -16,13 +16,14 @@ from fastdtd.graph import (
     LocalResponseNorm,
     MaxPool2d,
     Multiply,
+    Resize,
 )
 from fastdtd.rules.rule import Rule
 
 Table = Mapping[type[Layer], Rule]
 
 KERNELS = (Conv2d, Dense)
-SUMS = (Add, AveragePool2d, GlobalAveragePool)
+SUMS = (Add, AveragePool2d, GlobalAveragePool, Resize)
 _IDENTITY, _HOLD = Rule("identity"), Rule("hold")
 
 

@@ -25,6 +25,7 @@ from fastdtd.kernels.cuda.normalize import (
 from fastdtd.kernels.cuda.pool2d import (
     max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute, pool2d_redistribute_elements,
 )
+from fastdtd.kernels.cuda.resize import resize_elements, resize_forward, resize_redistribute
 from fastdtd.kernels.cuda.steps import BROKEN, bind, run_steps, table
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
@@ -38,6 +39,7 @@ __all__ = [
     "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "namespace", "normalize_forward",
     "normalize_redistribute", "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of",
     "pool2d_forward", "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
-    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "sum_relevance",
+    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "resize_elements",
+    "resize_forward", "resize_redistribute", "run_steps", "sum_relevance",
     "surely_within", "table", "write", "zeros",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastdtd.graph import MAX_TENSOR_ELEMENTS
 from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.keras.files import expect, is_keras_module
@@ -266,9 +267,15 @@ def _cropping(b: Builder, node: Node) -> Tensor:
 
 def _upsampling(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
-    if node.get("interpolation", str, "nearest") != "nearest":
-        node.refuse(f"has interpolation {node.get('interpolation', str)!r}; required: nearest")
-    times = node.integers("size", axes, default=2)
+    how, times = node.get("interpolation", str, "nearest"), node.integers("size", axes, default=2)
+    if x.elements * math.prod(times) > MAX_TENSOR_ELEMENTS:
+        node.refuse(f"makes {math.prod(times)} times as many elements of {x}; at most {MAX_TENSOR_ELEMENTS} are "
+                    "accepted")
+    if how == "bilinear":
+        return b.channels_last(b.interpolate(x, [(np.arange(n * m) + 0.5) / m - 0.5
+                                                 for n, m in zip(x.dims[1:], times, strict=True)]))
+    if how != "nearest":
+        node.refuse(f"has interpolation {how!r}; required: nearest or bilinear")
     channels, *sizes = x.dims
     y = b.with_dims(x, [channels, *(m for n in sizes for m in (n, 1))])
     y = b.expand(y, [-1, channels, *(m for pair in zip(sizes, times, strict=True) for m in pair)])

@@ -297,8 +297,11 @@ def _depth_and_space(b: Builder, node: Node) -> Tensor:
 
 def _resize(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
-    if node.text("mode", "nearest") != "nearest" or node.text("keep_aspect_ratio_policy", "stretch") != "stretch":
-        node.refuse(f"has mode {node.text('mode', 'nearest')!r}; required: nearest, stretched")
+    mode, policy = node.text("mode", "nearest"), node.text("keep_aspect_ratio_policy", "stretch")
+    antialias = node.integer("antialias", 0)
+    if mode not in ("nearest", "linear") or policy != "stretch" or (mode == "linear" and antialias):
+        node.refuse(f"has mode {mode!r}, policy {policy!r} and antialias {antialias}; required: nearest or linear, "
+                    "stretched, without antialias")
     is_old = node.op == "Upsample" or node.opset < 11
     scales: Sequence[float] | None = node.floats("scales")
     if scales is None and (given := node.optional(1 if is_old else 2)) is not None and given.size:
@@ -323,15 +326,19 @@ def _resize(b: Builder, node: Node) -> Tensor:
                     "elements")
     coordinates = "asymmetric" if is_old else node.text("coordinate_transformation_mode", "half_pixel")
     rounding = "floor" if is_old else node.text("nearest_mode", "round_prefer_floor")
-    if coordinates not in _COORDINATES or rounding not in _ROUNDINGS:
+    is_linear = mode == "linear"
+    if coordinates not in _COORDINATES or rounding not in _ROUNDINGS or (is_linear and "for_nn" in coordinates):
         node.refuse(f"has coordinate_transformation_mode {coordinates!r} and nearest_mode {rounding!r}; required: one "
                     f"of {', '.join(_COORDINATES)}, and one of {', '.join(_ROUNDINGS)}")
     b.spend(8 * sum(wanted))
-    positions = []
-    for axis in range(1, x.rank):
-        at = _COORDINATES[coordinates](np.arange(wanted[axis], dtype=np.float64), steps[axis], own[axis], wanted[axis])
-        positions.append(np.clip(_ROUNDINGS[rounding](at), 0, own[axis] - 1).astype(np.int64))
-    return b.repeat(x, positions)
+    at = [_COORDINATES[coordinates](np.arange(wanted[axis], dtype=np.float64), steps[axis], own[axis], wanted[axis])
+          for axis in range(1, x.rank)]
+    if is_linear:
+        if wanted[1] != own[1]:
+            node.refuse(f"makes {tuple(wanted)} of {x}; required: the channels as they are")
+        return b.interpolate(x, at[1:])
+    return b.repeat(x, [np.clip(_ROUNDINGS[rounding](each), 0, n - 1).astype(np.int64)
+                        for each, n in zip(at, x.dims, strict=True)])
 
 
 _COORDINATES: dict[str, Callable[[Any, float, int, int], Any]] = {  # of a position: it, scale, old length, new length

@@ -255,6 +255,11 @@ def _upsample(b: Builder, node: Node) -> Tensor:
     if len(new) != len(old) or min(new) < 1:
         node.refuse(f"makes {tuple(new)} of {x}; required: sizes from 1")
     steps = [m / n for n, m in zip(old, new, strict=True)] if scales is None else [float(s) for s in scales]
+    if "linear" in node.op:
+        aligned = bool(node.get("align_corners", False))
+        return b.interpolate(x, [
+            np.arange(m) * ((n - 1) / max(m - 1, 1)) if aligned else (np.arange(m) + 0.5) / step - 0.5
+            for n, m, step in zip(old, new, steps, strict=True)])
     positions = [np.minimum(np.floor(np.arange(m) / step).astype(np.int64), n - 1)
                  for n, m, step in zip(old, new, steps, strict=True)]
     return b.repeat(x, [np.arange(x.dims[0]), *positions])
@@ -353,7 +358,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
     "squeeze": moving(_squeeze), "stack": _concat, "sub": _add, "sum": _reduce, "transpose": moving(_permute),
     "type_as": _type_as, "unbind": _split, "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
-    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view), "zero": _fill,
+    "upsample_bilinear2d": _upsample, "upsample_linear1d": _upsample, "upsample_nearest1d": _upsample,
+    "upsample_nearest2d": _upsample, "view": moving(_view), "zero": _fill,
     "zeros_like": _fill,
 }
 
@@ -367,5 +373,5 @@ NEAREST = {
                      "tanh"), "relu, leaky_relu or clamp"),
     **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
     **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),
-    "upsample_bilinear2d": "upsample_nearest2d",
+    "upsample_bicubic2d": "upsample_bilinear2d", "_upsample_bilinear2d_aa": "upsample_bilinear2d",
 }
