@@ -35,6 +35,7 @@ from fastdtd.layers import (
     Dropout,
     Flatten,
     GlobalAveragePool,
+    GroupNorm,
     Layer,
     LeakyReLU,
     LocalResponseNorm,
@@ -52,9 +53,9 @@ from fastdtd.layers import (
 
 __all__ = [
     "ACTIVATIONS", "INPUT", "LAYER_TYPES", "MAX_CONVOLUTION_STRIDE", "MAX_LAYERS", "MAX_PADDING",
-    "MAX_TENSOR_ELEMENTS", "MAX_WEIGHT_ELEMENTS", "Activation", "Add", "Array", "AveragePool2d", "BatchNorm", "Clip", "Concat", "Conv2d",
-    "Dense", "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "Layer", "LeakyReLU", "LocalResponseNorm",
-    "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange", "Resize", "Shape", "Softmax",
+    "MAX_TENSOR_ELEMENTS", "MAX_WEIGHT_ELEMENTS", "Activation", "Add", "Array", "AveragePool2d", "BatchNorm", "Clip",
+    "Concat", "Conv2d", "Dense", "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "GroupNorm", "Layer",
+    "LeakyReLU", "LocalResponseNorm", "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange", "Resize", "Shape", "Softmax",
 ]
 
 INPUT = "input"
@@ -176,7 +177,7 @@ class Graph:
 
 def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape]) -> Domain:
     match layer:
-        case Conv2d() | Dense() | BatchNorm():
+        case Conv2d() | Dense() | BatchNorm() | GroupNorm():
             return Domain(hidden=True, nonnegative=False)
         case ReLU() | Softmax():
             return Domain(hidden=True, nonnegative=True)

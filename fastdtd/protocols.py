@@ -94,6 +94,9 @@ class Device(Protocol):
     resize_forward: Kernel
     resize_redistribute: Kernel
     resize_elements: Callable[[int, int], int]
+    group_norm_forward: Kernel
+    group_norm_redistribute: Kernel
+    group_norm_elements: Callable[[int], int]
     activate_forward: Kernel
     activate_redistribute: Kernel
     power_forward: Kernel

@@ -58,6 +58,10 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "normalize_redistribute": "c_in c ratio c_in_channel c_channel relevance accumulate",
     "normalize_taylor_redistribute": f"c_in ledger c ratio a scratch column {_CHANNELS} before after within_channel "
                                      "alpha beta bias formula epsilon accumulate",
+    "group_norm_forward": f"{_TAPES} bias scale statistics sums x_channel a_channel groups per_position centered "
+                          "epsilon features x_min x_max relevance",
+    "group_norm_redistribute": f"{_BACKWARD} scale statistics low high sums {_CHANNELS} groups per_position centered "
+                               "features weights relevance derivative accumulate",
     "add_forward": f"{_TAPES} b low_a high_a low_b high_b x_channel a_channel b_channel features x_min x_max relevance",
     "add_redistribute": f"{_BACKWARD} low high {_CHANNELS} features relevance accumulate",
     "activate_forward": "x a x_channel a_channel channels slope x_min x_max",

@@ -56,6 +56,27 @@ def _matrix(layer, shapes):
     raise TypeError(type(layer).__name__)
 
 
+def norm_matrix(layer, a):
+    """(weights, sources) of a group norm of a (C, H, W), its deviation held constant: a row for each output."""
+    channels, positions = a.shape[0], a.shape[1] * a.shape[2]
+    elements = np.arange(a.size).reshape(layer.groups, channels // layer.groups, positions)
+    groups = elements.transpose(0, 2, 1).reshape(-1, channels // layer.groups) if layer.per_position else \
+        elements.reshape(layer.groups, -1)
+    weights, sources = np.zeros((a.size, groups.shape[1])), np.zeros((a.size, groups.shape[1]), int)
+    for own in groups:
+        values, scale = a.ravel()[own], layer.scale[own // positions].astype(float)
+        part = 1 / len(own) if layer.centered else 0
+        deviation = math.sqrt(((values - part * values.sum())**2).mean() + np.float32(layer.epsilon))
+        weights[own] = scale[:, None] / deviation * (np.eye(len(own)) - part)
+        sources[own] = own if layer.centered else np.where(np.eye(len(own)), own, -1)
+    return weights, sources
+
+
+def bias_of(layer, outputs):
+    bias = getattr(layer, "shift" if isinstance(layer, g.GroupNorm) else "bias", None)
+    return np.zeros(outputs) if bias is None else np.repeat(bias.astype(float), outputs // len(bias))
+
+
 def convolution_matrix(layer, shape):
     _, height, width = shape
     outputs, per_group, kernel_h, kernel_w = layer.weight.shape
@@ -87,6 +108,11 @@ def window_matrix(layer, shape):
             weights[output, term] = 1 / len(padded if getattr(layer, "count_include_pad", False) else inside)
             sources[output, term] = (c * height + i) * width + j
     return weights, sources
+
+
+def weights_of(layer, shapes, a):
+    """`matrix`, of a layer whose weights may depend on its input a, flat."""
+    return norm_matrix(layer, a.reshape(shapes[0])) if isinstance(layer, g.GroupNorm) else matrix(layer, shapes)
 
 
 def read(values, sources, missing=0.0):
@@ -174,7 +200,7 @@ def negatives_contribute(graph, rules, name):
         match layer:
             case g.Multiply() if rule.name == "hold" and name != layer.inputs[0]:
                 continue  # held constant
-            case g.Conv2d() | g.Dense() | g.Power():
+            case g.Conv2d() | g.Dense() | g.GroupNorm() | g.Power():
                 return True
             case g.Activation() if layer.function in ("sigmoid", "hard_sigmoid", "softplus"):
                 return True
@@ -310,10 +336,8 @@ def forward(graph, image):
                 _, sources = matrix(layer, shapes)
                 value = read(inputs[0], sources, -np.inf).max(1)
             case _:
-                weights, sources = matrix(layer, shapes)
-                value = (weights * read(np.concatenate(inputs), sources)).sum(1)
-                if getattr(layer, "bias", None) is not None:
-                    value = value + np.repeat(layer.bias.astype(float), len(value) // len(layer.bias))
+                weights, sources = weights_of(layer, shapes, inputs[0])
+                value = (weights * read(np.concatenate(inputs), sources)).sum(1) + bias_of(layer, len(weights))
         tensors[layer.name] = value
     return tensors
 
@@ -374,7 +398,7 @@ def relevances(graph, image, target, rules, start=None):
 def by_rule(graph, rules, layer, tensors, r, a):
     """(relevance of the inputs a, what was absorbed) of a layer that sums, with relevance r."""
     rule, kind = rules[layer.name], rules[layer.name].name
-    weights, sources = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+    weights, sources = weights_of(layer, [graph.shapes[name] for name in layer.inputs], a)
     connected, terms = sources >= 0, read(a, sources)
     bounded = all(graph.domains[name].low is not None for name in layer.inputs)
     if kind == "proportional":
@@ -390,10 +414,7 @@ def by_rule(graph, rules, layer, tensors, r, a):
         backward = each * (r / stable(each.sum(1), 0))[:, None]
         lost = None
     elif kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
-        bias = np.zeros(len(r))
-        if getattr(layer, "bias", None) is not None:
-            bias = np.repeat(layer.bias.astype(float), len(r) // len(layer.bias))
-        backward = redistribute_signed(rule, weights * terms, connected, bias, r)
+        backward = redistribute_signed(rule, weights * terms, connected, bias_of(layer, len(r)), r)
         lost = None
     else:
         each = contributions(kind, terms, weights, connected, low, high)

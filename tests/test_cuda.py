@@ -175,7 +175,7 @@ CONNECTED = {  # what passes relevance on in ways that hang on other layers
 }
 PASSING = CONNECTED | {  # the network's own layers read and are read by others than in test_like_the_oracle
     f"{kind}, {name}": [KEPT[kind].examples[name].make("tested", *["conv"] * KEPT[kind].examples[name].inputs)]
-    for kind, name in every_example(["leaky_relu", "clip", "power", "rearrange", "local_response_norm"])
+    for kind, name in every_example(["leaky_relu", "clip", "power", "rearrange", "local_response_norm", "group_norm"])
     if KEPT[kind].examples[name].shape == (4, 4, 3)
 }
 

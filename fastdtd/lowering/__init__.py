@@ -19,7 +19,7 @@ from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Graph, Layer
 from fastdtd.kernels import codes
-from fastdtd.lowering import convolution, dense, normalization, pointwise, pooling, resizing
+from fastdtd.lowering import convolution, dense, group_norm, normalization, pointwise, pooling, resizing
 from fastdtd.lowering.aliasing import Location, fused_activations, locations, separate_locations
 from fastdtd.lowering.blocks import MAX_TAPS
 from fastdtd.lowering.builder import Builder
@@ -38,6 +38,7 @@ _FAMILIES: dict[type[Layer], tuple[Steps, Steps]] = {
     g.AveragePool2d: (pooling.forward, pooling.backward),
     g.GlobalAveragePool: (pooling.forward, pooling.backward),
     g.Resize: (resizing.forward, resizing.backward),
+    g.GroupNorm: (group_norm.forward, group_norm.backward),
     g.LocalResponseNorm: (normalization.forward, normalization.backward),
     g.ReLU: (pointwise.activation_forward, pointwise.activation_backward),
     g.Clip: (pointwise.activation_forward, pointwise.activation_backward),

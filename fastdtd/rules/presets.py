@@ -12,6 +12,7 @@ from fastdtd.graph import (
     Conv2d,
     Dense,
     GlobalAveragePool,
+    GroupNorm,
     Layer,
     LocalResponseNorm,
     MaxPool2d,
@@ -55,8 +56,8 @@ def _all(kinds: tuple[type[Layer], ...], rule: Rule) -> dict[type[Layer], Rule]:
 
 
 def _table(convolution: Rule, dense: Rule, sums: Rule, norm: Rule = _IDENTITY, product: Rule = _HOLD) -> Table:
-    return {Conv2d: convolution, Dense: dense, **_all(SUMS, sums), LocalResponseNorm: norm, Multiply: product,
-            MaxPool2d: Rule("winner")}
+    return {Conv2d: convolution, Dense: dense, GroupNorm: convolution, **_all(SUMS, sums), LocalResponseNorm: norm,
+            Multiply: product, MaxPool2d: Rule("winner")}
 
 
 # z+ whatever the sign of an output: what others call z+, or alpha 1 beta 0
@@ -68,14 +69,18 @@ _INNVESTIGATE_REFUSES: dict[type[Layer], str] = {
     Add: "an addition, to both inputs of which iNNvestigate passes all relevance, so that it doubles",
     Multiply: "a product, which iNNvestigate does not explain",
     Activation: "no ReLU, for which alone iNNvestigate's deep Taylor is made",
+    GroupNorm: "a normalisation by the image's own statistics, which iNNvestigate does not explain",
 }
 _CAPTUM_REFUSES: dict[type[Layer], str] = {
     Multiply: "a product of computed tensors, which Captum differentiates, so that nothing is conserved",
     Activation: "a smooth activation, of which Captum's LRP explains tanh alone",
+    GroupNorm: "a normalisation by the image's own statistics, for which Captum's LRP has no rule",
 }
 _ZENNIT_REFUSES: dict[type[Layer], str] = {
     Multiply: "a product of computed tensors, to either of which zennit gives relevance times the other, so that "
-              "nothing is conserved"
+              "nothing is conserved",
+    GroupNorm: "a normalisation by the image's own statistics, which zennit differentiates, so that nothing is "
+               "conserved",
 }
 _GRADIENT = _table(*[Rule("gradient")] * 5)
 

@@ -19,6 +19,7 @@ from fastdtd.kernels.cpu.elementwise import (
     power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
 )
 from fastdtd.kernels.cpu.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
+from fastdtd.kernels.cpu.group_norm import group_norm_elements, group_norm_forward, group_norm_redistribute
 from fastdtd.kernels.cpu.memory import (
     ALLOCATION_MAY_FAIL_AT_RUN_TIME, CONVOLUTION, FILLS_MEMORY, MARGIN, MAX_IMAGES, MAX_PLANS, POOLING, SURVIVES_FORK,
     THREADS_SHARE_A_PLAN, constant, empty, memory_budget, namespace, on_device, on_device_of, read, write, zeros,
@@ -51,6 +52,7 @@ __all__ = [
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
     "dense_redistribute_elements", "density_redistribute", "depthwise2d_block_rows", "depthwise2d_forward",
     "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "gate_redistribute",
+    "group_norm_elements", "group_norm_forward", "group_norm_redistribute",
     "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "multiply_forward", "multiply_redistribute",
     "namespace", "nonlinearity_forward", "normalize_forward", "normalize_redistribute", "normalize_taylor_elements",
     "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
