@@ -122,6 +122,56 @@ class Builder(Moves):
     def local_response_norm(self, x: Tensor, **fields: Any) -> Tensor:
         return self.add(graph.LocalResponseNorm, [self.materialize(x)], **fields)
 
+    def group_norm(self, x: Tensor, groups: int, scale: Array | None, shift: Array | None, epsilon: float,
+                   centered: bool = True) -> Tensor:
+        """By the statistics of groups of the channels, which are the axis after the batch, at all positions."""
+        if not x.dims:
+            self.refuse(f"reads a tensor {x}; required: (N, C, ...)")
+        channels = x.dims[0]
+        scale, shift = self._norm_parameters(channels, scale, shift)
+        base = x.base if x.is_whole and x.shape[0] % channels == 0 else self.materialize(x)
+        times = base.shape[0] // channels  # the channels that are one in the source, as where groups are an axis
+        made = self.add(graph.GroupNorm, [base], scale=np.repeat(scale, times), shift=np.repeat(shift, times),
+                        groups=groups, epsilon=epsilon, centered=centered)
+        return Tensor.whole(made.layer, made.shape, x.dims)
+
+    def layer_norm(self, x: Tensor, axes: int, scale: Array | None, shift: Array | None, epsilon: float,
+                   centered: bool = True) -> Tensor:
+        """By the statistics over the last axes, so many; scale and shift have their shape."""
+        if not 1 <= axes < x.rank:
+            self.refuse(f"normalises over the last {axes} axes of {x}; required: 1 or more, without the batch")
+        fields: dict[str, Any] = {"epsilon": epsilon, "centered": centered}
+        if axes == 1:
+            scale, shift = self._norm_parameters(x.dims[-1], scale, shift)
+            first = self.channels_first(x)
+            made = self.add(graph.GroupNorm, [self.materialize(first)], scale=scale, shift=shift, per_position=True,
+                            **fields)
+            return self.channels_last(Tensor.whole(made.layer, made.shape, first.dims))
+        outer = math.prod(x.dims[:-axes])
+        if outer == 1:  # all elements, in whatever order
+            view = self.channels_first(x)
+            base = view if view.is_whole else x if x.is_whole else self.materialize(x)
+            scales, shifts = self._norm_parameters(base.shape[0], None, None)
+            part = self.add(graph.GroupNorm, [base.base], scale=scales, shift=shifts, **fields)
+            made = replace(x if base is view else base, layer=part.layer)
+        else:
+            rows = x if x.dims[0] == outer else self.with_dims(x, (outer, *x.dims[-axes:]))
+            made = self.group_norm(rows, outer, None, None, epsilon, centered)
+            made = made if made.dims == x.dims else self.with_dims(made, x.dims)
+        if scale is None and shift is None:
+            return made
+        return self.affine(made, 1.0 if scale is None else scale[None], 0.0 if shift is None else shift[None],
+                           "/affine")
+
+    def _norm_parameters(self, channels: int, scale: Array | None, shift: Array | None) -> tuple[Array, Array]:
+        found = []
+        for values, default in ((scale, 1.0), (shift, 0.0)):
+            values = np.full(channels, default) if values is None else values
+            if values.shape != (channels,):
+                self.refuse(f"has parameters of shape {values.shape}; required: ({channels},)")
+            found.append(values)
+        return found[0], found[1]
+
     # Layers with windows or weights
 
     def spatial(self, x: Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastdtd.graph import Power
+from fastdtd.graph import Activation, Power
 from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding
 from fastdtd.importers.patterns import Sign, Squares, moving
@@ -125,6 +125,34 @@ def _batch_norm(b: Builder, node: Node) -> list[Tensor]:
     made = b.batch_norm(node.tensor("input"), node.weight("running_mean"), node.weight("running_var"),
                         node.optional("weight"), node.optional("bias"), node.get("eps", 1e-5))
     return [made]  # the others are what normalised it, or nothing
+
+
+def _layer_norm(b: Builder, node: Node) -> Tensor:
+    """rms_norm too, whose epsilon is by default the least difference of float32."""
+    is_rms, axes = node.op == "rms_norm", len(node.integers("normalized_shape"))
+    epsilon = node.single("eps", 2.0**-23 if is_rms else 1e-5)
+    return b.layer_norm(node.tensor("input"), axes, node.optional("weight"),
+                        None if is_rms else node.optional("bias"), epsilon, centered=not is_rms)
+
+
+def _group_norm(b: Builder, node: Node) -> Tensor:
+    return b.group_norm(node.tensor("input"), int(node.value("num_groups")), node.optional("weight"),
+                        node.optional("bias"), node.single("eps", 1e-5))
+
+
+def _instance_norm(b: Builder, node: Node) -> Tensor:
+    x, mean, variance = node.tensor("input"), node.optional("running_mean"), node.optional("running_var")
+    scale, shift, epsilon = node.optional("weight"), node.optional("bias"), node.single("eps", 1e-5)
+    if node.value("use_input_stats"):
+        return b.group_norm(x, x.dims[0], scale, shift, epsilon)
+    if mean is None or variance is None:
+        node.refuse("has neither statistics of its own nor the input's; required: one of them")
+    return b.batch_norm(x, mean, variance, scale, shift, epsilon)
+
+
+def _gelu(b: Builder, node: Node) -> Tensor:
+    function = "gelu_tanh" if node.get("approximate", "none") == "tanh" else "gelu"
+    return b.pointwise(Activation, node.tensor(), function=function)
 
 
 def _batch_statistics(_: Builder, node: Node) -> Any:
@@ -340,7 +368,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "clone": _same, "constant_pad_nd": moving(_pad), "conv1d": _conv,
     "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "copy": _copy,
     "detach": _same, "div": _divide, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
-    "fill": _fill, "full_like": _fill, "flip": _flip, "getitem": _item, "hardtanh": _clip,
+    "fill": _fill, "full_like": _fill, "flip": _flip, "gelu": _gelu, "getitem": _item, "group_norm": _group_norm,
+    "hardtanh": _clip, "instance_norm": _instance_norm, "layer_norm": _layer_norm,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
     "log_softmax": _softmax, "matmul": _matmul,
@@ -352,7 +381,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
-    "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
+    "rms_norm": _layer_norm, "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
     "select_scatter": _scatter, "sigmoid": lambda b, node: b.sigmoid(node.tensor()),
     "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
@@ -365,13 +394,12 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 
 # What may be given and need not be read: where and how a tensor lies in memory, what matters in training alone, and
 # copies, for nothing is written in place. Each other argument is read, or must be what it is by default.
-IGNORED = {"copy", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
+IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
            "pin_memory", "requires_grad"}
 
 NEAREST = {
-    **dict.fromkeys(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "silu", "softplus",
+    **dict.fromkeys(("celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu", "softplus",
                      "tanh"), "relu, leaky_relu or clamp"),
-    **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
     **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),
     "upsample_bicubic2d": "upsample_bilinear2d", "_upsample_bilinear2d_aa": "upsample_bilinear2d",
 }
