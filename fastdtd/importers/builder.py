@@ -141,6 +141,9 @@ class Builder(Moves):
         if not 1 <= axes < x.rank:
             self.refuse(f"normalises over the last {axes} axes of {x}; required: 1 or more, without the batch")
         fields: dict[str, Any] = {"epsilon": epsilon, "centered": centered}
+        is_channel = x.rank == 3 and x.is_whole and x.shape[0] % x.dims[0] == 0 and not self.channels_first(x).is_whole
+        if axes == 1 and is_channel and scale is None and shift is None:  # as groups that are an axis
+            return self.group_norm(x, x.dims[0], None, None, epsilon, centered)
         if axes == 1:
             scale, shift = self._norm_parameters(x.dims[-1], scale, shift)
             first = self.channels_first(x)
@@ -164,13 +167,10 @@ class Builder(Moves):
                            "/affine")
 
     def _norm_parameters(self, channels: int, scale: Array | None, shift: Array | None) -> tuple[Array, Array]:
-        found = []
-        for values, default in ((scale, 1.0), (shift, 0.0)):
-            values = np.full(channels, default) if values is None else values
-            if values.shape != (channels,):
-                self.refuse(f"has parameters of shape {values.shape}; required: ({channels},)")
-            found.append(values)
-        return found[0], found[1]
+        given = np.ones(channels) if scale is None else scale, np.zeros(channels) if shift is None else shift
+        if given[0].shape != (channels,) or given[1].shape != (channels,):
+            self.refuse(f"has parameters of shapes {given[0].shape} and {given[1].shape}; required: ({channels},)")
+        return given
 
     # Layers with windows or weights
 

@@ -1,5 +1,7 @@
 """What sources write as several operators: recognised while the values go from one to the next.
 
+Norms by an image's own statistics are in norms.py.
+
 x * x that is moved, averaged, scaled and raised, and at last divides x, is a local response normalisation. The sign of
 a tensor times its magnitude is the tensor, as in a pool by the p-norm. Until it is known what they will be, such
 values are `Squares` and `Sign`; the functions here take them as well as tensors and constants.
@@ -8,15 +10,17 @@ values are `Squares` and `Sign`; the functions here take them as well as tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fastdtd.graph import Power, ReLU
+from fastdtd.importers import norms
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.moves import Array, Node
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.tensors import Tensor
 
 _REQUIRED = "required: a local response normalisation as PyTorch computes it"
@@ -46,7 +50,7 @@ class Sign:
     of: Tensor
 
 
-COMPUTED = (Tensor, Squares, Sign)
+COMPUTED = (Tensor, Squares, Sign, Moment)
 
 
 class ValueNode(Node):
@@ -70,7 +74,7 @@ class ValueNode(Node):
     def is_computed(self, key: Hashable) -> bool:
         return isinstance(self.value(key), COMPUTED)
 
-    def operand(self, key: Hashable) -> Tensor | Squares | Sign | Array:
+    def operand(self, key: Hashable) -> Tensor | Squares | Sign | Moment | Array:
         """For arithmetic: of `COMPUTED`, or an array."""
         value = self.value(key)
         return value if isinstance(value, COMPUTED) else self.constant(key)
@@ -79,6 +83,11 @@ class ValueNode(Node):
         """The first input, which may be squares."""
         value = self.value(self.first)
         return value if isinstance(value, Squares) else self.tensor()
+
+    def stepping(self) -> Tensor | Squares | Moment:
+        """The first input, which may be squares or a step of a norm."""
+        value = self.value(self.first)
+        return value if isinstance(value, Moment) else self.moving()
 
     def tensor(self, key: Any = None) -> Tensor:
         key = self.first if key is None else key
@@ -103,10 +112,12 @@ class ValueNode(Node):
         return float(value.item())
 
 
-def as_tensor(b: Builder, x: Tensor | Squares | Sign) -> Tensor:
-    """Squares as a layer that makes them."""
+def as_tensor(b: Builder, x: Tensor | Squares | Sign | Moment) -> Tensor:
+    """Squares, and steps of a norm, as layers that make them."""
     if isinstance(x, Tensor):
         return x
+    if isinstance(x, Moment):
+        return norms.tensor_of(b, x)
     if isinstance(x, Sign):
         b.refuse("reads the sign of a tensor; required: one as part of a pool by the p-norm only")
     if x.size:
@@ -125,8 +136,15 @@ def moving(function: Callable[[Builder, Any, Tensor], Tensor]) -> Callable[[Buil
     return operator
 
 
-def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares:
+def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | Moment:
     """x + factor * y, of which one may be a constant."""
+    made = norms.minus(b, x, y) if factor == -1 and isinstance(x, Tensor) and isinstance(y, Tensor) else None
+    for one, other, times in ((x, y, factor), (y, x, 1.0)):
+        if isinstance(one, Moment) and np.size(other) == 1 and not isinstance(other, COMPUTED) and (one is x or
+                                                                                                    factor == 1):
+            made = norms.plus(b, one, float(np.asarray(other).item()) * times)
+    if made is not None:
+        return made
     if not isinstance(x, COMPUTED):
         return b.affine(as_tensor(b, y), scale=float(factor), shift=x)
     if isinstance(y, COMPUTED):
@@ -138,8 +156,14 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares:
     return b.affine(as_tensor(b, x), shift=factor * np.asarray(y, np.float64))
 
 
-def times(b: Builder, x: Any, y: Any) -> Tensor | Squares:
-    """x * y: of a tensor and a constant, a square, or what a pool by the p-norm is written with."""
+def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Moment:
+    """x * y: of a tensor and a constant, a square, a step of a norm, or what a pool by the p-norm is written with."""
+    for one, other in ((x, y), (y, x)):
+        if isinstance(other, Moment) and isinstance(one, (Tensor, Moment)) and (
+                made := norms.normed(b, one, other, norms.INVERSE)) is not None:
+            return made
+    if isinstance(x, Moment) and x is y and (squares := norms.power(b, x, 2)) is not None:
+        return squares
     for one, other in ((x, y), (y, x)):
         if isinstance(other, COMPUTED):
             if isinstance(one, Sign) and isinstance(other, Tensor) and _is_magnitude(b, other, one.of):
@@ -162,8 +186,14 @@ def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
     return is_one and b.have_one_view(x, of)
 
 
-def divided(b: Builder, x: Any, y: Any) -> Tensor:
-    """x / y, by a constant or by what a local response normalisation divides by."""
+def divided(b: Builder, x: Any, y: Any) -> Tensor | Moment:
+    """x / y, by a constant, a deviation, or what a local response normalisation divides by."""
+    if isinstance(y, Moment):
+        is_one = not isinstance(x, COMPUTED) and np.size(x) == 1 and float(np.asarray(x).item()) == 1
+        made = norms.inverted(b, y) if is_one else (
+            norms.normed(b, x, y, norms.ROOT) if isinstance(x, (Tensor, Moment)) else None)
+        if made is not None:
+            return made
     if isinstance(x, Tensor) and isinstance(y, Squares):
         if not y.size or y.bias is None or not b.are_same(y.of, x) or not b.are_same(y.view, x):
             b.refuse(f"divides by squares; {_REQUIRED}")
@@ -183,7 +213,17 @@ def extreme(b: Builder, x: Any, y: Any, is_max: bool) -> Tensor:
     return b.clip(as_tensor(b, x), *((value, math.inf) if is_max else (-math.inf, value)))
 
 
-def power(b: Builder, x: Tensor | Squares, exponent: float) -> Tensor | Squares:
+def mean(b: Builder, x: Tensor | Squares | Moment, axes: Sequence[int], keep: bool) -> Tensor | Moment:
+    """Over any axes but the batch."""
+    if isinstance(x, Squares) and not x.size and b.are_same(x.view, x.of):
+        squares = x
+        return norms.mean(b, Moment(x.of, (), False, norms.SQUARES, lambda: as_tensor(b, squares)), axes, keep)
+    return norms.mean(b, x if isinstance(x, Moment) else as_tensor(b, x), axes, keep)
+
+
+def power(b: Builder, x: Tensor | Squares | Moment, exponent: float) -> Tensor | Squares | Moment:
+    if isinstance(x, Moment) and (made := norms.power(b, x, exponent)) is not None:
+        return made
     if isinstance(x, Squares) and x.size and x.beta is None:
         return replace(x, beta=exponent)
     x = as_tensor(b, x)

@@ -28,6 +28,17 @@ class LayerNorm(nn.Module):
         return centered / (deviation.detach() if self.held else deviation) * self.weight + self.bias
 
 
+class RMSNorm(nn.Module):
+    """Written out, as the older exporter has none."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
 class GELU(nn.Module):
     """With its ratio held constant if `held`."""
 
@@ -182,3 +193,34 @@ def test_convnext_tiny():
     np.testing.assert_allclose(e.output, expected, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed, e.explained, rtol=1e-4)
     assert e.relevance.min() >= 0
+
+
+@pytest.mark.parametrize(("exporter", "opset"), [("older", 13), ("older", 20), ("newer", 20)])
+def test_exports_of_convnext_like_blocks(block, tmp_path, exporter, opset):
+    """The older exporter takes layer norms apart before opset 17. Both take GELU apart before opset 20."""
+    block.activation = nn.ReLU() if opset < 20 else block.activation
+    path = export(block, torch.rand(1, 3, 20, 24), tmp_path / "block.onnx", exporter, opset, 2)
+    model = fastdtd.convert(path)
+    assert [type(layer) for layer in model.graph if isinstance(layer, (g.GroupNorm, g.Rearrange))] == [g.GroupNorm] * 3
+    assert difference(model, path) < 1e-5
+
+
+def test_export_of_convnext_tiny(tmp_path):
+    path = export(convnext(), torch.rand(1, 3, 64, 64), tmp_path / "convnext.onnx", "older", 20, 2)
+    model = fastdtd.convert(path)
+    assert not any(isinstance(layer, g.Rearrange) for layer in model.graph)
+    assert difference(model, path) < 3e-5
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.GroupNorm(3, 6), lambda: nn.InstanceNorm2d(6, affine=True), lambda: Last(nn.LayerNorm(6)),
+    lambda: Last(LayerNorm(6)), lambda: nn.GroupNorm(3, 6, affine=False), lambda: Last(RMSNorm(6)),
+])
+@pytest.mark.parametrize(("exporter", "opset"), [("older", 13), ("older", 18), ("newer", 18), ("newer", 23)])
+def test_exports_of_norms(make, tmp_path, exporter, opset):
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Conv2d(3, 6, (2, 1)), with_parameters(make()), nn.Flatten(), nn.Linear(240, 4))
+    path = export(module, torch.rand(1, 3, 6, 8), tmp_path / "norm.onnx", exporter, opset, 2)
+    model = fastdtd.convert(path)
+    assert [type(layer) for layer in model.graph] == [g.Conv2d, g.GroupNorm, g.Flatten, g.Dense]
+    assert difference(model, path) < 1e-5

@@ -198,6 +198,34 @@ def _batch_norm(b: Builder, node: Node) -> Tensor:
         node.number("epsilon", 1e-3)))
 
 
+def _layer_norm(b: Builder, node: Node) -> Tensor:
+    """Over the channels at each position."""
+    x = node.tensor()
+    node.require_last_axis(x)
+    is_rms = node.kind == "RMSNormalization"
+    if node.get("rms_scaling", bool, False):
+        node.refuse("has rms_scaling, which divides by a deviation from a mean that is not subtracted; required: none")
+    scale, shift = _trained(node, x.dims[-1:], ["scale"] if is_rms else ["gamma", "beta"])
+    return b.layer_norm(x, 1, scale, shift, node.number("epsilon", 1e-6 if is_rms else 1e-3), centered=not is_rms)
+
+
+def _group_norm(b: Builder, node: Node) -> Tensor:
+    x = node.tensor()
+    node.require_last_axis(x)
+    groups, channels = node.get("groups", int, 32), x.dims[-1]
+    scale, shift = _trained(node, (channels,), ["gamma", "beta"])
+    return b.channels_last(b.group_norm(b.channels_first(x), channels if groups == -1 else groups, scale, shift,
+                                        node.number("epsilon", 1e-3)))
+
+
+def _trained(node: Node, shape: tuple[int, ...], names: list[str]) -> tuple[Array | None, Array | None]:
+    """Scale and shift of these names, each of which a setting may leave out."""
+    wanted = [name for name in names
+              if name == "scale" or node.get({"gamma": "scale", "beta": "center"}[name], bool, True)]
+    arrays = dict(zip(wanted, node.arrays(*((name, shape) for name in wanted)), strict=True))
+    return arrays.get(names[0]), arrays.get("beta")
+
+
 def _scaled(b: Builder, x: Tensor, scale: Array, shift: Array) -> Tensor:
     return b.channels_last(b.scale_channels(b.channels_first(x), scale, shift))
 
@@ -242,7 +270,7 @@ def _multiply(b: Builder, node: Node) -> Tensor:
 
 def _divide(b: Builder, node: Node) -> Tensor:
     x, y = node.operands()
-    return patterns.divided(b, x, y)
+    return patterns.as_tensor(b, patterns.divided(b, x, y))
 
 
 def _concatenate(b: Builder, node: Node) -> Tensor:
@@ -331,12 +359,13 @@ OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
     "Flatten": _flatten, "GaussianDropout": unchanged, "GaussianNoise": unchanged, "GetItem": _get_item,
     "GlobalAveragePooling1D": _global_pool, "GlobalAveragePooling2D": _global_pool,
     "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
-    "Identity": unchanged, "InputLayer": unchanged, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
+    "GroupNormalization": _group_norm, "Identity": unchanged, "InputLayer": unchanged,
+    "LayerNormalization": _layer_norm, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
     "MaxPooling2D": _pool,
     "Multiply": _multiply, "Negative": lambda b, node: b.affine(node.tensor(), scale=-1.0),
     "Normalization": _normalization, "Permute": _permute, "RandomBrightness": unchanged, "RandomContrast": unchanged,
     "RandomFlip": unchanged, "RandomRotation": unchanged, "RandomTranslation": unchanged, "RandomZoom": unchanged,
-    "ReLU": _relu,
+    "RMSNormalization": _layer_norm, "ReLU": _relu,
     "Rescaling": lambda b, node: _scaled(b, node.tensor(), node.numbers("scale"), node.numbers("offset")),
     "Reshape": _reshape, "SeparableConv1D": _depthwise, "SeparableConv2D": _depthwise, "Softmax": _softmax,
     "SpatialDropout1D": unchanged, "SpatialDropout2D": unchanged, "Stack": _stack, "Subtract": _subtract,
@@ -358,8 +387,7 @@ INSTEAD = {
     "SlicingOpLambda": "Cropping2D in place of slices", "Average": "Add, and Rescaling after it",
     "Maximum": "MaxPooling2D over what lies side by side",
     "PReLU": "LeakyReLU", "ELU": "ReLU or LeakyReLU", "LocallyConnected2D": "Conv2D", "Conv3D": "Conv2D",
-    "LayerNormalization": "BatchNormalization", "GroupNormalization": "BatchNormalization",
-    "UnitNormalization": "BatchNormalization",
+    "UnitNormalization": "LayerNormalization",
     "Resizing": "a model that begins after it, for fastdtd resizes images", "CenterCrop": "Cropping2D",
     "RandomCrop": "Cropping2D", "TimeDistributed": "the layer in it, where there is one step only",
 }

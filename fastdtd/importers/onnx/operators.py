@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from fastdtd.graph import MAX_TENSOR_ELEMENTS, Power
+from fastdtd.graph import MAX_TENSOR_ELEMENTS, Activation, Power
 from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.moves import MAX_AXES, Array
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.onnx import constants
 from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
@@ -111,8 +112,12 @@ def _global_pool(b: Builder, node: Node) -> Tensor:
     return b.reduce(x, "mean" if node.op == "GlobalAveragePool" else "max", range(2, axes + 2), keep=True)
 
 
-def _reduce(b: Builder, node: Node) -> Tensor:
-    x, axes, keep = node.tensor(), node.axes(), node.integer("keepdims", 1) != 0
+def _reduce(b: Builder, node: Node) -> Tensor | Moment:
+    axes, keep = node.axes(), node.integer("keepdims", 1) != 0
+    if axes and node.op == "ReduceMean":
+        node.ignore("noop_with_empty_axes")
+        return patterns.mean(b, node.stepping(), axes, keep)
+    x = node.tensor()
     is_noop = node.integer("noop_with_empty_axes", 0) != 0
     if not axes:  # given as an empty input, too
         if is_noop:
@@ -147,7 +152,7 @@ def _matmul(b: Builder, node: Node) -> Tensor:
 # Arithmetic
 
 
-def _add(b: Builder, node: Node) -> Tensor | Squares:
+def _add(b: Builder, node: Node) -> Tensor | Squares | Moment:
     return patterns.plus(b, node.operand(0), node.operand(1), -1.0 if node.op == "Sub" else 1.0)
 
 
@@ -168,6 +173,43 @@ def _batch_norm(b: Builder, node: Node) -> Tensor:
         node.refuse(f"has parameters of shapes {gamma.shape}, {beta.shape}, {mean.shape}, {variance.shape}; required: "
                     f"{x.dims[:1]}")
     return b.batch_norm(x, mean, variance, gamma, beta, node.number("epsilon", 1e-5))
+
+
+def _layer_norm(b: Builder, node: Node) -> Tensor:
+    """RMSNormalization too."""
+    x, is_rms = node.tensor(), node.op == "RMSNormalization"
+    axis = b.axis(node.integer("axis", -1), x.rank)
+    node.ignore("stash_type")  # in which type they are computed: float64 here
+    shape = x.dims[axis - 1:]
+    scale, shift = (_broadcast(node, node.optional(i), shape) for i in (1, 2))
+    return b.layer_norm(x, x.rank - axis, scale, shift, node.number("epsilon", 1e-5), centered=not is_rms)
+
+
+def _broadcast(node: Node, value: Array | None, shape: tuple[int, ...]) -> Array | None:
+    if value is None:
+        return None
+    if value.ndim > len(shape) or any(n not in (1, m) for n, m in zip(value.shape[::-1], shape[::-1], strict=False)):
+        node.refuse(f"has parameters of shape {value.shape}; required: {shape}")
+    return np.broadcast_to(value, shape)
+
+
+def _group_norm(b: Builder, node: Node) -> Tensor:
+    x, groups = node.tensor(), node.integer("num_groups", 0)
+    channels, scale, shift = x.dims[0] if x.dims else 0, node.constant(1), node.constant(2)
+    node.ignore("stash_type")
+    if node.opset < 21 and 0 < groups < channels and channels % groups == 0 and scale.shape == shift.shape == (groups,):
+        scale, shift = np.repeat(scale, channels // groups), np.repeat(shift, channels // groups)
+    return b.group_norm(x, groups, scale, shift, node.number("epsilon", 1e-5))
+
+
+def _instance_norm(b: Builder, node: Node) -> Tensor:
+    x = node.tensor()
+    return b.group_norm(x, x.dims[0] if x.dims else 0, node.constant(1), node.constant(2), node.number("epsilon", 1e-5))
+
+
+def _gelu(b: Builder, node: Node) -> Tensor:
+    function = {"none": "gelu", "tanh": "gelu_tanh"}[node.text("approximate", "none")]
+    return b.pointwise(Activation, node.tensor(), function=function)
 
 
 def _lrn(b: Builder, node: Node) -> Tensor:
@@ -408,25 +450,27 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Div": lambda b, node: patterns.divided(b, node.operand(0), node.operand(1)), "Dropout": _dropout,
     "Expand": _expand, "Flatten": _flatten,
     "Gather": lambda b, node: b.take(node.tensor(), node.integer("axis", 0), node.constant(1)), "Gemm": _gemm,
-    "GlobalAveragePool": _global_pool, "GlobalLpPool": _norm_pool, "GlobalMaxPool": _global_pool,
-    "Identity": lambda _, node: node.value(0), "If": _if, "LRN": _lrn,
+    "Gelu": _gelu, "GlobalAveragePool": _global_pool, "GlobalLpPool": _norm_pool, "GlobalMaxPool": _global_pool,
+    "GroupNormalization": _group_norm, "Identity": lambda _, node: node.value(0), "If": _if,
+    "InstanceNormalization": _instance_norm, "LRN": _lrn, "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda b, node: b.leaky_relu(node.tensor(), node.number("alpha", 0.01)), "LogSoftmax": _softmax,
     "LpPool": _norm_pool, "MatMul": _matmul, "Max": _extreme, "MaxPool": _pool, "Mean": _sum, "Min": _extreme,
     "Mul": lambda b, node: patterns.times(b, node.operand(0), node.operand(1)),
     "Neg": lambda b, node: b.affine(node.tensor(), scale=-1.0),
     "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
-    "Pow": lambda b, node: patterns.power(b, node.moving(), node.single(1, 2.0)), "ReduceMax": _reduce,
+    "Pow": lambda b, node: patterns.power(b, node.stepping(), node.single(1, 2.0)), "RMSNormalization": _layer_norm,
+    "Reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand(0)), "ReduceMax": _reduce,
     "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
     "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape,
     "Sigmoid": lambda b, node: b.sigmoid(node.tensor()), "Sign": lambda _, node: Sign(node.tensor()),
     "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
-    "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
+    "Sqrt": lambda b, node: patterns.power(b, node.stepping(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
     "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
     "Transpose": moving(_transpose), "Unsqueeze": moving(_squeeze), "Upsample": _resize,
 }
 
 _ACTIVATION, _FLOATING = "Relu, LeakyRelu or Clip", "Conv and Gemm with weights in floating point"
-_NORMALISATION, _BRANCH = "BatchNormalization, whose values do not depend on the image", "If with a constant condition"
+_BRANCH = "If with a constant condition"
 # Attributes and inputs that may be given and need not be read: what matters in training alone, to outputs that nobody
 # reads, to other modes than the one that is read, or to types that are refused. Each other one is read, or must be what
 # it is by default.
@@ -434,10 +478,9 @@ IGNORED = {"antialias", "cubic_coeff_a", "exclude_outside", "extrapolation_value
            "round_mode", "saturate", "seed", "storage_order"}
 
 NEAREST = {
-    **dict.fromkeys(("Celu", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Softplus",
+    **dict.fromkeys(("Celu", "Elu", "Erf", "HardSigmoid", "HardSwish", "Mish", "Selu", "Softplus",
                      "Softsign", "Swish", "Tanh", "ThresholdedRelu"), _ACTIVATION),
-    **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
-                     "RMSNormalization", "MeanVarianceNormalization"), _NORMALISATION),
+    **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), "LayerNormalization"),
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"), "ConvInteger": "Conv",
     "QLinearConv": "Conv", "QLinearMatMul": "MatMul", "MatMulInteger": "MatMul", "DequantizeLinear": _FLOATING,
     "QuantizeLinear": _FLOATING, "Einsum": "MatMul", "Loop": _BRANCH, "Scan": _BRANCH, "GatherND": "Gather",

@@ -23,6 +23,7 @@ from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
 from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.onnx import constants
 from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST, OPERATORS
 from fastdtd.importers.onnx.runtime import OnnxRuntime
@@ -111,7 +112,7 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
         node = reader.read(proto, index, len(model.graph.node))
         steps += [(str(node), name, reader.values.get(name)) for name in node.outputs[:1]]
     result = reader.values.get(output)
-    if not nodes or not isinstance(result, (Tensor, Squares)):
+    if not nodes or not isinstance(result, (Tensor, Squares, Moment)):
         raise ConversionError(f"the output {output!r} is not computed from the input by supported operators")
     with reader.builder.at(Node(reader, nodes[-1][1], nodes[-1][0], len(model.graph.node))):
         layers = reader.builder.leading_to(as_tensor(reader.builder, result))

@@ -12,6 +12,7 @@ import torch
 from fastdtd.graph import Activation, Power
 from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
 
@@ -93,7 +94,9 @@ def _adaptive_pool(b: Builder, node: Node) -> Any:
     return made if is_average else [made]  # the other is where the largest are
 
 
-def _reduce(b: Builder, node: Node) -> Tensor:
+def _reduce(b: Builder, node: Node) -> Tensor | Moment:
+    if node.op == "mean" and node.integers("dim"):
+        return patterns.mean(b, node.stepping(), node.integers("dim"), bool(node.get("keepdim", False)))
     x = node.tensor()
     axes = node.integers("dim") or range(x.rank)
     return b.reduce(x, {"amax": "max"}.get(node.op, node.op), axes, bool(node.get("keepdim", False)))
@@ -102,23 +105,23 @@ def _reduce(b: Builder, node: Node) -> Tensor:
 # Arithmetic
 
 
-def _add(b: Builder, node: Node) -> Tensor | Squares:
+def _add(b: Builder, node: Node) -> Tensor | Squares | Moment:
     factor = node.get("alpha", 1) * (1.0 if node.op == "add" else -1.0)
     x, y = node.operand("self"), node.operand("other")
     return patterns.plus(b, y, x, factor) if node.op == "rsub" else patterns.plus(b, x, y, factor)
 
 
-def _divide(b: Builder, node: Node) -> Tensor:
+def _divide(b: Builder, node: Node) -> Tensor | Moment:
     if "rounding_mode" in node:
         node.refuse("rounds; required: division as it is")
     return patterns.divided(b, node.operand("self"), node.operand("other"))
 
 
-def _power(b: Builder, node: Node) -> Tensor | Squares:
-    exponent = {"sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
+def _power(b: Builder, node: Node) -> Tensor | Squares | Moment:
+    exponent = {"rsqrt": -0.5, "sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
     if not isinstance(exponent, (int, float)):
         node.refuse("has an exponent that is no number; required: one")
-    return patterns.power(b, node.moving(), float(exponent))
+    return patterns.power(b, node.stepping(), float(exponent))
 
 
 def _batch_norm(b: Builder, node: Node) -> list[Tensor]:
@@ -368,8 +371,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "clone": _same, "constant_pad_nd": moving(_pad), "conv1d": _conv,
     "conv2d": _conv, "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "copy": _copy,
     "detach": _same, "div": _divide, "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
-    "fill": _fill, "full_like": _fill, "flip": _flip, "gelu": _gelu, "getitem": _item, "group_norm": _group_norm,
-    "hardtanh": _clip, "instance_norm": _instance_norm, "layer_norm": _layer_norm,
+    "fill": _fill, "full_like": _fill, "flip": _flip, "gelu": _gelu, "getitem": _item,
+    "group_norm": _group_norm, "hardtanh": _clip, "instance_norm": _instance_norm, "layer_norm": _layer_norm,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
     "log_softmax": _softmax, "matmul": _matmul,
@@ -381,7 +384,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
-    "rms_norm": _layer_norm, "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
+    "rms_norm": _layer_norm, "rsqrt": _power, "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
     "select_scatter": _scatter, "sigmoid": lambda b, node: b.sigmoid(node.tensor()),
     "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,

@@ -25,6 +25,7 @@ from fastdtd.graph import INPUT
 from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, nearest
 from fastdtd.importers.moves import Array
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.patterns import COMPUTED, Squares, ValueNode, as_tensor
 from fastdtd.importers.pytorch.operators import IGNORED, NEAREST, OPERATORS
 from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating, given
@@ -89,7 +90,7 @@ def _read(exported: Any, example: Any, module: Any, limit: int | None) -> Parsed
         elif node in needed:  # not: assertions, and what is written into buffers or the input
             reader.read(node)
     result = reader.values[output]
-    if not isinstance(result, (Tensor, Squares)):
+    if not isinstance(result, (Tensor, Squares, Moment)):
         raise ConversionError("the module's output does not depend on its input")
     with reader.builder.at(Node(reader, output, "output")):
         layers = reader.builder.leading_to(as_tensor(reader.builder, result))
@@ -297,7 +298,7 @@ class Node(ValueNode):
         values = self._argument(key) or []
         is_list = isinstance(values, (list, tuple))
         made = [self.reader.values[node] for node in values] if is_list else list(self.value(key))
-        if not made or not all(isinstance(x, (Tensor, Squares)) for x in made):
+        if not made or not all(isinstance(x, COMPUTED) for x in made):
             self.refuse("joins constants; required: tensors that depend on the network's input")
         return [as_tensor(self.builder, x) for x in made]
 
