@@ -2,8 +2,8 @@
 others.
 
 Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the
-convolution or dense layer before it or, failing that, after it; where neither can be, it becomes a convolution of 1 x
-1, each channel a group. The result is a fixed point: canonizing it again changes nothing.
+convolution, dense layer or group norm before it or, failing that, into the convolution or dense layer after it; where
+neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a fixed point: canonizing it again changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from fastdtd.errors import ModelError
-from fastdtd.graph import BatchNorm, Conv2d, Dense, Dropout, Graph, Layer, Softmax
+from fastdtd.graph import BatchNorm, Conv2d, Dense, Dropout, Graph, GroupNorm, Layer, Softmax
 
 
 def canonize(graph: Graph) -> Graph:
@@ -52,7 +52,7 @@ def canonize(graph: Graph) -> Graph:
             kept[layer.name] = dataclasses.replace(layer, inputs=inputs)
         else:
             before, following = kept.get(inputs[0]), reader.get(layer.name)
-            if isinstance(before, (Conv2d, Dense)) and readers[layer.inputs[0]] == 1:
+            if isinstance(before, (Conv2d, Dense, GroupNorm)) and readers[layer.inputs[0]] == 1:
                 kept[before.name] = _fold(before, layer)
                 folded[layer.name] = before.name
             elif readers[layer.name] == 1 and following is not None and _takes_in(following, layer):
@@ -83,8 +83,12 @@ def _fold_into_next(norm: BatchNorm, layer: Conv2d | Dense) -> Conv2d | Dense:
                                    bias=bias.astype(np.float32))
 
 
-def _fold(layer: Conv2d | Dense, norm: BatchNorm) -> Conv2d | Dense:
+def _fold(layer: Conv2d | Dense | GroupNorm, norm: BatchNorm) -> Conv2d | Dense | GroupNorm:
     scale, shift = norm.scale.astype(np.float64), norm.shift.astype(np.float64)
+    if isinstance(layer, GroupNorm):
+        with np.errstate(over="ignore"):
+            return dataclasses.replace(layer, scale=(layer.scale * scale).astype(np.float32),
+                                       shift=(layer.shift * scale + shift).astype(np.float32))
     bias = shift if layer.bias is None else scale * layer.bias + shift
     weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
     with np.errstate(over="ignore"):  # the layer refuses infinity in its own words

@@ -14,6 +14,7 @@ from fastdtd.graph import (
     Layer,
     LocalResponseNorm,
     Pool2d,
+    Resize,
     Shape,
 )
 
@@ -53,6 +54,10 @@ def cost(graph: Graph) -> Cost:
 
 def multiply_adds(layer: Layer, graph: Graph) -> int:
     """What a layer of a graph takes in the forward pass."""
+    if isinstance(layer, Resize):
+        channels, height, _ = graph.shapes[layer.name]
+        of_rows, of_columns = (int((weight > 0).sum()) for weight in (layer.rows, layer.columns))
+        return channels * (of_rows * layer.columns.shape[1] + height * of_columns)
     outputs, source = math.prod(graph.shapes[layer.name]), graph.shapes[layer.inputs[0]]
     return outputs * _of_an_output(layer, source)
 
@@ -63,6 +68,8 @@ def _backward(layer: Layer, graph: Graph) -> int:
         case Conv2d():  # those of a window that the stride leaves out are zeros, which are not computed
             per_input = len(layer.weight) // layer.groups * math.prod(layer.weight.shape[2:])
             return max(inputs, inputs * per_input // math.prod(layer.stride))
+        case Resize():
+            return multiply_adds(layer, graph)
         case AveragePool2d():
             return max(inputs, inputs * math.prod(layer.kernel) // math.prod(layer.stride))
         case Dense() | LocalResponseNorm():

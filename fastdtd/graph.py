@@ -35,6 +35,7 @@ from fastdtd.layers import (
     Dropout,
     Flatten,
     GlobalAveragePool,
+    GroupNorm,
     Layer,
     LeakyReLU,
     LocalResponseNorm,
@@ -44,6 +45,7 @@ from fastdtd.layers import (
     Power,
     Rearrange,
     ReLU,
+    Resize,
     Shape,
     Softmax,
     shape_text,
@@ -52,8 +54,8 @@ from fastdtd.layers import (
 __all__ = [
     "ACTIVATIONS", "INPUT", "LAYER_TYPES", "MAX_CONVOLUTION_STRIDE", "MAX_LAYERS", "MAX_PADDING", "MAX_TENSOR_ELEMENTS",
     "MAX_WEIGHT_ELEMENTS", "Activation", "Add", "Array", "AveragePool2d", "BatchNorm", "Clip", "Concat", "Conv2d",
-    "Dense", "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "Layer", "LeakyReLU", "LocalResponseNorm",
-    "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange", "Shape", "Softmax",
+    "Dense", "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "GroupNorm", "Layer", "LeakyReLU",
+    "LocalResponseNorm", "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange", "Resize", "Shape", "Softmax",
 ]
 
 INPUT = "input"
@@ -145,7 +147,7 @@ class Graph:
     def parameters(self) -> int:
         """Numbers that training gave: those of weights, biases and batch norms."""
         return sum(getattr(layer, field).size for layer in self for field in layer.arrays
-                   if field not in layer.integer_arrays and getattr(layer, field) is not None)
+                   if not isinstance(layer, Resize) and field not in layer.integer_arrays and getattr(layer, field) is not None)
 
     def __repr__(self) -> str:
         return (
@@ -175,7 +177,7 @@ class Graph:
 
 def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape]) -> Domain:
     match layer:
-        case Conv2d() | Dense() | BatchNorm():
+        case Conv2d() | Dense() | BatchNorm() | GroupNorm():
             return Domain(hidden=True, nonnegative=False)
         case ReLU() | Softmax():
             return Domain(hidden=True, nonnegative=True)
@@ -206,6 +208,12 @@ def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape])
         return domain
     if isinstance(layer, AveragePool2d) and layer.count_include_pad and any(layer.padding):
         return dataclasses.replace(domain, low=np.minimum(domain.low, 0), high=np.maximum(domain.high, 0))
+    if isinstance(layer, Resize):
+        (least_down, most_down), (least_across, most_across) = (
+            (sums.min(), sums.max()) for sums in (layer.rows.sum(1), layer.columns.sum(1)))
+        least, most = least_down * least_across, most_down * most_across
+        return dataclasses.replace(domain, low=np.minimum(domain.low * least, domain.low * most),
+                                   high=np.maximum(domain.high * least, domain.high * most))
     if isinstance(layer, Flatten):
         _, height, width = shapes[layer.inputs[0]]
         return dataclasses.replace(domain, low=np.repeat(domain.low, height * width),

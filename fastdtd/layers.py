@@ -22,6 +22,7 @@ MAX_WEIGHT_ELEMENTS = 2**30  # one layer's weights: 4 GiB of float32
 MAX_LAYERS = 10_000  # of a network, and so inputs of a concatenation
 MAX_PADDING = 1024  # with more, windows of nothing but padding could keep a processor busy for days
 _MIN_NORM_BIAS = 1e-6
+_MIN_NORM_EPSILON = 1e-12
 _MAX_EXPONENT = 100
 MAX_CONVOLUTION_STRIDE = 256  # its square is how many phases the backward pass has
 
@@ -314,6 +315,43 @@ class LocalResponseNorm(Layer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class GroupNorm(Layer):
+    """``x[c] = scale[c] (y[c] - mean) / sqrt(variance + epsilon) + shift[c]``, by the mean and variance of a group.
+
+    The channels are in `groups` of equal size: 1 for layer norm, as many as there are channels for instance norm.
+
+    scale, shift : (C,)
+    per_position : whether a group is its channels at each position alone, as in layer norm over the last of (N, H, W,
+        C), and not over all positions.
+    centered : else nothing is subtracted, and the variance is the mean of squares: RMS norm.
+    """
+
+    scale: Array
+    shift: Array
+    groups: int = 1
+    epsilon: float = 1e-5
+    per_position: bool = False
+    centered: bool = True
+
+    arrays = ("scale", "shift")
+
+    def validate(self) -> None:
+        if self.scale.ndim != 1 or self.scale.shape != self.shift.shape or not self.scale.size:
+            self._refuse(f"has scale {self.scale.shape} and shift {self.shift.shape}; required: one number each for "
+                         "every channel")
+        if self.groups < 1 or len(self.scale) % self.groups:
+            self._refuse(f"has {len(self.scale)} channels in {self.groups} groups; required: groups that divide them")
+        if not _MIN_NORM_EPSILON <= self.epsilon < math.inf:
+            self._refuse(f"has epsilon {self.epsilon:g}; required: {_MIN_NORM_EPSILON:g} or more, so that nothing is "
+                         "divided by zero")
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        if shapes[0][0] != len(self.scale):
+            self._refuse(f"has {len(self.scale)} scales but {self.inputs[0]!r} has {shapes[0][0]} channels")
+        return shapes[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Pool2d(Layer):
     """What the pools share. kernel, stride: (height, width); padding: (top, left, bottom, right), each less than the
     kernel.
@@ -374,6 +412,34 @@ class GlobalAveragePool(Layer):
 
     def output_shape(self, shapes: list[Shape]) -> Shape:
         return shapes[0][0], 1, 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Resize(Layer):
+    """``y[c] = rows x[c] columns^T``: each output a weighted mean of pixels, as in bilinear interpolation, and in
+    average pools to a size that does not divide the input's.
+
+    rows: (H', H); columns: (W', W); no weight is negative, and each output has one above zero.
+    """
+
+    rows: Array
+    columns: Array
+
+    arrays = ("rows", "columns")
+
+    def validate(self) -> None:
+        for name in self.arrays:
+            weight = getattr(self, name)
+            if weight.ndim != 2 or 0 in weight.shape or weight.min() < 0 or not weight.max(1).all():
+                self._refuse(f"has {name} of shape {weight.shape}; required: (outputs, inputs), no weight negative, "
+                             "and one above zero for each output")
+
+    def output_shape(self, shapes: list[Shape]) -> Shape:
+        channels, height, width = shapes[0]
+        if (height, width) != (self.rows.shape[1], self.columns.shape[1]):
+            self._refuse(f"resizes {self.rows.shape[1]}x{self.columns.shape[1]} pixels but {self.inputs[0]!r} has "
+                         f"{height}x{width}")
+        return channels, len(self.rows), len(self.columns)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -488,9 +554,11 @@ class Softmax(Layer):
 
 LAYER_TYPES: dict[str, type[Layer]] = {
     "conv2d": Conv2d, "dense": Dense, "relu": ReLU, "max_pool2d": MaxPool2d, "average_pool2d": AveragePool2d,
-    "global_average_pool": GlobalAveragePool, "concat": Concat, "add": Add, "flatten": Flatten, "batch_norm": BatchNorm,
+    "global_average_pool": GlobalAveragePool, "resize": Resize, "concat": Concat, "add": Add, "flatten": Flatten,
+    "batch_norm": BatchNorm,
     "clip": Clip, "leaky_relu": LeakyReLU, "power": Power, "activation": Activation, "multiply": Multiply,
-    "rearrange": Rearrange, "local_response_norm": LocalResponseNorm, "dropout": Dropout, "softmax": Softmax,
+    "rearrange": Rearrange, "local_response_norm": LocalResponseNorm,
+    "group_norm": GroupNorm, "dropout": Dropout, "softmax": Softmax,
 }  # the names that model files use
 
 

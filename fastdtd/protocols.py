@@ -91,6 +91,12 @@ class Device(Protocol):
     normalize_taylor_redistribute: Kernel
     add_forward: Kernel
     add_redistribute: Kernel
+    resize_forward: Kernel
+    resize_redistribute: Kernel
+    resize_elements: Callable[[int, int], int]
+    group_norm_forward: Kernel
+    group_norm_redistribute: Kernel
+    group_norm_elements: Callable[[int], int]
     activate_forward: Kernel
     activate_redistribute: Kernel
     power_forward: Kernel

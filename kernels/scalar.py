@@ -28,10 +28,12 @@ from types import FunctionType
 import numpy as np
 from fastdtd.kernels.codes import (
     ALPHA_BETA,
+    AS_IS,
     BOX,
     DIRECTION,
     ELU,
     EPSILON,
+    FLAT,
     GAMMA,
     GELU,
     GELU_TANH,
@@ -40,6 +42,7 @@ from fastdtd.kernels.codes import (
     HARD_SWISH,
     IGNORED,
     NEGATED,
+    NEGATIVE,
     NONNEGATIVE,
     ONES,
     SHARED,
@@ -429,6 +432,50 @@ def norm_terms(a, scale, c, alpha, beta, bias, taylor, epsilon):
     stable = z + epsilon if z >= ZERO else z - epsilon
     s = c / stable if stable != ZERO else ZERO
     return slope * s, own * s - square * (slope * s), np.float64(c) - np.float64(z) * np.float64(s)
+
+
+# ---- Group norms: x = v (a - mean) + shift, v = scale / deviation, is linear with the deviation held constant. Its W is
+# v (1 - part) for an output's own input and -v part for each other of the group, part = 1 / their number; not
+# centered, v for its own. Sums are float64 ----------------------------------------------------------------------------
+
+
+@formula
+def group_norm_sum(v, a, positive, negative, part, centered, features):
+    """z of one output, from the sums of max(a, 0) and of max(-a, 0) over its group: NONNEGATIVE, SIGNED or ONES."""
+    if features == ONES:
+        return np.float32(1 / part if centered else 1.0)
+    own, own_neg = max(a, ZERO), max(-a, ZERO)
+    if v < ZERO:
+        own, own_neg, negative = own_neg, own, positive
+    z = own + ((negative - own_neg) - own) * part if centered else np.float64(own)
+    return np.float32(abs(v) * z)
+
+
+@formula
+def group_norm_shares(v, t, positive, negative, part, centered, weights):
+    """What one input gets of t, ratio * c of the outputs, through V (redistributed_pair): from its own output's t, and
+    the sums of max(v, 0) t and of max(-v, 0) t over its group; of t where the weights are FLAT."""
+    if weights == FLAT:
+        total = np.float32(positive if centered else np.float64(t))
+        return total, total
+    if weights == AS_IS:
+        total = np.float32(v * t - ((positive - negative) * part if centered else 0.0))
+        return total, total
+    own, own_neg = max(v, ZERO) * t, max(-v, ZERO) * t
+    total, total_neg = np.float64(own), np.float64(own_neg)
+    if centered:
+        total, total_neg = (own + ((negative - own_neg) - own) * part,
+                            own_neg + ((positive - own) - own_neg) * part)
+    if weights == NEGATIVE:
+        total, total_neg = total_neg, total
+    return np.float32(total), np.float32(total_neg)
+
+
+@formula
+def group_norm_derived(g, a, mean, inverse, total, total_normed, part, centered):
+    """The derivative by one input, from g = scale * c, the sums of g and of g (a - mean) / deviation over its group."""
+    normed = (a - mean) * inverse
+    return np.float32(inverse * (g - normed * (total_normed * part) - (total * part if centered else 0.0)))
 
 
 # ---- Search directions -----------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ _BACKWARD = "c_in c ratio a"
 _CHANNELS = "c_in_channel c_channel a_channel"
 _DIRECTION = f"groups stride_h stride_w {_PAD} dilation_h dilation_w"
 
+_LISTS = ("row_starts row_sources row_weights row_v column_starts column_sources column_weights column_v")
+_TRANSPOSED_LISTS = "row_starts row_sources row_v column_starts column_sources column_v"
+
 SIGNATURES = {name: tuple(names.split()) for name, names in {
     "conv2d_forward": f"{_TAPES} packed offsets bounds taps bias constant pattern z_min planes block columns sums "
                       f"x_channel a_channel stride_h stride_w {_BLOCK} channels splits features precision x_min x_max "
@@ -49,10 +52,16 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "pool2d_forward": f"{_TAPES} low planes offsets count_h count_w block x_channel a_channel {_STEP} {_BLOCK} {_PAD} "
                       "maximum features relevance",
     "pool2d_redistribute": f"{_BACKWARD} low block results {_CHANNELS} {_STEP} {_PAD} features relevance accumulate",
+    "resize_forward": f"{_TAPES} low high {_LISTS} lines x_channel a_channel features x_min x_max relevance",
+    "resize_redistribute": f"{_BACKWARD} low high {_TRANSPOSED_LISTS} lines {_CHANNELS} features relevance accumulate",
     "normalize_forward": "x ratio a x_channel a_channel before after within_channel alpha beta bias",
     "normalize_redistribute": "c_in c ratio c_in_channel c_channel relevance accumulate",
     "normalize_taylor_redistribute": f"c_in ledger c ratio a scratch column {_CHANNELS} before after within_channel "
                                      "alpha beta bias formula epsilon accumulate",
+    "group_norm_forward": f"{_TAPES} bias scale statistics sums x_channel a_channel groups per_position centered "
+                          "epsilon features x_min x_max relevance",
+    "group_norm_redistribute": f"{_BACKWARD} scale statistics low high sums {_CHANNELS} groups per_position centered "
+                               "features weights relevance derivative accumulate",
     "add_forward": f"{_TAPES} b low_a high_a low_b high_b x_channel a_channel b_channel features x_min x_max relevance",
     "add_redistribute": f"{_BACKWARD} low high {_CHANNELS} features relevance accumulate",
     "activate_forward": "x a x_channel a_channel channels slope x_min x_max",

@@ -105,8 +105,8 @@ def images(graph, count, seed=0):
     """
     rng = np.random.default_rng(seed)
     low, high = (b[:, None, None] for b in graph.box) if graph.box is not None else (-2.0, 2.0)
-    if any(isinstance(layer, (g.AveragePool2d, g.GlobalAveragePool, g.Add)) and not graph.domains[layer.name].hidden
-           for layer in graph):
+    sums = g.AveragePool2d, g.GlobalAveragePool, g.Add, g.Resize
+    if any(isinstance(layer, sums) and not graph.domains[layer.name].hidden for layer in graph):
         low, high = low + 0.01 * (high - low), high - 0.01 * (high - low)
     batch = low + (high - low) * rng.random((count, *graph.input_shape))
     if count > 1:

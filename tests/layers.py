@@ -281,6 +281,50 @@ def draw_global_average(net, name):
     net.add(g.GlobalAveragePool(name, (source,)), net.nonnegative[source])
 
 
+def resize(shape, down, across, **options):
+    return layer(g.Resize, shape, down(shape[1]), across(shape[2]), **options)
+
+
+def interpolation(outputs, aligned=False):
+    """Of an axis: bilinear, with the corners where they were or not."""
+    def weights(inputs):
+        at = np.arange(outputs)
+        place = at * (inputs - 1) / max(outputs - 1, 1) if aligned else (at + 0.5) * inputs / outputs - 0.5
+        place = np.clip(place, 0, inputs - 1)
+        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(inputs)))
+
+    return weights
+
+
+def averages(outputs):
+    """Of an axis: pieces of about the same length."""
+    def weights(inputs):
+        at, position = np.arange(outputs)[:, None], np.arange(inputs)
+        own = (position >= at * inputs // outputs) & (position < -(-(at + 1) * inputs // outputs))
+        return own / own.sum(1, keepdims=True)
+
+    return weights
+
+
+RESIZES = {
+    "twice": resize((2, 3, 4), interpolation(6), interpolation(8)),
+    "corners aligned": resize((2, 5, 3), interpolation(7, True), interpolation(8, True)),
+    "to fewer": resize((3, 9, 7), interpolation(4), interpolation(3)),
+    "averages that overlap": resize((2, 7, 10), averages(3), averages(4)),
+    "several vectors": resize((2, 4, 19), interpolation(5), interpolation(70), on_gpu=""),
+    "from one pixel": resize((3, 1, 1), interpolation(2), interpolation(3)),
+    "one axis": resize((2, 4, 5), averages(4), interpolation(9)),
+    "sums that are not one": resize((2, 4, 3), lambda n: 3 * interpolation(5)(n), lambda n: averages(2)(n) / 2),
+}
+
+
+def draw_resize(net, name):
+    source = net.pick()
+    sizes = [net.integer(1, 2 * n) for n in net.shapes[source][1:]]
+    net.add(g.Resize(name, (source,), *(net.one_of([averages, interpolation])(size)(n) for size, n in zip(
+        sizes, net.shapes[source][1:], strict=True))), net.nonnegative[source])
+
+
 def draw_add(net, name):
     source = net.pick(nonnegative=net.like_peers)
     others = [n for n, shape in net.shapes.items()
@@ -347,6 +391,45 @@ def draw_norm(net, name):
         net.one_of([1.0, 2.0]), not net.like_peers and net.boolean()), net.nonnegative[source])
 
 
+def norm(shape, *fields, seed=0, **options):
+    """Scales of both signs, and one that is zero where there are several."""
+    scale = 1.5 * np.random.default_rng(seed).standard_normal(shape[0])
+    if shape[0] > 2:
+        scale[2] = 0
+    return layer(g.GroupNorm, shape, scale, np.random.default_rng(seed + 1).uniform(-0.3, 0.6, shape[0]), *fields,
+                 **options)
+
+
+NORMS = {  # groups, epsilon, per position, centered
+    "layer": norm((4, 4, 3), 1, 1e-2),
+    "by position": norm((5, 4, 3), 1, 1e-2, True),
+    "groups": norm((6, 4, 3), 3, 1e-2),
+    "groups by position": norm((6, 4, 3), 2, 1e-2, True),
+    "instance": norm((4, 4, 3), 4, 1e-2),
+    "root mean squares": norm((4, 4, 3), 1, 1e-2, False, False),
+    "root mean squares by position": norm((4, 4, 3), 1, 1e-2, True, False),
+    "flat": norm((9, 1, 1), 1, 1e-2, True),
+    "flat, groups": norm((8, 1, 1), 2, 1e-2),
+    "two by two": norm((4, 3, 2), 2, 1e-2, True),
+    "one at a time": norm((3, 2, 2), 3, 1e-2, True),
+    "one channel": norm((1, 4, 5), 1, 1e-2),
+    "one position, instance": norm((3, 1, 1), 3, 1e-2),
+    "one row, several vectors": norm((7, 1, 37), 1, 1e-2, True),
+    "several vectors": norm((6, 5, 37), 2, 1e-2, on_gpu="long"),
+}
+
+
+def draw_group_norm(net, name):
+    source = net.pick(flat=True)
+    channels = net.shapes[source][0]
+    groups = net.one_of([n for n in range(1, channels + 1) if channels % n == 0])
+    scale = net.rng.standard_normal(channels)
+    net.add(g.GroupNorm(name, (source,), scale, 0.2 * net.rng.standard_normal(channels), groups, 0.1, net.boolean(),
+                        net.boolean()), False)
+    if net.boolean():
+        net.add(g.ReLU(f"{name}/relu", (name,)), True)
+
+
 # ---- The table -------------------------------------------------------------------------------------------------------
 
 TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
@@ -362,6 +445,8 @@ TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
          "square": layer(g.GlobalAveragePool, (2, 7, 7)),
          "several vectors": layer(g.GlobalAveragePool, (2, 13, 13), on_gpu="")},
         LINEAR_WITHOUT_WEIGHTS, SIGNED_WITHOUT_WEIGHTS, "small", draw_global_average),
+    "resize": Entry(RESIZES, LINEAR_WITHOUT_WEIGHTS, SIGNED_WITHOUT_WEIGHTS, "corners aligned", draw_resize,
+                    in_peers=False),
     "max_pool2d": Entry(
         pools(g.MaxPool2d), tuple((rule, domain) for rule in ("winner", "proportional") for domain in DOMAINS),
         draw=lambda net, name: draw_pool(net, name, g.MaxPool2d)),
@@ -411,6 +496,8 @@ TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
          "within channels": layer(g.LocalResponseNorm, SMALL, 3, 2.0, 0.75, 1.0, True),
          "within channels, an even number": layer(g.LocalResponseNorm, (2, 5, 6), 4, 2.0, 1.0, 1.0, True)},
         tuple(("identity", domain) for domain in DOMAINS), ("taylor(epsilon=0.1)",), "across channels", draw_norm),
+    "group_norm": Entry(NORMS, tuple(("z+", domain) for domain in DOMAINS), SIGNED, "groups by position",
+                        draw_group_norm, runs=((1, 2), (2, 1)), in_peers=False),
     "batch_norm": Entry({"small": layer(g.BatchNorm, SMALL, [0.5, -1.0, 0.0, 2.0], [0.1, 0.0, -0.3, 1.0])},
                         canonized=True),
     "dropout": Entry({"small": layer(g.Dropout, SMALL)}, canonized=True),

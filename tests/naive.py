@@ -49,7 +49,32 @@ def _matrix(layer, shapes):
             return np.full((shapes[0][0], size), 1 / size), np.arange(elements).reshape(-1, size)
         case g.Pool2d():
             return window_matrix(layer, shapes[0])
+        case g.Resize():
+            both = np.multiply.outer(layer.rows.astype(float), layer.columns.astype(float)).transpose(0, 2, 1, 3)
+            weights = np.kron(np.eye(shapes[0][0]), both.reshape(layer.rows.shape[0] * layer.columns.shape[0], -1))
+            return weights, np.where(weights > 0, np.arange(elements), -1)
     raise TypeError(type(layer).__name__)
+
+
+def norm_matrix(layer, a):
+    """(weights, sources) of a group norm of a (C, H, W), its deviation held constant: a row for each output."""
+    channels, positions = a.shape[0], a.shape[1] * a.shape[2]
+    elements = np.arange(a.size).reshape(layer.groups, channels // layer.groups, positions)
+    groups = elements.transpose(0, 2, 1).reshape(-1, channels // layer.groups) if layer.per_position else \
+        elements.reshape(layer.groups, -1)
+    weights, sources = np.zeros((a.size, groups.shape[1])), np.zeros((a.size, groups.shape[1]), int)
+    for own in groups:
+        values, scale = a.ravel()[own], layer.scale[own // positions].astype(float)
+        part = 1 / len(own) if layer.centered else 0
+        deviation = math.sqrt(((values - part * values.sum())**2).mean() + np.float32(layer.epsilon))
+        weights[own] = scale[:, None] / deviation * (np.eye(len(own)) - part)
+        sources[own] = own if layer.centered else np.where(np.eye(len(own)), own, -1)
+    return weights, sources
+
+
+def bias_of(layer, outputs):
+    bias = getattr(layer, "shift" if isinstance(layer, g.GroupNorm) else "bias", None)
+    return np.zeros(outputs) if bias is None else np.repeat(bias.astype(float), outputs // len(bias))
 
 
 def convolution_matrix(layer, shape):
@@ -83,6 +108,11 @@ def window_matrix(layer, shape):
             weights[output, term] = 1 / len(padded if getattr(layer, "count_include_pad", False) else inside)
             sources[output, term] = (c * height + i) * width + j
     return weights, sources
+
+
+def weights_of(layer, shapes, a):
+    """`matrix`, of a layer whose weights may depend on its input a, flat."""
+    return norm_matrix(layer, a.reshape(shapes[0])) if isinstance(layer, g.GroupNorm) else matrix(layer, shapes)
 
 
 def read(values, sources, missing=0.0):
@@ -170,7 +200,7 @@ def negatives_contribute(graph, rules, name):
         match layer:
             case g.Multiply() if rule.name == "hold" and name != layer.inputs[0]:
                 continue  # held constant
-            case g.Conv2d() | g.Dense() | g.Power():
+            case g.Conv2d() | g.Dense() | g.GroupNorm() | g.Power():
                 return True
             case g.Activation() if layer.function in ("sigmoid", "hard_sigmoid", "softplus"):
                 return True
@@ -180,8 +210,9 @@ def negatives_contribute(graph, rules, name):
                 continue
             case g.MaxPool2d() if rule.name == "proportional":
                 continue
-            case g.Add() | g.AveragePool2d() | g.GlobalAveragePool() if rule.name not in ("z+", "alpha-beta"):
-                return True
+            case g.Add() | g.AveragePool2d() | g.GlobalAveragePool() | g.Resize():
+                if rule.name not in ("z+", "alpha-beta"):
+                    return True
         if negatives_contribute(graph, rules, layer.name):
             return True
     return False
@@ -318,10 +349,8 @@ def forward(graph, image):
                 _, sources = matrix(layer, shapes)
                 value = read(inputs[0], sources, -np.inf).max(1)
             case _:
-                weights, sources = matrix(layer, shapes)
-                value = (weights * read(np.concatenate(inputs), sources)).sum(1)
-                if getattr(layer, "bias", None) is not None:
-                    value = value + np.repeat(layer.bias.astype(float), len(value) // len(layer.bias))
+                weights, sources = weights_of(layer, shapes, inputs[0])
+                value = (weights * read(np.concatenate(inputs), sources)).sum(1) + bias_of(layer, len(weights))
         tensors[layer.name] = value
     return tensors
 
@@ -413,7 +442,7 @@ def contrast(graph, image, target, against, rules):
 def by_rule(graph, rules, layer, tensors, r, a):
     """(relevance of the inputs a, what was absorbed) of a layer that sums, with relevance r."""
     rule, kind = rules[layer.name], rules[layer.name].name
-    weights, sources = matrix(layer, [graph.shapes[name] for name in layer.inputs])
+    weights, sources = weights_of(layer, [graph.shapes[name] for name in layer.inputs], a)
     connected, terms = sources >= 0, read(a, sources)
     bounded = all(graph.domains[name].low is not None for name in layer.inputs)
     if kind == "proportional":
@@ -429,10 +458,7 @@ def by_rule(graph, rules, layer, tensors, r, a):
         backward = each * (r / stable(each.sum(1), 0))[:, None]
         lost = None
     elif kind in ("epsilon", "gamma", "alpha-beta") or (rule.epsilon or rule.bias != "ignored"):
-        bias = np.zeros(len(r))
-        if getattr(layer, "bias", None) is not None:
-            bias = np.repeat(layer.bias.astype(float), len(r) // len(layer.bias))
-        backward = redistribute_signed(rule, weights * terms, connected, bias, r)
+        backward = redistribute_signed(rule, weights * terms, connected, bias_of(layer, len(r)), r)
         lost = None
     else:
         each = contributions(kind, terms, weights, connected, low, high)

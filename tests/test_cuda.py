@@ -198,7 +198,11 @@ def test_taylor_of_normalisation(case):
 @pytest.mark.parametrize("preset", DERIVATIVES)
 def test_derivatives(preset):
     """The oracle has none; tests/peers hold the processor's to PyTorch."""
-    graph = between(g.LocalResponseNorm("norm", ("conv",), 3, 2.0), g.LeakyReLU("leaky", ("norm",), 0.1),
+    scale, shift = [1.0, -0.5, 2.0, 0.7], [0.1, 0.0, -0.2, 0.3]
+    graph = between(g.LocalResponseNorm("norm", ("conv",), 3, 2.0), g.GroupNorm("groups", ("norm",), scale, shift, 2),
+                    g.GroupNorm("layer", ("groups",), scale, shift, per_position=True),
+                    g.GroupNorm("squares", ("layer",), scale, shift, centered=False),
+                    g.LeakyReLU("leaky", ("squares",), 0.1),
                     g.MaxPool2d("max", ("leaky",), (2, 2), (1, 1)), g.AveragePool2d("average", ("leaky",), (2, 2)),
                     g.Add("sum", ("max", "average")), g.Concat("both", ("sum", "max")),
                     g.Clip("clip", ("both",), -0.2, 0.4), g.Power("tested", ("clip",), 2.0))

@@ -202,6 +202,45 @@ def test_channels_first(tmp_path):
     assert convert(keras_file(tmp_path, config=config, weights=weights), size=(9, 8)).graph.input_shape == (2, 9, 8)
 
 
+NORM = {f"layers/{kind}/vars/{i}": numbers(3, seed=i) for kind in ("layer_normalization", "group_normalization",
+                                                                   "rms_normalization") for i in range(2)}
+
+
+@pytest.mark.parametrize(("kind", "settings", "expected"), [
+    ("LayerNormalization", {"axis": [-1]}, (1, True, True, 1e-3)),
+    ("LayerNormalization", {"axis": 3, "epsilon": 0.1, "scale": False, "rms_scaling": False}, (1, True, True, 0.1)),
+    ("LayerNormalization", {"center": False}, (1, True, True, 1e-3)),
+    ("RMSNormalization", {}, (1, True, False, 1e-6)),
+    ("GroupNormalization", {"groups": 1}, (1, False, True, 1e-3)),
+    ("GroupNormalization", {"groups": -1, "epsilon": 0.01, "center": False}, (3, False, True, 0.01)),
+])
+def test_norms_by_the_image_s_own_statistics(tmp_path, kind, settings, expected):
+    names = [name for name, setting in (("gamma", "scale"), ("beta", "center")) if settings.get(setting, True)]
+    stored = [NORM[f"layers/{kind.removesuffix('Normalization').lower()}_normalization/vars/{i}"]
+              for i in range(1 if kind.startswith("RMS") else len(names))]
+    path = keras_file(tmp_path, CONVOLUTION, layer(kind, "n", **settings), weights=WEIGHTS | {
+        f"layers/{kind.removesuffix('Normalization').lower()}_normalization/vars/{i}": value
+        for i, value in enumerate(stored)})
+    norm, = (one for one in convert(path).graph if isinstance(one, g.GroupNorm))
+    assert (norm.groups, norm.per_position, norm.centered, norm.epsilon) == expected
+    parameters = dict(zip(names, stored, strict=False))
+    np.testing.assert_array_equal(norm.scale, parameters.get("gamma", np.ones(3, np.float32)))
+    np.testing.assert_array_equal(norm.shift, parameters.get("beta", np.zeros(3, np.float32)))
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), [
+    ("LayerNormalization", {"axis": [1, 2, 3]}, "has axis .1, 2, 3. over 4 axes"),
+    ("LayerNormalization", {"rms_scaling": True}, "has rms_scaling"),
+    ("GroupNormalization", {"groups": 2}, "has 3 channels in 2 groups; required: groups that divide them"),
+    ("GroupNormalization", {"groups": 0}, "has 3 channels in 0 groups"),
+    ("LayerNormalization", {"epsilon": 0}, "has epsilon 0; required: 1e-12 or more"),
+])
+def test_norms_that_are_refused(tmp_path, kind, settings, message):
+    path = keras_file(tmp_path, CONVOLUTION, layer(kind, "n", **settings), weights=WEIGHTS | NORM)
+    with pytest.raises(ConversionError, match=message):
+        convert(path)
+
+
 @pytest.mark.parametrize("scale", [[1, 2, 4], {"class_name": "__numpy__", "config": {"value": [1, 2, 4],
                                                                                      "dtype": "float32"}}])
 def test_rescaling_by_an_array(tmp_path, scale):
@@ -287,7 +326,8 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("MaxPooling2D", "p", padding="causal"), "padding 'causal'; required: 'valid' or 'same'"),
     (layer("MaxPooling2D", "p", pool_size=[2, 2, 2]), "pool_size .*required: 2 whole numbers"),
     (layer("MaxPooling1D", "p"), "4 axes, the batch included; required: 3"),
-    (layer("UpSampling2D", "u", interpolation="bilinear"), "interpolation 'bilinear'; required: nearest"),
+    (layer("UpSampling2D", "u", interpolation="bicubic"), "interpolation 'bicubic'; required: nearest or bilinear"),
+    (layer("UpSampling2D", "u", interpolation="bilinear", size=[2**15, 2**15]), "at most 268435456 are accepted"),
     (layer("UpSampling2D", "u", size=[2**15, 2**15]), "at most 268435456 are accepted"),
     (layer("ZeroPadding2D", "z", padding=[[2**30, 0], [0, 0]]), r"ZeroPadding2D 'z' .*at most 268435456 are accepted"),
     (layer("ZeroPadding2D", "z", padding=[1, "1"]), "padding is a text '1'; required: a list"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from importing import converter_of_nodes, ints, node, numbers, of_type, scores
+from importing import converter_of_nodes, ints, node, numbers, of_type, onnx_file, scores
 
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError, FastDTDError
@@ -431,8 +431,12 @@ YES = {"yes": np.array(True)}
      "makes a tensor of .* elements; at most"),
     ([node("Resize", ["x", "", "f"], ["t"]), POOL], {"f": np.float32([1, 1, 1e6, 1e6])}, "makes .* of .N, 3, 9, 8."),
     ([node("Resize", ["x", "", "f"], ["t"]), POOL], {"f": np.float32([1, 1, np.nan, 1])}, "required: numbers above 0"),
-    ([node("Resize", ["x", "", "f"], ["t"], mode="linear"), POOL], {"f": np.float32([1, 1, 2, 2])},
-     "required: nearest"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="cubic"), POOL], {"f": np.float32([1, 1, 2, 2])},
+     "mode 'cubic', policy 'stretch' and antialias 0; required: nearest or linear"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="linear"), POOL], {"f": np.float32([1, 2, 2, 2])},
+     "the channels as they are"),
+    ([node("Resize", ["x", "", "f"], ["t"], mode="linear", coordinate_transformation_mode="tf_half_pixel_for_nn"),
+      POOL], {"f": np.float32([1, 1, 2, 2])}, "coordinate_transformation_mode 'tf_half_pixel_for_nn'"),
     ([node("Gather", ["s", "i"], ["c"]), node("Reshape", ["x", "c"], ["t"]), POOL],
      {"s": ints(1, 216), "i": ints(0, 2)},
      "Gather 'c' .* cannot be computed .* positions 0 to 2 of an axis of length 2"),
@@ -753,3 +757,107 @@ def test_onnx_s_own_cases_hold_nothing_that_is_not_read():
     assert parsed > 80
     unread = ("which is not supported; required", "that it has not in opset")
     assert not {name: text for name, text in refused.items() if any(part in text for part in unread)}
+
+
+@pytest.mark.parametrize("coordinates", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])
+@pytest.mark.parametrize(("scales", "sizes"), [((1, 1, 2, 3), None), ((1, 1, 2 / 3, 1.25), None), (None, (1, 3, 1, 20))])
+def test_bilinear_resizing(convert_nodes, coordinates, scales, sizes):
+    """As the specification's reference computes it."""
+    from onnx.reference import ReferenceEvaluator
+
+    constants = {"f": np.float32(scales)} if scales else {"f": np.float32([]), "s": ints(*sizes)}
+    nodes = [node("Resize", ["x", "", "f", *([] if scales else ["s"])], ["t"], mode="linear",
+                  coordinate_transformation_mode=coordinates), POOL]
+    made = onnx.ModelProto.FromString(onnx_file([*nodes[:1], node("Flatten", ["t"], ["y"])], constants))
+    x = numbers(1, 3, 9, 8)
+    expected, = ReferenceEvaluator(made).run(None, {"x": x})
+    graph = convert_nodes([*nodes[:1], node("Flatten", ["t"], ["y"])], constants).graph
+    assert [type(layer) for layer in graph] == [g.Resize, g.Flatten]
+    np.testing.assert_allclose(scores(graph, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def group_normed(x, groups, epsilon, axes=None):
+    """x (1, C, H, W), by the statistics of groups of its channels at all positions, or over axes."""
+    parts = x.reshape(1, groups, -1) if axes is None else x
+    over = -1 if axes is None else axes
+    deviations = parts - parts.mean(over, keepdims=True)
+    return (deviations / np.sqrt((deviations**2).mean(over, keepdims=True) + epsilon)).reshape(x.shape)
+
+
+SIX = numbers(6) + 2, numbers(6, seed=1)
+COLUMN = (1, 6, 1, 1)
+
+
+@pytest.mark.parametrize(("nodes", "groups", "per_position"), [
+    ([node("GroupNormalization", ["t", "scale", "shift"], ["n"], num_groups=2, epsilon=0.1)], 2, False),
+    ([node("InstanceNormalization", ["t", "scale", "shift"], ["n"], epsilon=0.1)], 6, False),
+    ([node("Transpose", ["t"], ["a"], perm=[0, 2, 3, 1]),
+      node("LayerNormalization", ["a", "scale", "shift"], ["b"], epsilon=0.1),
+      node("Transpose", ["b"], ["n"], perm=[0, 3, 1, 2])], 1, True),
+    ([node("ReduceMean", ["t", "channels"], ["m"]), node("Sub", ["t", "m"], ["d"]), node("Mul", ["d", "d"], ["s"]),
+      node("ReduceMean", ["s", "channels"], ["v"]), node("Add", ["epsilon", "v"], ["e"]), node("Sqrt", ["e"], ["r"]),
+      node("Div", ["d", "r"], ["q"]), node("Mul", ["q", "scales"], ["p"]), node("Add", ["p", "shifts"], ["n"])],
+     1, True),
+    ([node("ReduceMean", ["t", "channels"], ["m"]), node("Sub", ["t", "m"], ["d"]), node("Sub", ["t", "m"], ["d2"]),
+      node("Pow", ["d2", "two"], ["s"]), node("ReduceMean", ["s", "channels"], ["v"]),
+      node("Add", ["v", "epsilon"], ["e"]), node("Sqrt", ["e"], ["r"]), node("Reciprocal", ["r"], ["i"]),
+      node("Mul", ["i", "d"], ["q"]), node("Mul", ["scales", "q"], ["p"]), node("Add", ["p", "shifts"], ["n"])],
+     1, True),
+    ([node("Reshape", ["t", "grouped"], ["g"]),
+      node("InstanceNormalization", ["g", "ones", "zeros"], ["q"], epsilon=0.1),
+      node("Reshape", ["q", "back"], ["o"]), node("Mul", ["o", "scales"], ["p"]), node("Add", ["p", "shifts"], ["n"])],
+     2, False),
+    ([node("ReduceMean", ["t", "pixels"], ["m"]), node("Sub", ["t", "m"], ["d"]), node("Mul", ["d", "d"], ["s"]),
+      node("ReduceMean", ["s", "pixels"], ["v"]), node("Add", ["v", "epsilon"], ["e"]), node("Pow", ["e", "half"], ["r"]),
+      node("Div", ["d", "r"], ["q"]), node("Mul", ["q", "scales"], ["p"]), node("Add", ["p", "shifts"], ["n"])],
+     6, False),
+])
+def test_norms_by_the_image_s_own_statistics(convert_nodes, nodes, groups, per_position):
+    """One layer of each, however it is written; no element moves."""
+    constants = {"w": numbers(6, 3, 2, 2), "scale": SIX[0], "shift": SIX[1], "scales": SIX[0].reshape(COLUMN),
+                 "shifts": SIX[1].reshape(COLUMN), "channels": ints(1), "pixels": ints(2, 3),
+                 "epsilon": np.float32(0.1), "two": np.float32(2), "half": np.float32(0.5), "grouped": ints(0, 2, -1), "back": ints(1, 6, 8, 7),
+                 "ones": np.ones(2, np.float32), "zeros": np.zeros(2, np.float32)}
+    conv = node("Conv", ["x", "w"], ["t"])
+    graph = convert_nodes([conv, *nodes, node("Flatten", ["n"], ["y"])], constants, opset=21).graph
+    _, norm, _ = graph
+    assert (norm.groups, norm.per_position) == (groups, per_position)
+    x = numbers(1, 3, 9, 8)
+    before = scores(convert_nodes([conv, node("Flatten", ["t"], ["y"])], constants, opset=21).graph, x).reshape(1, 6, 8, 7)
+    expected = group_normed(before, groups, 0.1, 1 if per_position else None)
+    expected = expected * SIX[0].reshape(COLUMN) + SIX[1].reshape(COLUMN)
+    np.testing.assert_allclose(scores(graph, x), expected.reshape(1, -1), rtol=1e-4, atol=1e-4)
+
+
+DEVIATION = [node("ReduceMean", ["x", "channels"], ["m"]), node("Sub", ["x", "m"], ["d"])]
+VARIANCE = [*DEVIATION, node("Mul", ["d", "d"], ["s"]), node("ReduceMean", ["s", "channels"], ["v"]),
+            node("Add", ["v", "epsilon"], ["e"]), node("Sqrt", ["e"], ["r"])]
+STATISTICS = {"channels": ints(1), "pixels": ints(2, 3), "epsilon": np.float32(0.1), "two": np.float32([[[2]]])}
+
+
+@pytest.mark.parametrize(("nodes", "function"), [
+    ([*DEVIATION, node("Mul", ["d", "two"], ["t"])], lambda x: 2 * (x - x.mean(1, keepdims=True))),
+    ([*DEVIATION, node("Mul", ["d", "d"], ["t"])], lambda x: (x - x.mean(1, keepdims=True))**2),
+    ([*VARIANCE, node("Mul", ["r", "two"], ["t"])], lambda x: 2 * np.sqrt(x.var(1, keepdims=True) + np.float32(0.1))),
+    ([node("ReduceMean", ["x", "channels"], ["m"]), node("Sub", ["m", "x"], ["t"])], None),
+    ([*DEVIATION, node("Mul", ["d", "d"], ["s"]), node("ReduceMean", ["s", "pixels"], ["t"])],
+     lambda x: ((x - x.mean(1, keepdims=True))**2).mean((2, 3), keepdims=True)),
+])
+def test_parts_of_norms(convert_nodes, nodes, function):
+    """Each operator by itself; a mean broadcasts where it is subtracted, and nowhere else yet."""
+    nodes = [*nodes, node("Flatten", ["t"], ["y"])]
+    if function is None:
+        with pytest.raises(ConversionError, match="adds .*required: tensors of one shape"):
+            convert_nodes(nodes, STATISTICS, opset=18)
+        return
+    x = numbers(1, 3, 9, 8)
+    np.testing.assert_allclose(scores(convert_nodes(nodes, STATISTICS, opset=18).graph, x), function(x).reshape(1, -1), rtol=1e-4,
+                               atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [
+    node("Div", ["x", "r"], ["t"]), node("Div", ["m", "r"], ["t"]), node("Div", ["r", "d"], ["t"]),
+])
+def test_what_is_almost_a_norm(convert_nodes, last):
+    with pytest.raises(ConversionError, match="divides by"):
+        convert_nodes([*VARIANCE, last, POOL], STATISTICS, opset=18)

@@ -122,6 +122,56 @@ class Builder(Moves):
     def local_response_norm(self, x: Tensor, **fields: Any) -> Tensor:
         return self.add(graph.LocalResponseNorm, [self.materialize(x)], **fields)
 
+    def group_norm(self, x: Tensor, groups: int, scale: Array | None, shift: Array | None, epsilon: float,
+                   centered: bool = True) -> Tensor:
+        """By the statistics of groups of the channels, which are the axis after the batch, at all positions."""
+        if not x.dims:
+            self.refuse(f"reads a tensor {x}; required: (N, C, ...)")
+        channels = x.dims[0]
+        scale, shift = self._norm_parameters(channels, scale, shift)
+        base = x.base if x.is_whole and x.shape[0] % channels == 0 else self.materialize(x)
+        times = base.shape[0] // channels  # the channels that are one in the source, as where groups are an axis
+        made = self.add(graph.GroupNorm, [base], scale=np.repeat(scale, times), shift=np.repeat(shift, times),
+                        groups=groups, epsilon=epsilon, centered=centered)
+        return Tensor.whole(made.layer, made.shape, x.dims)
+
+    def layer_norm(self, x: Tensor, axes: int, scale: Array | None, shift: Array | None, epsilon: float,
+                   centered: bool = True) -> Tensor:
+        """By the statistics over the last axes, so many; scale and shift have their shape."""
+        if not 1 <= axes < x.rank:
+            self.refuse(f"normalises over the last {axes} axes of {x}; required: 1 or more, without the batch")
+        fields: dict[str, Any] = {"epsilon": epsilon, "centered": centered}
+        is_channel = x.rank == 3 and x.is_whole and x.shape[0] % x.dims[0] == 0 and not self.channels_first(x).is_whole
+        if axes == 1 and is_channel and scale is None and shift is None:  # as groups that are an axis
+            return self.group_norm(x, x.dims[0], None, None, epsilon, centered)
+        if axes == 1:
+            scale, shift = self._norm_parameters(x.dims[-1], scale, shift)
+            first = self.channels_first(x)
+            made = self.add(graph.GroupNorm, [self.materialize(first)], scale=scale, shift=shift, per_position=True,
+                            **fields)
+            return self.channels_last(Tensor.whole(made.layer, made.shape, first.dims))
+        outer = math.prod(x.dims[:-axes])
+        if outer == 1:  # all elements, in whatever order
+            view = self.channels_first(x)
+            base = view if view.is_whole else x if x.is_whole else self.materialize(x)
+            scales, shifts = self._norm_parameters(base.shape[0], None, None)
+            part = self.add(graph.GroupNorm, [base.base], scale=scales, shift=shifts, **fields)
+            made = replace(x if base is view else base, layer=part.layer)
+        else:
+            rows = x if x.dims[0] == outer else self.with_dims(x, (outer, *x.dims[-axes:]))
+            made = self.group_norm(rows, outer, None, None, epsilon, centered)
+            made = made if made.dims == x.dims else self.with_dims(made, x.dims)
+        if scale is None and shift is None:
+            return made
+        return self.affine(made, 1.0 if scale is None else scale[None], 0.0 if shift is None else shift[None],
+                           "/affine")
+
+    def _norm_parameters(self, channels: int, scale: Array | None, shift: Array | None) -> tuple[Array, Array]:
+        given = np.ones(channels) if scale is None else scale, np.zeros(channels) if shift is None else shift
+        if given[0].shape != (channels,) or given[1].shape != (channels,):
+            self.refuse(f"has parameters of shapes {given[0].shape} and {given[1].shape}; required: ({channels},)")
+        return given
+
     # Layers with windows or weights
 
     def spatial(self, x: Tensor) -> int:
@@ -211,17 +261,43 @@ class Builder(Moves):
         return self.pointwise(graph.Power, sums, exponent=1 / exponent if exponent else 0.0)
 
     def adaptive_pool(self, x: Tensor, is_average: bool, size: Sequence[int | None]) -> Tensor:
-        """To one pixel, or to a size that divides the input's into equal windows."""
+        """Windows from floor(i n / m) to ceil((i + 1) n / m), for m outputs of n inputs along an axis."""
         axes = self.spatial(x)
         wanted = [own if n is None else n for n, own in zip(size, x.dims[1:], strict=True)]
         if wanted == [1] * axes:
             return self.reduce(x, "mean" if is_average else "max", range(2, axes + 2), keep=True)
         if wanted == list(x.dims[1:]):
             return x
-        if any(n < 1 or own % n for n, own in zip(wanted, x.dims[1:], strict=True)):
-            self.refuse(f"makes {tuple(wanted)} of {x.dims[1:]}; required: a size that divides it")
-        kernel = [own // n for n, own in zip(wanted, x.dims[1:], strict=True)]
-        return self.pool(x, is_average, kernel, kernel, (0,) * 2 * axes)
+        if min(wanted) < 1 or math.prod(wanted) > graph.MAX_TENSOR_ELEMENTS:
+            self.refuse(f"makes {tuple(wanted)} of {x.dims[1:]}; required: sizes from 1")
+        if all(own % n == 0 for n, own in zip(wanted, x.dims[1:], strict=True)):
+            kernel = [own // n for n, own in zip(wanted, x.dims[1:], strict=True)]
+            return self.pool(x, is_average, kernel, kernel, (0,) * 2 * axes)
+        self.spend(sum(n * own for n, own in zip(wanted, x.dims[1:], strict=True)))
+        windows = [[np.arange(i * own // n, -(-(i + 1) * own // n)) for i in range(n)]
+                   for n, own in zip(wanted, x.dims[1:], strict=True)]
+        if is_average:
+            return self.resize(x, [np.stack([np.isin(np.arange(own), window) / len(window) for window in each])
+                                   for each, own in zip(windows, x.dims[1:], strict=True)])
+        # Windows of one length side by side: the last element of a shorter one comes again, and never before the first.
+        kernel = [max(map(len, each)) for each in windows]
+        repeated = self.repeat(x, [np.arange(x.dims[0]), *(
+            np.concatenate([np.pad(window, (0, k - len(window)), "edge") for window in each])
+            for k, each in zip(kernel, windows, strict=True))])
+        return self.pool(repeated, False, kernel, kernel, (0,) * 2 * axes)
+
+    def resize(self, x: Tensor, weights: Sequence[Array]) -> Tensor:
+        """Weighted means along each spatial axis; weights: (outputs, inputs) of each."""
+        self.spatial(x)
+        rows, columns = weights if len(weights) == 2 else (np.ones((1, 1)), *weights)
+        return self.add(graph.Resize, [self.materialize(x)], rows=rows, columns=columns)
+
+    def interpolate(self, x: Tensor, positions: Sequence[Array]) -> Tensor:
+        """Bilinear: at fractional positions along each spatial axis; beyond the ends is what is there."""
+        self.spend(sum(len(at) * n for at, n in zip(positions, x.dims[1:], strict=True)))
+        return self.resize(x, [
+            np.maximum(0, 1 - np.abs(np.clip(at, 0, n - 1)[:, None] - np.arange(n)))
+            for at, n in zip(positions, x.dims[1:], strict=True)])
 
     def reduce(self, x: Tensor, how: str, axes: Iterable[int], keep: bool) -> Tensor:
         """The "mean", "sum" or "max" over any axes but the batch."""

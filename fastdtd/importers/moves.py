@@ -59,7 +59,8 @@ class Moves:
         self.budget, self.batch = budget, batch
         self.layers: dict[str, Layer] = {}
         self.node = Node()
-        self.squared: dict[Any, Tensor] = {}  # what patterns.Squares and curves are where elements are needed
+        self.squared: dict[Any, Tensor] = {}  # what patterns.Squares, curves and moments are where elements are needed
+        self.means: dict[str, tuple[Tensor, tuple[int, ...], Tensor]] = {}  # by layer: of what, over which axes, and it
         self.ending = ""  # what the source makes of its scores at last, which are kept as they are before it
         self._endings: dict[str, str] = {}
         self._materialized: dict[Any, tuple[Tensor, Tensor]] = {}

@@ -1,6 +1,6 @@
 """What sources write as several operators: recognised while the values go from one to the next.
 
-Functions of one element are in curves.py.
+Functions of one element are in curves.py, norms by an image's own statistics in norms.py.
 
 x * x that is moved, averaged, scaled and raised, and at last divides x, is a local response normalisation. The sign of
 a tensor times its magnitude is the tensor, as in a pool by the p-norm. Until it is known what they will be, such
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from fastdtd.graph import Clip, Power, ReLU
-from fastdtd.importers import curves
+from fastdtd.importers import curves, norms
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.curves import Curve
 from fastdtd.importers.moves import Array, Node
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.tensors import Tensor
 
 _REQUIRED = "required: a local response normalisation as PyTorch computes it"
@@ -55,7 +56,7 @@ class Sign:
         return self.of
 
 
-COMPUTED = (Tensor, Squares, Sign, Curve)
+COMPUTED = (Tensor, Squares, Sign, Curve, Moment)
 
 
 class ValueNode(Node):
@@ -79,7 +80,7 @@ class ValueNode(Node):
     def is_computed(self, key: Hashable) -> bool:
         return isinstance(self.value(key), COMPUTED)
 
-    def operand(self, key: Hashable) -> Tensor | Squares | Sign | Curve | Array:
+    def operand(self, key: Hashable) -> Tensor | Squares | Sign | Curve | Moment | Array:
         """For arithmetic: of `COMPUTED`, or an array."""
         value = self.value(key)
         return value if isinstance(value, COMPUTED) else self.constant(key)
@@ -93,6 +94,11 @@ class ValueNode(Node):
         """The first input, which may be a function of one element."""
         value = self.value(self.first)
         return value if isinstance(value, Curve) else self.moving()
+
+    def stepping(self) -> Tensor | Squares | Curve | Moment:
+        """The first input, which may be a function of one element, or a step of a norm."""
+        value = self.value(self.first)
+        return value if isinstance(value, Moment) else self.pointwise()
 
     def tensor(self, key: Any = None) -> Tensor:
         key = self.first if key is None else key
@@ -117,14 +123,16 @@ class ValueNode(Node):
         return float(value.item())
 
 
-def as_tensor(b: Builder, x: Tensor | Squares | Sign | Curve) -> Tensor:
-    """Squares, and functions of one element, as a layer that makes them."""
+def as_tensor(b: Builder, x: Tensor | Squares | Sign | Curve | Moment) -> Tensor:
+    """Squares, functions of one element, and steps of a norm, as layers that make them."""
     if isinstance(x, Tensor):
         return x
     if isinstance(x, Curve):
         if x not in b.squared:
             b.squared[x] = curves.as_activation(b, x)
         return b.squared[x]
+    if isinstance(x, Moment):
+        return norms.tensor_of(b, x)
     if isinstance(x, Sign):
         b.refuse("reads the sign of a tensor; required: one as part of a pool by the p-norm only")
     if x.size:
@@ -191,11 +199,18 @@ def _scaled_clip(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], 
     return made if found is not None and found[1] == "hard_sigmoid" and found[3] == 1 else None
 
 
-def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | Curve:
+def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | Curve | Moment:
     """x + factor * y, of which one may be a constant."""
     def add(one: Array, other: Array) -> Array:
         return one + factor * other
 
+    step = norms.minus(b, x, y) if factor == -1 and isinstance(x, Tensor) and isinstance(y, Tensor) else None
+    for one, other, scale in ((x, y, factor), (y, x, 1.0)):
+        if isinstance(one, Moment) and np.size(other) == 1 and not isinstance(other, COMPUTED) and (one is x or
+                                                                                                    factor == 1):
+            step = norms.plus(b, one, float(np.asarray(other).item()) * scale)
+    if step is not None:
+        return step
     if (made := _with_number(b, x, y, add)) is not None:
         return made
     if isinstance(x, COMPUTED) and isinstance(y, COMPUTED) and (isinstance(x, Curve) or isinstance(y, Curve)) and (
@@ -212,9 +227,15 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | 
     return b.affine(as_tensor(b, x), shift=factor * np.asarray(y, np.float64))
 
 
-def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Curve:
-    """x * y: of a tensor and a constant, a square, what a pool by the p-norm is written with, a part of an activation,
-    or a gate."""
+def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Curve | Moment:
+    """x * y: of a tensor and a constant, a square, what a pool by the p-norm is written with, a step of a norm, a part
+    of an activation, or a gate."""
+    for one, other in ((x, y), (y, x)):
+        if isinstance(other, Moment) and isinstance(one, (Tensor, Moment)) and (
+                normed := norms.normed(b, one, other, norms.INVERSE)) is not None:
+            return normed
+    if isinstance(x, Moment) and x is y and (squares := norms.power(b, x, 2)) is not None:
+        return squares
     for one, other in ((x, y), (y, x)):
         made = _with_number(b, one, other, np.multiply) or _scaled_clip(b, one, other, np.multiply)
         if made is not None:
@@ -248,8 +269,15 @@ def _is_magnitude(b: Builder, x: Tensor, of: Tensor) -> bool:
     return is_one and b.have_one_view(x, of)
 
 
-def divided(b: Builder, x: Any, y: Any) -> Tensor | Curve:
-    """x / y, by a constant, by what a local response normalisation divides by, or as a part of an activation."""
+def divided(b: Builder, x: Any, y: Any) -> Tensor | Curve | Moment:
+    """x / y, by a constant, a deviation, what a local response normalisation divides by, or as a part of an activation.
+    """
+    if isinstance(y, Moment):
+        is_one = not isinstance(x, COMPUTED) and np.size(x) == 1 and float(np.asarray(x).item()) == 1
+        step = norms.inverted(b, y) if is_one else (
+            norms.normed(b, x, y, norms.ROOT) if isinstance(x, (Tensor, Moment)) else None)
+        if step is not None:
+            return step
     made = _with_number(b, x, y, np.divide) or _scaled_clip(b, x, y, np.divide)
     if made is not None:
         return made
@@ -283,9 +311,19 @@ def clip(b: Builder, x: Any, low: float, high: float) -> Tensor | Curve:
         as_tensor(b, x), low, high)
 
 
-def power(b: Builder, x: Tensor | Squares | Curve, exponent: float) -> Tensor | Squares | Curve:
+def mean(b: Builder, x: Tensor | Squares | Curve | Moment, axes: Sequence[int], keep: bool) -> Tensor | Moment:
+    """Over any axes but the batch."""
+    if isinstance(x, Squares) and not x.size and b.are_same(x.view, x.of):
+        squares = x
+        return norms.mean(b, Moment(x.of, (), False, norms.SQUARES, lambda: as_tensor(b, squares)), axes, keep)
+    return norms.mean(b, x if isinstance(x, Moment) else as_tensor(b, x), axes, keep)
+
+
+def power(b: Builder, x: Tensor | Squares | Curve | Moment, exponent: float) -> Tensor | Squares | Curve | Moment:
     if isinstance(x, Curve):
         return x.map(b, lambda values: values**exponent)
+    if isinstance(x, Moment) and (made := norms.power(b, x, exponent)) is not None:
+        return made
     if isinstance(x, Squares) and x.size and x.beta is None:
         return replace(x, beta=exponent)
     x = as_tensor(b, x)

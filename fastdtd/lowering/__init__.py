@@ -19,7 +19,7 @@ from fastdtd import graph as g
 from fastdtd.errors import InputError
 from fastdtd.graph import INPUT, Graph, Layer
 from fastdtd.kernels import codes
-from fastdtd.lowering import convolution, dense, normalization, pointwise, pooling
+from fastdtd.lowering import convolution, dense, group_norm, normalization, pointwise, pooling, resizing
 from fastdtd.lowering.aliasing import Location, fused_activations, locations, separate_locations
 from fastdtd.lowering.blocks import MAX_TAPS
 from fastdtd.lowering.builder import Builder
@@ -37,6 +37,8 @@ _FAMILIES: dict[type[Layer], tuple[Steps, Steps]] = {
     g.MaxPool2d: (pooling.forward, pooling.backward),
     g.AveragePool2d: (pooling.forward, pooling.backward),
     g.GlobalAveragePool: (pooling.forward, pooling.backward),
+    g.Resize: (resizing.forward, resizing.backward),
+    g.GroupNorm: (group_norm.forward, group_norm.backward),
     g.LocalResponseNorm: (normalization.forward, normalization.backward),
     g.ReLU: (pointwise.activation_forward, pointwise.activation_backward),
     g.Clip: (pointwise.activation_forward, pointwise.activation_backward),
@@ -151,6 +153,8 @@ def lower(graph: Graph, assignment: Assignment, kernels: AnyDevice, precision: i
                     weights[layer.name] = convolution.pack(layer, graph, assignment, kernels, precision)
                 case g.Dense() if rule:
                     weights[layer.name] = dense.pack(layer, rule, kernels)
+                case g.Resize() if rule:
+                    weights[layer.name] = resizing.pack(layer, rule, kernels)
                 case g.Rearrange():
                     weights[layer.name] = pointwise.rearrange_pack(layer, graph, kernels)
     return Lowered(graph, assignment, kernels, weights, fused_activations(graph), locations(graph))

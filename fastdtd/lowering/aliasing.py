@@ -63,8 +63,9 @@ def fused_activations(graph: Graph) -> dict[str, g.ReLU | g.Clip]:
     for layer in graph:
         for name in set(layer.inputs):
             readers[name] = readers.get(name, 0) + 1
-    return {layer.inputs[0]: layer for layer in graph if isinstance(layer, (g.ReLU, g.Clip))
-            and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.Add)) and readers[layer.inputs[0]] == 1}
+    return {layer.inputs[0]: layer for layer in graph
+            if isinstance(layer, (g.ReLU, g.Clip)) and readers[layer.inputs[0]] == 1
+            and isinstance(by_name.get(layer.inputs[0]), (g.Conv2d, g.Dense, g.GroupNorm, g.Add))}
 
 
 class Intervals:

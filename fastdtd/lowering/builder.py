@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdtd import graph as g
-from fastdtd.graph import INPUT, Array, Graph, Layer
+from fastdtd.graph import INPUT, Array, Graph, Layer, Shape
 from fastdtd.kernels.signatures import SIGNATURES, name_of, parameters
 from fastdtd.lowering.aliasing import Intervals, Location
 from fastdtd.protocols import AnyDevice, BlockedDevice, Kernel
@@ -24,7 +24,8 @@ from fastdtd.schedule import Buffer, DType, Schedule, Scratch, State, Step, Tens
 
 _Root = tuple[str, int | None]  # a tensor in whose memory others lie, and of which image it is, if of one alone
 ABSORBED = 3  # the saved tensor of what a neuron keeps, after those of its rule's terms
-SAVED_PER_LAYER = ABSORBED + 1
+STATISTICS = 4  # of what a norm is computed with
+SAVED_PER_LAYER = STATISTICS + 1
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,12 @@ class Builder:
         end = location.offset + math.prod(self.graph.shapes[name])
         self._written.setdefault(location.root, Intervals()).add(location.offset, end)
 
-    def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32) -> Saved:
-        """What a layer keeps for the backward pass for the term `part` of its rule, or what it absorbs (ABSORBED)."""
+    def saved(self, layer: Layer, part: int = 0, dtype: DType = np.float32, shape: Shape | None = None) -> Saved:
+        """What a layer keeps for the backward pass for the term `part` of its rule, what it absorbs (ABSORBED), or what
+        it is computed with (STATISTICS). shape: for each image; None: as the layer's output."""
         key = layer.name, part, self._image
         if key not in self._saved:
-            shape, row = self.graph.shapes[layer.name], self._dead_rows.setdefault(key[:2], len(self._dead_rows))
+            shape, row = shape or self.graph.shapes[layer.name], self._dead_rows.setdefault(key[:2], len(self._dead_rows))
             view = View(self._new_buffer(self.batch, math.prod(shape)), shape, dtype)
             self._saved[key] = Saved(view, State("dead", row, self._image))
         return self._saved[key]

@@ -79,7 +79,7 @@ def _sum(b: Builder, layer: Layer, rule: LayerRule, index: int, sum_step: SumSte
         arguments |= {"x_min": clip[0], "x_max": clip[1]}
     else:  # a pool, with which no activation is fused
         arguments |= {"count_h": window_counts[0], "count_w": window_counts[1]}
-    if isinstance(layer, (g.Conv2d, g.Dense)):
+    if isinstance(layer, (g.Conv2d, g.Dense, g.GroupNorm)):
         arguments["bias"] = bias
     sum_step(b, layer, index, rule.sums[index].features, arguments)
 
@@ -129,7 +129,7 @@ def _factor(rule: LayerRule) -> float:
 
 
 def _bias(b: Builder, layer: Layer) -> Array:
-    bias = layer.bias if isinstance(layer, (g.Conv2d, g.Dense)) else None
+    bias = layer.bias if isinstance(layer, (g.Conv2d, g.Dense)) else getattr(layer, "shift", None)
     return zeros(b.graph.shapes[layer.name][0]) if bias is None else read_only(bias)
 
 

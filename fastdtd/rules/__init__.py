@@ -4,6 +4,7 @@ from fastdtd.rules.assign import Assignment, Rules, assign, input_domain
 from fastdtd.rules.presets import DERIVATIVES, PRESETS, Preset
 from fastdtd.rules.rule import (
     BIASES,
+    GROUP_NORM_RULES,
     LINEAR_RULES,
     NORM_RULES,
     PARAMETERS,
@@ -16,7 +17,7 @@ from fastdtd.rules.rule import (
 )
 
 __all__ = [
-    "BIASES", "DERIVATIVES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS", "PRODUCT_RULES",
-    "Assignment",
-    "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain", "search_direction",
+    "BIASES", "DERIVATIVES", "GROUP_NORM_RULES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS",
+    "PRODUCT_RULES", "Assignment", "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain",
+    "search_direction",
 ]

@@ -21,6 +21,7 @@ from fastdtd.graph import (
     Flatten,
     GlobalAveragePool,
     Graph,
+    GroupNorm,
     Layer,
     LeakyReLU,
     LocalResponseNorm,
@@ -28,10 +29,20 @@ from fastdtd.graph import (
     Multiply,
     Power,
     Rearrange,
+    Resize,
 )
 from fastdtd.kernels import codes
 from fastdtd.rules.presets import DERIVATIVES, PRESETS
-from fastdtd.rules.rule import LINEAR_RULES, NORM_RULES, POOL_RULES, PRODUCT_RULES, LayerRule, Rule, Term
+from fastdtd.rules.rule import (
+    GROUP_NORM_RULES,
+    LINEAR_RULES,
+    NORM_RULES,
+    POOL_RULES,
+    PRODUCT_RULES,
+    LayerRule,
+    Rule,
+    Term,
+)
 
 Rules = str | Mapping[str, str | Rule] | Sequence[str | Mapping[str, str | Rule]]
 
@@ -184,10 +195,12 @@ def input_domain(graph: Graph, layer: Layer) -> Domain:
 def _choices(layer: Layer) -> dict[str, str]:
     """The rules that a layer of this kind can have; none where it only passes relevance on."""
     match layer:
-        case Conv2d() | Dense() | Add() | AveragePool2d() | GlobalAveragePool():
+        case Conv2d() | Dense() | Add() | AveragePool2d() | GlobalAveragePool() | Resize():
             return LINEAR_RULES
         case MaxPool2d():
             return POOL_RULES
+        case GroupNorm():
+            return GROUP_NORM_RULES
         case LocalResponseNorm():
             return NORM_RULES
         case Multiply():
@@ -220,8 +233,8 @@ def _derivative(layers: list[Layer], chosen: dict[str, Rule], preset: str) -> st
 def _layer_rule(layer: Layer, rule: Rule, domain: Domain, signed: bool) -> LayerRule:
     """signed: whether negative outputs of the layer can have relevance."""
     allowed = _choices(layer)
-    has_weights = isinstance(layer, (Conv2d, Dense))
-    if rule.name not in allowed and not (rule.direction and has_weights):
+    has_weights = isinstance(layer, (Conv2d, Dense, GroupNorm))  # of both signs, and a bias
+    if rule.name not in allowed and not (rule.direction and isinstance(layer, (Conv2d, Dense))):
         raise RuleError(f"rule {rule.name!r} does not apply to {type(layer).__name__} {layer.name!r}; required: one of "
                         f"{', '.join(allowed)}")
     if isinstance(layer, LocalResponseNorm):
@@ -283,7 +296,7 @@ def _signed_carriers(graph: Graph, layers: list[Layer], rules: dict[str, Rule]) 
     for layer in reversed(layers):
         rule = rules.get(layer.name)
         match layer:
-            case Power() | Conv2d() | Dense():
+            case Power() | Conv2d() | Dense() | GroupNorm():
                 passes_on = True
             case Activation() if not layer.is_zero_at_zero:
                 passes_on = True
@@ -293,9 +306,9 @@ def _signed_carriers(graph: Graph, layers: list[Layer], rules: dict[str, Rule]) 
                 passes_on = False
             case MaxPool2d() if rule and rule.name == "proportional":
                 passes_on = False
-            case Add() | AveragePool2d() | GlobalAveragePool() if rule and rule.name not in ("z+", "alpha-beta"):
+            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() if rule and rule.name not in ("z+", "alpha-beta"):
                 passes_on = True
-            case Add() | AveragePool2d() | GlobalAveragePool() | MaxPool2d() | Concat() | Flatten() | Rearrange() | \
+            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() | MaxPool2d() | Concat() | Flatten() | Rearrange() | \
                     LocalResponseNorm() | LeakyReLU() | Clip() | Activation() | Multiply():
                 passes_on = layer.name in signed
             case _:

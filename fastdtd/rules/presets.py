@@ -12,17 +12,19 @@ from fastdtd.graph import (
     Conv2d,
     Dense,
     GlobalAveragePool,
+    GroupNorm,
     Layer,
     LocalResponseNorm,
     MaxPool2d,
     Multiply,
+    Resize,
 )
 from fastdtd.rules.rule import Rule
 
 Table = Mapping[type[Layer], Rule]
 
 KERNELS = (Conv2d, Dense)
-SUMS = (Add, AveragePool2d, GlobalAveragePool)
+SUMS = (Add, AveragePool2d, GlobalAveragePool, Resize)
 _IDENTITY, _HOLD = Rule("identity"), Rule("hold")
 
 
@@ -54,8 +56,8 @@ def _all(kinds: tuple[type[Layer], ...], rule: Rule) -> dict[type[Layer], Rule]:
 
 
 def _table(convolution: Rule, dense: Rule, sums: Rule, norm: Rule = _IDENTITY, product: Rule = _HOLD) -> Table:
-    return {Conv2d: convolution, Dense: dense, **_all(SUMS, sums), LocalResponseNorm: norm, Multiply: product,
-            MaxPool2d: Rule("winner")}
+    return {Conv2d: convolution, Dense: dense, GroupNorm: convolution, **_all(SUMS, sums), LocalResponseNorm: norm,
+            Multiply: product, MaxPool2d: Rule("winner")}
 
 
 # z+ whatever the sign of an output: what others call z+, or alpha 1 beta 0
@@ -67,14 +69,18 @@ _INNVESTIGATE_REFUSES: dict[type[Layer], str] = {
     Add: "an addition, to both inputs of which iNNvestigate passes all relevance, so that it doubles",
     Multiply: "a product of computed tensors, for which iNNvestigate has no rule",
     Activation: "no ReLU, for which alone iNNvestigate's deep Taylor is made",
+    GroupNorm: "a normalisation by the image's own statistics, which iNNvestigate does not explain",
 }
 _CAPTUM_REFUSES: dict[type[Layer], str] = {
     Multiply: "a product of computed tensors, which Captum differentiates, so that nothing is conserved",
     Activation: "a smooth activation, of which Captum's LRP explains tanh alone",
+    GroupNorm: "a normalisation by the image's own statistics, for which Captum's LRP has no rule",
 }
 _ZENNIT_REFUSES: dict[type[Layer], str] = {
     Multiply: "a product of computed tensors, to either of which zennit gives relevance times the other, so that "
-              "nothing is conserved"
+              "nothing is conserved",
+    GroupNorm: "a normalisation by the image's own statistics, which zennit differentiates, so that nothing is "
+               "conserved",
 }
 _GRADIENT = _table(*[Rule("gradient")] * 5)
 

@@ -29,6 +29,7 @@ LINEAR_RULES = {
     "alpha-beta": "alpha times by positive contributions less beta times by negative ones; relevance can be negative",
     "gradient": "no redistribution: the derivative of the output; for all layers or none",
 }
+GROUP_NORM_RULES = {name: LINEAR_RULES[name] for name in ("z+", "epsilon", "gamma", "alpha-beta", "gradient")}
 POOL_RULES = {
     "winner": "all to the largest value of a window",
     "proportional": "in proportion to the values of a window",

@@ -19,6 +19,7 @@ from fastdtd.kernels.cpu.elementwise import (
     power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
 )
 from fastdtd.kernels.cpu.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
+from fastdtd.kernels.cpu.group_norm import group_norm_elements, group_norm_forward, group_norm_redistribute
 from fastdtd.kernels.cpu.memory import (
     ALLOCATION_MAY_FAIL_AT_RUN_TIME, CONVOLUTION, FILLS_MEMORY, MARGIN, MAX_IMAGES, MAX_PLANS, POOLING, SURVIVES_FORK,
     THREADS_SHARE_A_PLAN, constant, empty, memory_budget, namespace, on_device, on_device_of, read, write, zeros,
@@ -29,6 +30,7 @@ from fastdtd.kernels.cpu.normalize import (
 from fastdtd.kernels.cpu.pool2d import (
     max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute, pool2d_redistribute_elements,
 )
+from fastdtd.kernels.cpu.resize import resize_elements, resize_forward, resize_redistribute
 from fastdtd.kernels.cpu.sparse import (
     density_redistribute, sparse2d_below, sparse2d_block, sparse2d_pack, sparse2d_packed_shape, sparse2d_redistribute,
     sparse2d_scratch,
@@ -50,11 +52,13 @@ __all__ = [
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
     "dense_redistribute_elements", "density_redistribute", "depthwise2d_block_rows", "depthwise2d_forward",
     "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "gate_redistribute",
+    "group_norm_elements", "group_norm_forward", "group_norm_redistribute",
     "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "multiply_forward", "multiply_redistribute",
     "namespace", "nonlinearity_forward", "normalize_forward", "normalize_redistribute", "normalize_taylor_elements",
     "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
     "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
-    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "sparse2d_below",
+    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "resize_elements",
+    "resize_forward", "resize_redistribute", "run_steps", "sparse2d_below",
     "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute", "sparse2d_scratch",
     "steps_compiled", "sum_relevance", "surely_within", "table", "winograd2d_block", "winograd2d_forward",
     "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute",

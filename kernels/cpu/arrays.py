@@ -52,6 +52,19 @@ def as_int32(typing_context, array):
     return kind(array), codegen
 
 
+@intrinsic
+def as_float64(typing_context, array):
+    """The memory of an array (2 N,) of float32 as N numbers."""
+    kind = types.Array(types.float64, 1, "C", readonly=not array.mutable)
+
+    def codegen(context, builder, signature, arguments):
+        source = context.make_array(array)(context, builder, arguments[0])
+        pointer = builder.bitcast(source.data, ir.DoubleType().as_pointer())
+        return borrowed(context, builder, kind, pointer, [builder.sdiv(source.nitems, ir.Constant(I64, 2))])
+
+    return kind(array), codegen
+
+
 def _make_reader(result, given, kind):
     @intrinsic
     def read(typing_context, value):

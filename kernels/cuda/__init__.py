@@ -15,6 +15,7 @@ from fastdtd.kernels.cuda.elementwise import (
     power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
 )
 from fastdtd.kernels.cuda.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
+from fastdtd.kernels.cuda.group_norm import group_norm_elements, group_norm_forward, group_norm_redistribute
 from fastdtd.kernels.cuda.memory import (
     ALLOCATION_MAY_FAIL_AT_RUN_TIME, CONVOLUTION, FILLS_MEMORY, MARGIN, MAX_IMAGES, MAX_PLANS, POOLING, SURVIVES_FORK,
     THREADS_SHARE_A_PLAN, constant, empty, memory_budget, namespace, on_device, on_device_of, read, write, zeros,
@@ -25,6 +26,7 @@ from fastdtd.kernels.cuda.normalize import (
 from fastdtd.kernels.cuda.pool2d import (
     max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute, pool2d_redistribute_elements,
 )
+from fastdtd.kernels.cuda.resize import resize_elements, resize_forward, resize_redistribute
 from fastdtd.kernels.cuda.steps import BROKEN, bind, run_steps, table
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
@@ -35,10 +37,12 @@ __all__ = [
     "add_forward", "add_redistribute", "bind", "clear_redistribute", "constant", "conv2d_forward", "conv2d_pack",
     "conv2d_packed_shape", "conv2d_panel_rows", "conv2d_redistribute", "conv2d_taps", "copy_forward", "dense_forward",
     "dense_forward_elements", "dense_redistribute", "dense_redistribute_elements", "direction_kernels", "empty",
-    "gate_redistribute", "max_pool2d_forward", "max_pool2d_redistribute", "memory_budget", "multiply_forward",
-    "multiply_redistribute", "namespace", "nonlinearity_forward", "normalize_forward", "normalize_redistribute",
-    "normalize_taylor_elements", "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
-    "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
-    "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "run_steps", "sum_relevance",
+    "gate_redistribute", "group_norm_elements", "group_norm_forward", "group_norm_redistribute", "max_pool2d_forward",
+    "max_pool2d_redistribute", "memory_budget", "multiply_forward", "multiply_redistribute", "namespace",
+    "nonlinearity_forward", "normalize_forward", "normalize_redistribute", "normalize_taylor_elements",
+    "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward", "pool2d_redistribute",
+    "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read", "rearrange_forward",
+    "rearrange_redistribute", "relevance_redistribute", "resize_elements", "resize_forward", "resize_redistribute",
+    "run_steps", "sum_relevance",
     "surely_within", "table", "write", "zeros",
 ]

@@ -116,6 +116,7 @@ PARTS = {
                                    nn.MaxPool2d(2)),
              {g.Rearrange: 1}),
     "same": (lambda: nn.Conv2d(6, 4, 4, padding="same"), {g.Conv2d: 2, g.Rearrange: 0}),
+    "bilinear": (lambda: nn.Upsample(scale_factor=1.5, mode="bilinear"), {g.Resize: 1}),
     "upsampling": (lambda: nn.Upsample(scale_factor=2), {g.Rearrange: 1}),
     "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 3, 1)),
                       {g.Rearrange: 1}),

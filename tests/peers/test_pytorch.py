@@ -157,6 +157,26 @@ def test_the_module_is_left_as_it_was():
     assert [part.training for part in module.modules()] == before == [True, True, False, True, True, True]
 
 
+@pytest.mark.parametrize("function", [
+    lambda y: functional.interpolate(y, scale_factor=2, mode="bilinear"),
+    lambda y: functional.interpolate(y, scale_factor=(1.7, 0.6), mode="bilinear"),
+    lambda y: functional.interpolate(y, scale_factor=1.7, mode="bilinear", recompute_scale_factor=True),
+    lambda y: functional.interpolate(y, size=(9, 4), mode="bilinear"),
+    lambda y: functional.interpolate(y, size=(11, 1), mode="bilinear", align_corners=True),
+    lambda y: functional.interpolate(y.flatten(2), size=50, mode="linear")[..., None],
+    lambda y: functional.adaptive_avg_pool2d(y, (4, 5)),
+    lambda y: functional.adaptive_avg_pool2d(y, (8, 4)),
+    lambda y: functional.adaptive_max_pool2d(y, (4, 5)),
+    lambda y: functional.adaptive_max_pool2d(y, (8, 4)),
+    lambda y: functional.adaptive_avg_pool1d(y.flatten(2), 7)[..., None],
+    lambda y: functional.pixel_shuffle(y, 2),
+])
+def test_other_sizes(function):
+    torch.manual_seed(1)
+    scores_agree(Computed(lambda y: function(y)[:, :1] + function(y)[:, :1]), (3, 8, 8))
+    scores_agree(Computed(function), (3, 8, 8))
+
+
 class Computed(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -183,7 +203,8 @@ class Computed(nn.Module):
     (lambda y: y.flatten(0, 1)[None, :, :, None], "the batch left in front"),
     (lambda y: functional.pad(y, (1, 1), value=2.0), "has mode 'constant' and value 2.0"),
     (lambda y: functional.hardtanh(y, 1, 2), r"clips to \[1, 2\]"),
-    (lambda y: functional.adaptive_avg_pool2d(y, 4), r"makes \(4, 4\) of \(6, 6\); required: a size that divides it"),
+    (lambda y: functional.interpolate(y, scale_factor=2, mode="bicubic"), "nearest: upsample_bilinear2d"),
+    (lambda y: functional.interpolate(y, size=4, mode="bilinear", antialias=True), "nearest: upsample_bilinear2d"),
     (lambda y: torch.cat([y, y], 0)[:1], "works along axis 0"),
     (lambda y: functional.max_pool2d(y, 2, dilation=2), "has a dilation"),
     (lambda y: y if y.sum() > 0 else -y, "torch.export cannot export the module"),

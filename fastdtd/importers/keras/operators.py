@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastdtd.graph import MAX_TENSOR_ELEMENTS
 from fastdtd.importers import patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.keras.files import expect, is_keras_module
@@ -212,6 +213,35 @@ def _batch_norm(b: Builder, node: Node) -> Tensor:
         node.number("epsilon", 1e-3)))
 
 
+def _layer_norm(b: Builder, node: Node) -> Tensor:
+    """Over the channels at each position."""
+    x = node.tensor()
+    if node.channel_axis(x) != x.rank - 1:
+        node.refuse("has axis 1; required: -1, the last")
+    is_rms = node.kind == "RMSNormalization"
+    if node.get("rms_scaling", bool, False):
+        node.refuse("has rms_scaling, which divides by a deviation from a mean that is not subtracted; required: none")
+    scale, shift = _trained(node, x.dims[-1:], ["scale"] if is_rms else ["gamma", "beta"])
+    return b.layer_norm(x, 1, scale, shift, node.number("epsilon", 1e-6 if is_rms else 1e-3), centered=not is_rms)
+
+
+def _group_norm(b: Builder, node: Node) -> Tensor:
+    x = node.tensor()
+    axis = node.channel_axis(x)
+    groups, channels = node.get("groups", int, 32), x.dims[axis - 1]
+    scale, shift = _trained(node, (channels,), ["gamma", "beta"])
+    return _along(b, x, axis, lambda first: b.group_norm(first, channels if groups == -1 else groups, scale, shift,
+                                                         node.number("epsilon", 1e-3)))
+
+
+def _trained(node: Node, shape: tuple[int, ...], names: list[str]) -> tuple[Array | None, Array | None]:
+    """Scale and shift of these names, each of which a setting may leave out."""
+    wanted = [name for name in names
+              if name == "scale" or node.get({"gamma": "scale", "beta": "center"}[name], bool, True)]
+    arrays = dict(zip(wanted, node.arrays(*((name, shape) for name in wanted)), strict=True))
+    return arrays.get(names[0]), arrays.get("beta")
+
+
 def _along(b: Builder, x: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     """What a function of images with the channels first makes of x, whose channels are the first or the last axis."""
     return function(x) if axis == 1 else b.channels_last(function(b.channels_first(x)))
@@ -283,9 +313,15 @@ def _cropping(b: Builder, node: Node) -> Tensor:
 
 def _upsampling(b: Builder, node: Node) -> Tensor:
     x, axes = node.image()
-    if node.get("interpolation", str, "nearest") != "nearest":
-        node.refuse(f"has interpolation {node.get('interpolation', str)!r}; required: nearest")
-    times = node.integers("size", axes, default=2)
+    how, times = node.get("interpolation", str, "nearest"), node.integers("size", axes, default=2)
+    if x.elements * math.prod(times) > MAX_TENSOR_ELEMENTS:
+        node.refuse(f"makes {math.prod(times)} times as many elements of {x}; at most {MAX_TENSOR_ELEMENTS} are "
+                    "accepted")
+    if how == "bilinear":
+        return b.channels_last(b.interpolate(x, [(np.arange(n * m) + 0.5) / m - 0.5
+                                                 for n, m in zip(x.dims[1:], times, strict=True)]))
+    if how != "nearest":
+        node.refuse(f"has interpolation {how!r}; required: nearest or bilinear")
     channels, *sizes = x.dims
     y = b.with_dims(x, [channels, *(m for n in sizes for m in (n, 1))])
     y = b.expand(y, [-1, channels, *(m for pair in zip(sizes, times, strict=True) for m in pair)])
@@ -342,12 +378,13 @@ OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
     "Flatten": _flatten, "GaussianDropout": unchanged, "GaussianNoise": unchanged, "GetItem": _get_item,
     "GlobalAveragePooling1D": _global_pool, "GlobalAveragePooling2D": _global_pool,
     "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
-    "Identity": unchanged, "InputLayer": unchanged, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
+    "GroupNormalization": _group_norm, "Identity": unchanged, "InputLayer": unchanged,
+    "LayerNormalization": _layer_norm, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
     "MaxPooling2D": _pool,
     "Multiply": _multiply, "Negative": lambda b, node: b.affine(node.tensor(), scale=-1.0),
     "Normalization": _normalization, "Permute": _permute, "RandomBrightness": unchanged, "RandomContrast": unchanged,
     "RandomFlip": unchanged, "RandomRotation": unchanged, "RandomTranslation": unchanged, "RandomZoom": unchanged,
-    "ReLU": _relu,
+    "RMSNormalization": _layer_norm, "ReLU": _relu,
     "Rescaling": lambda b, node: _scaled(b, node.tensor(), node.numbers("scale"), node.numbers("offset")),
     "Reshape": _reshape, "SeparableConv1D": _depthwise, "SeparableConv2D": _depthwise, "Softmax": _softmax,
     "SpatialDropout1D": unchanged, "SpatialDropout2D": unchanged, "Stack": _stack, "Subtract": _subtract,
@@ -369,8 +406,7 @@ INSTEAD = {
     "SlicingOpLambda": "Cropping2D in place of slices", "Average": "Add, and Rescaling after it",
     "Maximum": "MaxPooling2D over what lies side by side",
     "PReLU": "LeakyReLU", "LocallyConnected2D": "Conv2D", "Conv3D": "Conv2D",
-    "LayerNormalization": "BatchNormalization", "GroupNormalization": "BatchNormalization",
-    "UnitNormalization": "BatchNormalization",
+    "UnitNormalization": "LayerNormalization",
     "Resizing": "a model that begins after it, for fastdtd resizes images", "CenterCrop": "Cropping2D",
     "RandomCrop": "Cropping2D", "TimeDistributed": "the layer in it, where there is one step only",
 }

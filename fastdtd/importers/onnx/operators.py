@@ -14,6 +14,7 @@ from fastdtd.importers import curves, patterns
 from fastdtd.importers.builder import Builder, same_padding, transposed_padding
 from fastdtd.importers.curves import Curve
 from fastdtd.importers.moves import MAX_AXES, Array
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.onnx import constants
 from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
@@ -113,8 +114,12 @@ def _global_pool(b: Builder, node: Node) -> Tensor:
     return b.reduce(x, "mean" if node.op == "GlobalAveragePool" else "max", range(2, axes + 2), keep=True)
 
 
-def _reduce(b: Builder, node: Node) -> Tensor:
-    x, axes, keep = node.tensor(), node.axes(), node.integer("keepdims", 1) != 0
+def _reduce(b: Builder, node: Node) -> Tensor | Moment:
+    axes, keep = node.axes(), node.integer("keepdims", 1) != 0
+    if axes and node.op == "ReduceMean":
+        node.ignore("noop_with_empty_axes")
+        return patterns.mean(b, node.stepping(), axes, keep)
+    x = node.tensor()
     is_noop = node.integer("noop_with_empty_axes", 0) != 0
     if not axes:  # given as an empty input, too
         if is_noop:
@@ -149,7 +154,7 @@ def _matmul(b: Builder, node: Node) -> Tensor:
 # Arithmetic
 
 
-def _add(b: Builder, node: Node) -> Tensor | Squares | Curve:
+def _add(b: Builder, node: Node) -> Tensor | Squares | Curve | Moment:
     return patterns.plus(b, node.operand(0), node.operand(1), -1.0 if node.op == "Sub" else 1.0)
 
 
@@ -170,6 +175,38 @@ def _batch_norm(b: Builder, node: Node) -> Tensor:
         node.refuse(f"has parameters of shapes {gamma.shape}, {beta.shape}, {mean.shape}, {variance.shape}; required: "
                     f"{x.dims[:1]}")
     return b.batch_norm(x, mean, variance, gamma, beta, node.number("epsilon", 1e-5))
+
+
+def _layer_norm(b: Builder, node: Node) -> Tensor:
+    """RMSNormalization too."""
+    x, is_rms = node.tensor(), node.op == "RMSNormalization"
+    axis = b.axis(node.integer("axis", -1), x.rank)
+    node.ignore("stash_type")  # in which type they are computed: float64 here
+    shape = x.dims[axis - 1:]
+    scale, shift = (_broadcast(node, node.optional(i), shape) for i in (1, 2))
+    return b.layer_norm(x, x.rank - axis, scale, shift, node.number("epsilon", 1e-5), centered=not is_rms)
+
+
+def _broadcast(node: Node, value: Array | None, shape: tuple[int, ...]) -> Array | None:
+    if value is None:
+        return None
+    if value.ndim > len(shape) or any(n not in (1, m) for n, m in zip(value.shape[::-1], shape[::-1], strict=False)):
+        node.refuse(f"has parameters of shape {value.shape}; required: {shape}")
+    return np.broadcast_to(value, shape)
+
+
+def _group_norm(b: Builder, node: Node) -> Tensor:
+    x, groups = node.tensor(), node.integer("num_groups", 0)
+    channels, scale, shift = x.dims[0] if x.dims else 0, node.constant(1), node.constant(2)
+    node.ignore("stash_type")
+    if node.opset < 21 and 0 < groups < channels and channels % groups == 0 and scale.shape == shift.shape == (groups,):
+        scale, shift = np.repeat(scale, channels // groups), np.repeat(shift, channels // groups)
+    return b.group_norm(x, groups, scale, shift, node.number("epsilon", 1e-5))
+
+
+def _instance_norm(b: Builder, node: Node) -> Tensor:
+    x = node.tensor()
+    return b.group_norm(x, x.dims[0] if x.dims else 0, node.constant(1), node.constant(2), node.number("epsilon", 1e-5))
 
 
 def _lrn(b: Builder, node: Node) -> Tensor:
@@ -319,8 +356,11 @@ def _depth_and_space(b: Builder, node: Node) -> Tensor:
 
 def _resize(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
-    if node.text("mode", "nearest") != "nearest" or node.text("keep_aspect_ratio_policy", "stretch") != "stretch":
-        node.refuse(f"has mode {node.text('mode', 'nearest')!r}; required: nearest, stretched")
+    mode, policy = node.text("mode", "nearest"), node.text("keep_aspect_ratio_policy", "stretch")
+    antialias = node.integer("antialias", 0)
+    if mode not in ("nearest", "linear") or policy != "stretch" or (mode == "linear" and antialias):
+        node.refuse(f"has mode {mode!r}, policy {policy!r} and antialias {antialias}; required: nearest or linear, "
+                    "stretched, without antialias")
     is_old = node.op == "Upsample" or node.opset < 11
     scales: Sequence[float] | None = node.floats("scales")
     if scales is None and (given := node.optional(1 if is_old else 2)) is not None and given.size:
@@ -345,15 +385,19 @@ def _resize(b: Builder, node: Node) -> Tensor:
                     "elements")
     coordinates = "asymmetric" if is_old else node.text("coordinate_transformation_mode", "half_pixel")
     rounding = "floor" if is_old else node.text("nearest_mode", "round_prefer_floor")
-    if coordinates not in _COORDINATES or rounding not in _ROUNDINGS:
+    is_linear = mode == "linear"
+    if coordinates not in _COORDINATES or rounding not in _ROUNDINGS or (is_linear and "for_nn" in coordinates):
         node.refuse(f"has coordinate_transformation_mode {coordinates!r} and nearest_mode {rounding!r}; required: one "
                     f"of {', '.join(_COORDINATES)}, and one of {', '.join(_ROUNDINGS)}")
     b.spend(8 * sum(wanted))
-    positions = []
-    for axis in range(1, x.rank):
-        at = _COORDINATES[coordinates](np.arange(wanted[axis], dtype=np.float64), steps[axis], own[axis], wanted[axis])
-        positions.append(np.clip(_ROUNDINGS[rounding](at), 0, own[axis] - 1).astype(np.int64))
-    return b.repeat(x, positions)
+    at = [_COORDINATES[coordinates](np.arange(wanted[axis], dtype=np.float64), steps[axis], own[axis], wanted[axis])
+          for axis in range(1, x.rank)]
+    if is_linear:
+        if wanted[1] != own[1]:
+            node.refuse(f"makes {tuple(wanted)} of {x}; required: the channels as they are")
+        return b.interpolate(x, at[1:])
+    return b.repeat(x, [np.clip(_ROUNDINGS[rounding](each), 0, n - 1).astype(np.int64)
+                        for each, n in zip(at, x.dims, strict=True)])
 
 
 _COORDINATES: dict[str, Callable[[Any, float, int, int], Any]] = {  # of a position: it, scale, old length, new length
@@ -428,27 +472,27 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Greater": lambda b, node: patterns.greater(b, node.operand(0), node.operand(1)),
     "Gather": lambda b, node: b.take(node.tensor(), node.integer("axis", 0), node.constant(1)), "Gemm": _gemm,
     "GlobalAveragePool": _global_pool, "GlobalLpPool": _norm_pool, "GlobalMaxPool": _global_pool,
-    "Identity": lambda _, node: node.value(0), "If": _if, "LRN": _lrn,
+    "GroupNormalization": _group_norm, "Identity": lambda _, node: node.value(0), "If": _if,
+    "InstanceNormalization": _instance_norm, "LRN": _lrn, "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda b, node: b.leaky_relu(node.tensor(), node.number("alpha", 0.01)), "LogSoftmax": _softmax,
     "LpPool": _norm_pool, "MatMul": _matmul, "Max": _extreme, "MaxPool": _pool, "Mean": _sum, "Min": _extreme,
     "Mul": lambda b, node: patterns.times(b, node.operand(0), node.operand(1)),
     "Neg": lambda b, node: patterns.times(b, node.operand(0), np.float64(-1)),
     "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
-    "Pow": lambda b, node: patterns.power(b, node.pointwise(), node.single(1, 2.0)), "ReduceMax": _reduce,
-    "Reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand(0)),
+    "Pow": lambda b, node: patterns.power(b, node.stepping(), node.single(1, 2.0)), "RMSNormalization": _layer_norm,
+    "Reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand(0)), "ReduceMax": _reduce,
     "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
     "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape,
     "Sign": lambda _, node: Sign(node.tensor()),
     "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
-    "Sqrt": lambda b, node: patterns.power(b, node.moving(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
+    "Sqrt": lambda b, node: patterns.power(b, node.stepping(), 0.5), "Squeeze": moving(_squeeze), "Sub": _add,
     "Sum": _sum, "Tile": lambda b, node: b.tile(node.tensor(), node.integers_at(1) or []),
     "Transpose": moving(_transpose), "Unsqueeze": moving(_squeeze), "Upsample": _resize,
     "Where": lambda b, node: patterns.chosen(b, *map(node.operand, range(3))),
     **dict.fromkeys(_ACTIVATIONS, _activation),
 }
 
-_ACTIVATION = "Relu, LeakyRelu or Clip"
-_NORMALISATION, _BRANCH = "BatchNormalization, whose values do not depend on the image", "If with a constant condition"
+_ACTIVATION, _BRANCH = "Relu, LeakyRelu or Clip", "If with a constant condition"
 # Attributes and inputs that may be given and need not be read: what matters in training alone, to outputs that nobody
 # reads, to other modes than the one that is read, or to types that are refused. Each other one is read, or must be what
 # it is by default.
@@ -457,8 +501,7 @@ IGNORED = {"antialias", "cubic_coeff_a", "exclude_outside", "extrapolation_value
 
 NEAREST = {
     **dict.fromkeys(("Softsign", "ThresholdedRelu"), _ACTIVATION), "Celu": "Elu",
-    **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
-                     "RMSNormalization", "MeanVarianceNormalization"), _NORMALISATION),
+    **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), "LayerNormalization"),
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"),
     "Einsum": "MatMul", "Loop": _BRANCH, "Scan": _BRANCH, "GatherND": "Gather",
     "GatherElements": "Gather", "MaxRoiPool": "MaxPool", "MaxUnpool": "Resize", "GridSample": "Resize",

@@ -13,6 +13,7 @@ from fastdtd.graph import Power
 from fastdtd.importers import curves, patterns
 from fastdtd.importers.builder import Builder, same_padding
 from fastdtd.importers.curves import Curve
+from fastdtd.importers.norms import Moment
 from fastdtd.importers.patterns import Sign, Squares, moving
 from fastdtd.importers.tensors import Tensor
 
@@ -97,7 +98,9 @@ def _adaptive_pool(b: Builder, node: Node) -> Any:
     return made if is_average else [made]  # the other is where the largest are
 
 
-def _reduce(b: Builder, node: Node) -> Tensor:
+def _reduce(b: Builder, node: Node) -> Tensor | Moment:
+    if node.op == "mean" and node.integers("dim"):
+        return patterns.mean(b, node.stepping(), node.integers("dim"), bool(node.get("keepdim", False)))
     x = node.tensor()
     axes = node.integers("dim") or range(x.rank)
     return b.reduce(x, {"amax": "max"}.get(node.op, node.op), axes, bool(node.get("keepdim", False)))
@@ -106,29 +109,52 @@ def _reduce(b: Builder, node: Node) -> Tensor:
 # Arithmetic
 
 
-def _add(b: Builder, node: Node) -> Tensor | Squares | Curve:
+def _add(b: Builder, node: Node) -> Tensor | Squares | Curve | Moment:
     factor = node.get("alpha", 1) * (1.0 if node.op == "add" else -1.0)
     x, y = node.operand("self"), node.operand("other")
     return patterns.plus(b, y, x, factor) if node.op == "rsub" else patterns.plus(b, x, y, factor)
 
 
-def _divide(b: Builder, node: Node) -> Tensor | Curve:
+def _divide(b: Builder, node: Node) -> Tensor | Curve | Moment:
     if "rounding_mode" in node:
         node.refuse("rounds; required: division as it is")
     return patterns.divided(b, node.operand("self"), node.operand("other"))
 
 
-def _power(b: Builder, node: Node) -> Tensor | Squares | Curve:
-    exponent = {"sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
+def _power(b: Builder, node: Node) -> Tensor | Squares | Curve | Moment:
+    exponent = {"rsqrt": -0.5, "sqrt": 0.5, "square": 2}.get(node.op, node.value("exponent"))
     if not isinstance(exponent, (int, float)):
         node.refuse("has an exponent that is no number; required: one")
-    return patterns.power(b, node.pointwise(), float(exponent))
+    return patterns.power(b, node.stepping(), float(exponent))
 
 
 def _batch_norm(b: Builder, node: Node) -> list[Tensor]:
     made = b.batch_norm(node.tensor("input"), node.weight("running_mean"), node.weight("running_var"),
                         node.optional("weight"), node.optional("bias"), node.get("eps", 1e-5))
     return [made]  # the others are what normalised it, or nothing
+
+
+def _layer_norm(b: Builder, node: Node) -> Tensor:
+    """rms_norm too, whose epsilon is by default the least difference of float32."""
+    is_rms, axes = node.op == "rms_norm", len(node.integers("normalized_shape"))
+    epsilon = node.single("eps", 2.0**-23 if is_rms else 1e-5)
+    return b.layer_norm(node.tensor("input"), axes, node.optional("weight"),
+                        None if is_rms else node.optional("bias"), epsilon, centered=not is_rms)
+
+
+def _group_norm(b: Builder, node: Node) -> Tensor:
+    return b.group_norm(node.tensor("input"), int(node.value("num_groups")), node.optional("weight"),
+                        node.optional("bias"), node.single("eps", 1e-5))
+
+
+def _instance_norm(b: Builder, node: Node) -> Tensor:
+    x, mean, variance = node.tensor("input"), node.optional("running_mean"), node.optional("running_var")
+    scale, shift, epsilon = node.optional("weight"), node.optional("bias"), node.single("eps", 1e-5)
+    if node.value("use_input_stats"):
+        return b.group_norm(x, x.dims[0], scale, shift, epsilon)
+    if mean is None or variance is None:
+        node.refuse("has neither statistics of its own nor the input's; required: one of them")
+    return b.batch_norm(x, mean, variance, scale, shift, epsilon)
 
 
 def _batch_statistics(_: Builder, node: Node) -> Any:
@@ -275,6 +301,11 @@ def _upsample(b: Builder, node: Node) -> Tensor:
     if len(new) != len(old) or min(new) < 1:
         node.refuse(f"makes {tuple(new)} of {x}; required: sizes from 1")
     steps = [m / n for n, m in zip(old, new, strict=True)] if scales is None else [float(s) for s in scales]
+    if "linear" in node.op:
+        aligned = bool(node.get("align_corners", False))
+        return b.interpolate(x, [
+            np.arange(m) * ((n - 1) / max(m - 1, 1)) if aligned else (np.arange(m) + 0.5) / step - 0.5
+            for n, m, step in zip(old, new, steps, strict=True)])
     positions = [np.minimum(np.floor(np.arange(m) / step).astype(np.int64), n - 1)
                  for n, m, step in zip(old, new, steps, strict=True)]
     return b.repeat(x, [np.arange(x.dims[0]), *positions])
@@ -357,7 +388,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "detach": _same, "div": _divide, "erf": lambda b, node: patterns.curve(b, node.pointwise(), curves.erf),
     "exp": lambda b, node: patterns.curve(b, node.pointwise(), np.exp),
     "expand": lambda b, node: b.expand(node.tensor(), node.integers("size")),
-    "fill": _fill, "full_like": _fill, "flip": _flip, "getitem": _item, "hardtanh": _clip,
+    "fill": _fill, "full_like": _fill, "flip": _flip, "getitem": _item, "group_norm": _group_norm, "hardtanh": _clip,
+    "instance_norm": _instance_norm, "layer_norm": _layer_norm,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
     "log": lambda b, node: patterns.curve(b, node.pointwise(), np.log),
@@ -372,13 +404,15 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
-    "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
+    "rms_norm": _layer_norm, "rsqrt": _power, "rsub": _add,
+    "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
     "select_scatter": _scatter, "sign": lambda _, node: Sign(node.tensor()), "slice": _slice,
     "slice_scatter": _scatter,
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
     "squeeze": moving(_squeeze), "stack": _concat, "sub": _add, "sum": _reduce, "transpose": moving(_permute),
     "type_as": _type_as, "unbind": _split, "unsqueeze": moving(lambda b, node, x: b.unsqueeze(x, [node.value("dim")])),
-    "upsample_nearest1d": _upsample, "upsample_nearest2d": _upsample, "view": moving(_view), "zero": _fill,
+    "upsample_bilinear2d": _upsample, "upsample_linear1d": _upsample, "upsample_nearest1d": _upsample,
+    "upsample_nearest2d": _upsample, "view": moving(_view), "zero": _fill,
     "zeros_like": _fill,
     **dict.fromkeys(("elu", "gelu", "hardsigmoid", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus", "tanh"),
                     _activation),
@@ -386,12 +420,11 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 
 # What may be given and need not be read: where and how a tensor lies in memory, what matters in training alone, and
 # copies, for nothing is written in place. Each other argument is read, or must be what it is by default.
-IGNORED = {"copy", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
+IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
            "pin_memory", "requires_grad"}
 
 NEAREST = {
     "celu": "elu",
-    **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm"), "batch_norm"),
     **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),
-    "upsample_bilinear2d": "upsample_nearest2d",
+    "upsample_bicubic2d": "upsample_bilinear2d", "_upsample_bilinear2d_aa": "upsample_bilinear2d",
 }
