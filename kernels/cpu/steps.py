@@ -23,8 +23,8 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 BROKEN = 1 << 62  # a counter that stands here or higher lets all threads go, and they stop
-# Looks at the counter, of some 20 nanoseconds, before a waiting thread offers its processor to others, and before it goes
-# back to Python, which makes it late: the interpreter's lock alone takes 70 microseconds to change hands.
+# Looks at the counter, of some 20 nanoseconds, before a waiting thread offers its processor to others, and before it
+# goes back to Python, which makes it late: the interpreter's lock alone takes 70 microseconds to change hands.
 _SPINS, _MAX_SPINS = 2_000, 400_000
 _SIGNATURE = types.void(types.intp, types.intp, types.intp)
 
