@@ -165,7 +165,7 @@ class Explanation:
         """Relevance of what a layer makes: how much of `explained` each element carries there.
 
         It is computed now, by explaining the images again. A layer and the ReLU or clip after it have the same
-        relevance; derivatives have only those after it.
+        relevance; derivatives have only those after it. Layers that lead to gates which are held constant have none.
 
         Parameters
         ----------

@@ -7,8 +7,10 @@ from explaining import explain, explainer
 from fastdtd.kernels import codes, cpu
 from importing import converter_of_nodes, ints, node, numbers, of_type, scores
 
+from fastdtd import cli, save
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError, ModelError, RuleError
+from fastdtd.model import Model, Preprocessing
 
 # Units in the last place; the tails of GELU's approximation lose digits of their argument.
 ULPS = {"elu": 2, "gelu": 10, "gelu_tanh": 200, "hard_sigmoid": 3, "hard_swish": 3, "mish": 5, "sigmoid": 4, "silu": 4,
@@ -125,6 +127,17 @@ def test_nothing_comes_back_to_a_gate_that_is_held(gate):
     for name in held:
         assert not e.at(name).any()
     np.testing.assert_allclose(*(e.at(name).sum((1, 2, 3)) for name in ("activation", "product")), rtol=1e-6)
+
+
+def test_what_is_held_is_shown(tmp_path, capsys):
+    path = tmp_path / "net.h5"
+    save(Model(gated((3, 1, 1)), Preprocessing(None)), path)
+    assert cli.main(["show", str(path)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert all(lines[name].endswith("held constant") for name in ("squeeze", "pool", "gate"))
+    assert lines["product"].endswith("real    hold")
+    assert cli.main(["show", str(path), "--rule", "type:multiply=half"]) == 0
+    assert "held constant" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gate", GATES)
