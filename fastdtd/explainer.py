@@ -381,8 +381,8 @@ class Explainer:
                 stacklevel=4)  # past __call__ and out_of_memory
         if start is not None and len(alone := np.flatnonzero((start >= 0).all(1))):
             warnings.warn(
-                f"of {len(alone)} of {len(e)} images nothing is held against the target, for its score is {what}, or "
-                f"it is the target itself; the first is image {alone[0]}, held against "
+                f"nothing is held against the targets of {len(alone)} of {len(e)} images, for all that was given has a "
+                f"score {what}, or is the target itself; the first is image {alone[0]}, held against "
                 f"{e.against_name(alone[0])!r}", ExplanationWarning, stacklevel=4)
 
     def _run(self, plan: Plan, images: Array, question: Question, first: int

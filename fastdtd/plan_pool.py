@@ -86,14 +86,15 @@ class PlanPool:
     def schedule(self, batch: int, workers: int, observed: Sequence[str] = (), signed: bool = False,
                  through: Through = ()) -> Schedule:
         key = batch, workers, tuple(observed), signed, through
-        if key not in self._schedules:
-            schedule = self._network.schedule(*key)
+        found = self._schedules.get(key)
+        if found is None:
+            found = self._network.schedule(*key)
             if observed:  # rarely asked for twice
-                return schedule
-            if through:  # one after the other: of those before none is asked for
+                return found
+            if through:  # those of other channels are done with
                 self._schedules = {one: kept for one, kept in self._schedules.items() if one[4] in ((), through)}
-            self._schedules.setdefault(key, schedule)  # another thread may have been first
-        return self._schedules[key]
+            found = self._schedules.setdefault(key, found)  # another thread may have been first
+        return found
 
     def nbytes(self, batch: int, workers: int, observed: Sequence[str] = ()) -> int:
         """What a plan takes. Nothing is allocated to find out."""

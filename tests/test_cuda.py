@@ -295,6 +295,20 @@ def test_relevance_at_layers(every):
             np.testing.assert_allclose(flow[name], came, atol=1e-5 * theirs.explained.max())
 
 
+@pytest.mark.filterwarnings("ignore::fastdtd.ExplanationWarning")
+@pytest.mark.parametrize("options", [{"against": 1}, {"against": "softmax-gradient"}, {"through": {"r": [0, 2]}}],
+                         ids=str)
+def test_held_against_others_and_through_channels(options):
+    graph = between(*CONNECTED["ReLU, and what it reads"])
+    batch = images(graph, 2)
+    ours, theirs = (made(graph)(batch, 0, **options) for made in (on_gpu, on_processor))
+    assert theirs.relevance.any()
+    np.testing.assert_allclose(ours.relevance, theirs.relevance, atol=1e-5 * np.abs(theirs.relevance).max())
+    for name, cut in theirs.cut.items():
+        assert cut.any()
+        np.testing.assert_allclose(ours.cut[name], cut, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rules", ["dtd", {"scores": "flat"}])
 def test_any_start(rules):
     """The scores carry their relevance as a factor, and as it is."""

@@ -189,10 +189,10 @@ def test_held_against_classes():
     assert e.against_name(1) == "dog"
     assert made(batch, 0, against=[1, 2]).against_name() == "dog; fowl"
     assert explain(made, batch).against_name() == ""
-    with pytest.warns(ExplanationWarning, match="of 2 of 2 images nothing is held against the target, .*'stone'"):
+    with pytest.warns(ExplanationWarning, match="nothing is held against the targets of 2 of 2 images, .*'stone'"):
         e = made(batch, "cat", against="stone")
     np.testing.assert_allclose(e.relevance, first.relevance, atol=2e-6 * size)
-    with pytest.warns(ExplanationWarning, match="or it is the target itself"):
+    with pytest.warns(ExplanationWarning, match="or is the target itself"):
         assert not made(batch, "cat", against="cat").relevance.any()
     with pytest.warns(ExplanationWarning, match="nothing to decompose; the first is image 0, 'stone'"):
         e = made(batch, "stone", against="cat")
