@@ -11,6 +11,7 @@ from fastdtd.graph import (
     Dense,
     GlobalAveragePool,
     Graph,
+    GroupNorm,
     Layer,
     LocalResponseNorm,
     Pool2d,
@@ -72,7 +73,7 @@ def _backward(layer: Layer, graph: Graph) -> int:
             return multiply_adds(layer, graph)
         case AveragePool2d():
             return max(inputs, inputs * math.prod(layer.kernel) // math.prod(layer.stride))
-        case Dense() | LocalResponseNorm():
+        case Dense() | LocalResponseNorm() | GroupNorm():
             return multiply_adds(layer, graph)
         case _:
             return max(inputs, outputs)
@@ -88,6 +89,8 @@ def _of_an_output(layer: Layer, source: Shape) -> int:
             return source[1] * source[2]
         case LocalResponseNorm():
             return layer.size**2 if layer.within_channel else layer.size
+        case GroupNorm():
+            return 3  # of the mean, of the variance, and its own
         case _:
             return len(layer.inputs)
 

@@ -55,7 +55,8 @@ __all__ = [
     "ACTIVATIONS", "INPUT", "LAYER_TYPES", "MAX_CONVOLUTION_STRIDE", "MAX_LAYERS", "MAX_PADDING",
     "MAX_TENSOR_ELEMENTS", "MAX_WEIGHT_ELEMENTS", "Activation", "Add", "Array", "AveragePool2d", "BatchNorm", "Clip",
     "Concat", "Conv2d", "Dense", "Domain", "Dropout", "Flatten", "GlobalAveragePool", "Graph", "GroupNorm", "Layer",
-    "LeakyReLU", "LocalResponseNorm", "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange", "Resize", "Shape", "Softmax",
+    "LeakyReLU", "LocalResponseNorm", "MaxPool2d", "Multiply", "Pool2d", "Power", "ReLU", "Rearrange",
+    "Resize", "Shape", "Softmax",
 ]
 
 INPUT = "input"

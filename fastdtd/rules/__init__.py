@@ -18,5 +18,6 @@ from fastdtd.rules.rule import (
 
 __all__ = [
     "BIASES", "DERIVATIVES", "GROUP_NORM_RULES", "LINEAR_RULES", "NORM_RULES", "PARAMETERS", "POOL_RULES", "PRESETS",
-    "PRODUCT_RULES", "Assignment", "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain", "search_direction",
+    "PRODUCT_RULES", "Assignment", "LayerRule", "Preset", "Rule", "Rules", "Term", "assign", "input_domain",
+    "search_direction",
 ]

@@ -384,7 +384,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "reflection_pad1d": moving(_pad), "reflection_pad2d": moving(_pad), "relu": lambda b, node: b.relu(node.tensor()),
     "relu6": _clip, "repeat": lambda b, node: b.tile(node.tensor(), node.integers("repeats")),
     "replication_pad1d": moving(_pad), "replication_pad2d": moving(_pad), "reshape": moving(_view), "roll": _roll,
-    "rms_norm": _layer_norm, "rsqrt": _power, "rsub": _add, "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
+    "rms_norm": _layer_norm, "rsqrt": _power, "rsub": _add,
+    "select": lambda b, node: b.take(node.tensor(), node.get("dim", 0), node.constant("index")),
     "select_scatter": _scatter, "sigmoid": lambda b, node: b.sigmoid(node.tensor()),
     "sign": lambda _, node: Sign(node.tensor()), "slice": _slice, "slice_scatter": _scatter,
     "softmax": _softmax, "split": _split, "split_with_sizes": _split, "sqrt": _power, "square": _power,
@@ -397,8 +398,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 
 # What may be given and need not be read: where and how a tensor lies in memory, what matters in training alone, and
 # copies, for nothing is written in place. Each other argument is read, or must be what it is by default.
-IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
-           "pin_memory", "requires_grad"}
+IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "implicit", "layout",
+           "memory_format", "momentum", "non_blocking", "pin_memory", "requires_grad"}
 
 NEAREST = {
     **dict.fromkeys(("celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu", "softplus",
