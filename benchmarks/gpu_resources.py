@@ -127,7 +127,7 @@ def every_layer(first, many, few, middle, groups):
         conv("to middle", "few", few, middle), conv("from middle", "to middle", middle, few),
         g.Add("sum", ("clip", "from middle")), g.MaxPool2d("pool", ("sum",), (2, 2), (2, 2)),
         g.AveragePool2d("mean", ("sum",), (2, 2), (2, 2)), g.Concat("both", ("pool", "mean")),
-        g.Power("power", ("both",), 2.0),
+        g.GroupNorm("groups", ("both",), np.ones(2 * few), np.zeros(2 * few), 2), g.Power("power", ("groups",), 2.0),
         g.Rearrange("moved", ("power",), np.arange(-1, numbers - 1).reshape(2 * few, 4, 4)),
         g.GlobalAveragePool("average", ("moved",)), g.Flatten("flat", ("average",)), g.Flatten("flat2", ("moved",)),
         g.GlobalAveragePool("of a part", ("pool",)), g.Flatten("flat3", ("of a part",)),

@@ -3,7 +3,8 @@ others.
 
 Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the
 convolution, dense layer or group norm before it or, failing that, into the convolution or dense layer after it; where
-neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a fixed point: canonizing it again changes nothing.
+neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a fixed point: canonizing it
+again changes nothing.
 """
 
 from __future__ import annotations

@@ -903,7 +903,8 @@ def _list_rules(_: argparse.Namespace) -> int:
         "Rules of convolutions, dense layers, average pools and additions (--rule); they redistribute relevance": rules.
         LINEAR_RULES, "Of max-pools:": rules.POOL_RULES, "Of local response normalisation:": rules.NORM_RULES,
         "Of layer, group, instance and RMS norm, a linear layer with its deviation held constant:":
-        rules.GROUP_NORM_RULES, "Of products with a gate:": rules.PRODUCT_RULES, "What a rule's bias can be:": rules.BIASES,
+        rules.GROUP_NORM_RULES, "Of products with a gate:": rules.PRODUCT_RULES,
+        "What a rule's bias can be:": rules.BIASES,
     }
     width = max(len(name) for table in tables.values() for name in table)
     for title, table in tables.items():

@@ -11,6 +11,7 @@ from fastdtd.graph import (
     Dense,
     GlobalAveragePool,
     Graph,
+    GroupNorm,
     Layer,
     LocalResponseNorm,
     Pool2d,
@@ -57,7 +58,7 @@ def multiply_adds(layer: Layer, graph: Graph) -> int:
     if isinstance(layer, Resize):
         channels, height, _ = graph.shapes[layer.name]
         of_rows, of_columns = (int((weight > 0).sum()) for weight in (layer.rows, layer.columns))
-        return channels * (of_rows * layer.columns.shape[1] + height * of_columns)
+        return channels * (of_rows * int(layer.columns.shape[1]) + height * of_columns)
     outputs, source = math.prod(graph.shapes[layer.name]), graph.shapes[layer.inputs[0]]
     return outputs * _of_an_output(layer, source)
 
@@ -72,7 +73,7 @@ def _backward(layer: Layer, graph: Graph) -> int:
             return multiply_adds(layer, graph)
         case AveragePool2d():
             return max(inputs, inputs * math.prod(layer.kernel) // math.prod(layer.stride))
-        case Dense() | LocalResponseNorm():
+        case Dense() | LocalResponseNorm() | GroupNorm():
             return multiply_adds(layer, graph)
         case _:
             return max(inputs, outputs)
@@ -88,6 +89,8 @@ def _of_an_output(layer: Layer, source: Shape) -> int:
             return source[1] * source[2]
         case LocalResponseNorm():
             return layer.size**2 if layer.within_channel else layer.size
+        case GroupNorm():
+            return 3  # of the mean, of the variance, and its own
         case _:
             return len(layer.inputs)
 

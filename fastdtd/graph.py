@@ -147,7 +147,8 @@ class Graph:
     def parameters(self) -> int:
         """Numbers that training gave: those of weights, biases and batch norms."""
         return sum(getattr(layer, field).size for layer in self for field in layer.arrays
-                   if not isinstance(layer, Resize) and field not in layer.integer_arrays and getattr(layer, field) is not None)
+                   if field not in layer.integer_arrays and getattr(layer, field) is not None
+                   and not isinstance(layer, Resize))
 
     def __repr__(self) -> str:
         return (

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 FORMAT = "fastdtd-model"
 VERSION = 1
 # Settings that are no integers; a bias with a dataset is none of them.
-_NUMBERS = ("low", "high", "alpha", "beta", "bias", "slope", "exponent")
+_NUMBERS = ("low", "high", "alpha", "beta", "bias", "epsilon", "slope", "exponent")
+_FLAGS = "ceil_mode", "centered", "count_include_pad", "per_position", "within_channel"
 DTYPES = ("float16", "float32", "float64")
 COMPRESSIONS = ("gzip", "lzf", None)
 
@@ -260,15 +261,14 @@ def _setting(field: str, value: list[Any], where: str) -> Any:
                 return tuple(value) * (2 // len(value))
             case "groups" | "size", 1:
                 return value[0]
-            case "ceil_mode" | "count_include_pad" | "within_channel", 1 if value[0] in (0, 1):
+            case _, 1 if field in _FLAGS and value[0] in (0, 1):
                 return bool(value[0])
     if field == "function" and len(value) == 1 and isinstance(value[0], str):
         return value[0]
     if field in _NUMBERS and len(value) == 1 and isinstance(value[0], (int, float)):
         return float(value[0])
-    wanted = {"padding": "1, 2 or 4 integers", "groups": "1 integer", "size": "1 integer", "ceil_mode": "0 or 1",
-              "count_include_pad": "0 or 1", "within_channel": "0 or 1", "function": "1 string",
-              **dict.fromkeys(_NUMBERS, "1 number")}
+    wanted = {"padding": "1, 2 or 4 integers", "groups": "1 integer", "size": "1 integer", "function": "1 string",
+              **dict.fromkeys(_FLAGS, "0 or 1"), **dict.fromkeys(_NUMBERS, "1 number")}
     raise ModelError(f"{where} has {field} {hdf5.shown(value)}; required: {wanted.get(field, '1 or 2 integers')}")
 
 

@@ -111,7 +111,8 @@ def _network() -> g.Graph:
         g.AveragePool2d("average", ("sum",), (2, 2), (2, 2)),  # gives back before "positive" does, to a part of "twice"
         g.LocalResponseNorm("normed", ("wide/relu",), 5),
         g.LocalResponseNorm("normed again", ("normed",), 5),
-        g.Power("power", ("normed again",), 2),
+        g.GroupNorm("group normed", ("normed again",), np.ones(64, np.float32), np.zeros(64, np.float32), 4),
+        g.Power("power", ("group normed",), 2),
         g.Rearrange("turned", ("power",), np.arange(64 * 16 * 16 // 8, dtype=np.int32).reshape(8, 16, 16)),
         g.GlobalAveragePool("pooled", ("turned",)),
         g.Activation("gate", ("pooled",), "sigmoid"),

@@ -434,9 +434,11 @@ def norm_terms(a, scale, c, alpha, beta, bias, taylor, epsilon):
     return slope * s, own * s - square * (slope * s), np.float64(c) - np.float64(z) * np.float64(s)
 
 
-# ---- Group norms: x = v (a - mean) + shift, v = scale / deviation, is linear with the deviation held constant. Its W is
-# v (1 - part) for an output's own input and -v part for each other of the group, part = 1 / their number; not
-# centered, v for its own. Sums are float64 ----------------------------------------------------------------------------
+# ---- Group norms -----------------------------------------------------------------------------------------------------
+
+# x = v (a - mean) + shift, v = scale / deviation, is linear with the deviation held constant. Its W is v (1 - part) for
+# an output's own input and -v part for each other of the group, part = 1 / their number; not centered, v for its own.
+# Sums are float64.
 
 
 @formula

@@ -84,7 +84,8 @@ def test_relevance_is_the_explainers(squeezenet, network, pictures):
 
 @pytest.mark.parametrize("rules", [
     "dtd", "gradient", "gradient*input", "sensitivity",
-    {"type:conv2d": "z+(bias=absorbed, epsilon=1e-6)", "type:dense": "epsilon", "type:multiply": "half"},
+    {"type:conv2d": "z+(bias=absorbed, epsilon=1e-6)", "type:dense": "epsilon", "type:multiply": "half",
+     "type:group_norm": "gamma"},
     {"type:conv2d": "gamma(gamma=0.3)", "type:dense": "epsilon"}, {"type:conv2d": "alpha-beta(alpha=2, beta=1)"},
     {"type:conv2d": "z+(bias=absorbed)", "normed again": "taylor", "proportional": "proportional"},
 ], ids=str)

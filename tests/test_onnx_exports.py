@@ -760,7 +760,8 @@ def test_onnx_s_own_cases_hold_nothing_that_is_not_read():
 
 
 @pytest.mark.parametrize("coordinates", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])
-@pytest.mark.parametrize(("scales", "sizes"), [((1, 1, 2, 3), None), ((1, 1, 2 / 3, 1.25), None), (None, (1, 3, 1, 20))])
+@pytest.mark.parametrize(("scales", "sizes"), [((1, 1, 2, 3), None), ((1, 1, 2 / 3, 1.25), None),
+                                               (None, (1, 3, 1, 20))])
 def test_bilinear_resizing(convert_nodes, coordinates, scales, sizes):
     """As the specification's reference computes it."""
     from onnx.reference import ReferenceEvaluator
@@ -808,7 +809,8 @@ COLUMN = (1, 6, 1, 1)
       node("Reshape", ["q", "back"], ["o"]), node("Mul", ["o", "scales"], ["p"]), node("Add", ["p", "shifts"], ["n"])],
      2, False),
     ([node("ReduceMean", ["t", "pixels"], ["m"]), node("Sub", ["t", "m"], ["d"]), node("Mul", ["d", "d"], ["s"]),
-      node("ReduceMean", ["s", "pixels"], ["v"]), node("Add", ["v", "epsilon"], ["e"]), node("Pow", ["e", "half"], ["r"]),
+      node("ReduceMean", ["s", "pixels"], ["v"]), node("Add", ["v", "epsilon"], ["e"]),
+      node("Pow", ["e", "half"], ["r"]),
       node("Div", ["d", "r"], ["q"]), node("Mul", ["q", "scales"], ["p"]), node("Add", ["p", "shifts"], ["n"])],
      6, False),
 ])
@@ -816,15 +818,16 @@ def test_norms_by_the_image_s_own_statistics(convert_nodes, nodes, groups, per_p
     """One layer of each, however it is written; no element moves."""
     constants = {"w": numbers(6, 3, 2, 2), "scale": SIX[0], "shift": SIX[1], "scales": SIX[0].reshape(COLUMN),
                  "shifts": SIX[1].reshape(COLUMN), "channels": ints(1), "pixels": ints(2, 3),
-                 "epsilon": np.float32(0.1), "two": np.float32(2), "half": np.float32(0.5), "grouped": ints(0, 2, -1), "back": ints(1, 6, 8, 7),
+                 "epsilon": np.float32(0.1), "two": np.float32(2), "half": np.float32(0.5),
+                 "grouped": ints(0, 2, -1), "back": ints(1, 6, 8, 7),
                  "ones": np.ones(2, np.float32), "zeros": np.zeros(2, np.float32)}
     conv = node("Conv", ["x", "w"], ["t"])
     graph = convert_nodes([conv, *nodes, node("Flatten", ["n"], ["y"])], constants, opset=21).graph
     _, norm, _ = graph
     assert (norm.groups, norm.per_position) == (groups, per_position)
     x = numbers(1, 3, 9, 8)
-    before = scores(convert_nodes([conv, node("Flatten", ["t"], ["y"])], constants, opset=21).graph, x).reshape(1, 6, 8, 7)
-    expected = group_normed(before, groups, 0.1, 1 if per_position else None)
+    before = scores(convert_nodes([conv, node("Flatten", ["t"], ["y"])], constants, opset=21).graph, x)
+    expected = group_normed(before.reshape(1, 6, 8, 7), groups, 0.1, 1 if per_position else None)
     expected = expected * SIX[0].reshape(COLUMN) + SIX[1].reshape(COLUMN)
     np.testing.assert_allclose(scores(graph, x), expected.reshape(1, -1), rtol=1e-4, atol=1e-4)
 
@@ -847,12 +850,12 @@ def test_parts_of_norms(convert_nodes, nodes, function):
     """Each operator by itself; a mean broadcasts where it is subtracted, and nowhere else yet."""
     nodes = [*nodes, node("Flatten", ["t"], ["y"])]
     if function is None:
-        with pytest.raises(ConversionError, match="adds .*required: tensors of one shape"):
+        with pytest.raises(ConversionError, match=r"adds .*required: tensors of one shape"):
             convert_nodes(nodes, STATISTICS, opset=18)
         return
     x = numbers(1, 3, 9, 8)
-    np.testing.assert_allclose(scores(convert_nodes(nodes, STATISTICS, opset=18).graph, x), function(x).reshape(1, -1), rtol=1e-4,
-                               atol=1e-5)
+    found = scores(convert_nodes(nodes, STATISTICS, opset=18).graph, x)
+    np.testing.assert_allclose(found, function(x).reshape(1, -1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("last", [

@@ -179,7 +179,8 @@ class Builder:
         it is computed with (STATISTICS). shape: for each image; None: as the layer's output."""
         key = layer.name, part, self._image
         if key not in self._saved:
-            shape, row = shape or self.graph.shapes[layer.name], self._dead_rows.setdefault(key[:2], len(self._dead_rows))
+            shape = shape or self.graph.shapes[layer.name]
+            row = self._dead_rows.setdefault(key[:2], len(self._dead_rows))
             view = View(self._new_buffer(self.batch, math.prod(shape)), shape, dtype)
             self._saved[key] = Saved(view, State("dead", row, self._image))
         return self._saved[key]

@@ -306,10 +306,11 @@ def _signed_carriers(graph: Graph, layers: list[Layer], rules: dict[str, Rule]) 
                 passes_on = False
             case MaxPool2d() if rule and rule.name == "proportional":
                 passes_on = False
-            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() if rule and rule.name not in ("z+", "alpha-beta"):
+            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() if rule and rule.name not in (
+                    "z+", "alpha-beta"):
                 passes_on = True
-            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() | MaxPool2d() | Concat() | Flatten() | Rearrange() | \
-                    LocalResponseNorm() | LeakyReLU() | Clip() | Activation() | Multiply():
+            case Add() | AveragePool2d() | GlobalAveragePool() | Resize() | MaxPool2d() | Concat() | Flatten() | \
+                    Rearrange() | LocalResponseNorm() | LeakyReLU() | Clip() | Activation() | Multiply():
                 passes_on = layer.name in signed
             case _:
                 passes_on = False

@@ -2,7 +2,8 @@
 
 A unit is a row of an image with all its groups (`per_position`: a group is its channels at each position), or a
 group of an image. Sums over a group go line by line of positions, side by side in float64 lanes; where a group is all
-positions, the lanes are joined at last. sums is flat scratch. Tensors are (N, *, H, W) and used from a given channel on.
+positions, the lanes are joined at last. sums is flat scratch. Tensors are (N, *, H, W) and used from a given channel
+on.
 
 statistics: (N, 2 groups, H, W), or (N, 2 groups, 1, 1) where a group is all positions: means, then one over the
 deviations.

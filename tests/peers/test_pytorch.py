@@ -498,7 +498,6 @@ def batch_norm(module, x, **options):
 @pytest.mark.parametrize(("function", "message"), [
     (lambda module, x: batch_norm(module, x, training=True), "normalises by the statistics of its batch"),
     (lambda module, x: functional.batch_norm(module.conv(x), None, None, training=True), "by the statistics of its"),
-    (lambda module, x: functional.instance_norm(module.conv(x)), "instance_norm .* is not supported; nearest: batch_n"),
     (lambda module, x: functional.dropout(module.conv(x), training=True), "dropout .* is not supported"),
     (lambda module, x: torch.addmm(torch.zeros(5), module.conv(x).flatten(1), torch.ones(216, 5), beta=0.5),
      "has factors"),

@@ -420,8 +420,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
 
 # What may be given and need not be read: where and how a tensor lies in memory, what matters in training alone, and
 # copies, for nothing is written in place. Each other argument is read, or must be what it is by default.
-IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "implicit", "layout", "memory_format", "momentum", "non_blocking",
-           "pin_memory", "requires_grad"}
+IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "implicit", "layout",
+           "memory_format", "momentum", "non_blocking", "pin_memory", "requires_grad"}
 
 NEAREST = {
     "celu": "elu",
