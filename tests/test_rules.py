@@ -5,7 +5,7 @@ import pytest
 from fastdtd.kernels import codes
 
 from fastdtd import graph as g
-from fastdtd.errors import RuleError
+from fastdtd.errors import ModelError, RuleError
 from fastdtd.rules import Rule, assign
 
 
@@ -174,3 +174,31 @@ def test_a_rule_has_its_defaults():
     assert Rule("gamma", gamma=2) == Rule.parse("gamma(gamma=2)")
     assert repr(Rule("epsilon", epsilon=0.25)) == "Rule('epsilon(epsilon=0.25)')"
     assert names(network(), {"scores": Rule("epsilon", epsilon=0.25)})["scores"] == "epsilon"
+
+
+def normed(**fields):
+    layers = (g.Conv2d("conv", (g.INPUT,), np.ones((4, 1, 1, 1))),
+              g.GroupNorm("norm", ("conv",), np.ones(4), np.zeros(4), **fields), g.Flatten("flat", ("norm",)),
+              g.Dense("scores", ("flat",), np.ones((2, 16))))
+    return g.Graph(layers, (1, 2, 2))
+
+
+@pytest.mark.parametrize("preset", ["zennit.epsilon_plus", "captum.lrp", "innvestigate.deep_taylor"])
+def test_presets_that_do_not_conserve_a_norm_refuse_it(preset):
+    with pytest.raises(RuleError, match="layer 'norm' is a normalisation by the image's own statistics"):
+        assign(normed(), preset)
+
+
+@pytest.mark.parametrize("rule", ["zB", "w2", "flat", "winner", "taylor"])
+def test_rules_that_a_norm_has_not(rule):
+    with pytest.raises(RuleError, match=rf"rule '{rule}' does not apply to GroupNorm 'norm'; required: one of z\+"):
+        assign(normed(), {"norm": rule})
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"groups": 3}, "has 4 channels in 3 groups"), ({"groups": 0}, "in 0 groups"), ({"epsilon": 0}, "has epsilon 0;"),
+    ({"epsilon": float("inf")}, "has epsilon inf"),
+])
+def test_norms_that_cannot_be(fields, message):
+    with pytest.raises(ModelError, match=message):
+        normed(**fields)
