@@ -70,7 +70,7 @@ def _backward(layer: Layer, graph: Graph) -> int:
             per_input = len(layer.weight) // layer.groups * math.prod(layer.weight.shape[2:])
             return max(inputs, inputs * per_input // math.prod(layer.stride))
         case Resize():
-            return multiply_adds(layer, graph)
+            return max(inputs, multiply_adds(layer, graph))
         case AveragePool2d():
             return max(inputs, inputs * math.prod(layer.kernel) // math.prod(layer.stride))
         case Dense() | LocalResponseNorm() | GroupNorm():

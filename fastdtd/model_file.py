@@ -31,6 +31,7 @@ from fastdtd.graph import (
     Graph,
     Layer,
     Rearrange,
+    Resize,
 )
 from fastdtd.hdf5_format import Object
 from fastdtd.model import Model, Preprocessing
@@ -53,7 +54,8 @@ MAX_CLASSES_BYTES = 2**26  # all class names together
 MODELS = Path(__file__).parent / "models"
 _BUNDLED_SUFFIX = ".h5"
 _LAYER_NAMES = {cls: name for name, cls in LAYER_TYPES.items()}
-_RANKS = {(Conv2d, "weight"): 4, (Dense, "weight"): 2, (Rearrange, "index"): 3}  # every other array is a vector
+_RANKS = {(Conv2d, "weight"): 4, (Dense, "weight"): 2, (Rearrange, "index"): 3, (Resize, "rows"): 2,
+          (Resize, "columns"): 2}  # every other array is a vector
 _REQUIRED = "an undamaged fastdtd model file (fastdtd.convert makes one from other formats)"
 
 
