@@ -318,12 +318,10 @@ class LocalResponseNorm(Layer):
 class GroupNorm(Layer):
     """``x[c] = scale[c] (y[c] - mean) / sqrt(variance + epsilon) + shift[c]``, by the mean and variance of a group.
 
-    The channels are in `groups` of equal size: 1 for layer norm, as many as there are channels for instance norm.
-
-    scale, shift : (C,)
-    per_position : whether a group is its channels at each position alone, as in layer norm over the last of (N, H, W,
-        C), and not over all positions.
-    centered : else nothing is subtracted, and the variance is the mean of squares: RMS norm.
+    scale, shift: (C,). The channels are in `groups` of equal size: 1 for layer norm, as many as there are channels for
+    instance norm. per_position: whether a group is its channels at each position alone, as in layer norm over the last
+    of (N, H, W, C), and not over all positions. Where it is not `centered`, nothing is subtracted, and the variance is
+    the mean of squares: RMS norm.
     """
 
     scale: Array
