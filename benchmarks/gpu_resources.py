@@ -104,10 +104,14 @@ def rules_of_every_kind():
     """For every_layer."""
     bounded = search_direction(lambda a, w, low, high: a - low if w > 0 else a - high)
     direction = search_direction(lambda a, w: a if w > 0 else 0.0)
-    return ["dtd", "gradient", "zennit.epsilon_plus", "zennit.epsilon_alpha2_beta1", "zennit.epsilon_gamma_box",
-            "captum.lrp", ["dtd",
-                           {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
-                           {"pool": "proportional", "norm": "taylor"}],
+    # as zennit's and Captum's presets, which refuse group norms
+    sums = dict.fromkeys(("type:dense", "type:add", "type:average_pool2d", "type:group_norm"), "epsilon")
+    return ["dtd", "gradient", ["dtd", {"type:conv2d": "z+(bias=absorbed, epsilon=1e-6)", **sums}],
+            ["dtd", {"type:conv2d": "alpha-beta(alpha=2, beta=1)", **sums}],
+            ["dtd", {"type:conv2d": "gamma(gamma=0.25)", **sums}, {"first": "zB"}],
+            ["dtd", {"type:conv2d": "epsilon", **sums}],
+            ["dtd", {"type:conv2d": "z+(bias=shared)", "type:dense": "alpha-beta(alpha=2, beta=1, bias=shared)"},
+             {"pool": "proportional", "norm": "taylor"}],
             ["dtd", {"first": "w2", "few": "flat", "many": direction}], ["dtd", {"first": bounded}]]
 
 
@@ -127,7 +131,8 @@ def every_layer(first, many, few, middle, groups):
         conv("to middle", "few", few, middle), conv("from middle", "to middle", middle, few),
         g.Add("sum", ("clip", "from middle")), g.MaxPool2d("pool", ("sum",), (2, 2), (2, 2)),
         g.AveragePool2d("mean", ("sum",), (2, 2), (2, 2)), g.Concat("both", ("pool", "mean")),
-        g.GroupNorm("groups", ("both",), np.ones(2 * few), np.zeros(2 * few), 2), g.Power("power", ("groups",), 2.0),
+        g.Resize("resized", ("both",), *[(np.eye(4) + np.eye(4, k=1)) / 2] * 2),
+        g.GroupNorm("groups", ("resized",), np.ones(2 * few), np.zeros(2 * few), 2), g.Power("power", ("groups",), 2.0),
         g.Rearrange("moved", ("power",), np.arange(-1, numbers - 1).reshape(2 * few, 4, 4)),
         g.GlobalAveragePool("average", ("moved",)), g.Flatten("flat", ("average",)), g.Flatten("flat2", ("moved",)),
         g.GlobalAveragePool("of a part", ("pool",)), g.Flatten("flat3", ("of a part",)),

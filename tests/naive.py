@@ -161,6 +161,14 @@ def stable(z, epsilon):
     return np.where(np.abs(z) > 1e-30, z, np.inf)
 
 
+def total_of(terms):
+    """(outputs,): the sum of the terms. What is left where they cancel, as in the norm of a constant, is rounding, and
+    its sign says nothing.
+    """
+    total = terms.sum(1)
+    return np.where(np.abs(total) <= 1e-12 * np.abs(terms).sum(1), 0, total)
+
+
 def redistribute_signed(rule, terms, connected, bias, relevance):
     """The rules with parameters: relevance of the terms a W, with bias (outputs,)."""
     bias = np.zeros_like(bias) if rule.bias == "ignored" else bias
@@ -171,8 +179,8 @@ def redistribute_signed(rule, terms, connected, bias, relevance):
         """Numerators, and the sum of terms and a bias."""
         if rule.bias == "shared":
             terms = terms + connected * (bias / np.maximum(connected.sum(1), 1))[:, None]
-            return terms, terms.sum(1)
-        return terms, terms.sum(1) + bias
+            return terms, total_of(terms)
+        return terms, total_of(terms) + bias
 
     def of(terms, z, relevance=relevance):
         return terms * (relevance / stable(z, rule.epsilon))[:, None]
