@@ -4,6 +4,7 @@ kernels/cpu/resize.py.
 
 import math
 
+import numpy as np
 from fastdtd.kernels.cuda.elementwise import flat, location, whole_images
 from fastdtd.kernels.cuda.jit import kernel, launch_for_each
 from fastdtd.kernels.cuda.scalar import clip, positive_feature, ratio_of, redistributed
@@ -74,7 +75,8 @@ def resize_forward(x, ratio, dead, a, low, high, row_starts, row_sources, row_we
     launch_for_each(_resize, (end - image) * elements, flat(x), flat(ratio[image:end]), dead, flat(a), low, high,
                     row_starts, row_sources, row_weights, row_v, column_starts, column_sources, column_weights,
                     column_v, image, *location(x, x_channel, image), *location(a, a_channel, image), *ratio.shape[2:],
-                    *a.shape[2:], elements, (end - image) * elements, int(features), x_min, x_max, int(relevance))
+                    *a.shape[2:], elements, (end - image) * elements, int(features), np.float32(x_min),
+                    np.float32(x_max), int(relevance))
 
 
 def resize_redistribute(c_in, c, ratio, a, low, high, row_starts, row_sources, row_v, column_starts, column_sources,
