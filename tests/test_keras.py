@@ -185,12 +185,13 @@ def test_channels_first(tmp_path):
             layer("BatchNormalization", "n", axis=[axis]), image("DepthwiseConv2D", "d", kernel_size=[2, 2]),
             layer("ReLU", "r"), image("Cropping2D", "c", cropping=[[1, 0], [0, 1]]),
             image("MaxPooling2D", "m", pool_size=[2, 2]), image("UpSampling2D", "u", size=[2, 1]),
+            image("UpSampling2D", "v", size=[1, 2], interpolation="bilinear"),
             image("Conv2DTranspose", "t", filters=2, kernel_size=[2, 2], strides=[2, 2]),
             image("Flatten", "f"), layer("Dense", "y", units=4)]
         weights = WEIGHTS | BATCH_NORM | {
             "layers/depthwise_conv2d/vars/0": numbers(2, 2, 3, 1), "layers/depthwise_conv2d/vars/1": numbers(3, seed=2),
             "layers/conv2d_transpose/vars/0": numbers(2, 2, 2, 3), "layers/conv2d_transpose/vars/1": numbers(2, seed=3),
-            "layers/dense/vars/0": numbers(144, 4), "layers/dense/vars/1": numbers(4, seed=4)}
+            "layers/dense/vars/0": numbers(288, 4), "layers/dense/vars/1": numbers(4, seed=4)}
         entries = [layer("InputLayer", "x", batch_shape=[None, *shape]), *layers]
         config = {"class_name": "Sequential", "config": {"name": "net", "layers": entries}}
         graphs.append(convert(keras_file(tmp_path, config=config, weights=weights)).graph)

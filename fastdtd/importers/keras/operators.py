@@ -318,8 +318,8 @@ def _upsampling(b: Builder, node: Node) -> Tensor:
         node.refuse(f"makes {math.prod(times)} times as many elements of {x}; at most {MAX_TENSOR_ELEMENTS} are "
                     "accepted")
     if how == "bilinear":
-        return b.channels_last(b.interpolate(x, [(np.arange(n * m) + 0.5) / m - 0.5
-                                                 for n, m in zip(x.dims[1:], times, strict=True)]))
+        return node.restored(b.interpolate(x, [(np.arange(n * m) + 0.5) / m - 0.5
+                                               for n, m in zip(x.dims[1:], times, strict=True)]))
     if how != "nearest":
         node.refuse(f"has interpolation {how!r}; required: nearest or bilinear")
     channels, *sizes = x.dims
