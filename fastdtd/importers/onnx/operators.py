@@ -26,15 +26,20 @@ if TYPE_CHECKING:
 
 
 def _conv(b: Builder, node: Node) -> Tensor:
-    (x, axes), weight = node.image(), node.constant(1)
+    return convolved(b, node, node.image()[0], node.constant(1), node.optional(2))
+
+
+def convolved(b: Builder, node: Node, x: Tensor, weight: Array, bias: Array | None, part: str = "") -> Tensor:
+    """x convolved as the node's attributes say; part: what the layer's name ends with."""
+    axes = b.spatial(x)
     b.check_weights(weight, axes)
-    kernel = kernel_of(node, weight)
+    kernel = _kernel_of(node, weight)
     stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
     padding = padding_of(node, x, kernel, stride, dilation)
-    return b.conv(x, weight, node.optional(2), stride, padding, dilation, node.integer("group", 1))
+    return b.conv(x, weight, bias, stride, padding, dilation, node.integer("group", 1), part)
 
 
-def kernel_of(node: Node, weight: Array) -> tuple[int, ...]:
+def _kernel_of(node: Node, weight: Array) -> tuple[int, ...]:
     kernel = weight.shape[2:]
     if (node.integers("kernel_shape") or kernel) != kernel:
         node.refuse(f"has weights of shape {weight.shape}; required: kernel_shape {node.integers('kernel_shape')}")
@@ -44,7 +49,7 @@ def kernel_of(node: Node, weight: Array) -> tuple[int, ...]:
 def _conv_transpose(b: Builder, node: Node) -> Tensor:
     (x, axes), weight = node.image(), node.constant(1)
     b.check_weights(weight, axes, "(C, K / group, *kernel_shape)")
-    kernel = kernel_of(node, weight)
+    kernel = _kernel_of(node, weight)
     stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
     extra = node.integers("output_padding") or (0,) * axes
     if len(extra) != axes:

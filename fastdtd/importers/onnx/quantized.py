@@ -28,7 +28,7 @@ from fastdtd.graph import (
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.moves import Array
 from fastdtd.importers.onnx.constants import dequantized, quantized_type
-from fastdtd.importers.onnx.operators import kernel_of, padding_of
+from fastdtd.importers.onnx.operators import convolved, padding_of
 from fastdtd.importers.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -93,17 +93,13 @@ def _grid(node: Node, scale: int, zero: int) -> Grid:
     return Grid(float(factor.item()), 0 if offset is None else int(offset.item()), quantized_type(node, offset))
 
 
-def _read(node: Node, key: int, scale: int | None, zero: int) -> Tensor:
+def _read(node: Node, key: int, scale: int, zero: int) -> Tensor:
     """The values of an input's numbers, whose grid two other inputs repeat, or follow from."""
     x, grid = node.tensor(key), node.reader.grids.get(node.inputs[key])
     if grid is None:
         node.refuse(f"reads {node.inputs[key]!r}, which is not quantised; required: what QuantizeLinear makes")
-    if grid.scale:
-        own = Grid(grid.scale, grid.zero, grid.dtype) if scale is None else _grid(node, scale, zero)
-        if scale is None and node.has_input(zero) and int(node.constant(zero).item()) != grid.zero:
-            own = Grid(grid.scale, int(node.constant(zero).item()), grid.dtype)
-        if own != grid:
-            node.refuse(f"reads {node.inputs[key]!r} as {own}, which was made as {grid}; required: the same")
+    if grid.scale and (own := _grid(node, scale, zero)) != grid:
+        node.refuse(f"reads {node.inputs[key]!r} as {own}, which was made as {grid}; required: the same")
     return x
 
 
@@ -185,17 +181,9 @@ def _sum_of_numbers(b: Builder, node: Node) -> Tensor:
     if node.op == "MatMulInteger":
         made = b.dense(x, dequantized(node, (numbers, ones, zeros), numbers.ndim - 1).T, None)
     else:
-        made = _convolved(b, node, x, dequantized(node, (numbers, ones, zeros), 0), None)
+        made = convolved(b, node, x, dequantized(node, (numbers, ones, zeros), 0), None, "/product")
     node.reader.sums[node.outputs[0]] = node.inputs[0]
     return made
-
-
-def _convolved(b: Builder, node: Node, x: Tensor, weight: Array, bias: Array | None) -> Tensor:
-    axes = b.spatial(x)
-    b.check_weights(weight, axes)
-    stride, dilation = node.window("strides", axes, 1), node.window("dilations", axes, 1)
-    padding = padding_of(node, x, kernel_of(node, weight), stride, dilation)
-    return b.conv(x, weight, bias, stride, padding, dilation, node.integer("group", 1), "/product")
 
 
 def _weights(node: Node, numbers: int, axis: int) -> tuple[Array, Array]:
@@ -213,7 +201,7 @@ def _bias(node: Node, index: int, weight_scale: Array) -> Array | None:
 
 def _conv(b: Builder, node: Node) -> Tensor:
     x, (weight, scale) = _read(node, 0, 1, 2), _weights(node, 3, 0)
-    return _made(b, node, _convolved(b, node, x, weight, _bias(node, 8, scale)), 6, 7)
+    return _made(b, node, convolved(b, node, x, weight, _bias(node, 8, scale), "/product"), 6, 7)
 
 
 def _matmul(b: Builder, node: Node) -> Tensor:
