@@ -56,8 +56,8 @@ class Explanation:
     ----------
     relevance : (N, C, H, W) float32
         How much of `explained` each input value carries, summing to `explained` less what `ledger` names. Non-negative
-        by the rules of "dtd"; epsilon, gamma and alpha-beta can make it negative, and what speaks for the classes that
-        a target is held against is. The presets named after derivatives have these instead.
+        by the rules of "dtd"; epsilon, gamma and alpha-beta can make it negative, and what contributes to the classes
+        that a target is held against is. The presets named after derivatives have these instead.
     output : (N, K) float32
         Class scores, before any softmax.
     target : (N,) int64

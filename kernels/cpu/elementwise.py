@@ -239,6 +239,7 @@ def power_forward(x, ratio, a, x_channel, a_channel, exponent, derivative, first
 
 @part
 def _of_each(out, kept, value, function, alpha, beta, derivative):
+    """`function` is a constant at each call, for LLVM makes no vector code of a loop with a switch in it."""
     for i in range(len(out)):
         out[i], kept[i] = nonlinearity(value[i], function, alpha, beta, derivative)
 
