@@ -60,7 +60,7 @@ test-portable: $(VENV)/ready-dev
 	if $(VENV)/bin/python tests/processor.py; then export $(AVX2); $(PYTEST) -m "not cuda" $(PORTABLE); fi
 	export $(NO_AVX); $(PYTEST) -m "not cuda" $(PORTABLE)
 
-test-peers: $(PEERS)/ready
+test-peers: $(PEERS)/ready $(PEERS)/packages/ready
 	$(PEERS)/bin/pytest tests/peers
 
 test-quantus: $(QUANTUS)/ready
@@ -114,6 +114,7 @@ dist: $(VENV)/ready-dev
 gallery: $(VENV)/ready-dev
 	$(VENV)/bin/python examples/two_dimensions.py docs/images/two_dimensions.png
 	$(VENV)/bin/python examples/contrast.py docs/images/contrast.jpg
+	$(VENV)/bin/python examples/maps.py docs/images/maps.jpg
 	$(if $(LENET),$(VENV)/bin/python examples/digits.py $(LENET) docs/images/digits.png)
 	$(VENV)/bin/python examples/gallery.py docs/images fastdtd/models/coffee.png fastdtd/models/chelsea.png $(MODELS)
 
@@ -142,6 +143,10 @@ $(VENV)/ready-docs: $(VENV)/ready
 $(PEERS)/ready: pyproject.toml tests/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --editable '.[test]' --requirement tests/peers/requirements.txt
+	touch $@
+
+$(PEERS)/packages/ready: tests/peers/packages.txt | $(PEERS)/ready
+	$(PEERS)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) --requirement $<
 	touch $@
 
 $(QUANTUS)/ready: pyproject.toml tests/peers/requirements-quantus.txt

@@ -15,7 +15,20 @@ from collections import Counter
 import numpy as np
 
 from fastdtd.errors import ModelError
-from fastdtd.graph import BatchNorm, Conv2d, Dense, Dropout, Graph, GroupNorm, Layer, Softmax
+from fastdtd.graph import (
+    INPUT,
+    AveragePool2d,
+    BatchNorm,
+    Conv2d,
+    Dense,
+    Dropout,
+    Flatten,
+    GlobalAveragePool,
+    Graph,
+    GroupNorm,
+    Layer,
+    Softmax,
+)
 
 
 def canonize(graph: Graph) -> Graph:
@@ -65,6 +78,28 @@ def canonize(graph: Graph) -> Graph:
     if not kept:
         raise ModelError("nothing is left of the network once dropout and softmax are dropped")
     return Graph(tuple(kept.values()), graph.input_shape, graph.box)
+
+
+def with_complement(graph: Graph) -> Graph:
+    """A binary classifier's network of one output y (a channel, where it is a map) with two, -y and y.
+
+    Raises
+    ------
+    ModelError
+        It does not end in a dense layer or convolution, but for pools and a flatten after it.
+    """
+    by_name = {layer.name: layer for layer in graph}
+    scored = by_name[graph.output]
+    while isinstance(scored, (GlobalAveragePool, AveragePool2d, Flatten)) and scored.inputs[0] != INPUT:
+        scored = by_name[scored.inputs[0]]
+    readers = sum(scored.name in layer.inputs for layer in graph)
+    if not isinstance(scored, (Dense, Conv2d)) or graph.shapes[scored.name][0] != 1 or readers > 1:
+        raise ModelError(
+            f"two classes are named for the one output {graph.output!r}, which gets a complement only where it comes "
+            "from a dense layer or convolution with one output; required: such a network, or one name")
+    bias = None if scored.bias is None else np.concatenate([-scored.bias, scored.bias])
+    both = dataclasses.replace(scored, weight=np.concatenate([-scored.weight, scored.weight]), bias=bias)
+    return Graph(tuple(both if layer is scored else layer for layer in graph), graph.input_shape, graph.box)
 
 
 def _takes_in(layer: Layer, norm: BatchNorm) -> bool:

@@ -20,7 +20,7 @@ from fastdtd.evaluation import writable_folder, writing
 from fastdtd.explainer import Explainer
 from fastdtd.files import replace
 from fastdtd.graph import Array
-from fastdtd.inputs import BeyondFloat32Error, ExplanationWarning, Target, checked_targets
+from fastdtd.inputs import BeyondFloat32Error, ExplanationWarning, Target, checked_targets, require_classes
 from fastdtd.sources import Entry, open_image
 
 PICTURES, DRAWN = 8, 8  # of each channel; channels of which pictures are drawn
@@ -163,7 +163,8 @@ def rank(explainer: Explainer, entries: Sequence[Entry], layer: str, target: Tar
         raise InputError("the rules derive, and channels have no relevance; required: rules that redistribute")
     if not isinstance(layer, str) or layer not in graph.shapes:
         raise InputError(f"the network has no layer {shown(layer)}; it has {', '.join(list(graph.shapes)[1:])}")
-    checked_targets(target, explainer.model, 1, graph.shapes[graph.output][0])
+    require_classes(explainer.model, "channels are ranked for classes")
+    checked_targets(target, explainer.model, 1)
     kept: list[Entry] = []
     targets: list[int] = []
     shares: list[Array] = []

@@ -56,6 +56,7 @@ examples:
   fastdtd explain net.h5 imagenet/val/ -o out --true-label --draw 0 --store float16 --stats
   fastdtd explain net.h5 images.csv -o out --top 5           the five highest scores of each
   fastdtd explain net.h5 cat.jpg --against runner-up         why this class, and not the next
+  fastdtd explain net.h5 cat.jpg --through conv5=3,17        what goes through two channels of a layer
   fastdtd explain net.h5 cat.jpg --rule 'conv1*=flat' --rule 'pool*=proportional'
   fastdtd explain net.h5 cat.jpg --rules zennit.epsilon_plus --rule 'type:dense=epsilon(epsilon=0.25)'
   fastdtd explain net.h5 cat.jpg --ledger                    where the score went, layer by layer
@@ -307,7 +308,8 @@ def _parser() -> argparse.ArgumentParser:
     what = explain.add_argument_group("what is explained")
     what.add_argument("--target", metavar="CLASS", action="append", default=[],
                          help="class to explain: a name or a number; may be given several times (default: each image's "
-                         "winner)")
+                         "winner). Where outputs are maps: CLASS for its sum over all positions, CLASS@max for its "
+                         "highest score, or CLASS@Y,X (default: the highest score of all)")
     what.add_argument("--top", metavar="K", type=int, default=1, help="explain the K highest scores of each image")
     what.add_argument("--true-label", action="store_true", help="explain the class that the source says of each "
                          "image: a list, a tar, an HDF5 file, or a folder's folders by their names")
@@ -315,6 +317,9 @@ def _parser() -> argparse.ArgumentParser:
                       help="hold the target against this class: relevance is the target's less the class's, drawn red "
                       "and blue; may be given several times, for their mean. Or runner-up, the highest other score; "
                       "others, all other classes (CLRP); or softmax-gradient (SGLRP)")
+    what.add_argument("--through", metavar="LAYER=CHANNELS", action="append", default=[], type=_layer_channels,
+                      help="explain only what goes through these channels of a layer, as in conv5=3,17; may be given "
+                      "for several layers")
     what.add_argument("--labels", action="store_true", help="a folder's folders are named after the true classes "
                          "of what is in them, which the results then say")
     _add_rules(what)
@@ -396,6 +401,9 @@ def _parser() -> argparse.ArgumentParser:
         "--box", metavar="BOX", type=_box, help="bounds of the input: LOW,HIGH for all channels, or LOW:HIGH,... one "
         "a channel; write --box=... since it begins with a minus")
     convert.add_argument("--labels", metavar="FILE", help="text file with a class name a line")
+    convert.add_argument("--output", metavar="NAME", type=_number_or_name,
+                         help="which of several outputs is explained, by its name or number; of ONNX and Keras also an "
+                         "inner tensor or layer (default: the first)")
     convert.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="compare scores on random inputs with those of "
         "onnxruntime (or ONNX's reference, for small networks), Keras or the PyTorch module, and write nothing where "
@@ -536,6 +544,13 @@ def _rule(text: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
+def _layer_channels(text: str) -> tuple[str, list[int]]:
+    match = re.fullmatch(r"(.+)=(\d{1,9}(?:,\d{1,9})*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no LAYER=CHANNELS, as in 'conv5=3,17'")
+    return match[1], [int(number) for number in match[2].split(",")]
+
+
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -603,12 +618,14 @@ def _explain(options: argparse.Namespace) -> int:
             if not prints:
                 return
             name = line.class_name if line.class_name == str(line.target) else f"{line.target} {line.class_name}"
+            name = f"{name} {line.place}" if line.place else name
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.explained or line.against else ", score not positive: nothing to decompose"
             less = f" against {line.against}, explained {line.explained:.6g}" if line.against else ""
+            cut = f", through other channels {line.cut:.6g}" if options.through else ""
             bar.write(printable(
                 f"{line.name:<{width}}  {name}  score {line.score:.6g}{less}, relevance "
-                f"{line.relevance:.6g}{absorbed}{nothing}"), file=sys.stdout)
+                f"{line.relevance:.6g}{absorbed}{cut}{nothing}"), file=sys.stdout)
 
         def on_failed(count: int) -> None:
             bar.set_postfix_str(f"{count} failed", refresh=False)
@@ -625,7 +642,7 @@ def _explain(options: argparse.Namespace) -> int:
                         on_line, bar.update, options.ledger, top=options.top, true_label=options.true_label,
                         workers=workers, draw=draw, storage=storage, draft=options.draft, shard=options.shard,
                         retry_failed=options.retry_failed, executor=executor, on_failed=on_failed,
-                        against=_targets(options.against))
+                        against=_targets(options.against), through=dict(options.through) or None)
                     break
                 except runner.AnotherRunError:
                     if options.out:
@@ -765,9 +782,21 @@ def _print_books(books: dict[str, float], flow: dict[str, float]) -> None:
         print(f"{name:<{width}}  {amount:>12.6g}  {'':>12}  {'':>12}  {amount / total if total else 0:>8.3%}")
 
 
-def _targets(texts: list[str]) -> list[int | str] | int | str | None:
-    found = [int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text for text in texts]
+def _targets(texts: list[str]) -> Any:
+    found = [_target(text) for text in texts]
     return found[0] if len(found) == 1 else found or None
+
+
+def _target(text: str) -> Any:
+    """A class's number or name; with where in its map: CLASS@max or CLASS@Y,X."""
+    name, at, place = text.rpartition("@")
+    if at and (found := re.fullmatch(r"(\d{1,9}),(\d{1,9})|max", place)):
+        return _target(name), *(map(int, found.groups()) if found[1] else (place, ))
+    return _number_or_name(text)
+
+
+def _number_or_name(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -846,7 +875,8 @@ def _convert(options: argparse.Namespace) -> int:
     source = opened(options.source, options.weights)
     model = convert(source, options.weights, color=options.color, size=options.size, resize=options.resize,
                     mean=numbers(options.mean), std=numbers(options.std), scale=options.scale, box=options.box,
-                    labels=options.labels, verify=options.verify, max_constants=options.max_constants)
+                    labels=options.labels, verify=options.verify, max_constants=options.max_constants,
+                    output=options.output)
     if "verified" in model.provenance:
         print(f"{options.source}: the scores are those of {model.provenance['verified']}")
     model_file.save(model, options.model, options.dtype)

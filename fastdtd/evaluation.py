@@ -21,7 +21,15 @@ from fastdtd.errors import InputError, OutputError, PictureError, shown
 from fastdtd.explainer import Explainer
 from fastdtd.files import replace
 from fastdtd.graph import Array
-from fastdtd.inputs import BeyondFloat32Error, Target, checked_images, checked_targets, memory_size, pictures_of
+from fastdtd.inputs import (
+    BeyondFloat32Error,
+    Target,
+    checked_images,
+    checked_targets,
+    memory_size,
+    pictures_of,
+    require_classes,
+)
 from fastdtd.model import Model
 from fastdtd.rules import PRESETS, Rules
 
@@ -265,7 +273,8 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
         count, read = len(given), lambda number: model.preprocess(given[number])
     if not count:
         raise InputError("there are no pictures; required: at least one")
-    targets = checked_targets(target, model, count, model.graph.shapes[model.graph.output][0])
+    require_classes(model, "what is evaluated is how the score of a class falls")
+    targets = checked_targets(target, model, count)
     drops, failed = run.go(count, read, targets, on_progress)
     if not drops:
         raise InputError(f"none of {count} pictures can be evaluated: {next(iter(failed.values()))}")

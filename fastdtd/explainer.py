@@ -23,11 +23,11 @@ from fastdtd.inputs import (
     Against,
     BeyondFloat32Error,
     ExplanationWarning,
-    Question,
-    Target,
+    MapTarget,
     against_text,
     checked_against,
     checked_images,
+    checked_places,
     checked_start,
     checked_targets,
     checked_through,
@@ -38,6 +38,7 @@ from fastdtd.inputs import (
 from fastdtd.lowering.aliasing import fused_activations
 from fastdtd.model import Model
 from fastdtd.plan import OutOfMemoryError, Plan
+from fastdtd.question import Beginning, Question
 from fastdtd.rules import Rules, assign
 
 # What of an image's relevance may be lost to rounding: a thousand times what is, 1e-6, without numbers below float32's
@@ -175,7 +176,7 @@ class Explainer:
         return f"<Explainer of {self.model.graph!r}: rules for {len(self.rules)} of them, on {where}>"
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
-    def __call__(self, batch: Any, target: Target = None, start: npt.ArrayLike | None = None, *,
+    def __call__(self, batch: Any, target: MapTarget = None, start: npt.ArrayLike | None = None, *,
                  against: Against = None, through: Mapping[str, int | Sequence[int]] | None = None) -> Explanation:
         """Explain each image of a batch.
 
@@ -186,10 +187,17 @@ class Explainer:
             array is what `model.preprocess` makes; values beyond the model's value box are clipped to it, with a
             warning. With device="cuda" it may be an array of CuPy on one of the explainer's GPUs; it is explained
             there, and relevance and output stay there.
-        target : int, str, sequence of these, or None
+        target : int, str, tuple, sequence of these, or None
             The output to explain: its number or class name, one for all or one for each image. None: the one with the
-            highest score.
-        start : (N, K) or (K,) array, or None
+            highest score. Of a network whose outputs are maps, of segmentation or detection, it is the scores of one
+            channel, which are explained together: all of them, or with where in the map
+
+            - ``(channel, y, x)``: the score at one position;
+            - ``(channel, "max")``: the highest one;
+            - ``(channel, mask)``: those where a mask (H, W) is true.
+
+            There, only a list has one for each image, and None is the highest score at any position of any channel.
+        start : (N, K) or (K,) array (of maps: (N, K, H, W) or (K, H, W)), or None
             Instead of a target: the relevance that each output starts with, negative only under rules that decompose
             negative scores (`Explanation.explained`). Its largest in size is the `target` of the explanation, and its
             sum what is `explained`.
@@ -202,7 +210,8 @@ class Explainer:
             - "softmax-gradient": the outputs start with the softmax's derivative by them, y_t (1 - y_t) the target and
               -y_t y_k the others (SGLRP of Iwana et al. 2019).
 
-            docs/method.md says what the sums are. A class of such a name is given by its number.
+            docs/method.md says what the sums are. A class of such a name is given by its number. Of maps, each position
+            is held against the same position of other channels.
         through : mapping from str to int or sequence of int, or None
             Layers, and channels of what they make: of the relevance that comes to such a layer only that of these
             channels goes on. The rest is the explanation's `cut`. Relevance that goes around the layer stays.
@@ -234,28 +243,36 @@ class Explainer:
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
             images = checked_images(batch, self.model, library, self._surely_within)
-            count, outputs = len(images), graph.shapes[graph.output][0]
-            targets = checked_targets(target, self.model, count, outputs)
+            count, shape = len(images), graph.output_shape
+            is_of_maps = shape[1:] != (1, 1)
+            targets, places = (checked_places(target, self.model, count) if is_of_maps else
+                               (checked_targets(target, self.model, count), None))
             signed = self._assignment.signed_scores
             held = checked_against(against, self.model, self.conserves)
             if held is not None and start is not None:
                 raise InputError("a start and classes to hold it against were given; required: one or the other; where "
                                  "rules decompose negative scores, a start may be negative")
-            question = Question(targets, checked_start(start, target, count, outputs, signed), held, signed,
-                                checked_through(through, self.model, self.conserves))
+            question = Question(shape, targets, places, checked_start(start, target, count, shape, signed), held,
+                                signed, checked_through(through, self.model, self.conserves))
             explained_targets = np.empty(count, np.int64)
             context = replace(self.context, pictures=pictures, against=against_text(held, self.model),
                               explain_again=partial(self._observed, images, explained_targets, question))
             ledger = np.zeros((len(self._assignment.absorbers), count))
-            e = Explanation(library.empty_like(images), library.empty((count, outputs), np.float32), explained_targets,
-                            np.empty(count, np.float32), dict(zip(self._assignment.absorbers, ledger, strict=True)),
-                            context, {name: np.zeros(count) for name, _ in question.through})
+            e = Explanation(library.empty_like(images),
+                            library.empty((count, *(shape if is_of_maps else shape[:1])), np.float32),
+                            explained_targets, np.empty(count, np.float32),
+                            dict(zip(self._assignment.absorbers, ledger, strict=True)), context,
+                            {name: np.zeros(count) for name, _ in question.through},
+                            np.empty((count, *shape[1:]), np.bool_) if is_of_maps else None)
+        output = e.output.reshape(count, -1) if is_of_maps else e.output
         sums, doubtful = np.zeros(count), list[slice]()
 
         def explain(plan: Plan, first: int, last: int) -> None:
             part = slice(first, last)
-            scores, e.target[part], e.explained[part] = self._run(plan, images[part], question.part(part), first)
-            e.output[part] = library.asarray(scores)
+            scores, began, e.explained[part] = self._run(plan, images[part], question.part(part), first)
+            output[part], e.target[part] = library.asarray(scores), began.targets
+            if e.region is not None:
+                e.region[part] = began.region
             relevance = e.relevance[part]
             kernels.read(relevance, plan.relevance)
             match derivative:
@@ -268,7 +285,7 @@ class Explainer:
                 came = np.empty(plan.came[name].shape, np.float32)
                 kernels.read(came, plan.came[name])
                 e.cut[name][part] = np.delete(came, channels, 1).sum((1, 2, 3), dtype=np.float64)
-            if not kernels.sum_relevance(sums[part], relevance, e.output[part], plan.ledger, e.explained[part],
+            if not kernels.sum_relevance(sums[part], relevance, output[part], plan.ledger, e.explained[part],
                                          self._largest_loss) or derivative or question.is_special:
                 doubtful.append(part)
 
@@ -277,7 +294,7 @@ class Explainer:
         if doubtful:
             finite = np.empty(count, np.bool_)  # scores
             with kernels.on_device_of(batch):
-                kernels.read(finite, library.isfinite(e.output).all(1))
+                kernels.read(finite, library.isfinite(output).all(1))
             self._examine(e, sums, finite & np.isfinite(sums), question)
         return e
 
@@ -292,7 +309,7 @@ class Explainer:
 
         Returns
         -------
-        (N, K) float32
+        (N, K) or (N, K, H, W) float32
             Before any softmax; the same bits as the explanation's. Of CuPy where the batch is.
 
         Raises
@@ -317,7 +334,7 @@ class Explainer:
         library = kernels.namespace(batch)
         with kernels.on_device_of(batch):
             images = checked_images(batch, self.model, library, self._surely_within)
-            scores: Array = library.empty((len(images), graph.shapes[graph.output][0]), np.float32)
+            scores: Array = library.empty((len(images), graph.outputs), np.float32)
 
         def predict(plan: Plan, first: int, last: int) -> None:
             kernels.write(plan.input, images[first:last])
@@ -330,7 +347,7 @@ class Explainer:
         if beyond:
             raise BeyondFloat32Error(dict.fromkeys(
                 beyond, "gives scores beyond float32; its values or the model's weights are too large"))
-        return scores
+        return scores if graph.output_shape[1:] == (1, 1) else scores.reshape(-1, *graph.output_shape)
 
     def _preprocessed(self, batch: Any) -> tuple[Any, list[Any] | None]:
         """The network's inputs, and the pictures that they are of, where pictures were given."""
@@ -349,9 +366,9 @@ class Explainer:
                 "gives scores or relevance beyond float32; its values or the model's weights are too large"))
         if self._assignment.derivative:
             return
-        scores = np.empty(e.output.shape, np.float32)
-        self._kernels.read(scores, e.output)
-        _, start = question.of(scores)
+        scores = np.empty((len(e), self.model.graph.outputs), np.float32)
+        self._kernels.read(scores, e.output.reshape(scores.shape))
+        targets, start, region = question.of(scores)
         cut = np.asarray(sum(e.cut.values(), np.zeros(len(e))))
         lost = np.abs(e.explained - sums - e.absorbed - cut)
         reasons = {}
@@ -369,7 +386,11 @@ class Explainer:
             raise BeyondFloat32Error(reasons)
         if question.start is not None:
             return
-        of_targets = scores[np.arange(len(e)), e.target]
+        if region is None:
+            of_targets = scores[np.arange(len(e)), targets]
+        else:  # the one that has most to decompose
+            of_targets = scores.reshape(-1, *question.shape)[np.arange(len(e)), targets]
+            of_targets = np.where(region, np.abs(of_targets) if question.signed else of_targets, -np.inf).max((1, 2))
         nothing = np.flatnonzero(of_targets == 0 if question.signed else of_targets <= 0)
         what = "of zero" if question.signed else "that is not positive"
         if len(nothing) and question.against != "softmax-gradient":
@@ -379,34 +400,38 @@ class Explainer:
                 f"{len(nothing)} of {len(e)} targets have a score {what}, so there is nothing to decompose{zero}; the "
                 f"first is image {image}, {e.class_name(image)!r}, score {of_targets[image]:.4g}", ExplanationWarning,
                 stacklevel=4)  # past __call__ and out_of_memory
-        if start is not None and len(alone := np.flatnonzero((start >= 0).all(1))):
+        if question.against is not None and start is not None and len(alone := np.flatnonzero((start >= 0).all(1))):
             warnings.warn(
                 f"nothing is held against the targets of {len(alone)} of {len(e)} images, for all that was given has a "
                 f"score {what}, or is the target itself; the first is image {alone[0]}, held against "
                 f"{e.against_name(alone[0])!r}", ExplanationWarning, stacklevel=4)
 
-    def _run(self, plan: Plan, images: Array, question: Question, first: int
-             ) -> tuple[Array, npt.NDArray[np.int64], Array]:
+    def _run(self, plan: Plan, images: Array, question: Question, first: int) -> tuple[Array, Beginning, Array]:
         """Both passes: scores, what is explained of each image, and how much; first: the first image's number."""
         submit, scores = self._executor.submit(plan), np.empty(plan.output.shape, np.float32)
         self._kernels.write(plan.input, images)
         plan.forward(submit)
         self._kernels.read(scores, plan.output)
-        target, begins = question.of(scores)
-        if begins is None:
+        began, derivative = question.of(scores), self._assignment.derivative
+        if began.start is None:
             start, explained = np.zeros(scores.shape, np.float32), np.empty(len(scores), np.float32)
-            derivative, starts_with_relevance = self._assignment.derivative, plan.schedule.starts_with_relevance
-            for i, output in enumerate(target.tolist()):  # sooner than by NumPy's indices, if there are few
+            starts_with_relevance = plan.schedule.starts_with_relevance
+            for i, output in enumerate(began.targets.tolist()):  # sooner than by NumPy's indices, if there are few
                 score = scores[i, output]
                 explained[i] = score if question.signed else max(score, 0)
                 start[i, output] = 1 if derivative else explained[i] if starts_with_relevance else np.sign(explained[i])
         else:
-            start, explained = begins, begins.sum(1, dtype=np.float64).astype(np.float32)
-            if not plan.schedule.starts_with_relevance:
-                start = factors(begins, scores, first)
+            start, explained = began.start, began.start.sum(1, dtype=np.float64).astype(np.float32)
+            if derivative and question.start is None:  # of a part of a map
+                assert began.region is not None
+                start = np.zeros((len(scores), *question.shape), np.float32)
+                start[np.arange(len(scores)), began.targets] = began.region
+                start = start.reshape(scores.shape)
+            elif not plan.schedule.starts_with_relevance:
+                start = factors(start, scores, first)
         self._kernels.write(plan.start, start)
         plan.backward(submit)
-        return scores, target, explained
+        return scores, began, explained
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
     def _observed(self, images: Array, targets: npt.NDArray[np.int64], question: Question, layers: Sequence[str]

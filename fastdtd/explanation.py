@@ -58,10 +58,10 @@ class Explanation:
         How much of `explained` each input value carries, summing to `explained` less what `ledger` names. Non-negative
         by the rules of "dtd"; epsilon, gamma and alpha-beta can make it negative, and what contributes to the classes
         that a target is held against is. The presets named after derivatives have these instead.
-    output : (N, K) float32
-        Class scores, before any softmax.
+    output : (N, K) float32, or (N, K, H, W)
+        Class scores, before any softmax; of networks whose outputs are maps at each position.
     target : (N,) int64
-        The output that is explained.
+        The output that is explained; of maps the channel.
     explained : (N,) float32
         Its score. Where that is not positive, 0, for there is nothing to decompose, and the relevance is 0; but under
         rules of layer-wise relevance propagation at the output (epsilon, gamma, alpha-beta, z+ with parameters) and
@@ -74,6 +74,8 @@ class Explanation:
     cut : dict of str to (N,) float64
         By layer of `through`, the relevance that ended there, in other channels than those that it was to go through:
         with relevance and ledger it makes up what is explained.
+    region : (N, H, W) bool, or None
+        Of networks whose outputs are maps: the positions whose scores are explained, together.
 
     Examples
     --------
@@ -92,6 +94,7 @@ class Explanation:
     ledger: dict[str, npt.NDArray[np.float64]]
     context: Context = field(default_factory=Context)
     cut: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    region: npt.NDArray[np.bool_] | None = None
 
     # -- What it says
 
@@ -105,15 +108,32 @@ class Explanation:
         """(N,) float64: the relevance of all input values together."""
         return np.asarray([_host(image).sum(dtype=np.float64) for image in self.relevance], np.float64)
 
+    @property
+    def score(self) -> Array:
+        """(N,) float32: the target's score; of maps the sum of those that are explained."""
+        scores: Array = _host(self.output)[np.arange(len(self)), self.target]
+        return scores if self.region is None else np.where(self.region, scores, 0).sum((1, 2))
+
+    def place(self, image: int = 0) -> str:
+        """Of networks whose outputs are maps, where in the map it is explained, in words; else ""."""
+        if self.region is None:
+            return ""
+        region = self.region[self._checked(image)]
+        count = int(region.sum())
+        if count == 1:
+            y, x = np.argwhere(region)[0].tolist()
+            return f"at ({y}, {x})"
+        return f"at {count} positions" if count < region.size else "at all positions"
+
     def class_name(self, image: int = 0) -> str:
-        """What is explained of an image: the class's name, or its number where the model has no names."""
+        """The class that is explained of an image: its name, or its number where the model has no names."""
         target = int(self.target[self._checked(image)])
         return self.context.classes[target] if self.context.classes else str(target)
 
     def against_name(self, image: int = 0) -> str:
         """What an image's target is held against, in words: names of classes, "others" or "softmax-gradient"; "" where
-        nothing is."""
-        if self.context.against != "runner-up":
+        nothing is. Of maps "runner-up" stays, for it is another at each position."""
+        if self.context.against != "runner-up" or self.region is not None:  # which is another at each position
             return self.context.against
         scores = _host(self.output[self._checked(image)]).copy()
         scores[self.target[image]] = -np.inf
@@ -135,7 +155,8 @@ class Explanation:
         against = printable(self.against_name(i))
         less = f" against {against}, explained {float(self.explained[i]):.6g}" if against else ""
         return (
-            f"{name if name == str(target) else f'{target} {name}'}  score {float(self.output[i, target]):.6g}{less}, "
+            f"{name if name == str(target) else f'{target} {name}'}{f' {place}' if (place := self.place(i)) else ''}  "
+            f"score {float(self.score[i]):.6g}{less}, "
             f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed "
             f"{float(self.absorbed[i]):.6g}"
             + "".join(f", cut at {printable(name)} {cut[i]:.6g}" for name, cut in self.cut.items())
@@ -146,7 +167,8 @@ class Explanation:
         rows = []
         for i in range(min(len(self), _MAX_DRAWN)):
             against = self.against_name(i)
-            facts = {"class": self.class_name(i), "score": f"{float(self.output[i, self.target[i]]):.6g}",
+            where = {} if self.region is None else {"where": self.place(i)}
+            facts = {"class": self.class_name(i), **where, "score": f"{float(self.score[i]):.6g}",
                      **({"against": against, "explained": f"{float(self.explained[i]):.6g}"} if against else {}),
                      "relevance": f"{float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}",
                      "absorbed": f"{float(self.absorbed[i]):.6g}"}
@@ -263,8 +285,8 @@ class Explanation:
         Parameters
         ----------
         path : path
-            It gets the datasets relevance, scores, target, explained, sum and absorbed, a row for each image; ledger, a
-            column for each layer of its attribute "layers"; rules (JSON) and classes.
+            It gets the datasets relevance, scores, target, explained, sum and absorbed, a row for each image, and of
+            maps region; ledger, a column for each layer of its attribute "layers"; rules (JSON) and classes.
 
         Raises
         ------
@@ -281,6 +303,8 @@ class Explanation:
             write_header(file, self.context)
             for name, values in self.columns().items():
                 file[name] = values
+            if self.region is not None:
+                file["region"] = self.region
             file["ledger"] = np.stack([*self.ledger.values()], 1) if self.ledger else np.zeros((len(self), 0))
             file["ledger"].attrs["layers"] = np.array(list(self.ledger), h5py.string_dtype())
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ from fastdtd.layers import (
     Resize,
     Shape,
     Softmax,
+    outputs_text,
     shape_text,
 )
 
@@ -102,7 +104,7 @@ class Graph:
     domains : dict of str to Domain
         Of every tensor, the input included.
     output : str
-        The one tensor that no layer reads: the class scores, of shape (K, 1, 1).
+        The one tensor that no layer reads: the class scores, of shape (K, 1, 1), or maps of them.
 
     Raises
     ------
@@ -134,14 +136,20 @@ class Graph:
                 f"the network has {len(outputs)} outputs ({', '.join(map(repr, outputs))}); required: one. Remove the "
                 "layers that lead to the others")
         keep("output", outputs[0])
-        if self.shapes[self.output][1:] != (1, 1):
-            raise ModelError(
-                f"the network's output {self.output!r} has shape {shape_text(self.shapes[self.output])}; required: one "
-                "score for each class, (K, 1, 1). Add a global average pool or a flatten at the end")
         keep("domains", self._infer_domains())
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
+
+    @property
+    def output_shape(self) -> Shape:
+        """(K, 1, 1), a score for each class; or (K, H, W), one for each position too."""
+        return self.shapes[self.output]
+
+    @property
+    def outputs(self) -> int:
+        """Scores in all."""
+        return math.prod(self.output_shape)
 
     @property
     def parameters(self) -> int:
@@ -152,9 +160,8 @@ class Graph:
 
     def __repr__(self) -> str:
         return (
-            f"<Graph of {len(self.layers)} layers: {shape_text(self.input_shape)} -> {self.shapes[self.output][0]} "
-            f"scores, "
-            f"{self.parameters:,} parameters>")
+            f"<Graph of {len(self.layers)} layers: {shape_text(self.input_shape)} -> {outputs_text(self.output_shape)} "
+            f"scores, {self.parameters:,} parameters>")
 
     def _infer_shapes(self) -> dict[str, Shape]:
         shapes = {INPUT: self.input_shape}

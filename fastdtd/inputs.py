@@ -7,18 +7,20 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdtd.errors import InputError, shown
-from fastdtd.graph import INPUT, Array
+from fastdtd.graph import INPUT, Array, Shape
+from fastdtd.layers import outputs_text
 from fastdtd.model import Model
+from fastdtd.question import HIGHEST, Place
 from fastdtd.schedule import Through
 
 Target = int | str | Sequence[int | str] | npt.NDArray[Any] | None
+MapTarget = Target | tuple[Any, ...] | list[Any]  # with where in a map
 Against = Target  # or one of AGAINST
 AGAINST = ("runner-up", "others", "softmax-gradient")
 
@@ -130,8 +132,8 @@ def checked_images(batch: npt.ArrayLike, model: Model, library: Any,
     return clipped
 
 
-def checked_targets(target: Target, model: Model, count: int, outputs: int) -> npt.NDArray[np.int64] | None:
-    """(N,): the output to explain of each image; None: the one with the highest score."""
+def checked_targets(target: Target, model: Model, count: int) -> npt.NDArray[np.int64] | None:
+    """(N,): the output (of maps: the channel) to explain of each image; None: the one with the highest score."""
     if target is None:
         return None
     _require_unmasked("target", target)
@@ -139,23 +141,74 @@ def checked_targets(target: Target, model: Model, count: int, outputs: int) -> n
         target = target.tolist()
     is_one = isinstance(target, (str, bytes, bytearray, memoryview)) or not isinstance(target, Sequence)
     given = [target] if is_one else list(target)  # type: ignore[arg-type]  # what it is not is refused below
-    indices = []
-    for one in given:
-        index = model.class_index(one) if isinstance(one, str) else one
-        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
-            raise InputError(
-                f"target {shown(one)} is not an output; required: a whole number from 0 to {outputs - 1}, or a class "
-                "name")
-        indices.append(int(index))
+    indices = [_checked_target(one, model) for one in given]
     if not is_one and len(indices) != count:
         raise InputError(
             f"{len(indices)} targets were given for {count} images; required: one for all, or one for each")
     return np.resize(np.array(indices, np.int64), count)
 
 
-def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outputs: int, is_signed: bool
+def _checked_target(one: object, model: Model) -> int:
+    shape = model.graph.output_shape
+    index = model.class_index(one) if isinstance(one, str) else one
+    if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < shape[0]:
+        of_maps = "" if shape[1:] == (1, 1) else (
+            '; with where in its map as in (channel, y, x), (channel, "max") or (channel, mask)')
+        raise InputError(
+            f"target {shown(one)} is not an output; required: a whole number from 0 to {shape[0] - 1}, or a class "
+            f"name{of_maps}")
+    return int(index)
+
+
+def checked_places(target: MapTarget, model: Model, count: int
+                   ) -> tuple[npt.NDArray[np.int64] | None, tuple[Place, ...] | None]:
+    """Channels (N,) of a network whose outputs are maps, and what of each is explained; None: the highest score."""
+    if target is None:
+        return None, None
+    is_list = isinstance(target, list) or (isinstance(target, np.ndarray) and target.ndim > 0)
+    given: list[Any] = [*target] if is_list else [target]  # type: ignore[misc]
+    if is_list and len(given) != count:
+        raise InputError(f"{len(given)} targets were given for {count} images; required: one for all, or a list with "
+                         "one for each")
+    pairs = [_checked_place(one, model) for one in given] * (1 if is_list else count)
+    return np.array([channel for channel, _ in pairs], np.int64), tuple(place for _, place in pairs)
+
+
+def _checked_place(one: Any, model: Model) -> tuple[int, Place]:
+    """A channel, and what of its map is explained."""
+    if not isinstance(one, tuple):
+        return _checked_target(one, model), None
+    _, height, width = model.graph.output_shape
+    if len(one) == 2 and not isinstance(one[1], str):
+        try:
+            mask = np.asarray(one[1])
+        except ValueError:  # ragged
+            mask = np.empty(0)
+        if mask.shape != (height, width) or mask.dtype.kind not in "biu" or mask.min() < 0 or mask.max() != 1:
+            raise InputError(
+                f"the target's mask is of shape {mask.shape} and type {mask.dtype}; required: ({height}, {width}), "
+                "true where the map is explained, and that somewhere")
+        return _checked_target(one[0], model), mask.astype(np.bool_)
+    if len(one) == 2 and one[1] == HIGHEST:
+        return _checked_target(one[0], model), HIGHEST
+    if len(one) != 3 or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n < size
+                            for n, size in zip(one[1:], (height, width), strict=True)):
+        raise InputError(
+            f"target {shown(one)} is no part of an output; required: (channel, y, x), with y below {height} and x below"
+            f' {width}, (channel, "{HIGHEST}") or (channel, mask)')
+    return _checked_target(one[0], model), (int(one[1]), int(one[2]))
+
+
+def require_classes(model: Model, what: str) -> None:
+    """An error where outputs are maps."""
+    if model.graph.output_shape[1:] != (1, 1):
+        raise InputError(f"the network has {outputs_text(model.graph.output_shape)}, and {what}; required: a network "
+                         "with one score for each class")
+
+
+def checked_start(start: npt.ArrayLike | None, target: object, count: int, shape: Shape, is_signed: bool
                   ) -> Array | None:
-    """(N, K) float32: the relevance that each output starts with; None where a target is to be explained.
+    """(N, outputs) float32: the relevance that each output starts with; None where a target is to be explained.
 
     is_signed: whether it may be negative.
     """
@@ -164,16 +217,17 @@ def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outpu
     if target is not None:
         raise InputError("a target and a start were given; required: one or the other")
     _require_unmasked("start", start)
+    wanted = shape[:1] if shape[1:] == (1, 1) else shape
     try:
         given = np.asarray(start)
         if given.dtype.kind not in "fiu":
             raise ValueError
         with np.errstate(over="ignore"):
-            relevance = np.broadcast_to(given, (count, outputs)).astype(np.float32)
+            relevance = np.broadcast_to(given, (count, *wanted)).astype(np.float32).reshape(count, -1)
     except (ValueError, TypeError, RuntimeError, OverflowError):
-        raise InputError(
-            f"start is no ({count}, {outputs}) or ({outputs},) array of numbers; required: relevance for each output"
-        ) from None
+        sizes = ", ".join(map(str, wanted))
+        raise InputError(f"start is no ({count}, {sizes}) or ({sizes}{',' * (len(wanted) == 1)}) array of numbers; "
+                         "required: relevance for each output") from None
     if not np.isfinite(relevance).all():
         raise InputError("start holds a number that is infinite or NaN; required: finite relevance")
     if not is_signed and (relevance < 0).any():
@@ -182,82 +236,14 @@ def checked_start(start: npt.ArrayLike | None, target: Target, count: int, outpu
     return relevance
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """What of each image's scores is explained.
-
-    targets : (N,) int64, the output to explain, or None, the highest
-    start : (N, K) float32, the relevance that each output starts with, in place of a target's; or None
-    against : what the target is held against: a name in AGAINST, or numbers of outputs; or None
-    signed : whether negative scores are explained
-    through : layers, and the channels that alone pass relevance on
-    """
-
-    targets: npt.NDArray[np.int64] | None
-    start: Array | None
-    against: str | tuple[int, ...] | None
-    signed: bool
-    through: Through = ()
-
-    @property
-    def mixes_signs(self) -> bool:
-        """Whether outputs have negative relevance though the rules decompose positive scores alone."""
-        return self.against is not None and not self.signed
-
-    @property
-    def is_special(self) -> bool:
-        """Whether there is more to check than the score's sum."""
-        return self.against is not None or bool(self.through)
-
-    def part(self, which: slice) -> Question:
-        """Of some images."""
-        return replace(self, targets=None if self.targets is None else self.targets[which],
-                       start=None if self.start is None else self.start[which])
-
-    def of(self, scores: Array) -> tuple[npt.NDArray[np.int64], Array | None]:
-        """The target of each image, by its scores (N, K), and the relevance that outputs start with; None where that is
-        the target's score alone."""
-        if self.start is not None:
-            return np.abs(self.start).argmax(1), self.start
-        targets = scores.argmax(1) if self.targets is None else self.targets
-        return targets, None if self.against is None else self._contrast(scores, targets)
-
-    def _contrast(self, scores: Array, targets: npt.NDArray[np.int64]) -> Array:
-        """What the target starts with, less what each output that it is held against does."""
-        rows, exact = np.arange(len(scores)), scores.astype(np.float64)
-        own = exact if self.signed else np.maximum(exact, 0)
-        of_targets, held = own[rows, targets], np.zeros_like(exact)
-        usable = scores != 0  # what has the score 0 cannot be redistributed
-        usable[rows, targets] = False
-        if self.against == "others":  # Gu et al. 2018, CLRP1
-            held += of_targets[:, None] * usable / np.maximum(usable.sum(1, keepdims=True), 1)
-        elif self.against == "softmax-gradient":  # Iwana et al. 2019
-            likely = np.exp(exact - exact.max(1, keepdims=True))
-            likely /= likely.sum(1, keepdims=True)
-            held += likely[rows, targets, None] * likely * usable
-            of_targets = held.sum(1) * (scores[rows, targets] != 0)  # y (1 - y), also where y is nearly 1
-        else:
-            if self.against == "runner-up":
-                others = exact.copy()
-                others[rows, targets] = -np.inf
-                against = others.argmax(1)[:, None]
-            else:
-                against = np.tile(np.array(self.against, np.int64), (len(scores), 1))
-            np.add.at(held, (rows[:, None], against), own[rows[:, None], against] / against.shape[1])
-        start = -held
-        start[rows, targets] += of_targets
-        return start.astype(np.float32)
-
-
 def checked_against(against: Against, model: Model, conserves: bool) -> str | tuple[int, ...] | None:
     """As a `Question` has it. conserves: whether the rules redistribute relevance."""
     if against is None:
         return None
-    outputs = model.graph.shapes[model.graph.output][0]
     if not conserves:
         raise InputError("the rules derive, and a derivative has no sum to hold against another's; required: rules "
                          "that redistribute, or a start, for the derivative of a weighted sum of scores")
-    if outputs < 2:
+    if model.graph.output_shape[0] < 2:
         raise InputError("the network has one output, and nothing to hold it against; required: two or more")
     if isinstance(against, str) and against in AGAINST:
         return against
@@ -266,7 +252,7 @@ def checked_against(against: Against, model: Model, conserves: bool) -> str | tu
     if not len(given):
         raise InputError(f"there are no classes to hold the target against; required: some, or one of "
                          f"{', '.join(AGAINST)}")
-    found = checked_targets(given, model, len(given), outputs)
+    found = checked_targets(given, model, len(given))
     assert found is not None
     return tuple(found.tolist())
 

@@ -562,3 +562,8 @@ LAYER_TYPES: dict[str, type[Layer]] = {
 
 def shape_text(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def outputs_text(shape: Shape) -> str:
+    """Of a network: "1000", or of maps "21 maps of 65x65"."""
+    return str(shape[0]) if shape[1:] == (1, 1) else f"{shape[0]} maps of {shape_text(shape[1:])}"

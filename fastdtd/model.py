@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdtd.canonize import canonize
+from fastdtd.canonize import canonize, with_complement
 from fastdtd.errors import InputError, ModelError, printable, shown
 from fastdtd.graph import Array, Graph
+from fastdtd.layers import outputs_text
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
 RESIZES = ("stretch", "crop")
@@ -65,7 +66,8 @@ class Model:
         Kept in canonical form (see canonize.py): without dropout, softmax and batch norm.
     preprocessing : Preprocessing
     classes : sequence of str
-        One name for each output, or empty.
+        One name for each output (of maps: each channel), or empty. Two names for one output make a binary classifier
+        of it, with the outputs -y, which the first name is of, and y.
     provenance : dict of str to str
         Where the weights come from: source, license, ....
 
@@ -99,19 +101,20 @@ class Model:
         object.__setattr__(self, "graph", canonize(self.graph))
         object.__setattr__(self, "classes", _checked_classes(self.classes))
         object.__setattr__(self, "preprocessing", _checked(self.preprocessing, self.graph.input_shape))
-        outputs = self.graph.shapes[self.graph.output][0]
-        if self.classes and len(self.classes) != outputs:
+        shape = self.graph.output_shape
+        if len(self.classes) == 2 and shape[0] == 1:
+            object.__setattr__(self, "graph", with_complement(self.graph))
+        elif self.classes and len(self.classes) != shape[0]:
             raise ModelError(
-                f"the model names {len(self.classes)} classes but has {outputs} outputs; required: one name each, or "
-                "none"
-            )
+                f"the model names {len(self.classes)} classes but has {outputs_text(shape)}"
+                f"{' outputs' if shape[1:] == (1, 1) else ''}; required: one name each, or none")
 
     def _facts(self) -> dict[str, str]:
         """What it is, in a few lines."""
         graph, p = self.graph, self.preprocessing
         box = "none" if graph.box is None else f"{graph.box[0].min():g} to {graph.box[1].max():g}"
         how = f"{p.color}, {p.resize}" if p.color else "no picture"
-        outputs = graph.shapes[graph.output][0]
+        outputs = outputs_text(graph.output_shape)
         names = "; ".join(self.classes[:_MAX_NAMES]) + ("; ..." if len(self.classes) > _MAX_NAMES else "")
         facts = {"input": f"{'x'.join(map(str, graph.input_shape))}, {how}; box {box}",
                  "outputs": f"{outputs}: {names}" if names else f"{outputs}, unnamed"}
@@ -163,7 +166,7 @@ class Model:
 
     def class_name(self, index: int) -> str:
         """Name of output `index`, or its number where the model has no names."""
-        outputs = self.graph.shapes[self.graph.output][0]
+        outputs = self.graph.output_shape[0]
         if not isinstance(index, (int, np.integer)) or not 0 <= index < outputs:
             raise InputError(f"output {shown(index)} was asked for; required: a whole number from 0 to {outputs - 1}")
         return self.classes[index] if self.classes else str(index)

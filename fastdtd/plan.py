@@ -42,9 +42,9 @@ class Plan:
     schedule : Schedule
     input : (batch, C, H, W) float32
         Write images here before `forward`.
-    output : (batch, K) float32
+    output : (batch, outputs) float32
         Class scores, valid between `forward` and `backward`.
-    start : (batch, K) float32
+    start : (batch, outputs) float32
         Write here what the output carries back (1 for the class to explain; its relevance if
         `schedule.starts_with_relevance`) before `backward`.
     relevance : (batch, C, H, W) float32
@@ -80,7 +80,8 @@ class Plan:
         self.observed = {name: self._states[f"observed/{name}"] for name in schedule.observed}
         self.came = {name: self._states[f"came/{name}"] for name, _ in schedule.through}
         self.input, self.relevance = self._tensor(schedule.input), self._tensor(schedule.relevance)
-        self.output, self.start = self._tensor(schedule.output)[:, :, 0, 0], self._tensor(schedule.start)[:, :, 0, 0]
+        self.output, self.start = (self._tensor(ends).reshape(schedule.batch, -1)  # no copy: nothing else lies there
+                                   for ends in (schedule.output, schedule.start))
 
     def forward(self, submit: Submit | None = None) -> None:
         """input -> output. `submit` starts a call in another thread; needed where the plan has several workers."""

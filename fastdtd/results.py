@@ -696,7 +696,8 @@ def _troubles(path: Path, manifest: Mapping[str, Any], number: int, head: Head) 
                     yield f"row {row} has relevance that sums to {relevance.sum():.6g}; required: {told:.6g}"
                     return
                 turnover[row] = max(turnover[row], size)
-    lost = np.abs(columns["explained"] - columns["sum"] - columns["absorbed"])
+    cut = columns.get("cut", np.zeros(head.rows))  # where relevance was to go through some channels alone
+    lost = np.abs(columns["explained"] - columns["sum"] - columns["absorbed"] - cut)
     largest = _LARGEST_LOSS_TF32 if manifest.get("precision") == "tf32" else _LARGEST_LOSS
     for row in np.flatnonzero(lost > largest * turnover)[:1] if manifest["conserves"] else ():
         yield f"row {row} loses {lost[row]:.3g} of {columns['explained'][row]:.3g}"

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replace_fields
@@ -32,7 +32,16 @@ from fastdtd.cost import cost
 from fastdtd.errors import InputError, OutputError, shown
 from fastdtd.explainer import MAX_THREADS, Explainer
 from fastdtd.files import FolderLock, HeldError, remove_abandoned, replace
-from fastdtd.inputs import Against, ExplanationWarning, Target, against_text, checked_against, checked_targets
+from fastdtd.inputs import (
+    Against,
+    ExplanationWarning,
+    MapTarget,
+    against_text,
+    checked_against,
+    checked_places,
+    checked_targets,
+    checked_through,
+)
 from fastdtd.model import Model
 from fastdtd.results import Head, Storage, read_head, shard_path
 from fastdtd.shards import (
@@ -79,6 +88,8 @@ class Line:
     absorbed: float
     ledger: dict[str, float]  # by layer, what it absorbed
     flow: dict[str, float]  # by layer, what came to it; empty where that was not asked for
+    place: str = ""  # of maps, where in the map it is explained
+    cut: float = 0.0  # relevance that went through other channels than those asked for
 
 
 @dataclass
@@ -100,12 +111,13 @@ class Summary:
     elapsed: float = 0.0
 
 
-def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Target = None,
+def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: MapTarget = None,
         outputs: Iterable[str] = OUTPUTS, batch: int | None = None, on_line: Callable[[Line], Any] = lambda line: None,
         on_progress: Callable[[int], Any] = lambda count: None, flow: bool = False, *, top: int = 1,
         true_label: bool = False, workers: int | None = None, draw: int | None = DRAWN, storage: Storage = STORAGE,
         draft: bool = False, shard: int | None = None, retry_failed: bool = False, executor: Executor | None = None,
-        on_failed: Callable[[int], Any] = lambda count: None, against: Against = None) -> Summary:
+        on_failed: Callable[[int], Any] = lambda count: None, against: Against = None,
+        through: Mapping[str, int | Sequence[int]] | None = None) -> Summary:
     """Explain every image of a set and write the results to `out`.
 
     Parameters
@@ -117,8 +129,9 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         From `sources.find`.
     out : Path
         Made where it does not exist. docs/howto-many-pictures.md says what it gets.
-    target : int, str, or sequence of these, optional
-        Outputs to explain of all images, one or several. None: what `top` and `true_label` say.
+    target : int, str, tuple, or list of these, optional
+        Outputs to explain of all images, one or several. None: what `top` and `true_label` say. Of maps, (channel, y,
+        x) or (channel, "max"), as an `Explainer` takes them; no masks.
     outputs : some of "heatmap", "overlay", "relevance"
         What to write beside scores: drawings, and the relevance itself.
     batch : int, optional
@@ -151,6 +164,8 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         Told how many images have failed so far.
     against : int, str, or sequence of these, optional
         What the targets are held against, as an `Explainer` takes it.
+    through : mapping from str to int or sequence of int, optional
+        Layers, and the channels of them that alone pass relevance on. The rest is the column "cut".
 
     Returns
     -------
@@ -165,7 +180,7 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
         An unknown target or output, or another argument of no use.
     """
     settings = _settings(explainer, target, outputs, flow, top, true_label, len(entries) if draw is None else draw,
-                         storage, draft, against)
+                         storage, draft, against, through)
     for name, value, most in (("batch", batch, math.inf), ("number of threads", workers, MAX_THREADS),
                               ("shard", shard, math.inf)):
         if value is not None:
@@ -179,8 +194,9 @@ def run(explainer: Explainer, entries: Sequence[Entry], out: Path, target: Targe
             on_line, on_progress, on_failed, retry_failed, executor)
 
 
-def _settings(explainer: Explainer, target: Target, outputs: Iterable[str], flow: bool, top: int, true_label: bool,
-              draw: int, storage: Storage, draft: bool, against: Against) -> Settings:
+def _settings(explainer: Explainer, target: MapTarget, outputs: Iterable[str], flow: bool, top: int, true_label: bool,
+              draw: int, storage: Storage, draft: bool, against: Against,
+              through: Mapping[str, int | Sequence[int]] | None) -> Settings:
     outputs = list(outputs)
     if not outputs or any(one not in OUTPUTS for one in outputs):
         raise InputError(
@@ -193,17 +209,30 @@ def _settings(explainer: Explainer, target: Target, outputs: Iterable[str], flow
                          f"{', '.join(results.COMPRESSIONS)}, or None")
     if isinstance(storage.keep, bool) or not isinstance(storage.keep, (int, float)) or not 0 < storage.keep <= 1:
         raise InputError(f"of relevance {shown(storage.keep)} is to be kept; required: a share above 0, up to 1")
-    graph = explainer.model.graph
-    count = graph.shapes[graph.output][0]
-    _require_count("top", top, 1, count)
+    shape = explainer.model.graph.output_shape
+    is_of_maps = shape[1:] != (1, 1)
+    _require_count("top", top, 1, 1 if is_of_maps else shape[0])  # the next scores of a map lie beside the highest
     _require_count("draw", draw, 0)
     if (target is not None) + true_label + (top > 1) > 1:
         raise InputError("of target, true_label and top, several were given; required: one of them")
-    is_many = isinstance(target, (Sequence, np.ndarray)) and not isinstance(target, (str, bytes, bytearray))
-    given: Any = target if is_many else [] if target is None else [target]
-    indices = checked_targets(list(given), explainer.model, len(given), count) if len(given) else None
-    return Settings(() if indices is None else tuple(indices.tolist()), top, true_label,
-                    checked_against(against, explainer.model, explainer.conserves), tuple(sorted(set(outputs))),
+    is_many = isinstance(target, (Sequence, np.ndarray)) and not isinstance(target, (str, bytes, bytearray)) and not (
+        is_of_maps and isinstance(target, tuple))
+    given: Any = list(target) if is_many else [] if target is None else [target]  # type: ignore[arg-type]
+    targets: list[int | tuple[Any, ...]] = []
+    if given and is_of_maps:
+        channels, places = checked_places(given, explainer.model, len(given))
+        assert channels is not None
+        assert places is not None
+        if any(isinstance(place, np.ndarray) for place in places):
+            raise InputError('a target has a mask; required: (channel, y, x), (channel, "max") or a channel, for the '
+                             "settings of a run are kept as text")
+        targets += [channel if place is None else (channel, place) if isinstance(place, str) else (channel, *place)
+                    for channel, place in zip(channels.tolist(), places, strict=True)]
+    elif given:
+        targets += checked_targets(given, explainer.model, len(given)).tolist()  # type: ignore[union-attr]
+    return Settings(tuple(targets), top, true_label,
+                    checked_against(against, explainer.model, explainer.conserves),
+                    checked_through(through, explainer.model, explainer.conserves), tuple(sorted(set(outputs))),
                     draw if {"heatmap", "overlay"} & set(outputs) else 0, storage, draft, flow)
 
 
@@ -380,7 +409,10 @@ class _Run:
 def _lines(path: Path, model: Model, settings: Settings) -> Iterator[Line]:
     """What is said of a shard's rows."""
     # Not the scores of all classes, which are most of what a shard has beside relevance.
-    names = ["file", "target", "score", "explained", "sum", "absorbed", "ledger", *(["flow"] if settings.flow else [])]
+    of_maps = ["place"] if model.graph.output_shape[1:] != (1, 1) else []
+    cut = ["cut"] if settings.through else []
+    names = ["file", "target", "score", "explained", "sum", "absorbed", "ledger", *(["flow"] if settings.flow else []),
+             *of_maps, *cut]
     columns, layers = results.read_columns(path, names), results.ledger_layers(path)
     against = against_text(settings.against, model)
     for row in range(len(columns["file"])):
@@ -389,7 +421,8 @@ def _lines(path: Path, model: Model, settings: Settings) -> Iterator[Line]:
                    for name in ("ledger", "flow")]
         yield Line(str(columns["file"][row]), target, model.class_name(target), against, float(columns["score"][row]),
                    float(columns["explained"][row]), float(columns["sum"][row]), float(columns["absorbed"][row]),
-                   *ledgers)
+                   ledgers[0], ledgers[1], str(columns["place"][row]) if of_maps else "",
+                   float(columns["cut"][row]) if cut else 0.0)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -426,12 +459,14 @@ def _manifest(explainer: Explainer, entries: Sequence[Entry], settings: Settings
     return {
         "format": "fastdtd-run", "version": results.VERSION, "fastdtd": __version__,
         "model": {"sha256": weights.hexdigest(), "input": list(graph.input_shape),
-                  "outputs": graph.shapes[graph.output][0]},
+                  "outputs": graph.output_shape[0]},
         "rules": {name: str(rule.rule) for name, rule in explainer.rules.items()},
         "preprocessing": {name: np.asarray(value).tolist() for name, value in vars(p).items()},
         "precision": explainer.precision, "conserves": explainer.conserves,
-        "target": list(settings.targets) or ("true label" if settings.true_label else f"top {settings.top}"),
+        "target": [list(one) if isinstance(one, tuple) else one for one in settings.targets] or (
+            "true label" if settings.true_label else f"top {settings.top}"),
         "against": against_text(settings.against, explainer.model) or None,
+        "through": {name: list(channels) for name, channels in settings.through} or None,
         "outputs": list(settings.outputs), "draw": settings.draw, "draft": settings.draft, "flow": settings.flow,
         "storage": asdict(settings.storage) if "relevance" in settings.outputs else None,
         "images": {"count": len(entries), "sha256": images_of.hexdigest()}, "shard": shard,

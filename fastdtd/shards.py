@@ -25,6 +25,7 @@ from fastdtd.files import replace, replacing
 from fastdtd.graph import Array
 from fastdtd.inputs import BeyondFloat32Error, checked_targets
 from fastdtd.results import Head, ShardWriter, Storage, shard_path
+from fastdtd.schedule import Through
 from fastdtd.sources import Entry
 
 OUTPUTS = ("heatmap", "overlay", "relevance")
@@ -41,16 +42,17 @@ _OF_ONE_NAME = {errno.EACCES, errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EI
 class Settings:
     """What is done with each image: all that must be the same for a run to go on.
 
-    targets : outputs to explain of each image, or what follows says which
+    targets : outputs to explain of each image, as an Explainer takes them, or what follows says which
     top : so many of the highest scores
     true_label : the class that the source says
-    against : what targets are held against, as fastdtd.inputs.Question has it
+    against, through : as fastdtd.question.Question has them
     """
 
-    targets: tuple[int, ...] = ()
+    targets: tuple[int | tuple[Any, ...], ...] = ()
     top: int = 1
     true_label: bool = False
     against: str | tuple[int, ...] | None = None
+    through: Through = ()
     outputs: tuple[str, ...] = OUTPUTS
     draw: int = DRAWN
     storage: Storage = STORAGE
@@ -157,7 +159,8 @@ class Maker:
         """Columns for each rank of targets."""
         pixels, settings = np.stack([one.values for one in loaded]), self.settings
         labels = np.array([one.label for one in loaded], np.int64)
-        explain = functools.partial(self.explainer, pixels, against=settings.against)
+        explain = functools.partial(self.explainer, pixels, against=settings.against,
+                                    through=dict(settings.through) or None)
         first = explain(labels if settings.true_label else list(settings.targets[:1]) * len(loaded)
                         if settings.targets else None)
         made = [first]
@@ -171,8 +174,13 @@ class Maker:
             columns = e.columns()
             columns["attribution"], columns["prediction"] = columns.pop("relevance"), columns.pop("scores")
             columns["label"], columns["rank"] = labels, np.full(len(loaded), rank, np.int64)
-            columns["score"] = np.take_along_axis(columns["prediction"], columns["target"][:, None], 1)[:, 0]
+            columns["score"] = e.score
+            if e.region is not None:  # maps would be larger than the relevance
+                columns["prediction"] = columns["prediction"].max((2, 3))
+                columns["place"] = np.array([e.place(i) for i in range(len(loaded))], object)
             columns["ledger"] = np.stack([*e.ledger.values()], 1) if e.ledger else np.zeros((len(loaded), 0))
+            if settings.through:
+                columns["cut"] = np.sum([*e.cut.values()], 0)
             self.layers = tuple(e.ledger)
             if settings.flow:
                 columns["flow"] = np.stack([*e.flow().values()], 1) if e.ledger else columns["ledger"]
@@ -221,8 +229,7 @@ def _label(entry: Entry, explainer: Explainer, is_needed: bool) -> int:
     try:
         given: int | str = int(entry.label) if entry.label.isdecimal() else entry.label
         if entry.label:
-            graph = explainer.model.graph
-            [label] = checked_targets(given, explainer.model, 1, graph.shapes[graph.output][0])  # type: ignore[misc]
+            [label] = checked_targets(given, explainer.model, 1)  # type: ignore[misc]
             return int(label)
         trouble = "has no label, which the target was to be"
     except InputError as error:
@@ -242,7 +249,7 @@ def write_shard(maker: Maker, batches: Iterator[Batch], place: Path, numbers: ra
     failed: list[tuple[int, str, str]] = []
     settings, graph = maker.settings, maker.explainer.model.graph
     rows = len(numbers) * settings.rows
-    per_row = 4 * graph.shapes[graph.output][0] + 16 * len(graph.layers) + 4096
+    per_row = 4 * graph.output_shape[0] + 16 * len(graph.layers) + 4096
     with replacing(place) as beside:
         storage = settings.storage if "relevance" in settings.outputs else None
         writer = ShardWriter(beside, storage, graph.input_shape, rows, per_row)

@@ -423,6 +423,21 @@ def relevances(graph, image, target, rules, start=None, through=()):
     return relevance, tensors[graph.output], absorbed
 
 
+def has_ties(graph, image):
+    """Whether the values of a norm's group are equal, but for rounding: of the sums of what they contribute, which some
+    rules ask the sign of, rounding is all that is left."""
+    tensors = forward(graph, image)
+    for layer in graph:
+        if isinstance(layer, g.GroupNorm):
+            shape = graph.shapes[layer.name]
+            size = shape[0] // layer.groups * (1 if layer.per_position else shape[1] * shape[2])
+            y = tensors[layer.name].reshape(shape) - layer.shift[:, None, None]
+            is_small = np.abs(y) < 1e-5 * np.abs(layer.scale)[:, None, None]
+            if size > 1 and (is_small.ravel() & (tensors[layer.inputs[0]] != 0)).any():
+                return True
+    return False
+
+
 def contrast(graph, image, target, against, rules):
     """(relevance (C, H, W), absorbed by layer) of the target less that of what it is held against: outputs, "others"
     or "softmax-gradient"; each decomposed by itself.

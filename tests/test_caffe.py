@@ -382,7 +382,6 @@ CONV = "convolution_param { num_output: 4 kernel_size: 2 }"
     (layer("s", "Softmax", more="softmax_param { axis: 2 }"), {}, "axis 2"),
     (layer("r", "ReLU", "nothing"), {}, "reads 'nothing', which no layer before it makes"),
     (layer("r", "ReLU") + layer("r", "ReLU", "r"), {}, "name that is taken"),
-    (layer("r", "ReLU") + layer("q", "ReLU"), {}, "2 outputs"),
     ('layer { name: "r" type: "ReLU" bottom: "x" }', {}, "has no top"),
     ("layer {", {}, "the .prototxt is damaged"),
     ("a { " * 50_000, {}, "the .prototxt is damaged"),

@@ -369,7 +369,7 @@ def converted(run, monkeypatch):
 def test_convert_arguments(converted):
     assert converted("a.onnx", "new.h5") == {
         "source": "a.onnx", "weights": None, "color": None, "size": None, "resize": "stretch", "mean": 0.0, "std": 1.0,
-        "scale": 1.0, "box": None, "labels": None, "verify": None, "max_constants": None
+        "scale": 1.0, "box": None, "labels": None, "verify": None, "max_constants": None, "output": None
     }
     got = converted("a.prototxt", "a.caffemodel", "new.h5", "--color", "bgr", "--size", "227,224", "--resize", "crop",
                     "--mean=-1,2,3", "--std", "4", "--scale", "0.5", "--box=-104:151,-117:138,-123:132", "--labels",
@@ -378,7 +378,7 @@ def test_convert_arguments(converted):
         "source": "a.prototxt", "weights": "a.caffemodel", "color": "bgr", "size": (227, 224), "resize": "crop",
         "mean": [-1, 2, 3], "std": 4, "scale": 0.5, "box": [(-104, 151), (-117, 138),
                                                             (-123, 132)], "labels": "names.txt",
-        "verify": False, "max_constants": "4GiB"
+        "verify": False, "max_constants": "4GiB", "output": None
     }
     assert converted("a.onnx", "new.h5", "--box=-3,3", "--size", "28")["box"] == (-3, 3)
     assert converted("a.onnx", "new.h5", "--size", "28")["size"] == (28, 28)

@@ -40,6 +40,12 @@ def test_contrast(tmp_path):
     assert is_drawn(tmp_path / "out.png")
 
 
+def test_maps(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "Egyptian cat at all positions: explained" in run("maps.py", tmp_path / "out.png")
+    assert is_drawn(tmp_path / "out.png")
+
+
 def test_digits(tmp_path, data):
     pytest.importorskip("matplotlib")
     run("digits.py", data / "models/lenet_mnist", tmp_path / "out.png")

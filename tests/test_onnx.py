@@ -300,7 +300,7 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("Reshape", ["x", "s"], ["y"])], {"s": np.array([2, 108])}, "the batch left in front"),
     ([node("Squeeze", ["x", "a"], ["y"])], {"a": np.array([2, 3])},
      r"removes axes \(2, 3\) of \(N, 3, 9, 8\); required: axes of length 1"),
-    ([node("Softmax", ["x"], ["t"], axis=-1), POOL], {}, "has axis -1 over 4 axes"),
+    ([node("Softmax", ["x"], ["t"], axis=-1), POOL], {}, "softmax 't' is not the last layer"),
     ([*FLAT, node("Softmax", ["f"], ["s"]), node("Gemm", ["s", "w"], ["y"])], {"w": numbers(3, 5)},
      "softmax only at the end"),
     ([node("BatchNormalization", ["x", "w", "w", "w", "w"], ["t"]), POOL], {"w": numbers(4)}, r"required: \(3,\)"),
@@ -322,7 +322,6 @@ RELU = [node("Relu", ["x"], ["t"]), POOL]
     ([node("Relu", ["y"], ["t"]), POOL], {}, "which no node before it makes"),
     ([node("Relu", ["x"], ["t"]), node("Relu", ["x"], ["t"]), POOL], {}, "two nodes make the tensor 't'"),
     ([node("Relu", ["x"], ["z"])], {}, "output 'y' is not computed"),
-    ([node("Relu", ["x"], ["y"])], {}, "output 'y' has shape"),
     ([], {}, "holds no network"),
 ])
 def test_refused_operators(convert_nodes, nodes, constants, message):
@@ -458,7 +457,7 @@ def test_damaged_onnx_files_are_read_or_refused():
         node("Gemm", ["h", "d"], ["e"], alpha=0.5), node("Softmax", ["e"], ["y"]),
     ], {"p": np.array([0, 0, 1, 1] * 2), "w": numbers(4, 3, 3, 3), "b": np.abs(numbers(4)), "f": np.array([-1, 8]),
         "d": numbers(8, 2), "z": np.float32(0)})
-    assert onnx_importer.parse(content).runtime.builder.ending == "softmax"
+    assert onnx_importer.parse(content).runtime.builder.ending.kind == "softmax"
     for data in damaged(content, 1000):
         with contextlib.suppress(FastDTDError):
             onnx_importer.parse(data)

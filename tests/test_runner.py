@@ -69,6 +69,34 @@ def explainer(threads=2, **options):
     return Explainer(small_model(**options), threads=threads)
 
 
+def test_through_channels(tmp_path, capsys):
+    from fastdtd import cli
+
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    made = explainer()
+    entries = sources.find([str(tmp_path)])
+    runner.run(made, entries, tmp_path / "out", through={"conv": [1, 4], "relu": [0, 1, 4]})
+    e = made([tmp_path / f"{i}.png" for i in range(3)], through={"conv": [1, 4], "relu": [0, 1, 4]})
+    run = results.open_results(tmp_path / "out")
+    np.testing.assert_allclose(run[:], e.relevance, atol=1e-6)
+    np.testing.assert_allclose(run.columns["cut"], e.cut["conv"] + e.cut["relu"])
+    assert run.columns["cut"].min() > 0
+    assert not results.verify(tmp_path / "out").troubles
+    save(made.model, tmp_path / "net.h5")
+    arguments = ["explain", str(tmp_path / "net.h5"), str(tmp_path / "0.png"), "-o", str(tmp_path / "more")]
+    assert cli.main([*arguments, "--through", "conv=1,4", "--through", "relu=0,1,4"]) == 0
+    assert f"through other channels {run.columns['cut'][0]:.6g}" in capsys.readouterr().out
+    for wrong, message in (("conv=6", "channel 6"), ("con=1", "no layer 'con'")):
+        assert cli.main([*arguments, "--through", wrong]) != 0
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--through", "conv"])
+    assert "'conv' is no LAYER=CHANNELS" in capsys.readouterr().err
+    assert cli.main([*arguments, "--through", "conv=1"]) != 0
+    assert "through conv was" in capsys.readouterr().err
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Ten pictures, two of them in a folder below."""

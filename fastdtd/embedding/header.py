@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fastdtd.embedding.job import Compiled
 from fastdtd.embedding.targets import Target
 from fastdtd.kernels.cpu import program
@@ -13,16 +15,20 @@ _CODES = {
     program.LOST: "LOST", program.BAD_PICTURE: "BAD_PICTURE",
 }
 
+_MAPS = """
+   Each position of a channel of the output is a target of its own, of number (channel * {height} + y) * {width} + x.
+"""
+
 _TEXT = """\
 /* {name}.h: a network's predictions and their explanations by deep Taylor decomposition.
 
    Written by fastdtd for {target}. C99 and C++.
 
-   Input and relevance are float[{channels}][{height}][{width}], output is float[{outputs}]. Relevance and what layers
+   Input and relevance are float[{channels}][{height}][{width}], output is float{output}. Relevance and what layers
    absorbed sum to the score that is explained:
 
        sum of relevance + absorbed = output[target]{positive}
-
+{maps}
    Nothing is allocated and no state is kept: any number of threads may call at once, each with a workspace of its own.
    No library is needed, neither of C nor for mathematics.
 
@@ -104,7 +110,8 @@ int {name}_unpack(const void *compact, size_t bytes, void *weights, void *worksp
 
 def header(name: str, compiled: Compiled, target: Target, is_compact: bool, resize: str) -> str:
     channels, height, width = compiled.input_shape
-    upper, has_weights = name.upper(), not compiled.file_bytes
+    upper, has_weights, shape = name.upper(), not compiled.file_bytes, compiled.output_shape
+    is_of_maps = shape[1:] != (1, 1)
     weights = f"{compiled.weights_bytes} bytes at a multiple of 64, the content of {name}.weights, read or mapped"
     if has_weights:
         weights = "inside of the library: pass NULL"
@@ -116,7 +123,9 @@ def header(name: str, compiled: Compiled, target: Target, is_compact: bool, resi
     codes = ",\n".join(f"    {upper}_{text} = {code}" for code, text in _CODES.items())
     return _TEXT.format(
         name=name, upper=upper, target=target.name, channels=channels, height=height, width=width,
-        outputs=compiled.outputs, weights=weights, workspace_bytes=compiled.workspace_bytes,
+        outputs=math.prod(shape), output="".join(f"[{n}]" for n in (shape if is_of_maps else shape[:1])),
+        maps=_MAPS.format(height=shape[1], width=shape[2]) if is_of_maps else "", weights=weights,
+        workspace_bytes=compiled.workspace_bytes,
         weights_bytes=0 if has_weights else compiled.weights_bytes, abi=program.ABI_VERSION, codes=codes,
         positive="" if compiled.signed_scores else "     (zero where that is not positive)",
         preprocess=preprocess, unpack=_UNPACK.format(name=name, upper=upper) if is_compact else "",

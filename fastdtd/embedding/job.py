@@ -28,7 +28,7 @@ class Compiled:
     """What the header and the documentation say of a library."""
 
     input_shape: tuple[int, int, int]
-    outputs: int
+    output_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     workspace_bytes: int
     weights_bytes: int

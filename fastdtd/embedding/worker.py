@@ -78,10 +78,11 @@ def _compile(job: Job, folder: Path) -> Compiled:
                              (program.COMPACT_BYTES, compact.size), (program.IS_HALF, half),
                              (program.OPERATIONS, len(compact.operations))):
             facts[index] = int(value)
-    content = code.emit(found, compact, facts, _numbers(job.model), job.model.classes, job.name, job.target,
+    classes = job.model.classes if graph.output_shape[1:] == (1, 1) else ()  # else they are names of channels
+    content = code.emit(found, compact, facts, _numbers(job.model), classes, job.name, job.target,
                         folder / WEIGHTS if job.weights == "embedded" else None, layers)
     (folder / OBJECT).write_bytes(content)
-    return Compiled(graph.input_shape, graph.shapes[graph.output][0], job.model.classes, found.workspace_bytes,
+    return Compiled(graph.input_shape, graph.output_shape, classes, found.workspace_bytes,
                     found.weights_bytes, 0 if job.weights == "embedded" else (folder / WEIGHTS).stat().st_size,
                     job.model.preprocessing.color is not None, assignment.signed_scores)
 
@@ -134,7 +135,7 @@ def _facts(model: Model, assignment: Assignment, schedule: Any, found: Any, head
     dead, ledger = (schedule.states[name][0] for name in ("dead", "ledger"))
     for index, value in {
         program.STEPS: len(schedule.steps), program.FORWARD_STEPS: schedule.forward_steps, program.CHANNELS: channels,
-        program.HEIGHT: height, program.WIDTH: width, program.OUTPUTS: graph.shapes[graph.output][0],
+        program.HEIGHT: height, program.WIDTH: width, program.OUTPUTS: graph.outputs,
         program.LAYERS: ledger[1], program.WORKSPACE_BYTES: found.workspace_bytes,
         program.EMBEDDED_WEIGHTS: embedded, program.INPUT_AT: found.places["input"],
         program.OUTPUT_AT: found.places["output"], program.START_AT: found.places["start"],

@@ -6,6 +6,7 @@ operators.py, or in caffe.py), and these call one `Builder` (builder.py, moves.p
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdtd.errors import ConversionError, InputError, ModelError, out_of_memory
+from fastdtd.errors import ConversionError, InputError, ModelError, out_of_memory, shown
 from fastdtd.graph import Graph
 from fastdtd.importers.builder import Parsed
 from fastdtd.importers.sources import (
@@ -37,7 +38,8 @@ __all__ = ["TorchSource", "convert", "from_torch", "opened"]
 def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, color: str | None = None,
             size: int | tuple[int, int] | None = None, resize: str = "stretch", mean: Any = 0, std: Any = 1,
             scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None,
-            verify: bool | None = None, max_constants: str | int | None = None) -> Model:
+            verify: bool | None = None, max_constants: str | int | None = None, output: int | str | None = None
+            ) -> Model:
     """A network from an ONNX, Keras or Caffe file, or from a PyTorch module's name, and what these do not say.
 
     That is how an image becomes the network's input, and what its outputs mean.
@@ -61,7 +63,8 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     box : (low, high), or a (low, high) for each channel, optional
         Bounds of the input's values, after preprocessing. low and high may also be sequences, a value for each channel.
     labels : path or sequence of str, optional
-        Names of the outputs: a text file with a line for each, or the names themselves.
+        Names of the outputs: a text file with a line for each, or the names themselves. Two for the one output of a
+        binary classifier, the complement's first, give it a second.
     verify : bool, optional
         Whether the scores are compared with the source's own, on two random inputs inside the box: the PyTorch
         module's, Keras's, onnxruntime's, or, where that is not installed and the network is small, those of ONNX's
@@ -70,6 +73,10 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     max_constants : str or int, optional
         Bytes that constants, weights and the indices of moved elements may come to in all while the network is read,
         as in "4GiB". Default: 1 GiB, and 32 bytes for each of the source's own; more is taken for an attack.
+    output : int or str, optional
+        Which of several outputs is explained, by its number or name: of an ONNX file or a Keras model it may also be an
+        inner tensor or layer; of a PyTorch module a key of the dictionary that it returns. Where it is a map, as in
+        segmentation and detection, see `Explainer` for its targets. Default: the only one; an ONNX file's first.
 
     Returns
     -------
@@ -95,21 +102,23 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
 
     def parsed() -> tuple[Parsed, dict[str, str]]:
         if isinstance(source, TorchSource):
-            return parse_module(source, size, color, limit)
+            return parse_module(source, size, color, limit, output)
         files = [Path(source)] + ([] if weights is None else [Path(weights)])
         beside = Path(f"{files[0]}.data")
         if weights is None and files[0].suffix.lower() == ".onnx" and beside.is_file() and not beside.is_symlink():
             files.append(beside)  # where PyTorch puts the weights; an .onnx file may name no other on its own
-        network, contents = parse_files(files, size, limit)
+        network, contents = parse_files(files, size, limit, output)
         return network, {"source": ", ".join(file.name for file in files),
                          "sha256": ", ".join(hashlib.sha256(content).hexdigest() for content in contents)}
 
-    return _model(str(source), parsed, verify, box, color, labels, resize=resize, mean=mean, std=std, scale=scale)
+    return _model(str(source), parsed, verify, box, color, labels, output, resize=resize, mean=mean, std=std,
+                  scale=scale)
 
 
 def from_torch(module: Any, example: Any, *, color: str | None = None, resize: str = "stretch", mean: Any = 0,
                std: Any = 1, scale: float = 1, box: Any = None, labels: FilePath | Sequence[str] | None = None,
-               verify: bool | None = None, max_constants: str | int | None = None) -> Model:
+               verify: bool | None = None, max_constants: str | int | None = None, output: int | str | None = None
+               ) -> Model:
     """A network from a PyTorch module, through torch.export. PyTorch is needed for this alone.
 
     Parameters
@@ -118,7 +127,7 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
         It is exported in evaluation mode, and left as it is.
     example : torch.Tensor
         (N, C, H, W) or (N, F): an input that the module takes. Its values do not matter.
-    color, resize, mean, std, scale, box, labels, verify, max_constants
+    color, resize, mean, std, scale, box, labels, verify, max_constants, output
         As for `convert`.
 
     Returns
@@ -138,23 +147,31 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
     ...                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # doctest: +SKIP
     """
     pytorch, name, limit = pytorch_reader(), type(module).__name__, _limit(max_constants)
-    return _model(name, lambda: (pytorch.parse(module, example, limit), {"source": name}), verify, box, color, labels,
-                  resize=resize, mean=mean, std=std, scale=scale)
+    return _model(name, lambda: (pytorch.parse(module, example, limit, output), {"source": name}), verify, box, color,
+                  labels, output, resize=resize, mean=mean, std=std, scale=scale)
 
 
 def _model(name: str, parsed: Callable[[], tuple[Parsed, dict[str, str]]], verify: bool | None, box: Any,
-           color: str | None, labels: FilePath | Sequence[str] | None, **preprocessing: Any) -> Model:
+           color: str | None, labels: FilePath | Sequence[str] | None, output: int | str | None, **preprocessing: Any
+           ) -> Model:
     """A Model of what `parsed` gives, a network and its provenance; `name` begins the errors."""
+    if output is not None and (isinstance(output, bool) or not isinstance(output, (int, np.integer, str))):
+        raise ConversionError(f"output {shown(output)} was asked for; required: its number or its name")
     try:
         with out_of_memory(ConversionError, "max_constants= (--max-constants SIZE) limits what conversion takes"):
             with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
                 network, provenance = parsed()
+                chosen = {} if output is None else {"output": str(output)}
                 graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
                 if color is None and network.shape[1:] != (1, 1):
                     color = {1: "gray", 3: "rgb"}.get(network.shape[0])
-                model = Model(graph, Preprocessing(color, **preprocessing), _class_names(labels),
-                              provenance | {"format": network.format})
-            return model if verify is False else verified(model, name, network.runtime, is_required=verify is True)
+                names = _class_names(labels)
+                is_binary = len(names) == 2 and graph.output_shape[0] == 1  # and its source has no complement
+                model = Model(graph, Preprocessing(color, **preprocessing), () if is_binary else names,
+                              provenance | {"format": network.format} | chosen)
+            if verify is not False:
+                model = verified(model, name, network.runtime, is_required=verify is True)
+            return dataclasses.replace(model, classes=names)
     except (ConversionError, ModelError) as error:
         raise ConversionError(f"{name}: {error}") from error
 

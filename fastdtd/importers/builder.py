@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastdtd import graph
+from fastdtd.errors import ConversionError, shown
 from fastdtd.graph import MAX_PADDING, Layer, Shape
 from fastdtd.importers.moves import Array, Moves
 from fastdtd.importers.tensors import Tensor, layer_shape
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from fastdtd.importers.verify import Runtime
 
 NO_PADDING = (0, 0, 0, 0)
+ATTENTION = ("none, for attention is not explained: "
+             "https://github.com/fastdtd/fastdtd/blob/main/docs/method.md#attention says why")
+_MAX_LISTED = 20  # outputs, in messages
+_LOG = logging.getLogger("fastdtd")
 
 Padding = tuple[int, int, int, int]  # top, left, bottom, right
 
@@ -363,10 +369,12 @@ class Builder(Moves):
             self.refuse(f"clips to [{low:g}, {high:g}]; required: a lower bound of 0 or less, and an upper one above 0")
         return self.pointwise(graph.Clip, x, part, low=low, high=high)
 
-    def softmax(self, x: Tensor, axis: int, part: str = "", is_log: bool = False) -> Tensor:
-        if self.axis(axis, x.rank) != 1:
-            self.refuse(f"has axis {axis} over {x.rank} axes; required: 1, the classes")
-        return self.ends_in("log_softmax" if is_log else "softmax", self.materialize(x), part)
+    def softmax(self, x: Tensor, axis: int, part: str = "", is_log: bool = False, to_the_end: bool = False) -> Tensor:
+        """to_the_end: over all axes from `axis` on, as ONNX has it before opset 13."""
+        if to_the_end:
+            return self.with_dims(self.softmax(self.flatten(x, axis), axis % x.rank, part, is_log), x.dims)
+        over = self.own_axis(x, axis)
+        return self.ends_in("log_softmax" if is_log else "softmax", x, over, part)
 
     def activation(self, x: Tensor, function: str, part: str = "", **fields: Any) -> Tensor:
         """One of `graph.ACTIVATIONS`, with its alpha and beta."""
@@ -401,7 +409,7 @@ class Builder(Moves):
             x, y = y, x
         if not self.is_gate(y):
             self.refuse(f"multiplies two tensors that are computed, {x} and {y}; required: a gate as one of them, a "
-                        "sigmoid or hard sigmoid, or a constant")
+                        "sigmoid or hard sigmoid, or a constant (where this is attention: docs/method.md#attention)")
         if x.rank != y.rank or any(n != m and 1 not in (n, m) for n, m in zip(x.dims, y.dims, strict=True)):
             self.refuse(f"multiplies tensors {x} and {y}; required: shapes that broadcast, of as many axes")
         if self.have_one_view(x, y):
@@ -456,6 +464,22 @@ def transposed_padding(sizes: Sequence[int], wanted: Sequence[int], kernel: Sequ
 def _divided(totals: Sequence[int], odd_before: bool) -> tuple[int, ...]:
     before = [-(-total // 2) if odd_before else total // 2 for total in totals]
     return *before, *(total - part for total, part in zip(totals, before, strict=True))
+
+
+def chosen(output: int | str | None, names: Sequence[str]) -> int:
+    """Which of a source's outputs, called so, is meant by its number or name; None: the first."""
+    listed = ", ".join(map(repr, names[:_MAX_LISTED])) + (", ..." if len(names) > _MAX_LISTED else "")
+    if output is None:
+        if len(names) > 1:
+            _LOG.warning("the network has %d outputs, %s: the first is explained; output= (--output) chooses another",
+                         len(names), listed)
+        return 0
+    if isinstance(output, str) and output in names:
+        return names.index(output)
+    if isinstance(output, str) or not 0 <= output < len(names):
+        raise ConversionError(f"output {shown(output)} was asked for; required: one of {listed}, or a number from 0 to "
+                              f"{len(names) - 1}")
+    return output
 
 
 def nearest(operator: str, hints: Mapping[str, str], *tables: Iterable[str]) -> str:

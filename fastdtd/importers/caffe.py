@@ -22,7 +22,7 @@ from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT
 from fastdtd.importers import moves, patterns
 from fastdtd.importers.budget import Budget
-from fastdtd.importers.builder import Builder, Parsed
+from fastdtd.importers.builder import Builder, Parsed, chosen
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor, layer_shape
 
@@ -128,9 +128,11 @@ def _message_class() -> Any:
 NetParameter = _message_class()
 
 
-def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
+def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = None, limit: int | None = None,
+          output: int | str | None = None) -> Parsed:
     """The network in Caffe's files, as it is in its test phase.
 
+    output: the number or name of a blob that no layer reads; None: the only one.
     size: replaces the input size in the .prototxt. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
     """
     try:
@@ -160,7 +162,7 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
     nodes = [Node(proto, fields, i, len(found), weights.get(proto.name, ()), blobs)
              for i, (proto, fields) in enumerate(found)]
     nodes = [node for node in nodes if node.kind not in _SKIPPED]
-    outputs: list[Tensor] = []
+    outputs: dict[str, Tensor] = {}
     last_reader = {bottom: node for node in nodes for bottom in node.bottoms}
     for node in nodes:
         operator = node.operator()
@@ -175,11 +177,11 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
                     node.refuse(f"has a top {node.tops[is_unread.index(True)]!r} that nothing reads; required: one "
                                 "output. Remove it")
             elif all(is_unread):
-                made = builder.scores(made)
-                outputs.append(made)
+                outputs[node.tops[0]] = made
         several = made if isinstance(made, list) else [made] * (len(node.tops) if node.kind == "split" else 1)
         blobs.update(zip(node.tops, several, strict=False))
-    return Parsed(builder.leading_to(*outputs), x.shape, "caffe")
+    made = outputs[list(outputs)[chosen(output, list(outputs))]]
+    return Parsed(builder.leading_to(builder.scores(made)), x.shape, "caffe")
 
 
 def _unread_fields(text: str) -> dict[str, list[list[str]]]:

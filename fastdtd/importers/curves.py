@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,16 +78,30 @@ def combined(b: Builder, parts: Sequence[Tensor | Curve], function: Callable[...
     return Curve(made, b.node)
 
 
-def recognized(curve: Curve) -> tuple[Tensor, str, dict[str, float], float] | None:
-    """(x, f, its parameters, factor): the curve is factor * f(x), f one of `ACTIVATIONS`."""
-    for x, values in curve.of.values():
-        for name, fields in _candidates(values):
-            known = reference(name, **fields)(_GRID)
-            factor = float(values @ known / (known @ known))
-            factor = 1.0 if abs(factor - 1) < 5 * _CLOSE else factor
-            # where a function's own parameters could be anything, a factor might make it anything as well
-            if np.abs(values - factor * known).max() <= _CLOSE * abs(factor) and (factor == 1 or not fields):
-                return x, name, fields, factor
+class Recognized(NamedTuple):
+    """A curve that is scale * f(x) + shift, f one of `ACTIVATIONS` with these parameters."""
+
+    x: Tensor
+    function: str
+    fields: dict[str, float]
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+def recognized(curve: Curve) -> Recognized | None:
+    """The nearest tensor that the curve can be said of, and without a shift where that can be."""
+    for is_shifted in (False, True):
+        for x, values in curve.of.values():
+            for name, fields in _candidates(values):
+                known = reference(name, **fields)(_GRID)
+                if is_shifted:
+                    scale, shift = np.polyfit(known, values, 1).tolist()
+                else:
+                    scale, shift = float(values @ known / (known @ known)), 0.0
+                    scale = 1.0 if abs(scale - 1) < 5 * _CLOSE else scale
+                # where a function's own parameters could be anything, a factor might make it anything as well
+                if np.abs(values - scale * known - shift).max() <= _CLOSE * abs(scale) and (scale == 1 or not fields):
+                    return Recognized(x, name, fields, scale, shift)
     return None
 
 
@@ -97,9 +111,10 @@ def as_activation(b: Builder, curve: Curve) -> Tensor:
     with b.at(curve.node):
         if found is None:
             b.refuse(f"makes a function of each element that no layer has; required: one of {', '.join(ACTIVATIONS)}")
-        x, name, fields, factor = found
-        made = b.activation(x, name, "" if factor == 1 else "/activation", **fields)
-        return made if factor == 1 else b.affine(made, scale=factor)
+        x, name, fields, scale, shift = found
+        if (scale, shift) == (1, 0):
+            return b.activation(x, name, "", **fields)
+        return b.affine(b.activation(x, name, "/activation", **fields), scale, shift)
 
 
 def reference(name: str, **fields: float) -> Callable[[Array], Array]:

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,15 @@ class Node:
         self.refuse(f"has {what}, which is not supported; required: {'none' if default is None else default}")
 
 
+class Ending(NamedTuple):
+    """What makes probabilities of scores. kind: softmax, log_softmax or sigmoid, of a tensor along an axis of its dims.
+    """
+
+    kind: str
+    of: Tensor
+    axis: int = 0
+
+
 class Moves:
     """The layers made so far, and what several sources make of operators.
 
@@ -61,8 +70,9 @@ class Moves:
         self.node = Node()
         self.squared: dict[Any, Tensor] = {}  # what patterns.Squares, curves and moments are where elements are needed
         self.means: dict[str, tuple[Tensor, tuple[int, ...], Tensor]] = {}  # by layer: of what, over which axes, and it
-        self.ending = ""  # what the source makes of its scores at last, which are kept as they are before it
-        self._endings: dict[str, str] = {}
+        self.ending: Ending | None = None  # what the source makes of its scores at last, which are kept as they are
+        self.output: Tensor | None = None  # the source's output, as a view of the scores
+        self._endings: dict[str, Ending] = {}
         self._materialized: dict[Any, tuple[Tensor, Tensor]] = {}
         self._nonnegative: set[str] = set()
 
@@ -88,35 +98,44 @@ class Moves:
                 waiting.extend(self.layers[name].inputs)
         return self.finished(layer for name, layer in self.layers.items() if name in needed)
 
-    def ends_in(self, kind: str, x: Tensor, part: str = "") -> Tensor:
+    def ends_in(self, kind: str, x: Tensor, axis: int, part: str = "") -> Tensor:
         """softmax or log_softmax of `x`, by a layer that must be the last, and is left out there."""
+        if self.has_zeros(x):
+            x = self.materialize(x)
         made = self.pointwise(graph.Softmax, x, part)
-        self._endings[made.layer] = kind
+        self._endings[made.layer] = Ending(kind, x, axis)
         return made
 
     def may_end_in(self, kind: str, made: Tensor) -> Tensor:
         """The layer of `made` is left out where it is the last, and computed elsewhere."""
-        self._endings[made.layer] = kind
+        self._endings[made.layer] = Ending(kind, made)
         return made
 
     def scores(self, output: Tensor) -> Tensor:
-        """`output` in order, as it is before the probabilities that are made of it."""
-        kind = self._endings.get(output.layer, "")
-        if kind:
+        """`output` as it is before the probabilities that are made of it: in order, but for maps, whose channels come
+        first."""
+        self.ending = self._endings.get(output.layer)
+        if self.ending:
             last = self.layers[output.layer]
             if not any(last.name in layer.inputs for layer in self.layers.values()):
                 del self.layers[last.name]
             output = replace(output, layer=last.inputs[0])
-            self.ending = kind
+        self.output = output
+        if output.rank == 4 and not (output.is_whole and output.shape == output.dims):
+            first = self.channels_first(output)
+            if first.is_whole:
+                return first
         return self.materialize(output)
 
     def finished(self, layers: Iterable[Layer]) -> list[Layer]:
         """All layers of a network, of which none may make probabilities but the last."""
         found = list(layers)
         for layer in found:
-            if (kind := self._endings.get(layer.name)) and isinstance(layer, graph.Softmax):
+            if isinstance(layer, graph.Softmax):
+                kind = self._endings[layer.name].kind
                 raise ConversionError(f"{kind} {layer.name!r} is not the last layer; required: a {kind} only at the "
-                                      "end, where it is left out, and the score before it explained")
+                                      "end, where it is left out, and the score before it explained; output= "
+                                      "(--output) ends the network at another tensor")
         return found
 
     # Layers, and elements in order
@@ -258,7 +277,8 @@ class Moves:
         if sorted(order) != list(range(x.rank)):
             self.refuse(f"has the order {tuple(order)} for {x.rank} axes")
         if order[0] != 0:
-            self.refuse(f"moves the batch, {tuple(order)}; required: an order that begins with 0")
+            self.refuse(f"moves the batch, {tuple(order)}; required: an order that begins with 0 (where this is "
+                        "attention: docs/method.md#attention)")
         own = [axis - 1 for axis in order[1:]]
         return self.move(x, x.elements, lambda index: index.transpose(own), x.transposed(own))
 

@@ -196,7 +196,7 @@ def _scaled_clip(b: Builder, x: Any, y: Any, function: Callable[[Array, Array], 
         return None
     made = _with_number(b, curves.curve_of(b, x), y, function)
     found = None if made is None else curves.recognized(made)
-    return made if found is not None and found[1] == "hard_sigmoid" and found[3] == 1 else None
+    return made if found is not None and (found.function, found.scale, found.shift) == ("hard_sigmoid", 1, 0) else None
 
 
 def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | Curve | Moment:

@@ -81,8 +81,8 @@ def pytorch_reader(where: str = "") -> Any:
     return pytorch
 
 
-def parse_module(source: TorchSource, size: tuple[int, int] | None, color: str | None, limit: int | None = None
-                 ) -> tuple[Parsed, dict[str, str]]:
+def parse_module(source: TorchSource, size: tuple[int, int] | None, color: str | None, limit: int | None = None,
+                 output: int | str | None = None) -> tuple[Parsed, dict[str, str]]:
     import torch
 
     from fastdtd.importers import pytorch
@@ -91,15 +91,15 @@ def parse_module(source: TorchSource, size: tuple[int, int] | None, color: str |
         raise ConversionError("a PyTorch module does not say the size of its input; give size=(height, width)")
     channels = {"gray": 1, "rgb": 3, "bgr": 3}.get(color or "") or pytorch.input_channels(source.module)
     kind = next((weight.dtype for weight in source.module.parameters()), torch.float32)
-    network = pytorch.parse(source.module, torch.zeros(1, channels, *size, dtype=kind), limit)
+    network = pytorch.parse(source.module, torch.zeros(1, channels, *size, dtype=kind), limit, output)
     if source.weights is None:
         return network, {"source": source.name}
     return network, {"source": f"{source.name}, {source.weights.name}", "sha256": source.digest}
 
 
-def parse_files(files: Sequence[Path], size: tuple[int, int] | None, limit: int | None = None
-                ) -> tuple[Parsed, list[bytes]]:
-    """The network in `files`, and the files' contents. limit: bytes, see `Budget`."""
+def parse_files(files: Sequence[Path], size: tuple[int, int] | None, limit: int | None = None,
+                output: int | str | None = None) -> tuple[Parsed, list[bytes]]:
+    """The network in `files`, and the files' contents. limit: bytes, see `Budget`; output: which of several."""
     kind = files[0].suffix.lower()
     if kind == ".onnx":
         try:
@@ -108,14 +108,14 @@ def parse_files(files: Sequence[Path], size: tuple[int, int] | None, limit: int 
             raise ConversionError(f"{error}; `pip install 'fastdtd[onnx]'` installs what reading .onnx takes") from None
         contents = [read(files[0], MAX_WEIGHT_BYTES), *(read(file, MAX_STATE_BYTES) for file in files[1:])]
         others = {file.name: content for file, content in zip(files[1:], contents[1:], strict=True)}
-        return onnx.parse(contents[0], size, others, limit), contents
+        return onnx.parse(contents[0], size, others, limit, output), contents
     if kind in KERAS_SUFFIXES:
         if len(files) > 1:
             raise ConversionError(f"an {kind} file of Keras's holds its weights; required: no second file")
         from fastdtd.importers import keras
 
         contents = [read(files[0], MAX_WEIGHT_BYTES)]
-        return keras.parse(contents[0], size, limit), contents
+        return keras.parse(contents[0], size, limit, output), contents
     if kind == ".prototxt":
         if len(files) == 1:
             raise ConversionError("a .prototxt holds no weights; required: the .caffemodel that goes with it, as "
@@ -126,7 +126,7 @@ def parse_files(files: Sequence[Path], size: tuple[int, int] | None, limit: int 
             raise ConversionError(f"{error}; `pip install 'fastdtd[caffe]'` installs what reading Caffe's files takes"
                                   ) from None
         contents = [read(files[0], MAX_PROTOTXT_BYTES), read(files[1], MAX_WEIGHT_BYTES)]
-        return caffe.parse(contents[0], contents[1], size, limit), contents
+        return caffe.parse(contents[0], contents[1], size, limit, output), contents
     if kind in (".pt2", ".pt", ".pth"):
         raise ConversionError(f"loading a {kind} file would run code that is pickled in it; required: MODULE:CALLABLE, "
                               "Python code that makes the module, and as second file its state dict")

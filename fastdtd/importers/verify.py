@@ -27,6 +27,7 @@ TOLERANCE = 1e-3  # of the largest score
 MEMORY = "4GiB"  # for the converted network's activations, and MAX_ELEMENTS for those of the source
 MAX_ELEMENTS = 2**30  # float32: 4 GiB
 _LEAST_PROBABILITY = 1e-30  # whose logarithm float32 still knows
+_MOST_LOGIT = 9.0  # of a sigmoid: nearer to 0 and to 1 its rounding counts, and what runtimes make of the exponential
 _LOG = logging.getLogger("fastdtd")
 
 
@@ -120,11 +121,11 @@ def _compared(model: Model, runtime: Runtime) -> str:
             theirs = runtime.scores(batch)
     except Exception as error:  # frameworks have many kinds of errors, and none in common
         raise NotComparedError(f"{framework} cannot run it: {_first_line(error)}") from error
-    if theirs.shape[1] != graph.shapes[graph.output][0]:
-        raise ConversionError(f"{framework} gives {theirs.shape[1]} scores, and the converted network "
-                              f"{graph.shapes[graph.output][0]}; {_ADVICE}")
+    if theirs.shape[1] != graph.outputs:
+        raise ConversionError(f"{framework} gives {theirs.shape[1]} scores, and the converted network {graph.outputs}; "
+                              f"{_ADVICE}")
     with np.errstate(all="ignore"):
-        ours, theirs = _alike(_own_scores(graph, batch), theirs, runtime.builder.ending, runtime.rounds_probabilities)
+        ours, theirs = _alike(_own_scores(graph, batch), theirs, graph.output, runtime)
     if not np.isfinite(theirs).all():
         raise NotComparedError(f"{framework} gives scores for random inputs that are not finite")
     least = 1.0 if runtime.builder.ending else 0.0  # probabilities are compared by their logarithms
@@ -137,10 +138,11 @@ def _refuse(model: Model, runtime: Runtime, framework: str, batch: Array, ours: 
     with np.errstate(invalid="ignore"):
         off = np.abs(ours - theirs)
     image, output = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape)
-    label = model.class_name(int(output))
-    called = f"{output} ({label!r})" if model.classes else label
-    of = {"": "", "sigmoid": ", the logarithm of its sigmoid,"}.get(runtime.builder.ending,
-                                                                    ", the logarithm of its softmax,")
+    is_one_each = model.graph.output_shape[1:] == (1, 1)
+    called = f"{output} ({model.class_name(int(output))!r})" if model.classes and is_one_each else str(output)
+    ending = runtime.builder.ending
+    of = "" if ending is None else ", before its sigmoid," if ending.kind == "sigmoid" else (
+        ", the logarithm of its softmax,")
     first = _first_that_differs(runtime, model.graph, batch)
     raise ConversionError(
         f"for a random input, output {called}{of} is {ours[image, output]:.6g}, and {framework} gives "
@@ -159,18 +161,32 @@ def _difference(ours: Array, theirs: Array, least: float) -> float:
     return float(np.abs(ours - theirs).max()) / largest if largest else 0.0
 
 
-def _alike(ours: Array, theirs: Array, ending: str, rounds_probabilities: bool) -> tuple[Array, Array]:
-    """Scores as they are; or, of a source that ends in probabilities, whose scores the conversion keeps, both as their
-    logarithms, or as probabilities."""
-    if not ending:
+def _alike(ours: Array, theirs: Array, last: str, runtime: Runtime) -> tuple[Array, Array]:
+    """Scores in the source's order, as they are; or, of a source that ends in probabilities, whose scores the
+    conversion keeps, both as logits or logarithms, or as probabilities. last: the converted network's last layer."""
+    ending, view = runtime.builder.ending, runtime.builder.output
+    assert view is not None
+    order = view.indices().ravel()  # of the source's elements, in the layer that has its scores
+    if view.layer == last:
+        ours = ours[:, order]
+    if ending is None:
         return ours, theirs
-    if ending == "sigmoid":
+    if ending.kind == "sigmoid" and not runtime.rounds_probabilities:  # whose logits float32 knows in the middle
+        theirs = np.clip(theirs, 0, 1)
+        return np.clip(ours, -_MOST_LOGIT, _MOST_LOGIT), np.clip(np.log(theirs) - np.log1p(-theirs), -_MOST_LOGIT,
+                                                                 _MOST_LOGIT)
+    if ending.kind == "sigmoid":
         ours = -np.logaddexp(0, -ours)
     else:
-        ours = ours - ours.max(1, keepdims=True)
-        ours = ours - np.log(np.exp(ours).sum(1, keepdims=True))
-    if ending != "log_softmax":
-        if rounds_probabilities:
+        values = np.full((len(ours), math.prod(view.shape)), np.nan)  # of which the softmax is needed whole
+        values[:, order] = ours
+        along, axis = ending.of.indices(), ending.axis + 1
+        logits = values[:, along]
+        logits -= logits.max(axis, keepdims=True)
+        values[:, along] = logits - np.log(np.exp(logits).sum(axis, keepdims=True))
+        ours = values[:, order]
+    if ending.kind != "log_softmax":
+        if runtime.rounds_probabilities:
             return np.exp(ours), theirs
         theirs = np.log(theirs)
     least = np.log(_LEAST_PROBABILITY)
@@ -194,7 +210,7 @@ def _own_scores(graph: Graph, batch: Array) -> Array:
         warnings.simplefilter("ignore")  # of scores that are not positive
         try:  # what is not finite is an error
             explainer = Explainer(Model(graph, Preprocessing(None)), memory=MEMORY)
-            return np.asarray(explainer(batch, 0).output, np.float64)
+            return np.asarray(explainer(batch, 0).output, np.float64).reshape(len(batch), -1)
         except FastDTDError as error:
             raise NotComparedError(str(error)) from error
 

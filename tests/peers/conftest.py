@@ -22,6 +22,8 @@ TABLES = {
 }
 HEADLINE = [
     "VGG-16", "ResNet-50", "DenseNet-121", "MobileNet v2", "Inception v3", "EfficientNet-B0", "MobileNet v3 small",
+    "ConvNeXt-Tiny", "U-Net", "DeepLab v3, MobileNet v3", "PP-OCR v5, text detection, trained",
+    "YOLOX, captchas, trained",
     "EfficientNet-Lite0, trained", "SqueezeNet 1.1, trained",
     "ResNet-20 (CIFAR-10), trained", "LeNet (MNIST), trained", "cifar10_full, LRN, trained"
 ]  # the networks that README.md has

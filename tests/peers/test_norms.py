@@ -178,7 +178,7 @@ def convnext():
     return module
 
 
-def test_convnext_tiny():
+def test_convnext_tiny(rows):
     """As it is, whole: no elements are moved, for its norms and dense layers read the channels where they are."""
     module = convnext()
     batch = torch.rand(1, 3, 64, 64)
@@ -188,10 +188,13 @@ def test_convnext_tiny():
     e = fastdtd.Explainer(model)(batch.numpy())
     with torch.inference_mode():
         expected = module(batch).numpy()
-    print(f"ConvNeXt-Tiny: scores within {np.abs(e.output - expected).max() / np.abs(expected).max():.1e}, absorbed "
-          f"{(e.absorbed / e.explained).max():.1%}")
-    np.testing.assert_allclose(e.output, expected, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed, e.explained, rtol=1e-4)
+    difference = np.abs(e.output - expected).max() / np.abs(expected).max()
+    off = np.abs(e.sum + e.absorbed - e.explained).max() / e.explained.max()
+    absorbed = (e.absorbed / e.explained).max()
+    print(f"ConvNeXt-Tiny: scores within {difference:.1e}, conserved to {off:.1e}, absorbed {absorbed:.1%}")
+    rows["networks"].append(["ConvNeXt-Tiny", "PyTorch", f"{difference:.0e}", f"{off:.0e}", "", f"{absorbed:.1%}"])
+    assert difference <= 1e-5
+    assert off <= 1e-4
     assert e.relevance.min() >= 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import written
 from conftest import HEADLINE, README, TABLES, TABLES_FILE, table_in
 from torch import nn
 from torch_nets import Net, comparable_rules, efficientnet, zennit_relevance
@@ -25,8 +26,15 @@ TORCHVISION = {
     "inception_v3": "Inception v3", "squeezenet1_0": "SqueezeNet 1.0", "squeezenet1_1": "SqueezeNet 1.1",
     "regnet_x_400mf": "RegNet X", "regnet_y_400mf": "RegNet Y", "efficientnet_b0": "EfficientNet-B0",
     "efficientnet_v2_s": "EfficientNet V2-S", "mobilenet_v3_small": "MobileNet v3 small",
-    "mobilenet_v3_large": "MobileNet v3 large",
+    "mobilenet_v3_large": "MobileNet v3 large", "densenet169": "DenseNet-169", "shufflenet_v2_x1_0": "ShuffleNet v2",
 }
+WRITTEN = {  # with maps: which output, and the side of the input
+    "GhostNet": (written.GhostNet, None, 224), "U-Net": (written.UNet, None, 64),
+    "YOLO-like detector, small objects": (written.Detector, "small", 128),
+    "YOLO-like detector, large objects": (written.Detector, "large", 128),
+    "UltraFace (slim)": (written.UltraFace, 0, 128),
+}
+SEGMENTATION = {"deeplabv3_mobilenet_v3_large": "DeepLab v3, MobileNet v3", "lraspp_mobilenet_v3_large": "LR-ASPP"}
 OTHERS = {
     "MobileNet v1": "MobileNet v1", "AlexNet with LRN": "AlexNet, LRN and groups",
     "GoogLeNet with LRN": "GoogLeNet, LRN (BVLC)"
@@ -42,15 +50,22 @@ def distance_to_zennit(model, picture):
     graph = model.graph
     explainer = fastdtd.Explainer(model, comparable_rules(graph))
     e = explainer(picture)
-    theirs, _ = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, e.target)
+    # Of maps the highest score; zennit's network has all in one row.
+    target = e.output.reshape(len(e), -1).argmax(1)
+    theirs, _ = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, picture, target)
     return np.linalg.norm(e.relevance - theirs) / np.linalg.norm(theirs)
 
 
-def check(name, source, model, batch, expected, rows, scores_within=1e-5):
-    """expected (N, K): what the source gives for the batch."""
+def check(name, source, model, batch, expected, rows, scores_within=1e-5, is_softmax=False):
+    """expected (N, K) or, of maps, as many numbers: what the source gives for the batch. is_softmax: along its last
+    axis."""
     e = fastdtd.Explainer(model)(batch)
     assert (e.explained > 0).all()
-    difference = np.abs(e.output - expected).max() / np.abs(expected).max()
+    scores = e.output.astype(float)
+    if is_softmax:
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    difference = np.abs(scores - expected.reshape(scores.shape)).max() / np.abs(expected).max()
     off = np.abs(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed - e.explained) / e.explained
     distance = distance_to_zennit(model, batch[:1])
     absorbed = np.median(e.absorbed / e.explained)
@@ -69,11 +84,21 @@ def check(name, source, model, batch, expected, rows, scores_within=1e-5):
         assert distance_to_zennit(Model(networks.averaged(model.graph), model.preprocessing), batch[:1]) <= 1e-5
 
 
-def check_module(name, module, batch, rows, box=(0, 1)):
-    model = fastdtd.from_torch(module, batch[:1], box=box)
+def check_module(name, module, batch, rows, box=(0, 1), output=None):
+    model = fastdtd.from_torch(module, batch[:1], box=box, output=output, verify=True)
     with torch.inference_mode():
-        expected = module(batch).numpy()
-    check(name, "PyTorch", model, batch.numpy(), expected, rows)
+        made = module(batch)
+        expected = (made if output is None else made[output]).numpy()
+    check(name, "PyTorch", model, batch.numpy(), expected, rows, is_softmax=isinstance(module, written.UltraFace))
+
+
+def as_trained(module):
+    """With statistics as after training, not as new."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    return module.eval()
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -83,13 +108,23 @@ def test_torchvision(name, rows):
     # of its max-pools.
     options = {"googlenet": {"init_weights": False, "aux_logits": False},
                "inception_v3": {"init_weights": False}}.get(name, {})
-    module = getattr(models, name)(weights=None, **options).eval()
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):  # as after training, not as new
-            part.running_mean.normal_(0, 0.1)
-            part.running_var.uniform_(0.5, 1.5)
+    module = as_trained(getattr(models, name)(weights=None, **options))
     size = 299 if name == "inception_v3" else 224
     check_module(TORCHVISION[name], module, torch.rand(1, 3, size, size), rows)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written_networks(name, rows):
+    make, output, size = WRITTEN[name]
+    torch.manual_seed(0)
+    check_module(name, as_trained(make()), torch.rand(1, 3, size, size), rows, output=output)
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation(name, rows):
+    torch.manual_seed(0)
+    module = as_trained(getattr(models.segmentation, name)(weights=None, weights_backbone=None))
+    check_module(SEGMENTATION[name], module, torch.rand(1, 3, 128, 128), rows, output="out")
 
 
 @pytest.mark.parametrize("name", OTHERS)

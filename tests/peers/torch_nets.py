@@ -75,15 +75,20 @@ def module_of(layer, shape):
         case g.LocalResponseNorm():
             return nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.bias)
         case g.MaxPool2d():
-            return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding[:2], ceil_mode=layer.ceil_mode)
+            padding = layer.padding[:2] if is_symmetric(layer) else 0
+            return nn.MaxPool2d(layer.kernel, layer.stride, padding, ceil_mode=layer.ceil_mode)
         case g.AveragePool2d():
             return nn.AvgPool2d(layer.kernel, layer.stride, layer.padding[:2], layer.ceil_mode, layer.count_include_pad)
         case g.GlobalAveragePool():
             return nn.AvgPool2d(shape[1:])
         case g.Add():
             return Sum()
-        case _:
+        case g.Resize():
+            return Resized(layer)
+        case g.Concat() | g.Flatten() | g.Multiply() | g.Rearrange():  # which Net computes itself
             return nn.Identity()
+        case _:
+            raise ValueError(f"there is no module for {layer!r}")
     module.weight.data = torch.tensor(layer.weight)
     module.bias.data = torch.tensor(layer.bias) if layer.bias is not None else torch.zeros(len(layer.weight))
     return module
@@ -92,9 +97,32 @@ def module_of(layer, shape):
 def activation(layer):
     """PyTorch's own, with its own parameters."""
     made = {"elu": lambda: nn.ELU(layer.alpha), "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"),
-            "hard_sigmoid": nn.Hardsigmoid, "hard_swish": nn.Hardswish, "mish": nn.Mish, "sigmoid": nn.Sigmoid,
-            "silu": nn.SiLU, "softplus": nn.Softplus, "tanh": nn.Tanh}[layer.function]
+            "hard_sigmoid": lambda: HardSigmoid(layer.alpha, layer.beta), "hard_swish": nn.Hardswish, "mish": nn.Mish,
+            "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "softplus": nn.Softplus, "tanh": nn.Tanh}[layer.function]
     return made()
+
+
+class HardSigmoid(nn.Module):
+    """Of any slope: PyTorch has 1/6, Keras 2 and Paddle have 1/5."""
+
+    def __init__(self, alpha, beta):
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, x):
+        return (self.alpha * x + self.beta).clamp(0, 1)
+
+
+class Resized(nn.Module):
+    """Pixels as weighted means of pixels."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("rows", torch.tensor(layer.rows))
+        self.register_buffer("columns", torch.tensor(layer.columns))
+
+    def forward(self, x):
+        return self.rows @ x @ self.columns.T
 
 
 class NormWithinChannel(nn.Module):
@@ -128,6 +156,9 @@ class Net(nn.Module):
                 case g.Conv2d() if not is_symmetric(layer):
                     top, left, bottom, right = layer.padding
                     value = part(nn.functional.pad(inputs[0], (left, right, top, bottom)))
+                case g.MaxPool2d() if not is_symmetric(layer):
+                    top, left, bottom, right = layer.padding
+                    value = part(nn.functional.pad(inputs[0], (left, right, top, bottom), value=-torch.inf))
                 case g.Rearrange():
                     value = (inputs[0].flatten(1)[:, layer.index.ravel()]
                              * torch.tensor(layer.index.ravel() >= 0)).reshape(-1, *layer.index.shape)
@@ -178,7 +209,7 @@ class ZennitExplainer:
                 "flat": lambda: Flat(1e-12), "zB": lambda layer=layer: box_rule(graph, layer, dtype),
                 "winner": lambda: None, "identity": Pass, "hold": Pass, None: Pass
             }[rules.get(layer.name)]()
-            if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool)):
+            if isinstance(layer, (g.Add, g.AveragePool2d, g.GlobalAveragePool, g.Resize)):
                 hooks[part] = SumPlus(stabilizer=1e-12)
         self.composite = Composite(module_map=lambda ctx, name, module: hooks.get(module))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastdtd.graph import MAX_TENSOR_ELEMENTS
 from fastdtd.importers import patterns
-from fastdtd.importers.builder import Builder, same_padding, transposed_padding
+from fastdtd.importers.builder import ATTENTION, Builder, same_padding, transposed_padding
 from fastdtd.importers.keras.files import expect, is_keras_module
 from fastdtd.importers.moves import Array
 from fastdtd.importers.tensors import Tensor
@@ -407,6 +407,7 @@ INSTEAD = {
     "Maximum": "MaxPooling2D over what lies side by side",
     "PReLU": "LeakyReLU", "LocallyConnected2D": "Conv2D", "Conv3D": "Conv2D",
     "UnitNormalization": "LayerNormalization",
+    **dict.fromkeys(("AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHeadAttention"), ATTENTION),
     "Resizing": "a model that begins after it, for fastdtd resizes images", "CenterCrop": "Cropping2D",
     "RandomCrop": "Cropping2D", "TimeDistributed": "the layer in it, where there is one step only",
 }

@@ -20,7 +20,7 @@ from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS
 from fastdtd.importers import moves
 from fastdtd.importers.budget import Budget
-from fastdtd.importers.builder import Builder, Parsed
+from fastdtd.importers.builder import Builder, Parsed, chosen
 from fastdtd.importers.keras import files
 from fastdtd.importers.keras.files import MODELS, expect, is_keras_module
 from fastdtd.importers.keras.operators import IGNORED, IGNORED_ENDINGS, INSTEAD, OPERATORS, UNREAD, unchanged
@@ -41,17 +41,19 @@ class Constant:
     value: Any
 
 
-def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = None) -> Parsed:
-    """The network in a .keras or .h5 file: its first output, and the layers that lead to it.
+def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = None,
+          output: int | str | None = None) -> Parsed:
+    """The network in a .keras or .h5 file: an output, and the layers that lead to it.
 
+    output: its number, or the name of any layer; None: the only one.
     The format is the version of Keras that wrote it. size: replaces the input size in the file. limit: bytes, see
     `Budget`. Raises ConversionError and ModelError.
     """
     def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights, version: Any
              ) -> tuple[Any, KerasRuntime]:
         reader = Reader(weights, Budget(len(data), limit), not str(version).startswith(("1.", "2.")))
-        layers, x = reader.read(config, size)
-        return layers, KerasRuntime(reader.builder, x, content=data)
+        layers, x, which = reader.read(config, size, output)
+        return layers, KerasRuntime(reader.builder, x, content=data, which=which)
 
     (layers, runtime), file_format = files.read(data, read)
     return Parsed(layers, runtime.input.shape, file_format, runtime)
@@ -304,8 +306,9 @@ class Reader:
         self.builder = Builder(budget)
         self._depth = self._calls = 0
 
-    def read(self, config: dict[str, Any], size: tuple[int, int] | None) -> tuple[list[Any], Tensor]:
-        """The layers, and the input."""
+    def read(self, config: dict[str, Any], size: tuple[int, int] | None, wanted: int | str | None
+             ) -> tuple[list[Any], Tensor, int | str]:
+        """The layers, the input, and which of the outputs, or which layer's."""
         kind = expect(config.get("class_name"), str, "class_name")
         if kind not in MODELS:
             raise ConversionError(f"the model is of class {kind!r}; required: Sequential or Functional, whose layers "
@@ -319,14 +322,25 @@ class Reader:
             raise ConversionError(f"the network has {len(calls.inputs)} inputs; required: one")
         channels_first = _first_data_format(config) == "channels_first"
         x = _input(nodes[0] if calls is None else calls.nodes[calls.inputs[0][0]], top, size, channels_first)
-        output = self._run(nodes, [x]) if calls is None else calls.run(self, [x])[0]
+        which: int | str = 0
+        if calls is not None:
+            which = calls.choose(wanted)
+            output = calls.run(self, [x])[0]
+        else:
+            names = [node.name for node in nodes]
+            if isinstance(wanted, str):
+                which = names[chosen(wanted, names)]
+                nodes = nodes[:names.index(which) + 1]
+            else:
+                chosen(wanted, names[-1:])
+            output = self._run(nodes, [x])
         with self.builder.at(top):
             is_last = output.rank <= 4 and not channels_first
             layers = self.builder.leading_to(self.builder.scores(
                 self.builder.channels_first(output) if is_last else output))
         if not layers:
             raise ConversionError("the network has no layers that compute anything")
-        return layers, x
+        return layers, x, which
 
     def call(self, node: Node, inputs: Sequence[Tensor | Constant]) -> list[Tensor]:
         """The outputs of `node`."""
@@ -454,6 +468,16 @@ class _Calls:
         if not ends:
             self.model.refuse(f"has no {key}; required: one or more")
         return ends
+
+    def choose(self, wanted: int | str | None) -> int | str:
+        """One of the outputs by its number, or a layer by its name, as the only output; returns which."""
+        if isinstance(wanted, str) and wanted in self.nodes:
+            last = max((i for name, i in self.reads if name == wanted), default=0)
+            self.outputs = [(wanted, last, 0)]
+            return wanted
+        which = chosen(wanted, [name for name, _, _ in self.outputs])
+        self.outputs = self.outputs[which:which + 1]
+        return which
 
     def run(self, reader: Reader, inputs: list[Tensor]) -> list[Tensor]:
         if len(inputs) != len(self.inputs):

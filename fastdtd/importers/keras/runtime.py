@@ -15,9 +15,11 @@ from fastdtd.importers.verify import NotComparedError, Runtime
 
 @dataclass
 class KerasRuntime(Runtime):
-    """content: the file, which the reader has read and accepted before Keras sees it."""
+    """content: the file, which the reader has read and accepted before Keras sees it; which: of its outputs, or which
+    layer's."""
 
     content: bytes = b""
+    which: int | str = 0
     _network: Any = None
 
     def start(self) -> str:
@@ -31,7 +33,8 @@ class KerasRuntime(Runtime):
         if self._network is None:
             self._network = self._loaded()
         made = self._network.predict(images, verbose=0)
-        return np.asarray(made[0] if isinstance(made, list) else made)
+        several = list(made.values()) if isinstance(made, dict) else made if isinstance(made, list) else [made]
+        return np.asarray(several[self.which if isinstance(self.which, int) else 0])
 
     def _loaded(self) -> Any:
         import keras
@@ -40,4 +43,7 @@ class KerasRuntime(Runtime):
         with tempfile.TemporaryDirectory() as folder:  # what was read, and not what its path has become since
             path = Path(folder) / f"network{suffix}"
             path.write_bytes(self.content)
-            return keras.models.load_model(str(path), compile=False)
+            network = keras.models.load_model(str(path), compile=False)
+        if isinstance(self.which, int):
+            return network
+        return keras.Model(network.inputs, network.get_layer(self.which).output)

@@ -11,7 +11,7 @@ import onnx
 
 from fastdtd.graph import MAX_TENSOR_ELEMENTS, Power
 from fastdtd.importers import curves, patterns
-from fastdtd.importers.builder import Builder, same_padding, transposed_padding
+from fastdtd.importers.builder import ATTENTION, Builder, same_padding, transposed_padding
 from fastdtd.importers.curves import Curve
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.norms import Moment
@@ -152,6 +152,8 @@ def _gemm(b: Builder, node: Node) -> Tensor:
 
 
 def _matmul(b: Builder, node: Node) -> Tensor:
+    if all(isinstance(node.value(i), patterns.COMPUTED) for i in (0, 1)):
+        node.refuse(f"multiplies two matrices that are computed; nearest: {ATTENTION}")
     x, weight = node.tensor(), node.constant(1)
     return b.dense(x, weight.T, None)
 
@@ -253,9 +255,7 @@ def _extreme(b: Builder, node: Node) -> Any:
 def _softmax(b: Builder, node: Node) -> Tensor:
     x = node.tensor()
     axis = node.integer("axis", 1 if node.opset < 13 else -1)
-    if node.opset < 13 and b.axis(axis, x.rank) == 1 and x.elements == math.prod(x.dims[:1]):
-        x = b.flatten(x)  # over all axes from there
-    return b.softmax(x, 1 if axis % x.rank == 1 else axis, is_log=node.op == "LogSoftmax")
+    return b.softmax(x, axis, is_log=node.op == "LogSoftmax", to_the_end=node.opset < 13)
 
 
 def _activation(b: Builder, node: Node) -> Tensor | Curve:
@@ -508,6 +508,7 @@ NEAREST = {
     **dict.fromkeys(("Softsign", "ThresholdedRelu"), _ACTIVATION), "Celu": "Elu",
     **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), "LayerNormalization"),
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"),
+    **dict.fromkeys(("Attention", "MultiHeadAttention", "GroupQueryAttention"), ATTENTION),
     "Einsum": "MatMul", "Loop": _BRANCH, "Scan": _BRANCH, "GatherND": "Gather",
     "GatherElements": "Gather", "MaxRoiPool": "MaxPool", "MaxUnpool": "Resize", "GridSample": "Resize",
     "LogSoftmax": "Softmax", "Hardmax": "Softmax", "ArgMax": "the scores before it",

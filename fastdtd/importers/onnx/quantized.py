@@ -254,9 +254,7 @@ def _probabilities(b: Builder, node: Node) -> Tensor:
     if node.op == "QLinearSigmoid":
         return _made(b, node, b.activation(x, "sigmoid"), 3, 4)
     axis, opset = node.integer("axis", -1), node.integer("opset", 13)
-    if opset < 13 and b.axis(axis, x.rank) == 1:  # over all axes from there
-        x = b.flatten(x)
-    return _made(b, node, b.softmax(x, 1 if axis % x.rank == 1 else axis), 3, 4)
+    return _made(b, node, b.softmax(x, axis, to_the_end=opset < 13), 3, 4)
 
 
 OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
 from fastdtd.importers.budget import Budget
-from fastdtd.importers.builder import Builder, Parsed, nearest
+from fastdtd.importers.builder import Builder, Parsed, chosen, nearest
 from fastdtd.importers.moves import MAX_AXES, Array
 from fastdtd.importers.onnx import constants, operators, quantized
 from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST
@@ -44,8 +44,10 @@ _LOG = logging.getLogger("fastdtd")
 
 
 def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str, bytes] | None = None,
-          limit: int | None = None) -> Parsed:
-    """The network in an ONNX file: its first output, and the layers that lead to it. The format is opset and producer.
+          limit: int | None = None, output: int | str | None = None) -> Parsed:
+    """The network in an ONNX file: an output, and the layers that lead to it. The format is opset and producer.
+
+    output: its number or name, or that of any other tensor that the file computes; None: the first.
 
     size: replaces the input size in the file. others: by name, files that may hold weights of this one. It names where
     in them, but no file that is not given is read. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
@@ -53,7 +55,7 @@ def parse(data: bytes, size: tuple[int, int] | None = None, others: Mapping[str,
     try:
         model = onnx.ModelProto.FromString(data)
         _embed(model, others or {})
-        return _parse(model, size, Budget(len(data) + sum(map(len, (others or {}).values())), limit))
+        return _parse(model, size, Budget(len(data) + sum(map(len, (others or {}).values())), limit), output)
     except DecodeError:
         raise ConversionError("damaged, or no ONNX file") from None
     except UnicodeDecodeError:
@@ -82,7 +84,7 @@ def _embed(model: Any, others: Mapping[str, bytes]) -> None:
         tensor.ClearField("external_data")
 
 
-def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
+def _parse(model: Any, size: tuple[int, int] | None, budget: Budget, wanted: int | str | None) -> Parsed:
     if not model.graph.node or not model.graph.output:
         raise ConversionError("damaged, or no ONNX file: it holds no network")
     opset = max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=1)
@@ -99,7 +101,7 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
     if len(inputs) != 1:
         raise ConversionError(f"the network has {len(inputs)} inputs ({', '.join(repr(i.name) for i in inputs[:5])}); "
                               "required: one")
-    output = model.graph.output[0].name
+    output = _output(model.graph, wanted)
     nodes = _nodes_leading_to(output, model.graph.node, {inputs[0].name, *weights})
     channels_last = _has_channels_last(inputs[0].name, [proto for _, proto in nodes])
     x, batch = _input(inputs[0], size, channels_last)
@@ -131,6 +133,13 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget) -> Parsed:
                           tolerance=QUANTIZED_TOLERANCE if reader.grids else TOLERANCE,
                           elements=reader.elements, steps=steps, graph=graph, opset=opset)
     return Parsed(layers, x.shape, file_format + (", channels last" if channels_last else ""), runtime)
+
+
+def _output(graph: Any, wanted: int | str | None) -> str:
+    names: list[str] = [value.name for value in graph.output]
+    if isinstance(wanted, str) and any(wanted in node.output for node in graph.node):
+        return wanted
+    return names[chosen(wanted, names)]
 
 
 def _only(graph: Any, x: Any, shape: Sequence[int], output: str, nodes: Sequence[tuple[int, Any]]) -> Any:

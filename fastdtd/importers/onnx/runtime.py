@@ -66,13 +66,32 @@ class OnnxRuntime(Runtime):
 
             for node in model.graph.node:
                 _mend_for_reference(node)
-            reference = ReferenceEvaluator(model)
+            reference = ReferenceEvaluator(model, new_ops=_softmaxes_to_the_end() if self.opset < 13 else None)
             return lambda inputs: reference.run([output], inputs)[0]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as it is written
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return lambda inputs: session.run([output], inputs)[0]
+
+
+def _softmaxes_to_the_end() -> list[type]:
+    """As they are before opset 13, over all axes from one on; onnx's reference takes that one alone."""
+    from onnx.reference.op_run import OpRun
+
+    class LogSoftmax(OpRun):  # type: ignore[misc]  # for mypy does not follow onnx
+        op_domain = ""
+
+        def _run(self, x: Array, axis: int = 1) -> tuple[Array]:
+            rows = x.reshape(*x.shape[:axis % x.ndim], -1)
+            rows = rows - rows.max(-1, keepdims=True)
+            return ((rows - np.log(np.exp(rows).sum(-1, keepdims=True))).reshape(x.shape),)
+
+    class Softmax(LogSoftmax):
+        def _run(self, x: Array, axis: int = 1) -> tuple[Array]:
+            return (np.exp(super()._run(x, axis)[0]),)
+
+    return [LogSoftmax, Softmax]
 
 
 def _mend_for_reference(node: Any) -> None:

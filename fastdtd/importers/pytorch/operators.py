@@ -11,7 +11,7 @@ import torch
 
 from fastdtd.graph import Power
 from fastdtd.importers import curves, patterns
-from fastdtd.importers.builder import Builder, same_padding
+from fastdtd.importers.builder import ATTENTION, Builder, same_padding
 from fastdtd.importers.curves import Curve
 from fastdtd.importers.norms import Moment
 from fastdtd.importers.patterns import Sign, Squares, moving
@@ -53,7 +53,10 @@ def _addmm(b: Builder, node: Node) -> Tensor:
 
 
 def _matmul(b: Builder, node: Node) -> Tensor:
-    return b.dense(node.tensor(), node.weight("mat2" if node.op == "mm" else "other").T, None)
+    other = "mat2" if node.op == "mm" else "other"
+    if isinstance(node.value(other), patterns.COMPUTED):
+        node.refuse(f"multiplies two matrices that are computed; nearest: {ATTENTION}")
+    return b.dense(node.tensor(), node.weight(other).T, None)
 
 
 def _axes(node: Node) -> int:
@@ -425,6 +428,6 @@ IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "
 
 NEAREST = {
     "celu": "elu",
-    **dict.fromkeys(("scaled_dot_product_attention", "bmm", "einsum"), "linear"),
+    **dict.fromkeys(("bmm", "scaled_dot_product_attention"), ATTENTION), "einsum": "linear",
     "upsample_bicubic2d": "upsample_bilinear2d", "_upsample_bilinear2d_aa": "upsample_bilinear2d",
 }

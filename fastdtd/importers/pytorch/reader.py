@@ -23,7 +23,7 @@ import torch
 from fastdtd.errors import ConversionError
 from fastdtd.graph import INPUT
 from fastdtd.importers.budget import Budget
-from fastdtd.importers.builder import Builder, Parsed, nearest
+from fastdtd.importers.builder import Builder, Parsed, chosen, nearest
 from fastdtd.importers.moves import Array
 from fastdtd.importers.patterns import COMPUTED, ValueNode, as_tensor
 from fastdtd.importers.pytorch.operators import IGNORED, NEAREST, OPERATORS
@@ -31,9 +31,10 @@ from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating, given
 from fastdtd.importers.tensors import Tensor, layer_shape
 
 
-def parse(module: Any, example: Any, limit: int | None = None) -> Parsed:
+def parse(module: Any, example: Any, limit: int | None = None, output: int | str | None = None) -> Parsed:
     """What `module` computes for `example`, a tensor (N, C, H, W), (N, C, L) or (N, F).
 
+    output: which, where it returns several tensors: a number, or a key of a dictionary.
     limit: bytes, see `Budget`. Raises ConversionError, also for what torch.export cannot export, and ModelError.
     """
     if not isinstance(module, torch.nn.Module):
@@ -48,7 +49,7 @@ def parse(module: Any, example: Any, limit: int | None = None) -> Parsed:
             exported = _exported(module, example)
     except Exception as error:  # whatever the module's code raises while it is traced
         raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
-    return _read(exported, example, module, limit)
+    return _read(exported, example, module, limit, output)
 
 
 def _exported(module: Any, example: Any) -> Any:
@@ -71,17 +72,17 @@ def _functional(exported: Any) -> Any:
     return exported.run_decompositions({})  # no operator is taken apart
 
 
-def _read(exported: Any, example: Any, module: Any, limit: int | None) -> Parsed:
+def _read(exported: Any, example: Any, module: Any, limit: int | None, wanted: int | str | None) -> Parsed:
     """What the torch.export.ExportedProgram of `module` computes, in which nothing is written in place."""
     signature = exported.graph_signature
-    if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
-        raise ConversionError(f"the module has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} "
-                              "outputs; required: one of each")
+    if len(signature.user_inputs) != 1:
+        raise ConversionError(f"the module has {len(signature.user_inputs)} inputs; required: one")
+    which = chosen(wanted, _output_names(exported))
     dims = tuple(int(n) for n in example.shape[1:])
     shape = layer_shape(dims)
     held = sum(value.numel() * value.element_size() for value in exported.state_dict.values())
     reader = Reader(Builder(Budget(held, limit), len(example)), exported)
-    output = next(node for node in exported.graph.nodes if node.name == signature.user_outputs[0])
+    output = next(node for node in exported.graph.nodes if node.name == signature.user_outputs[which])
     needed = _leading_to(output)
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in signature.user_inputs:
@@ -97,8 +98,17 @@ def _read(exported: Any, example: Any, module: Any, limit: int | None) -> Parsed
              for node, value in reader.values.items() if node.op == "call_function" and isinstance(value, Tensor)]
     whole = Tensor.whole(INPUT, shape, dims)
     runtime = TorchRuntime(reader.builder, whole, len(example), steps=steps, module=module, exported=exported,
-                           like=example)
+                           like=example, which=which)
     return Parsed(layers, shape, f"torch.export of PyTorch {torch.__version__}", runtime)
+
+
+def _output_names(exported: Any) -> list[str]:
+    """Keys of what the module returns, as in "out", or numbers; in the order in which PyTorch lists its tensors."""
+    signature = exported.graph_signature
+    places = torch.utils._pytree.tree_flatten_with_path(torch.utils._pytree.tree_unflatten(
+        list(signature.user_outputs), exported.call_spec.out_spec))[0]
+    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+            for path, _ in places]
 
 
 def _name_of(traced: Any) -> str:

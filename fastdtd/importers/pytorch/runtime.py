@@ -36,11 +36,13 @@ def given(exported: Any) -> tuple[dict[str, str], dict[str, Any]]:
 
 @dataclass
 class TorchRuntime(Runtime):
-    """exported: what was read of `module`; like: a tensor of the input's kind."""
+    """exported: what was read of `module`; like: a tensor of the input's kind; which: of the tensors that it returns.
+    """
 
     module: Any = None
     exported: Any = None
     like: Any = None
+    which: int = 0
 
     def start(self) -> str:
         values = (node.meta.get("val") for node in self.exported.graph.nodes)
@@ -57,7 +59,8 @@ class TorchRuntime(Runtime):
     def _module(self, x: Any) -> Any:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}  # which it may write to
         with evaluating(self.module):
-            return torch.func.functional_call(self.module, buffers, (x,))
+            made = torch.func.functional_call(self.module, buffers, (x,))
+        return torch.utils._pytree.tree_leaves(made)[self.which]
 
 
 class _Until(torch.fx.Interpreter):  # type: ignore[misc]  # for mypy does not follow torch
