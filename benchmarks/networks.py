@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+import fastdtd
 from fastdtd import graph as g
 
 
@@ -182,6 +183,13 @@ def averaged(graph):
             g.AveragePool2d(layer.name, layer.inputs, layer.kernel, layer.stride, layer.padding, layer.ceil_mode
                             ) if isinstance(layer, g.MaxPool2d) else layer
             for layer in graph), graph.input_shape, graph.box)
+
+
+def network(name):
+    """One of NETWORKS, or that of a model file."""
+    if name in NETWORKS:
+        return NETWORKS[name]()
+    return fastdtd.load(name).graph
 
 
 def pictures(graph, count, seed=0):

@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from networks import NETWORKS, pictures
+from networks import NETWORKS, network, pictures
 from steps import Steps, ceiling, copy_rate
 
 import fastdtd
+from fastdtd import lowering
 from fastdtd.graph import Conv2d
 
 
@@ -54,8 +55,36 @@ def least(function, seconds=2):
     return min(times)
 
 
+def explainer_of(name, threads):
+    return fastdtd.Explainer(fastdtd.Model(network(name), fastdtd.Preprocessing(None)), threads=threads)
+
+
+def print_early(name, batch, threads, rounds):
+    """What it gains to compute early layers image by image: whole calls in turns with the same schedule layer by layer.
+    """
+    ways, early_layers = [], lowering._early_layers
+    for early in (early_layers, lambda graph, layers: 0):
+        lowering._early_layers = early
+        ways.append(explainer_of(name, threads))
+        images = pictures(ways[0].model.graph, batch)
+        ways[-1](images)  # which makes the schedule
+    lowering._early_layers = early_layers
+    first, second = (explainer(images) for explainer in ways)
+    np.testing.assert_array_equal(first.relevance, second.relevance)
+    ratios = []
+    for _ in range(rounds):
+        times = []
+        for explainer in ways:
+            start = time.perf_counter()
+            explainer(images)
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    print(f"{name}, batch {batch}, {threads} threads: image by image over layer by layer "
+          f"{statistics.median(ratios):.3f}")
+
+
 def print_call(name, batch, threads):
-    explainer = fastdtd.Explainer(fastdtd.Model(NETWORKS[name](), fastdtd.Preprocessing(None)), threads=threads)
+    explainer = explainer_of(name, threads)
     images = pictures(explainer.model.graph, batch)
     steps = Steps(name, -(-batch // threads))
     plan, middle = steps.plan, steps.plan.schedule.forward_steps
@@ -123,13 +152,18 @@ def print_fractions(fractions):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nets", nargs="*", choices=[*NETWORKS, []],  # argparse holds the default to the choices too
-                        help="networks; all if none is given")
+    parser.add_argument("nets", nargs="*", help=f"of {', '.join(NETWORKS)} (default: all), or model files")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--summary", action="store_true", help="by kernel only")
     parser.add_argument("--call", action="store_true", help="what a whole call takes beside its kernels")
+    parser.add_argument("--early", action="store_true",
+                        help="what it gains to compute the first layers image by image, on two threads")
     options = parser.parse_args()
+    if options.early:
+        for name in options.nets or NETWORKS:
+            print_early(name, 2 * options.batch, 2, 5 * options.rounds)
+        return
     if options.call:
         for name in options.nets or NETWORKS:
             for threads in (1, 2):

@@ -5,7 +5,7 @@ import math
 import time
 
 import numpy as np
-from networks import NETWORKS, pictures
+from networks import network, pictures
 from numba import njit
 
 from fastdtd import graph as g
@@ -20,7 +20,7 @@ class Steps:
 
     def __init__(self, name, batch):
         self.kernels = load_kernels("cpu")
-        self.graph = NETWORKS[name]()
+        self.graph = network(name)
         self._bind(lower(self.graph, assign(self.graph), self.kernels).schedule(batch), pictures(self.graph, batch))
         self._check()
 

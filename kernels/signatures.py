@@ -28,7 +28,7 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
                            f"{_CHANNELS} groups stride_h stride_w {_BLOCK} splits panel_rows features precision "
                            "sparse_below relevance accumulate",
     "depthwise2d_forward": f"{_TAPES} packed offsets bounds masks bias planes block results x_channel a_channel "
-                           "stride_h stride_w width block_rows halo_rows pad_top x_min x_max relevance",
+                           "stride_h stride_w width block_rows halo_rows pad_top features x_min x_max relevance",
     "depthwise2d_redistribute": f"{_BACKWARD} packed offsets bounds masks planes block results {_CHANNELS} stride_h "
                                 "stride_w width block_rows halo_rows pad_top columns_even features relevance "
                                 "accumulate",

@@ -5,7 +5,7 @@ import naive
 import numpy as np
 import pytest
 from fastdtd.kernels import cpu
-from layers import BOX, CONVOLUTIONS, NON_NEGATIVE, weights
+from layers import BOX, CONVOLUTIONS, NON_NEGATIVE, REAL, weights
 from single_layers import TESTED, batch_of, network
 
 from fastdtd import graph as g
@@ -31,15 +31,16 @@ def explained(graph, rules, images):
     return plan, steps
 
 
+@pytest.mark.parametrize("domain", [NON_NEGATIVE, REAL])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_kernels_are_chosen(name):
-    plan, steps = explained(network(CONVOLUTIONS[name], NON_NEGATIVE), {TESTED: "z+"}, 1)
+def test_kernels_are_chosen(name, domain):
+    plan, steps = explained(network(CONVOLUTIONS[name], domain), {TESTED: "z+"}, 1)
     assert [plan.schedule.steps[i].name for i in steps] == OWN
 
 
 @pytest.mark.parametrize(("name", "rule", "domain", "names"), [
     ("depthwise", "zB", BOX, ["conv2d_forward", "conv2d_redistribute"]),
-    ("depthwise", "z+", BOX, ["conv2d_forward", "conv2d_redistribute"]),  # an input of both signs
+    ("depthwise", "z+", BOX, OWN),  # an input of both signs
     ("depthwise", "w2", NON_NEGATIVE, ["conv2d_forward", OWN[1]]),
     ("depthwise", "epsilon", NON_NEGATIVE, OWN),
     ("depthwise with a multiplier", "z+", NON_NEGATIVE, ["conv2d_forward", "conv2d_redistribute"]),
@@ -50,11 +51,11 @@ def test_choice_follows_from_layer_and_rule(name, rule, domain, names):
     assert [plan.schedule.steps[i].name for i in steps] == names
 
 
-@pytest.mark.parametrize("rule", ["z+", "epsilon"])
+@pytest.mark.parametrize(("rule", "domain"), [("z+", NON_NEGATIVE), ("epsilon", NON_NEGATIVE), ("z+", REAL)])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_units_write_their_plane_alone(name, rule):
+def test_units_write_their_plane_alone(name, rule, domain):
     """Each done by itself: the same bits as all in one call, and nothing before or after the plane."""
-    plan, steps = explained(network(CONVOLUTIONS[name], NON_NEGATIVE), {TESTED: rule}, 2)
+    plan, steps = explained(network(CONVOLUTIONS[name], domain), {TESTED: rule}, 2)
     for i in steps:
         step, arguments = plan.schedule.steps[i], list(plan.arguments(i))
         outputs = 2 if step.name.endswith("forward") else 1
@@ -78,10 +79,11 @@ def test_units_write_their_plane_alone(name, rule):
         assert not any(np.isnan(one[cpu.MARGIN:-cpu.MARGIN]).any() for one in together)
 
 
+@pytest.mark.parametrize("domain", [NON_NEGATIVE, REAL])
 @pytest.mark.parametrize("name", ["depthwise", "depthwise, a step and a few positions", "depthwise, several blocks"])
-def test_the_same_bits_in_any_batch(name):
+def test_the_same_bits_in_any_batch(name, domain):
     example = CONVOLUTIONS[name]
-    explainer = Explainer(Model(network(example, NON_NEGATIVE), Preprocessing(None)), threads=1)
+    explainer = Explainer(Model(network(example, domain), Preprocessing(None)), threads=1)
     batch = batch_of(example, 5)
     together = explainer(batch, 1)
     for i in range(5):

@@ -50,11 +50,12 @@ class _Depthwise:
     bounds: npt.NDArray[np.int32]
     block: _Block
 
-    def _step(self, b: Builder, kernel: Any, values: int, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
+    def _step(self, b: Builder, kernel: Any, values: int, channels: int, layer: g.Conv2d, arguments: dict[str, Any]
+              ) -> None:
         """values: what is computed for each position."""
         block = self.block
         results = b.blocked_kernels.depthwise2d_results_elements(block.rows, block.width, values)
-        b.step(kernel, b.batch * len(self.weights), **arguments, packed=self.weights, offsets=self.offsets,
+        b.step(kernel, b.batch * channels, **arguments, packed=self.weights, offsets=self.offsets,
                bounds=self.bounds, masks=block.masks, planes=block.planes, block=b.scratch("block", block.elements),
                results=b.scratch("results", results), stride_h=layer.stride[0], stride_w=layer.stride[1],
                width=block.width, block_rows=block.rows, halo_rows=block.halo_rows, pad_top=block.pad_top)
@@ -64,8 +65,11 @@ class _Depthwise:
 class Forward(_Depthwise):
     """For one sum of a layer's rule."""
 
+    features: int
+
     def step(self, b: Builder, layer: g.Conv2d, arguments: dict[str, Any]) -> None:
-        self._step(b, b.blocked_kernels.depthwise2d_forward, 2, layer, arguments)
+        self._step(b, b.blocked_kernels.depthwise2d_forward, 2, len(self.weights), layer,
+                   {**arguments, "features": self.features})
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,8 @@ class Backward(_Depthwise):
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         own = {name: arguments[name] for name in _BACKWARD}
-        self._step(b, b.blocked_kernels.depthwise2d_redistribute, math.prod(layer.stride), layer,
+        values = len(self.weights) // len(layer.weight) * math.prod(layer.stride)
+        self._step(b, b.blocked_kernels.depthwise2d_redistribute, values, len(layer.weight), layer,
                    {**own, "features": self.features, "columns_even": self.columns_even})
 
 
@@ -87,7 +92,7 @@ def suits(layer: g.Conv2d) -> bool:
 
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward | None:
     """None where the layer or the rule's features need another algorithm."""
-    if not suits(layer) or term.features != codes.NONNEGATIVE:
+    if not suits(layer) or term.features not in (codes.NONNEGATIVE, codes.SIGNED):
         return None
     (_, _, in_width), (_, height, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     (step_h, step_w), (pad_top, pad_left, *_) = layer.stride, layer.padding
@@ -101,12 +106,12 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
                for shift, parity in columns for below in down]
     weight = term.w(layer.weight)[:, 0].swapaxes(1, 2).reshape(len(layer.weight), -1)
     return Forward(read_only(np.stack([weight, np.maximum(weight, 0)], 2)), _int32(offsets),
-                   _int32(range(0, len(offsets) + 1, len(down))), block)
+                   _int32(range(0, len(offsets) + 1, len(down))), block, term.features)
 
 
 def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Backward | None:
     """None where the layer or the rule's features need another algorithm."""
-    if not suits(layer) or term.features in (codes.SIGNED, codes.BOX):
+    if not suits(layer) or term.features == codes.BOX:
         return None
     (_, in_height, in_width), (_, _, width) = graph.shapes[layer.inputs[0]], graph.shapes[layer.name]
     # Inputs p * stride + phase are read by outputs p + shift, through these taps.
@@ -126,8 +131,10 @@ def pack_backward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDev
             taps += [i * layer.weight.shape[3] + j for i, _ in phase]
             offsets += [block.offset(0, 0, below - min(shifts), right) for _, below in phase]
         bounds.append([*begins, len(taps)])
-    v = backward_weights(layer, term).reshape(len(layer.weight), -1)
-    return Backward(read_only(v[:, taps]), _int32(offsets), _int32(bounds), block, term.features, len(across[0]))
+    v = backward_weights(layer, term).reshape(len(layer.weight), -1)[:, taps]
+    if term.features == codes.SIGNED:
+        v = np.concatenate([np.maximum(v, 0), np.minimum(v, 0)])
+    return Backward(read_only(v), _int32(offsets), _int32(bounds), block, term.features, len(across[0]))
 
 
 def _taps(layer: g.Conv2d, axis: int, phase: int) -> list[tuple[int, int]]:

@@ -13,9 +13,12 @@ to row, so that one of few rows serves all blocks of all planes.
 Where input and output differ in width, positions have the larger one, and rows are cut as they are stored. The sum of a
 position is one chain of multiply-adds in the order of the taps, column by column, so it does not depend on where
 the position lies. A unit is a plane.
+
+Where the input may be negative (features SIGNED), z sums what is positive of the products that y sums; and back there
+are two sums, by the positive and by the negative weights, of which the input's sign chooses one.
 """
 
-from fastdtd.kernels.codes import NONNEGATIVE, ONES
+from fastdtd.kernels.codes import NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.elementwise import Finish, finish_row, redistribute_row
 from fastdtd.kernels.cpu.jit import kernel, part
 from fastdtd.kernels.cpu.planes import copy_product, copy_product_run, copy_run
@@ -30,6 +33,7 @@ from fastdtd.kernels.cpu.vector_code import (
     any_lane,
     integer,
     keep_lanes,
+    larger,
     load_vector,
     loop_range,
     multiply_add,
@@ -58,7 +62,7 @@ def depthwise2d_block_rows(rows, width, inputs):
 
 def depthwise2d_results_elements(rows, width, values):
     """Floats of `results`, for blocks of so many rows of positions, each with so many values: y and z forward, back the
-    inputs that it stands for."""
+    inputs that it stands for, twice under SIGNED."""
     return values * (rows * width + DEPTHWISE2D_STEP)
 
 
@@ -80,8 +84,11 @@ class _Sums:
         self.p_block, self.p_packed, self.p_offsets, self.p_bounds, self.p_masks = pointers(
             builder, (block, packed, offsets, bounds, masks), F32, F32, I32, I32, I32)
 
-    def of_columns(self, first, last, position, column, vectors, products):
-        """Sums [product][vector] over columns first..last-1, from a position on, which lies in that column of a row."""
+    def of_columns(self, first, last, position, column, vectors, products, signed=False):
+        """Sums [product][vector] over columns first..last-1, from a position on, which lies in that column of a row.
+
+        signed: instead of a second product, what is positive of the first one.
+        """
         builder, mask_length = self.builder, self.builder.add(self.period, integer(DEPTHWISE2D_STEP))
 
         def index(pointer, at):
@@ -94,13 +101,18 @@ class _Sums:
             def one_tap(tap, sums):
                 source = builder.add(position, index(self.p_offsets, tap))
                 weights = []
-                for i in range(products):
+                for i in range(1 if signed else products):
                     at = builder.add(builder.mul(tap, integer(products)), integer(i))
                     weights.append(splat(builder, builder.load(builder.gep(self.p_packed, [at]))))
                 sums = list(sums)
                 for v in range(vectors):
                     value = load_vector(builder, self.p_block, builder.add(source, integer(v * LANES)))
                     value = keep_lanes(builder, value, masks[v])
+                    if signed:
+                        product = builder.fmul(weights[0], value)
+                        sums[v] = builder.fadd(sums[v], product)
+                        sums[vectors + v] = builder.fadd(sums[vectors + v], larger(builder, product, ZEROS))
+                        continue
                     for i in range(products):
                         sums[i * vectors + v] = multiply_add(builder, sums[i * vectors + v], weights[i], value)
                 return sums
@@ -135,49 +147,56 @@ class _Sums:
         return values
 
 
-@intrinsic
-def _sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, masks, period, first, last):
-    """y, z <- W a and V a of positions first..last-1, from these addresses on; whole vectors."""
-    def codegen(context, builder, signature, arguments):
-        p_y, p_z = pointers(builder, arguments[:2], F32, F32)
-        sums = _Sums(builder, *arguments[3:])
+def _forward_sums(signed):
+    """(_sum_pairs, _finish_positions) for features SIGNED or NONNEGATIVE."""
+    @intrinsic
+    def sum_pairs(typing_context, y, z, columns, block, packed, offsets, bounds, masks, period, first, last):
+        """y, z <- W a and V u of positions first..last-1, from these addresses on; whole vectors."""
+        def codegen(context, builder, signature, arguments):
+            p_y, p_z = pointers(builder, arguments[:2], F32, F32)
+            sums = _Sums(builder, *arguments[3:])
 
-        def one_step(position, column, vectors, nothing):
-            pair = sums.of_columns(integer(0), arguments[2], position, column, vectors, 2)
-            for pointer, values in zip((p_y, p_z), pair, strict=True):
-                for v, value in enumerate(values):
-                    store_vector(builder, value, pointer, builder.add(position, integer(v * LANES)))
-            return nothing
+            def one_step(position, column, vectors, nothing):
+                pair = sums.of_columns(integer(0), arguments[2], position, column, vectors, 2, signed)
+                for pointer, values in zip((p_y, p_z), pair, strict=True):
+                    for v, value in enumerate(values):
+                        store_vector(builder, value, pointer, builder.add(position, integer(v * LANES)))
+                return nothing
 
-        sums.for_each([], one_step)
-        return context.get_dummy_value()
+            sums.for_each([], one_step)
+            return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 3, *_Sums.KIND), codegen
+        return types.void(*[types.intp] * 3, *_Sums.KIND), codegen
+
+    @intrinsic
+    def finish_positions(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, period, first, last,
+                         bias, x_min, x_max, relevance, z_min):
+        """x, ratio <- those of whole vectors of positions first..last-1 (elementwise.Finish). Returns whether a ratio
+        is negative."""
+        def codegen(context, builder, signature, arguments):
+            p_x, p_ratio = pointers(builder, arguments[:2], F32, F32)
+            sums, finish = _Sums(builder, *arguments[3:11]), Finish(builder, *arguments[11:])
+
+            def one_step(position, column, vectors, found):
+                found, = found
+                y, z = sums.of_columns(integer(0), arguments[2], position, column, vectors, 2, signed)
+                for v in range(vectors):
+                    at = builder.add(position, integer(v * LANES))
+                    value, share = finish(y[v], z[v])
+                    store_vector(builder, value, p_x, at)
+                    store_vector(builder, share, p_ratio, at)
+                    found = builder.or_(found, builder.fcmp_ordered("<", share, ZEROS))
+                return [found]
+
+            return any_lane(builder, sums.for_each([NO_LANE], one_step)[0])
+
+        return (types.boolean(*[types.intp] * 3, *_Sums.KIND, *[types.float32] * 3, types.boolean, types.float32),
+                codegen)
+
+    return sum_pairs, finish_positions
 
 
-@intrinsic
-def _finish_positions(typing_context, x, ratio, columns, block, packed, offsets, bounds, masks, period, first, last,
-                      bias, x_min, x_max, relevance, z_min):
-    """x, ratio <- those of whole vectors of positions first..last-1 (elementwise.Finish). Returns whether a ratio is
-    negative."""
-    def codegen(context, builder, signature, arguments):
-        p_x, p_ratio = pointers(builder, arguments[:2], F32, F32)
-        sums, finish = _Sums(builder, *arguments[3:11]), Finish(builder, *arguments[11:])
-
-        def one_step(position, column, vectors, found):
-            found, = found
-            y, z = sums.of_columns(integer(0), arguments[2], position, column, vectors, 2)
-            for v in range(vectors):
-                at = builder.add(position, integer(v * LANES))
-                value, share = finish(y[v], z[v])
-                store_vector(builder, value, p_x, at)
-                store_vector(builder, share, p_ratio, at)
-                found = builder.or_(found, builder.fcmp_ordered("<", share, ZEROS))
-            return [found]
-
-        return any_lane(builder, sums.for_each([NO_LANE], one_step)[0])
-
-    return types.boolean(*[types.intp] * 3, *_Sums.KIND, *[types.float32] * 3, types.boolean, types.float32), codegen
+(_sum_pairs, _finish_positions), (_sum_signed_pairs, _finish_signed_positions) = map(_forward_sums, (False, True))
 
 
 @intrinsic
@@ -258,16 +277,17 @@ def _whole_steps(positions):
 
 @kernel
 def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias, planes, block, results,
-                        x_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows, pad_top, x_min, x_max,
-                        relevance, first, last):
-    """As conv2d_forward for features NONNEGATIVE and one input and output in a group: x <- W a + bias, clipped to
-    x_min..x_max; ratio <- |x| / z.
+                        x_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows, pad_top, features,
+                        x_min, x_max, relevance, first, last):
+    """As conv2d_forward for features NONNEGATIVE or SIGNED and one input and output in a group: x <- W a + bias,
+    clipped to x_min..x_max; ratio <- |x| / z.
 
-    packed (C, taps, 2) holds W and V, taps sorted by columns of the window; those of column j are
-    bounds[j]..bounds[j + 1] - 1. Tap t of position p is the float p + offsets[t] of the block. masks (columns, period +
-    DEPTHWISE2D_STEP, int32) is -1 where a column's taps lie inside the input; period is rows of `width` positions. The
-    block has a plane for every phase of the input's rows, with `halo_rows` more than the outputs: planes says where
-    its even columns (all, where stride_w is 1) and its odd ones begin. block and results are flat scratch.
+    packed (C, taps, 2) holds W and V (which SIGNED does not read), taps sorted by columns of the window; those of
+    column j are bounds[j]..bounds[j + 1] - 1. Tap t of position p is the float p + offsets[t] of the block. masks
+    (columns, period + DEPTHWISE2D_STEP, int32) is -1 where a column's taps lie inside the input; period is rows of
+    `width` positions. The block has a plane for every phase of the input's rows, with `halo_rows` more than the
+    outputs: planes says where its even columns (all, where stride_w is 1) and its odd ones begin. block and results are
+    flat scratch.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
@@ -293,11 +313,21 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
             # whole vectors as they are; what is left, and rows that have to be cut, by way of `results`
             positions = rows * width
             done = _whole_steps(positions) if width == across else 0
-            absorbs |= _finish_positions(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
-                                         period, 0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
+            if features == SIGNED:
+                absorbs |= _finish_signed_positions(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds,
+                                                    p_masks, period, 0, done, bias[k], x_min, x_max, relevance != 0,
+                                                    MIN_DENOMINATOR)
+            else:
+                absorbs |= _finish_positions(to_x, to_ratio, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
+                                             period, 0, done, bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
             if done < positions:
                 p_z = p_y + 4 * (positions + DEPTHWISE2D_STEP)
-                _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done, positions)
+                if features == SIGNED:
+                    _sum_signed_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
+                                      positions)
+                else:
+                    _sum_pairs(p_y, p_z, columns, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
+                               positions)
                 length = positions - done if width == across else across
                 for row in range(1 if width == across else rows):
                     to, position = 4 * (done + row * across), 4 * (done + row * width)
@@ -311,13 +341,14 @@ def depthwise2d_forward(x, ratio, dead, a, packed, offsets, bounds, masks, bias,
 def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, planes, block, results,
                              c_in_channel, c_channel, a_channel, stride_h, stride_w, width, block_rows, halo_rows,
                              pad_top, columns_even, features, relevance, accumulate, first, last):
-    """As conv2d_redistribute for inputs of one feature, one input and output in a group: c_in <- V^T (ratio * c), or
-    added to c_in if `accumulate`. If `relevance`, times u.
+    """As conv2d_redistribute for inputs of one feature or SIGNED, one input and output in a group: c_in <- V^T (ratio *
+    c), or added to c_in if `accumulate`. If `relevance`, times u.
 
-    packed (C, taps) holds V. Position (y, x) stands for inputs (stride_h y + i, stride_w x + j), each phase (i, j) with
-    taps of its own: bounds (stride_h, columns + 1) has a row for each i, of columns of the window; the first
-    columns_even of them belong to j = 0, the others to j = 1. The block is one plane, ratio * c, whose first row is
-    `pad_top` above that of position 0. Else as depthwise2d_forward.
+    packed (C, taps) holds V; under SIGNED (2 C, taps), the positive and then the negative part of W. Position (y, x)
+    stands for inputs (stride_h y + i, stride_w x + j), each phase (i, j) with taps of its own: bounds (stride_h,
+    columns + 1) has a row for each i, of columns of the window; the first columns_even of them belong to j = 0, the
+    others to j = 1. The block is one plane, ratio * c, whose first row is `pad_top` above that of position 0. Else as
+    depthwise2d_forward.
     """
     outputs, height, across = ratio.shape[1], c_in.shape[2], c_in.shape[3]
     columns, period = masks.shape[0], masks.shape[1] - DEPTHWISE2D_STEP
@@ -327,6 +358,8 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
     p_offsets, p_masks, p_results = offsets.ctypes.data, masks.ctypes.data, results.ctypes.data
     p_block, grid_rows = block.ctypes.data, -(-height // stride_h)
     room = stride_w * (block_rows * width + DEPTHWISE2D_STEP)
+    parts = 2 if features == SIGNED else 1
+    second = 4 * stride_h * room * (parts - 1)  # from one part's results to the other's
     for unit in range(first, last):
         n, k = unit // outputs, unit % outputs
         p_ratio = ratio.ctypes.data + 4 * unit * out_height * out_across
@@ -345,15 +378,18 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
             positions, begin = rows * width, 4 * top * stride_h * across
             done = _whole_steps(positions) if whole and as_it_is else 0
             for i in range(stride_h):
-                p_bounds, to = bounds.ctypes.data + 4 * i * bounds.shape[1], p_results + 4 * i * room
-                if stride_w == 1:
+                p_bounds = bounds.ctypes.data + 4 * i * bounds.shape[1]
+                if done > 0:
                     _sum_positions(p_in + begin, columns, accumulate != 0, p_block, p_packed, p_offsets, p_bounds,
                                    p_masks, period, 0, done)
-                    _sum_positions(to, columns, False, p_block, p_packed, p_offsets, p_bounds, p_masks, period, done,
-                                   positions)
-                else:
-                    _sum_even_and_odd(to, columns_even, columns, p_block, p_packed, p_offsets, p_bounds, p_masks,
-                                      period, 0, positions)
+                for sign in range(parts):
+                    to, p_own = p_results + sign * second + 4 * i * room, p_packed + 4 * sign * outputs * len(offsets)
+                    if stride_w == 1:
+                        _sum_positions(to, columns, False, p_block, p_own, p_offsets, p_bounds, p_masks, period, done,
+                                       positions)
+                    else:
+                        _sum_even_and_odd(to, columns_even, columns, p_block, p_own, p_offsets, p_bounds, p_masks,
+                                          period, 0, positions)
             for y in range(1 if whole else min(rows * stride_h, height - top * stride_h)):
                 row, i = y // stride_h, y % stride_h
                 at = begin + 4 * (done if whole else y * across)
@@ -362,5 +398,5 @@ def depthwise2d_redistribute(c_in, c, ratio, a, packed, offsets, bounds, masks, 
                 if as_it_is:
                     copy_exactly(p_in + at, values, length, accumulate != 0)
                 else:
-                    redistribute_row(p_in + at, values, values, p_a + at, length, ZERO, ZERO, False, relevance != 0,
-                                     accumulate != 0)
+                    redistribute_row(p_in + at, values, values + second, p_a + at, length, ZERO, ZERO, False,
+                                     relevance != 0, accumulate != 0)
