@@ -32,6 +32,7 @@ from fastdtd.inputs import (
     checked_targets,
     checked_through,
     factors,
+    joined,
     memory_size,
     pictures_of,
 )
@@ -144,7 +145,7 @@ class Explainer:
         self._assignment = assign(model.graph, rules)
         self.rules = self._assignment.rules
         rules_as_text = {name: str(rule.rule) for name, rule in self.rules.items()}
-        self.context = Context(model.classes, rules_as_text, model.preprocessing.resize)
+        self.context = Context(model.classes, rules_as_text, model.preprocessing.resize, inputs=model.inputs)
         self.threads = int(threads or min(usable_processors(), MAX_THREADS))
         found = devices.find(device, precision)
         self.precision, self._kernels = found.precision, found.kernels
@@ -182,11 +183,12 @@ class Explainer:
 
         Parameters
         ----------
-        batch : picture, sequence of pictures, or (N, C, H, W) or (C, H, W) array
-            A picture is a path, a PIL image or a uint8 array of pixels (H, W, 3), and is preprocessed by the model. An
-            array is what `model.preprocess` makes; values beyond the model's value box are clipped to it, with a
-            warning. With device="cuda" it may be an array of CuPy on one of the explainer's GPUs; it is explained
-            there, and relevance and output stay there.
+        batch : picture, sequence of pictures, (N, C, H, W) or (C, H, W) array, or mapping from str to array
+            Of a network with several inputs (`Model.inputs`) an array for each, by name. A picture is a path, a PIL
+            image or a uint8 array of pixels (H, W, 3), and is preprocessed by the model. An array is what
+            `model.preprocess` makes; values beyond the model's value box are clipped to it, with a warning. With
+            device="cuda" it may be an array of CuPy on one of the explainer's GPUs; it is explained there, and
+            relevance and output stay there.
         target : int, str, tuple, sequence of these, or None
             The output to explain: its number or class name, one for all or one for each image. None: the one with the
             highest score. Of a network whose outputs are maps, of segmentation or detection, it is the scores of one
@@ -351,6 +353,9 @@ class Explainer:
 
     def _preprocessed(self, batch: Any) -> tuple[Any, list[Any] | None]:
         """The network's inputs, and the pictures that they are of, where pictures were given."""
+        if isinstance(batch, Mapping):
+            first = next(iter(batch.values()), None)
+            return joined(batch, self.model, self._kernels.namespace(first)), None
         pictures = pictures_of(batch, self.model)
         if pictures is None:
             return batch, None

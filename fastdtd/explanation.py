@@ -36,6 +36,7 @@ class Context:
     rules : by layer, as text
     resize : how pictures were fitted to the input
     pictures : those that were explained, as they were given; None where arrays were
+    inputs : of a network with several, by name, their shapes
     against : what each target is held against: names of classes, or a word such as "others"; "" where nothing is
     explain_again : tensors' names -> their relevance; None where the network is not at hand
     """
@@ -44,6 +45,7 @@ class Context:
     rules: Mapping[str, str] = field(default_factory=dict)
     resize: str = "stretch"
     pictures: Sequence[Any] | None = None
+    inputs: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     against: str = ""
     explain_again: Callable[[Sequence[str]], dict[str, Array]] | None = None
 
@@ -157,10 +159,16 @@ class Explanation:
         return (
             f"{name if name == str(target) else f'{target} {name}'}{f' {place}' if (place := self.place(i)) else ''}  "
             f"score {float(self.score[i]):.6g}{less}, "
-            f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}, absorbed "
+            f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}{self._shares(i)}, absorbed "
             f"{float(self.absorbed[i]):.6g}"
             + "".join(f", cut at {printable(name)} {cut[i]:.6g}" for name, cut in self.cut.items())
         )
+
+    def _shares(self, i: int) -> str:
+        """Of several inputs, how much relevance each has."""
+        shares = [f"{printable(name)} {float(_host(self.of(name)[i]).sum(dtype=np.float64)):.6g}"
+                  for name in self.context.inputs]
+        return f" ({', '.join(shares)})" if shares else ""
 
     def _repr_html_(self) -> str:
         """For notebooks: each heatmap beside class, score, sum and what was absorbed."""
@@ -180,6 +188,30 @@ class Explanation:
             rows.append(f"<tr>{cells}<td><table>{text}</table></td></tr>")
         more = f"<p>... {len(self) - _MAX_DRAWN} more</p>" if len(self) > _MAX_DRAWN else ""
         return f"<table>{''.join(rows)}</table>{more}"
+
+    def of(self, name: str) -> Array:
+        """Relevance of one of several inputs, (N, C, H, W): a view of `relevance`.
+
+        Raises
+        ------
+        InputError
+            The network has no input of that name.
+        """
+        begin = 0
+        for own, shape in self.context.inputs.items():
+            end = begin + math.prod(shape)
+            if own == name:
+                part: Array = self.relevance[:, begin:end].reshape(-1, *shape)
+                return part
+            begin = end
+        raise InputError(f"the network has no input {shown(name)} among several; it has "
+                         f"{', '.join(self.context.inputs) or 'one'}")
+
+    def _seen(self, image: int) -> Array:
+        """What is drawn of an image's relevance: of several inputs the first that has pixels."""
+        names = [name for name, shape in self.context.inputs.items() if shape[1:] != (1, 1)]
+        drawn: Array = (self.of(names[0]) if names else self.relevance)[self._checked(image)]
+        return drawn
 
     # -- Relevance inside the network
 
@@ -240,7 +272,7 @@ class Explanation:
         """
         from fastdtd import heatmap
 
-        return heatmap.draw(_host(self.relevance[self._checked(image)]))
+        return heatmap.draw(_host(self._seen(image)))
 
     def overlay(self, image: int = 0, picture: Any = None) -> Image.Image:
         """The heatmap over a picture in grey.
@@ -268,7 +300,7 @@ class Explanation:
             raise InputError(
                 "this explanation was made of an array, so the picture is not known; required: overlay(i, picture) "
                 "with a path, a PIL image or a uint8 array")
-        relevance = _host(self.relevance[image])
+        relevance = _host(self._seen(image))
         seen = images.seen_by_network(images.open_picture(picture), (relevance.shape[1], relevance.shape[2]),
                                       self.context.resize, heatmap.MAX_SIDE)
         return heatmap.draw(relevance, seen)

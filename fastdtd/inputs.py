@@ -78,6 +78,32 @@ def pictures_of(given: Any, model: Model) -> list[Any] | None:
     return list(given)
 
 
+def joined(given: Mapping[Any, Any], model: Model, library: Any) -> Array:
+    """(N, features, 1, 1): the inputs of a network that has several, one after the other."""
+    if not model.inputs:
+        raise InputError("inputs were given by name, and the network has one; required: an array, or pictures")
+    if set(given) != set(model.inputs):
+        raise InputError(f"inputs {', '.join(map(shown, given))} were given; required: {', '.join(model.inputs)}")
+    parts: list[Array] = []
+    for name, shape in model.inputs.items():
+        _require_unmasked(f"input {name!r}", given[name])
+        sizes = ", ".join(map(str, shape))
+        try:
+            part = library.asarray(given[name])
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"input {name!r} is no array of one shape ({error}); required: (N, {sizes})") from None
+        flat = (shape[0],) if shape[1:] == (1, 1) else shape
+        if part.shape in (shape, flat):
+            part = part[None]
+        if part.dtype.kind not in "fiu" or part.shape[1:] not in (shape, flat) or len(part) != len(parts[0] if parts
+                                                                                                   else part):
+            raise InputError(f"input {name!r} has type {part.dtype} and shape {part.shape}; required: numbers, (N, "
+                             f"{sizes}), with as many N as the others")
+        with np.errstate(over="ignore"):
+            parts.append(part.reshape(len(part), -1).astype(np.float32))
+    return library.concatenate(parts, 1)[:, :, None, None]  # type: ignore[no-any-return]
+
+
 def _require_unmasked(name: str, given: Any) -> None:
     for one in (given, *(given if isinstance(given, (list, tuple)) else ())):
         if isinstance(one, np.ma.MaskedArray):

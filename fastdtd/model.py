@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import html
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from fastdtd.canonize import canonize, with_complement
 from fastdtd.errors import InputError, ModelError, printable, shown
 from fastdtd.graph import Array, Graph
-from fastdtd.layers import outputs_text
+from fastdtd.layers import Shape, outputs_text, shape_text
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
 RESIZES = ("stretch", "crop")
@@ -70,6 +71,9 @@ class Model:
         of it, with the outputs -y, which the first name is of, and y.
     provenance : dict of str to str
         Where the weights come from: source, license, ....
+    inputs : dict of str to (C, H, W)
+        Of a network with several inputs: their names and shapes. The graph's input, (features, 1, 1), holds them one
+        after the other. Empty where there is one.
 
     Raises
     ------
@@ -91,9 +95,11 @@ class Model:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     classes: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in (("graph", Graph), ("preprocessing", Preprocessing), ("provenance", Mapping)):
+        for name, kind in (("graph", Graph), ("preprocessing", Preprocessing), ("provenance", Mapping),
+                           ("inputs", Mapping)):
             if not isinstance(getattr(self, name), kind):
                 raise ModelError(f"the model's {name} is {shown(getattr(self, name))}; required: a {kind.__name__}")
         if not all(isinstance(text, str) for pair in self.provenance.items() for text in pair):
@@ -101,6 +107,7 @@ class Model:
         object.__setattr__(self, "graph", canonize(self.graph))
         object.__setattr__(self, "classes", _checked_classes(self.classes))
         object.__setattr__(self, "preprocessing", _checked(self.preprocessing, self.graph.input_shape))
+        object.__setattr__(self, "inputs", _checked_inputs(self.inputs, self.graph.input_shape))
         shape = self.graph.output_shape
         if len(self.classes) == 2 and shape[0] == 1:
             object.__setattr__(self, "graph", with_complement(self.graph))
@@ -116,7 +123,8 @@ class Model:
         how = f"{p.color}, {p.resize}" if p.color else "no picture"
         outputs = outputs_text(graph.output_shape)
         names = "; ".join(self.classes[:_MAX_NAMES]) + ("; ..." if len(self.classes) > _MAX_NAMES else "")
-        facts = {"input": f"{'x'.join(map(str, graph.input_shape))}, {how}; box {box}",
+        shapes = ", ".join(f"{name} {shape_text(shape)}" for name, shape in self.inputs.items())
+        facts = {"input": f"{shapes or shape_text(graph.input_shape)}, {how}; box {box}",
                  "outputs": f"{outputs}: {names}" if names else f"{outputs}, unnamed"}
         return {**facts, **{key: _one_line(value) for key, value in list(self.provenance.items())[:_MAX_NAMES]}}
 
@@ -206,6 +214,22 @@ def _checked_classes(names: Any) -> tuple[str, ...]:
     if not is_sequence or not all(isinstance(name, (str, int, np.integer)) for name in classes):
         raise ModelError(f"the model's classes are {shown(names)}; required: a sequence of names, each a str")
     return tuple(map(str, classes))
+
+
+def _checked_inputs(inputs: Mapping[Any, Any], shape: Shape) -> dict[str, Shape]:
+    found: dict[str, Shape] = {}
+    for name, given in inputs.items():
+        sizes = tuple(given) if np.iterable(given) else ()
+        if not isinstance(name, str) or not name or len(sizes) != 3 or any(
+                isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in sizes):
+            raise ModelError(f"the input {shown(name)} has shape {shown(given)}; required: a name, and (channels, "
+                             "height, width)")
+        found[name] = int(sizes[0]), int(sizes[1]), int(sizes[2])
+    total = sum(math.prod(sizes) for sizes in found.values())
+    if found and (total, 1, 1) != shape:
+        raise ModelError(f"the inputs {', '.join(found)} have {total} values, and the network's input has shape "
+                         f"{shape_text(shape)}; required: ({total}, 1, 1)")
+    return found
 
 
 def _one_line(text: str) -> str:

@@ -169,7 +169,7 @@ def _read(source: Path | io.BytesIO) -> Model:
         for name in ("input", "layers"):
             if name not in parts:
                 raise ModelError(f"has no group '/{name}'; required: {_REQUIRED}")
-        shape, box, preprocessing = _read_input(hdf5.group(parts["input"], "/input"))
+        shape, box, preprocessing, inputs = _read_input(hdf5.group(parts["input"], "/input"))
         pending = _read_layers(hdf5.group(parts["layers"], "/layers"))
         classes: tuple[str, ...] = ()
         if "classes" in parts:
@@ -182,11 +182,11 @@ def _read(source: Path | io.BytesIO) -> Model:
     while pending:
         make, fields = pending.pop()
         layers.append(make(**fields))
-    return Model(Graph(tuple(layers), shape, box), preprocessing, classes, provenance)
+    return Model(Graph(tuple(layers), shape, box), preprocessing, classes, provenance, inputs)
 
 
-def _read_input(group: Object) -> tuple[Any, tuple[Array, Array] | None, Preprocessing]:
-    found = hdf5.attributes(group, "/input", ("shape", "color", "resize", "scale"))
+def _read_input(group: Object) -> tuple[Any, tuple[Array, Array] | None, Preprocessing, dict[str, Any]]:
+    found = hdf5.attributes(group, "/input", ("shape", "color", "resize", "scale", "names", "shapes"))
     datasets = hdf5.children(group, "/input", 3, ("mean", "std", "box"))
     shape = found.get("shape")
     if shape is None or len(shape) != 3 or not all(isinstance(v, int) for v in shape):
@@ -207,7 +207,13 @@ def _read_input(group: Object) -> tuple[Any, tuple[Array, Array] | None, Preproc
                 "channel"
             )
         box = bounds[:, 0], bounds[:, 1]
-    return tuple(shape), box, Preprocessing(**fields)
+    names, sizes = found.get("names", []), found.get("shapes", [])
+    if len(sizes) != 3 * len(names) or len(set(names)) < len(names) or not all(
+            isinstance(n, str) for n in names) or not all(isinstance(n, int) for n in sizes):
+        raise ModelError(f"/input has names {hdf5.shown(names)} and shapes {hdf5.shown(sizes)}; required: a name for "
+                         "each of several inputs, and 3 integers for each name")
+    inputs = {name: tuple(sizes[3 * i:3 * i + 3]) for i, name in enumerate(names)}
+    return tuple(shape), box, Preprocessing(**fields), inputs
 
 
 def _read_layers(group: Object) -> list[tuple[type[Layer], dict[str, Any]]]:
@@ -314,6 +320,9 @@ def _errors(required: str) -> Iterator[None]:
 def _write_input(group: h5py.Group, model: Model) -> None:
     p = model.preprocessing
     group.attrs["shape"] = np.asarray(model.graph.input_shape, "<i8")
+    if model.inputs:
+        _put_text(group, "names", tuple(model.inputs))
+        group.attrs["shapes"] = np.asarray([n for shape in model.inputs.values() for n in shape], "<i8")
     if p.color is not None:
         _put_text(group, "color", p.color)
     _put_text(group, "resize", p.resize)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from fastdtd.embedding.job import Compiled
 from fastdtd.embedding.targets import Target
+from fastdtd.errors import printable
 from fastdtd.kernels.cpu import program
 
 _CODES = {
@@ -108,6 +112,15 @@ int {name}_unpack(const void *compact, size_t bytes, void *weights, void *worksp
 """
 
 
+def _inputs_text(inputs: Mapping[str, Sequence[int]]) -> str:
+    """Where several inputs lie in the one."""
+    begins = itertools.accumulate(map(math.prod, inputs.values()), initial=0)
+    parts = [f"{name} float{''.join(f'[{n}]' for n in shape)} from {begin} on"
+             for (name, shape), begin in zip(inputs.items(), begins, strict=False)]
+    text = printable(f"The input is several, one after the other: {', '.join(parts)}.").replace("*/", "* /")
+    return "\n" + textwrap.fill(text, 116, initial_indent="   ", subsequent_indent="   ") + "\n" if inputs else ""
+
+
 def header(name: str, compiled: Compiled, target: Target, is_compact: bool, resize: str) -> str:
     channels, height, width = compiled.input_shape
     upper, has_weights, shape = name.upper(), not compiled.file_bytes, compiled.output_shape
@@ -124,7 +137,8 @@ def header(name: str, compiled: Compiled, target: Target, is_compact: bool, resi
     return _TEXT.format(
         name=name, upper=upper, target=target.name, channels=channels, height=height, width=width,
         outputs=math.prod(shape), output="".join(f"[{n}]" for n in (shape if is_of_maps else shape[:1])),
-        maps=_MAPS.format(height=shape[1], width=shape[2]) if is_of_maps else "", weights=weights,
+        maps=_inputs_text(compiled.inputs) + (_MAPS.format(height=shape[1], width=shape[2]) if is_of_maps else ""),
+        weights=weights,
         workspace_bytes=compiled.workspace_bytes,
         weights_bytes=0 if has_weights else compiled.weights_bytes, abi=program.ABI_VERSION, codes=codes,
         positive="" if compiled.signed_scores else "     (zero where that is not positive)",

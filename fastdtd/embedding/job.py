@@ -29,6 +29,7 @@ class Compiled:
 
     input_shape: tuple[int, int, int]
     output_shape: tuple[int, int, int]
+    inputs: dict[str, tuple[int, int, int]]  # of several, which lie one after the other
     classes: tuple[str, ...]
     workspace_bytes: int
     weights_bytes: int

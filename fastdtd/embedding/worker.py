@@ -82,7 +82,7 @@ def _compile(job: Job, folder: Path) -> Compiled:
     content = code.emit(found, compact, facts, _numbers(job.model), classes, job.name, job.target,
                         folder / WEIGHTS if job.weights == "embedded" else None, layers)
     (folder / OBJECT).write_bytes(content)
-    return Compiled(graph.input_shape, graph.output_shape, classes, found.workspace_bytes,
+    return Compiled(graph.input_shape, graph.output_shape, dict(job.model.inputs), classes, found.workspace_bytes,
                     found.weights_bytes, 0 if job.weights == "embedded" else (folder / WEIGHTS).stat().st_size,
                     job.model.preprocessing.color is not None, assignment.signed_scores)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdtd.errors import ConversionError, InputError, ModelError, out_of_memory, shown
-from fastdtd.graph import Graph
+from fastdtd.graph import Graph, Shape
 from fastdtd.importers.builder import Parsed
 from fastdtd.importers.sources import (
     MAX_TEXT_BYTES,
@@ -61,7 +61,8 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     scale : float
         The input is ``(pixel * scale - mean) / std``, see `fastdtd.Preprocessing`.
     box : (low, high), or a (low, high) for each channel, optional
-        Bounds of the input's values, after preprocessing. low and high may also be sequences, a value for each channel.
+        Bounds of the input's values, after preprocessing. low and high may also be sequences, a value for each channel;
+        of several inputs, (low, high) by name.
     labels : path or sequence of str, optional
         Names of the outputs: a text file with a line for each, or the names themselves. Two for the one output of a
         binary classifier, the complement's first, give it a second.
@@ -125,8 +126,8 @@ def from_torch(module: Any, example: Any, *, color: str | None = None, resize: s
     ----------
     module : torch.nn.Module
         It is exported in evaluation mode, and left as it is.
-    example : torch.Tensor
-        (N, C, H, W) or (N, F): an input that the module takes. Its values do not matter.
+    example : torch.Tensor, or tuple of these
+        (N, C, H, W) or (N, F): an input that the module takes, or all of several. The values do not matter.
     color, resize, mean, std, scale, box, labels, verify, max_constants, output
         As for `convert`.
 
@@ -162,13 +163,14 @@ def _model(name: str, parsed: Callable[[], tuple[Parsed, dict[str, str]]], verif
             with np.errstate(all="ignore"):  # what overflows or is no number is refused by the layer that gets it
                 network, provenance = parsed()
                 chosen = {} if output is None else {"output": str(output)}
+                box = _of_inputs(box, network.inputs) if network.inputs else box
                 graph = Graph(tuple(network.layers), network.shape, _low_and_high(box, network.shape[0]))
                 if color is None and network.shape[1:] != (1, 1):
                     color = {1: "gray", 3: "rgb"}.get(network.shape[0])
                 names = _class_names(labels)
                 is_binary = len(names) == 2 and graph.output_shape[0] == 1  # and its source has no complement
                 model = Model(graph, Preprocessing(color, **preprocessing), () if is_binary else names,
-                              provenance | {"format": network.format} | chosen)
+                              provenance | {"format": network.format} | chosen, dict(network.inputs))
             if verify is not False:
                 model = verified(model, name, network.runtime, is_required=verify is True)
             return dataclasses.replace(model, classes=names)
@@ -199,6 +201,25 @@ def _low_and_high(box: Any, channels: int) -> Any:
     except ValueError:  # ragged: a value and a sequence
         is_pair_each = False
     return tuple(zip(*box, strict=True)) if is_pair_each else box
+
+
+def _of_inputs(box: Any, inputs: Mapping[str, Shape]) -> Any:
+    """Bounds of all values of several inputs, from (low, high) of each by its name."""
+    if box is None or not isinstance(box, Mapping):
+        return box
+    if set(box) != set(inputs):
+        raise ConversionError(f"the box names {', '.join(map(shown, box))}; required: (low, high) for each of "
+                              f"{', '.join(inputs)}")
+    bounds = []
+    for side in (0, 1):
+        try:
+            bounds.append(np.concatenate([
+                np.repeat(np.broadcast_to(np.asarray(box[name][side], np.float32), shape[:1]), shape[1] * shape[2])
+                for name, shape in inputs.items()]))
+        except (ValueError, TypeError, LookupError):
+            raise ConversionError(f"the box is {shown(box)}; required: by name (low, high), each a number or one for "
+                                  "each channel") from None
+    return tuple(bounds)
 
 
 def _class_names(labels: FilePath | Sequence[str] | None) -> tuple[str, ...]:

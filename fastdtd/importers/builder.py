@@ -36,12 +36,14 @@ Padding = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 class Parsed(NamedTuple):
-    """What a source is read as. runtime: what runs the source itself, where that is known."""
+    """What a source is read as. runtime: what runs the source itself, where that is known. inputs: of several, by name,
+    their shapes; `shape` is then that of all together."""
 
     layers: list[Layer]
     shape: Shape
     format: str
     runtime: Runtime | None = None
+    inputs: Mapping[str, Shape] = {}
 
 
 class Builder(Moves):

@@ -205,6 +205,16 @@ def _regrouped(digits: Steps, dims: Sequence[int]) -> tuple[Steps, ...] | None:
     return tuple(reversed(axes))
 
 
+def side_by_side(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Several inputs as views of one, flat, that holds them one after the other; one as it is."""
+    if len(inputs) == 1:
+        return list(inputs)
+    sizes = [math.prod(x.shape) for x in inputs]
+    begins = itertools.accumulate(sizes, initial=0)
+    return [replace(x, shape=(sum(sizes), 1, 1), offset=x.offset + begin)
+            for x, begin in zip(inputs, begins, strict=False)]
+
+
 def layer_shape(dims: Sequence[int]) -> Shape:
     """The shape that a tensor of `dims` has as a layer's output; one of a single spatial axis becomes one row."""
     match tuple(dims):

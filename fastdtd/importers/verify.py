@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -40,7 +41,7 @@ class Runtime:
     """A source as its own framework runs it; each source has its kind.
 
     builder : what made the network's layers
-    input : the source's input, as a view of the network's
+    inputs : the source's inputs, as views of the network's
     batch : images that the source takes at a time
     dtype : of its input
     tolerance : relative to the largest score; more than `TOLERANCE` where the source computes in half precision
@@ -51,7 +52,7 @@ class Runtime:
     """
 
     builder: Builder
-    input: Tensor
+    inputs: Sequence[Tensor]
     batch: int = 1
     dtype: Any = np.float32
     tolerance: float = TOLERANCE
@@ -69,15 +70,14 @@ class Runtime:
         """Load the framework; its name and version. NotComparedError where it is not installed."""
         raise NotImplementedError
 
-    def run(self, images: Array, key: Any = None) -> Array:
-        """What the source gives for `batch` images, or what its node `key` gives."""
+    def run(self, inputs: Sequence[Array], key: Any = None) -> Array:
+        """What the source gives for `batch` images, an array for each input; or what its node `key` gives."""
         raise NotImplementedError
 
     def scores(self, batch: Array, key: Any = None) -> Array:
         """For each of a batch (N, C, H, W) of the network's own inputs, as (N, elements)."""
-        index = self.input.indices()
-        images = batch.reshape(len(batch), -1)[:, index.ravel()].reshape(-1, *index.shape).astype(self.dtype)
-        made = [self.run(np.repeat(image[None], self.batch, 0), key) for image in images]
+        indices, flat = [x.indices() for x in self.inputs], batch.reshape(len(batch), -1).astype(self.dtype)
+        made = [self.run([np.repeat(image[index][None], self.batch, 0) for index in indices], key) for image in flat]
         return np.stack([np.asarray(each, np.float64).reshape(self.batch, -1)[0] for each in made])
 
 

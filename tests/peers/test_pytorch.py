@@ -654,3 +654,65 @@ def test_a_module_that_makes_too_much():
     assert from_torch(module, example, max_constants="1MB").graph
     with pytest.raises(ConversionError, match=r"in module '\d'\) .* at most 50KiB are accepted"):
         from_torch(module, example, max_constants="50KiB")
+
+
+# ---- Several inputs and outputs --------------------------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """A picture and a vector in; scores, features and a map out."""
+
+    def __init__(self, kind=dict):
+        super().__init__()
+        self.kind = kind
+        self.conv, self.head, self.map = nn.Conv2d(3, 6, 3), nn.Linear(10, 5), nn.Conv2d(6, 4, 1)
+
+    def forward(self, picture, age):
+        features = self.conv(picture).relu()
+        scores = self.head(torch.cat([features.mean((2, 3)), age], 1)).softmax(1)
+        made = {"scores": scores, "map": self.map(features).softmax(1)}
+        return made if self.kind is dict else self.kind(made.values())
+
+
+@pytest.mark.parametrize("kind", [dict, tuple, list])
+@pytest.mark.parametrize("output", [0, 1, "scores", "map", None])
+def test_several_inputs_and_outputs(kind, output, caplog):
+    if kind is not dict and isinstance(output, str):
+        output = {"scores": "0", "map": "1"}[output]
+    torch.manual_seed(0)
+    module, picture, age = Both(kind).eval(), torch.rand(2, 3, 8, 9), torch.rand(2, 4)
+    model = from_torch(module, (picture[:1], age[:1]), output=output, verify=True,
+                       box={"picture": (0, 1), "age": (0, 1)})
+    is_map = output in (1, "map", "1")
+    assert model.inputs == ({"picture": (3, 8, 9), "age": (4, 1, 1)})
+    assert model.graph.output_shape == ((4, 6, 7) if is_map else (5, 1, 1))
+    assert ("the first is explained" in caplog.text) == (output is None)
+    e = Explainer(model)({"picture": picture.numpy(), "age": age.numpy()})
+    np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-4, atol=1e-6)
+    assert is_map == (not e.of("age").any())
+
+
+def test_outputs_that_a_module_does_not_have():
+    for output in (2, "loss", -1):
+        with pytest.raises(ConversionError, match="required: one of 'scores', 'map', or a number from 0 to 1"):
+            from_torch(Both(), (torch.rand(1, 3, 8, 9), torch.rand(1, 4)), output=output)
+    with pytest.raises(ConversionError, match="the example is a tensor of 2 axes, .2, 4."):
+        from_torch(Both(), (torch.rand(1, 3, 8, 9), torch.rand(2, 4)))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.MultiheadAttention(8, 2, batch_first=True), lambda: nn.TransformerEncoderLayer(8, 2, batch_first=True)])
+def test_attention_is_refused_with_its_page(make):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.attention = nn.Conv2d(3, 8, 4, 4), make()
+
+        def forward(self, x):
+            tokens = self.conv(x).flatten(2).transpose(1, 2)
+            made = self.attention(tokens, tokens, tokens)[0] if isinstance(
+                self.attention, nn.MultiheadAttention) else self.attention(tokens)
+            return made.mean(1)
+
+    with pytest.raises(ConversionError, match=r"docs/method.md#attention"):
+        from_torch(Attending().eval(), torch.rand(1, 3, 16, 16))

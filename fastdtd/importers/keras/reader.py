@@ -17,7 +17,7 @@ import numpy as np
 
 from fastdtd import hdf5
 from fastdtd.errors import ConversionError
-from fastdtd.graph import INPUT, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS
+from fastdtd.graph import INPUT, MAX_LAYERS, MAX_TENSOR_ELEMENTS, MAX_WEIGHT_ELEMENTS, Shape
 from fastdtd.importers import moves
 from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, chosen
@@ -26,7 +26,7 @@ from fastdtd.importers.keras.files import MODELS, expect, is_keras_module
 from fastdtd.importers.keras.operators import IGNORED, IGNORED_ENDINGS, INSTEAD, OPERATORS, UNREAD, unchanged
 from fastdtd.importers.keras.runtime import KerasRuntime
 from fastdtd.importers.moves import Array
-from fastdtd.importers.tensors import Tensor, layer_shape
+from fastdtd.importers.tensors import Tensor, layer_shape, side_by_side
 
 MAX_NESTING = 16  # models in models
 _DTYPES = {"float16", "float32", "float64", "bfloat16", "mixed_float16", "mixed_bfloat16"}
@@ -52,11 +52,11 @@ def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = 
     def read(config: dict[str, Any], weights: files.NumberedWeights | files.NamedWeights, version: Any
              ) -> tuple[Any, KerasRuntime]:
         reader = Reader(weights, Budget(len(data), limit), not str(version).startswith(("1.", "2.")))
-        layers, x, which = reader.read(config, size, output)
-        return layers, KerasRuntime(reader.builder, x, content=data, which=which)
+        layers, inputs, which = reader.read(config, size, output)
+        return (layers, reader.input_shapes), KerasRuntime(reader.builder, inputs, content=data, which=which)
 
-    (layers, runtime), file_format = files.read(data, read)
-    return Parsed(layers, runtime.input.shape, file_format, runtime)
+    ((layers, shapes), runtime), file_format = files.read(data, read)
+    return Parsed(layers, runtime.inputs[0].shape, file_format, runtime, shapes)
 
 
 class Node(moves.Node):
@@ -305,10 +305,11 @@ class Reader:
         self.weights, self.is_keras_3 = weights, is_keras_3
         self.builder = Builder(budget)
         self._depth = self._calls = 0
+        self.input_shapes: dict[str, Shape] = {}
 
     def read(self, config: dict[str, Any], size: tuple[int, int] | None, wanted: int | str | None
-             ) -> tuple[list[Any], Tensor, int | str]:
-        """The layers, the input, and which of the outputs, or which layer's."""
+             ) -> tuple[list[Any], list[Tensor], int | str]:
+        """The layers, the inputs, and which of the outputs, or which layer's."""
         kind = expect(config.get("class_name"), str, "class_name")
         if kind not in MODELS:
             raise ConversionError(f"the model is of class {kind!r}; required: Sequential or Functional, whose layers "
@@ -318,14 +319,16 @@ class Reader:
         nodes = _nodes(top, "")
         self.weights.locate(None, nodes)
         calls = None if kind == "Sequential" else _Calls(top, nodes)
-        if calls is not None and len(calls.inputs) != 1:
-            raise ConversionError(f"the network has {len(calls.inputs)} inputs; required: one")
         channels_first = _first_data_format(config) == "channels_first"
-        x = _input(nodes[0] if calls is None else calls.nodes[calls.inputs[0][0]], top, size, channels_first)
+        first = nodes[:1] if calls is None else [calls.nodes[name] for name, _, _ in calls.inputs]
+        whole = [_input(node, top, size, channels_first) for node in first]
+        inputs = side_by_side(whole)
+        if len(inputs) > 1:
+            self.input_shapes = {node.name: x.shape for node, x in zip(first, whole, strict=True)}
         which: int | str = 0
         if calls is not None:
             which = calls.choose(wanted)
-            output = calls.run(self, [x])[0]
+            output = calls.run(self, inputs)[0]
         else:
             names = [node.name for node in nodes]
             if isinstance(wanted, str):
@@ -333,14 +336,14 @@ class Reader:
                 nodes = nodes[:names.index(which) + 1]
             else:
                 chosen(wanted, names[-1:])
-            output = self._run(nodes, [x])
+            output = self._run(nodes, inputs)
         with self.builder.at(top):
             is_last = output.rank <= 4 and not channels_first
             layers = self.builder.leading_to(self.builder.scores(
                 self.builder.channels_first(output) if is_last else output))
         if not layers:
             raise ConversionError("the network has no layers that compute anything")
-        return layers, x, which
+        return layers, inputs, which
 
     def call(self, node: Node, inputs: Sequence[Tensor | Constant]) -> list[Tensor]:
         """The outputs of `node`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ class KerasRuntime(Runtime):
             raise NotComparedError(f"{error}; `pip install keras tensorflow` installs what it takes") from None
         return f"Keras {keras.__version__}"
 
-    def run(self, images: Array, key: Any = None) -> Array:
+    def run(self, inputs: Sequence[Array], key: Any = None) -> Array:
         if self._network is None:
             self._network = self._loaded()
-        made = self._network.predict(images, verbose=0)
+        made = self._network.predict(inputs[0] if len(inputs) == 1 else list(inputs), verbose=0)
         several = list(made.values()) if isinstance(made, dict) else made if isinstance(made, list) else [made]
         return np.asarray(several[self.which if isinstance(self.which, int) else 0])
 

@@ -27,7 +27,7 @@ from fastdtd.importers.onnx import constants, operators, quantized
 from fastdtd.importers.onnx.operators import FLOATS, IGNORED, NEAREST
 from fastdtd.importers.onnx.runtime import QUANTIZED_TOLERANCE, OnnxRuntime
 from fastdtd.importers.patterns import COMPUTED, ValueNode, as_tensor
-from fastdtd.importers.tensors import Tensor, layer_shape
+from fastdtd.importers.tensors import Tensor, layer_shape, side_by_side
 from fastdtd.importers.verify import TOLERANCE
 
 MIN_OPSET = 7  # before it, broadcasting was an attribute
@@ -98,16 +98,26 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget, wanted: int
                      "its scores are compared", opset, NEWEST_OPSET)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1:
-        raise ConversionError(f"the network has {len(inputs)} inputs ({', '.join(repr(i.name) for i in inputs[:5])}); "
-                              "required: one")
+    if not inputs or len({value.name for value in inputs}) < len(inputs):
+        raise ConversionError(f"the network has {len(inputs)} inputs; required: one or more, each of a name of its own")
     output = _output(model.graph, wanted)
-    nodes = _nodes_leading_to(output, model.graph.node, {inputs[0].name, *weights})
-    channels_last = _has_channels_last(inputs[0].name, [proto for _, proto in nodes])
-    x, batch = _input(inputs[0], size, channels_last)
+    nodes = _nodes_leading_to(output, model.graph.node, {*(value.name for value in inputs), *weights})
+    read_by = {name for _, proto in nodes for name in _read_by(proto)}
+    inputs = [value for value in inputs if value.name in read_by] or inputs[:1]
+    are_last = [_has_channels_last(value.name, [proto for _, proto in nodes]) for value in inputs]
+    # Of several inputs, images have a size.
+    sizes = [size if len(inputs) == 1 or len(value.type.tensor_type.shape.dim) == 4 else None for value in inputs]
+    found = [_input(*each) for each in zip(inputs, sizes, are_last, strict=True)]
+    batch = max(count for _, count in found)
+    if any(count not in (0, batch) for _, count in found):
+        counts = ", ".join(str(count) for _, count in found)
+        raise ConversionError(f"the inputs have batches of {counts}; required: one size")
+    if len(inputs) > 1 and any(value.type.tensor_type.elem_type in _WHOLE for value in inputs):
+        raise ConversionError("an input of several has whole numbers; required: floating-point numbers")
+    xs = side_by_side([x for x, _ in found])
     functions = {function.name for function in model.functions if function.domain in _DOMAINS}
     reader = Reader(Builder(budget, batch or 1), opset, nodes, functions)
-    reader.values.update({inputs[0].name: x} | weights)
+    reader.values.update({value.name: x for value, x in zip(inputs, xs, strict=True)} | weights)
     if inputs[0].type.tensor_type.elem_type in _WHOLE:
         reader.whole.add(inputs[0].name)
     steps: list[tuple[str, Any, Any]] = []
@@ -128,11 +138,13 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget, wanted: int
         _LOG.warning("quantised: it is converted to the floating-point numbers that its whole numbers stand for, and "
                      "what it rounds is not rounded, so that scores differ a little from the source's")
     steps = [step for step in steps if isinstance(step[2], Tensor)]
-    graph = _only(model.graph, inputs[0], [batch or 1, *x.dims], output, nodes)
-    runtime = OnnxRuntime(reader.builder, x, batch or 1, bounds=bounds, rounds_probabilities=bool(reader.grids),
+    shapes = [[batch or 1, *x.dims] for x in xs]
+    graph = _only(model.graph, inputs, shapes, output, nodes)
+    runtime = OnnxRuntime(reader.builder, xs, batch or 1, bounds=bounds, rounds_probabilities=bool(reader.grids),
                           tolerance=QUANTIZED_TOLERANCE if reader.grids else TOLERANCE,
                           elements=reader.elements, steps=steps, graph=graph, opset=opset)
-    return Parsed(layers, x.shape, file_format + (", channels last" if channels_last else ""), runtime)
+    named = {} if len(inputs) == 1 else {value.name: x.shape for value, (x, _) in zip(inputs, found, strict=True)}
+    return Parsed(layers, xs[0].shape, file_format + (", channels last" if any(are_last) else ""), runtime, named)
 
 
 def _output(graph: Any, wanted: int | str | None) -> str:
@@ -142,14 +154,15 @@ def _output(graph: Any, wanted: int | str | None) -> str:
     return names[chosen(wanted, names)]
 
 
-def _only(graph: Any, x: Any, shape: Sequence[int], output: str, nodes: Sequence[tuple[int, Any]]) -> Any:
+def _only(graph: Any, inputs: Sequence[Any], shapes: Sequence[Sequence[int]], output: str,
+          nodes: Sequence[tuple[int, Any]]) -> Any:
     """The graph of these nodes alone, with the weights that they read."""
     used = {name for _, proto in nodes for name in _read_by(proto)}
-    dtype = x.type.tensor_type.elem_type or onnx.TensorProto.FLOAT
     return onnx.GraphProto(
         name="network", node=[proto for _, proto in nodes],
         initializer=[tensor for tensor in graph.initializer if tensor.name in used],
-        input=[onnx.helper.make_tensor_value_info(x.name, dtype, shape)], output=[onnx.ValueInfoProto(name=output)])
+        input=[onnx.helper.make_tensor_value_info(x.name, x.type.tensor_type.elem_type or onnx.TensorProto.FLOAT, shape)
+               for x, shape in zip(inputs, shapes, strict=True)], output=[onnx.ValueInfoProto(name=output)])
 
 
 def _has_channels_last(name: str, nodes: Sequence[Any]) -> bool:

@@ -6,7 +6,7 @@ branches that are not taken, no weights in files of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ QUANTIZED_TOLERANCE = 0.2  # of whole numbers of 8 bits, rounded after each laye
 
 @dataclass
 class OnnxRuntime(Runtime):
-    """graph: nodes that lead to the output, their weights, one input and one output; opset: theirs."""
+    """graph: nodes that lead to the output, their weights, the inputs and one output; opset: theirs."""
 
     graph: Any = None
     opset: int = 0
@@ -45,11 +45,12 @@ class OnnxRuntime(Runtime):
             return f"onnx {onnx.__version__}'s reference"
         return f"onnxruntime {onnxruntime.__version__}"
 
-    def run(self, images: Array, key: Any = None) -> Array:
+    def run(self, inputs: Sequence[Array], key: Any = None) -> Array:
         output = key or self.graph.output[0].name
         if output not in self._sessions:
             self._sessions[output] = self._session(output)
-        return np.asarray(self._sessions[output]({self.graph.input[0].name: images}))
+        return np.asarray(self._sessions[output]({value.name: given for value, given in zip(
+            self.graph.input, inputs, strict=True)}))
 
     def _session(self, output: str) -> Any:
         domains = [("", self.opset), *((domain, 1) for domain in {node.domain for node in self.graph.node} - {

@@ -28,31 +28,33 @@ from fastdtd.importers.moves import Array
 from fastdtd.importers.patterns import COMPUTED, ValueNode, as_tensor
 from fastdtd.importers.pytorch.operators import IGNORED, NEAREST, OPERATORS
 from fastdtd.importers.pytorch.runtime import TorchRuntime, evaluating, given
-from fastdtd.importers.tensors import Tensor, layer_shape
+from fastdtd.importers.tensors import Tensor, layer_shape, side_by_side
 
 
 def parse(module: Any, example: Any, limit: int | None = None, output: int | str | None = None) -> Parsed:
-    """What `module` computes for `example`, a tensor (N, C, H, W), (N, C, L) or (N, F).
+    """What `module` computes for `example`, a tensor (N, C, H, W), (N, C, L) or (N, F), or several in a tuple.
 
     output: which, where it returns several tensors: a number, or a key of a dictionary.
     limit: bytes, see `Budget`. Raises ConversionError, also for what torch.export cannot export, and ModelError.
     """
     if not isinstance(module, torch.nn.Module):
         raise ConversionError(f"a {type(module).__name__} was given; required: a torch.nn.Module")
-    if not isinstance(example, torch.Tensor) or example.ndim not in (2, 3, 4):
-        is_tensor = isinstance(example, torch.Tensor)
-        found = f"a tensor of {example.ndim} axes" if is_tensor else f"a {type(example).__name__}"
-        raise ConversionError(f"the example is {found}; required: a tensor (N, C, H, W), (N, C, L) or (N, F), as the "
-                              "module takes it")
+    examples = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    for one in examples or (example,):
+        if not isinstance(one, torch.Tensor) or one.ndim not in (2, 3, 4) or len(one) != len(examples[0]):
+            is_tensor = isinstance(one, torch.Tensor)
+            found = f"a tensor of {one.ndim} axes, {tuple(one.shape)}" if is_tensor else f"a {type(one).__name__}"
+            raise ConversionError(f"the example is {found}; required: a tensor (N, C, H, W), (N, C, L) or (N, F), as "
+                                  "the module takes it, or a tuple of these with one N")
     try:
         with evaluating(module):
-            exported = _exported(module, example)
+            exported = _exported(module, examples)
     except Exception as error:  # whatever the module's code raises while it is traced
         raise ConversionError(f"torch.export cannot export the module: {_first_line(error)}") from error
-    return _read(exported, example, module, limit, output)
+    return _read(exported, examples, module, limit, output)
 
 
-def _exported(module: Any, example: Any) -> Any:
+def _exported(module: Any, examples: tuple[Any, ...]) -> Any:
     """The module as functions: nothing in them is written in place.
 
     It is exported without gradients, so that `torch.no_grad` in a module makes no graph of its own, whose nodes would
@@ -62,9 +64,9 @@ def _exported(module: Any, example: Any) -> Any:
         warnings.simplefilter("ignore")  # of what is deprecated in PyTorch
         try:
             with torch.no_grad():
-                return _functional(torch.export.export(module, (example,)))
+                return _functional(torch.export.export(module, examples))
         except Exception:
-            return _functional(torch.export.export(module, (example,)))
+            return _functional(torch.export.export(module, examples))
 
 
 def _functional(exported: Any) -> Any:
@@ -72,21 +74,19 @@ def _functional(exported: Any) -> Any:
     return exported.run_decompositions({})  # no operator is taken apart
 
 
-def _read(exported: Any, example: Any, module: Any, limit: int | None, wanted: int | str | None) -> Parsed:
+def _read(exported: Any, examples: tuple[Any, ...], module: Any, limit: int | None, wanted: int | str | None) -> Parsed:
     """What the torch.export.ExportedProgram of `module` computes, in which nothing is written in place."""
     signature = exported.graph_signature
-    if len(signature.user_inputs) != 1:
-        raise ConversionError(f"the module has {len(signature.user_inputs)} inputs; required: one")
     which = chosen(wanted, _output_names(exported))
-    dims = tuple(int(n) for n in example.shape[1:])
-    shape = layer_shape(dims)
+    dims = [tuple(int(n) for n in one.shape[1:]) for one in examples]
+    inputs = side_by_side([Tensor.whole(INPUT, layer_shape(own), own) for own in dims])
     held = sum(value.numel() * value.element_size() for value in exported.state_dict.values())
-    reader = Reader(Builder(Budget(held, limit), len(example)), exported)
+    reader = Reader(Builder(Budget(held, limit), len(examples[0])), exported)
     output = next(node for node in exported.graph.nodes if node.name == signature.user_outputs[which])
-    needed = _leading_to(output)
+    needed, left = _leading_to(output), iter(inputs)
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in signature.user_inputs:
-            reader.values[node] = Tensor.whole(INPUT, shape, dims)
+            reader.values[node] = next(left)
         elif node in needed:  # not: assertions, and what is written into buffers or the input
             reader.read(node)
     result = reader.values[output]
@@ -96,10 +96,10 @@ def _read(exported: Any, example: Any, module: Any, limit: int | None, wanted: i
         layers = reader.builder.leading_to(reader.builder.scores(as_tensor(reader.builder, result)))
     steps = [(str(Node(reader, node, _name_of(node))), node, value)
              for node, value in reader.values.items() if node.op == "call_function" and isinstance(value, Tensor)]
-    whole = Tensor.whole(INPUT, shape, dims)
-    runtime = TorchRuntime(reader.builder, whole, len(example), steps=steps, module=module, exported=exported,
-                           like=example, which=which)
-    return Parsed(layers, shape, f"torch.export of PyTorch {torch.__version__}", runtime)
+    runtime = TorchRuntime(reader.builder, inputs, len(examples[0]), steps=steps, module=module, exported=exported,
+                           like=examples, which=which)
+    named = {} if len(inputs) == 1 else dict(zip(signature.user_inputs, map(layer_shape, dims), strict=True))
+    return Parsed(layers, inputs[0].shape, f"torch.export of PyTorch {torch.__version__}", runtime, named)
 
 
 def _output_names(exported: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,12 @@ def given(exported: Any) -> tuple[dict[str, str], dict[str, Any]]:
 
 @dataclass
 class TorchRuntime(Runtime):
-    """exported: what was read of `module`; like: a tensor of the input's kind; which: of the tensors that it returns.
+    """exported: what was read of `module`; like: tensors of the inputs' kinds; which: of the tensors that it returns.
     """
 
     module: Any = None
     exported: Any = None
-    like: Any = None
+    like: Sequence[Any] = ()
     which: int = 0
 
     def start(self) -> str:
@@ -50,16 +50,17 @@ class TorchRuntime(Runtime):
         self.tolerance = max(TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in types))
         return f"PyTorch {torch.__version__}"
 
-    def run(self, images: Array, key: Any = None) -> Array:
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.like)
+    def run(self, inputs: Sequence[Array], key: Any = None) -> Array:
+        given = tuple(torch.from_numpy(np.ascontiguousarray(x)).to(like)
+                      for x, like in zip(inputs, self.like, strict=True))
         with torch.no_grad():
-            made = self._module(x) if key is None else _Until(self.exported, key).value(x)
+            made = self._module(given) if key is None else _Until(self.exported, key).value(given)
         return np.asarray(made.cpu().double().numpy())
 
-    def _module(self, x: Any) -> Any:
+    def _module(self, inputs: tuple[Any, ...]) -> Any:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}  # which it may write to
         with evaluating(self.module):
-            made = torch.func.functional_call(self.module, buffers, (x,))
+            made = torch.func.functional_call(self.module, buffers, inputs)
         return torch.utils._pytree.tree_leaves(made)[self.which]
 
 
@@ -70,10 +71,11 @@ class _Until(torch.fx.Interpreter):  # type: ignore[misc]  # for mypy does not f
         super().__init__(exported.graph_module)
         self._exported, self._last, self._found = exported, last, None
 
-    def value(self, x: Any) -> Any:
+    def value(self, inputs: tuple[Any, ...]) -> Any:
         targets, constants = given(self._exported)
-        inputs = [node.name for node in self._exported.graph.nodes if node.op == "placeholder"]
-        self.run(*(constants[targets[name]] if name in targets else x for name in inputs))
+        names = [node.name for node in self._exported.graph.nodes if node.op == "placeholder"]
+        left = iter(inputs)
+        self.run(*(constants[targets[name]] if name in targets else next(left) for name in names))
         return self._found
 
     def run_node(self, n: Any) -> Any:
