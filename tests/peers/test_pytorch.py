@@ -696,7 +696,7 @@ def test_outputs_that_a_module_does_not_have():
     for output in (2, "loss", -1):
         with pytest.raises(ConversionError, match="required: one of 'scores', 'map', or a number from 0 to 1"):
             from_torch(Both(), (torch.rand(1, 3, 8, 9), torch.rand(1, 4)), output=output)
-    with pytest.raises(ConversionError, match="the example is a tensor of 2 axes, .2, 4."):
+    with pytest.raises(ConversionError, match=r"the example is a tensor of 2 axes, .2, 4."):
         from_torch(Both(), (torch.rand(1, 3, 8, 9), torch.rand(2, 4)))
 
 
