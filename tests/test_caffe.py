@@ -327,7 +327,7 @@ def test_caffe_weights_in_double_precision_and_pieces(tmp_path):
     parameters = "inner_product_param { num_output: 2 bias_term: false }"
     text = ('input: "x" input_shape { dim: 1 dim: 3 } ' + layer("d", "InnerProduct", more=parameters)
             + layer("e", "InnerProduct", "d", more=parameters))
-    (first, second), shape, file_format, _ = caffe.parse(text.encode(), net.SerializeToString())
+    (first, second), shape, file_format, *_ = caffe.parse(text.encode(), net.SerializeToString())
     same(first.weight, weight)
     same(second.weight, weight[:, :2])
     assert (shape, file_format) == ((3, 1, 1), "caffe")

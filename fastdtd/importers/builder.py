@@ -470,6 +470,8 @@ def _divided(totals: Sequence[int], odd_before: bool) -> tuple[int, ...]:
 
 def chosen(output: int | str | None, names: Sequence[str]) -> int:
     """Which of a source's outputs, called so, is meant by its number or name; None: the first."""
+    if not names:
+        raise ConversionError("damaged: the network has no output")
     listed = ", ".join(map(repr, names[:_MAX_LISTED])) + (", ..." if len(names) > _MAX_LISTED else "")
     if output is None:
         if len(names) > 1:

@@ -56,15 +56,15 @@ def distance_to_zennit(model, picture):
     return np.linalg.norm(e.relevance - theirs) / np.linalg.norm(theirs)
 
 
-def check(name, source, model, batch, expected, rows, scores_within=1e-5, is_softmax=False):
-    """expected (N, K) or, of maps, as many numbers: what the source gives for the batch. is_softmax: along its last
-    axis."""
+def check(name, source, model, batch, expected, rows, scores_within=1e-5, softmax=None):
+    """expected (N, K) or, of maps, as many numbers: what the source gives for the batch. softmax: of the scores, along
+    this axis."""
     e = fastdtd.Explainer(model)(batch)
     assert (e.explained > 0).all()
     scores = e.output.astype(float)
-    if is_softmax:
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
+    if softmax is not None:
+        scores = np.exp(scores - scores.max(softmax, keepdims=True))
+        scores /= scores.sum(softmax, keepdims=True)
     difference = np.abs(scores - expected.reshape(scores.shape)).max() / np.abs(expected).max()
     off = np.abs(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed - e.explained) / e.explained
     distance = distance_to_zennit(model, batch[:1])
@@ -89,7 +89,8 @@ def check_module(name, module, batch, rows, box=(0, 1), output=None):
     with torch.inference_mode():
         made = module(batch)
         expected = (made if output is None else made[output]).numpy()
-    check(name, "PyTorch", model, batch.numpy(), expected, rows, is_softmax=isinstance(module, written.UltraFace))
+    axis = -1 if isinstance(module, written.UltraFace) else None
+    check(name, "PyTorch", model, batch.numpy(), expected, rows, softmax=axis)
 
 
 def as_trained(module):
