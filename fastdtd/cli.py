@@ -621,7 +621,9 @@ def _explain(options: argparse.Namespace) -> int:
             name = f"{name} {line.place}" if line.place else name
             absorbed = f", absorbed {line.absorbed:.6g}" if abs(line.absorbed) > 1e-5 * abs(line.score) else ""
             nothing = "" if line.explained or line.against else ", score not positive: nothing to decompose"
-            less = f" against {line.against}, explained {line.explained:.6g}" if line.against else ""
+            less = f" against {line.against}" if line.against else ""
+            if line.against or (line.place and line.explained not in (0, line.score)):  # some scores are negative
+                less += f", explained {line.explained:.6g}"
             cut = f", through other channels {line.cut:.6g}" if options.through else ""
             bar.write(printable(
                 f"{line.name:<{width}}  {name}  score {line.score:.6g}{less}, relevance "

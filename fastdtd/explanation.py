@@ -155,10 +155,13 @@ class Explanation:
     def _line(self, i: int) -> str:
         target, name = int(self.target[i]), printable(self.class_name(i))
         against = printable(self.against_name(i))
-        less = f" against {against}, explained {float(self.explained[i]):.6g}" if against else ""
+        explained, score = float(self.explained[i]), float(self.score[i])
+        less = f" against {against}" if against else ""
+        if against or (self.region is not None and explained != score):  # where some of the scores are negative
+            less += f", explained {explained:.6g}"
         return (
             f"{name if name == str(target) else f'{target} {name}'}{f' {place}' if (place := self.place(i)) else ''}  "
-            f"score {float(self.score[i]):.6g}{less}, "
+            f"score {score:.6g}{less}, "
             f"relevance {float(_host(self.relevance[i]).sum(dtype=np.float64)):.6g}{self._shares(i)}, absorbed "
             f"{float(self.absorbed[i]):.6g}"
             + "".join(f", cut at {printable(name)} {cut[i]:.6g}" for name, cut in self.cut.items())

@@ -6,6 +6,8 @@ FASTDTD_PACKAGES says where, these tests are left out.
 
 import io
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -129,6 +131,15 @@ def scores_of(path, output, batch):
         return run(name)
 
     return of(output)
+
+
+def test_the_example_of_text_detection(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "det.onnx").write_bytes(content(*ONNX["PP-OCR v5, text detection"][:2]))
+    said = subprocess.run([sys.executable, ROOT / "examples" / "text_detection.py", tmp_path / "det.onnx",
+                           tmp_path / "out.png"], check=True, capture_output=True, text=True, timeout=300).stdout
+    assert "at all positions  score" in said
+    assert np.asarray(Image.open(tmp_path / "out.png").convert("L")).std() > 5
 
 
 @pytest.mark.parametrize("net", MTCNN)
