@@ -67,6 +67,7 @@ def pytest_sessionfinish(session, exitstatus):
     found = session.config.stash[_rows]
     if not session.config.getoption("--readme") or exitstatus != 0:
         return
+    found["networks"].sort(key=lambda row: row[0].endswith("trained"))  # these last
     for table, rows in found.items():
         if rows:
             write_table(TABLES_FILE, table, rows)

@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 import written
-from conftest import HEADLINE, README, TABLES, TABLES_FILE, table_in
 from torch import nn
 from torch_nets import Net, comparable_rules, efficientnet, zennit_relevance
 from torchvision import models
@@ -182,13 +181,3 @@ def test_cifar10_full(data, rows):
     model = fastdtd.convert(folder / "cifar10_full.prototxt", folder / "cifar10_full_iter_70000.caffemodel", mean=mean,
                             box=list(zip(-mean.max((1, 2)), 255 - mean.min((1, 2)), strict=True)))
     check(TRAINED[4], "Caffe", model, reference["x"].astype(np.float32), reference["logits"], rows, 1e-4)
-
-
-def test_the_tables_are_of_these_networks():
-    table, headline = table_in(TABLES_FILE, "networks"), table_in(README, "networks")
-    assert table.startswith(TABLES["networks"])
-    assert headline.startswith(TABLES["networks"])
-    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    assert names == [*TORCHVISION.values(), *OTHERS.values(), *TRAINED]
-    assert headline.splitlines()[2:] == [line for line, name in zip(table.splitlines()[2:], names, strict=True)
-                                         if name in HEADLINE]
