@@ -242,6 +242,22 @@ def test_what_is_nearly_an_activation_is_none(convert_nodes):
         convert_nodes([*chain("Div _ root, Erf _, Add _ half, Mul _ x"), POOL], NUMBERS)
 
 
+@pytest.mark.parametrize("text", [
+    "Add _ three, Clip _ zero six, Mul _ x, Div _ six, Mul _ half, Add _ three",  # as Paddle's learnable affine blocks
+    "Sigmoid _, Mul _ x, Mul _ three, Add _ half", "Tanh _, Mul _ three, Sub _ half", "Softplus _, Add _ three",
+])
+def test_an_activation_that_is_scaled_and_shifted(convert_nodes, text):
+    model = convert_nodes([*chain(text), POOL], NUMBERS, verify=True)
+    kinds = [type(layer) for layer in model.graph]
+    assert kinds in ([g.Activation, g.Conv2d, g.GlobalAveragePool], [g.Activation, g.GlobalAveragePool])
+
+
+def test_a_function_that_is_infinite_somewhere_is_none(convert_nodes):
+    for text in ("Log _, Mul _ x", "Neg _, Exp _, Log _, Log _, Mul _ x"):
+        with pytest.raises(ConversionError, match="makes a function of each element that no layer has"):
+            convert_nodes([*chain(text), POOL], NUMBERS)
+
+
 def test_read_twice_it_is_one_layer(convert_nodes):
     nodes = [node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["m"]), node("Conv", ["m", "w31"], ["c"]),
              node("Add", ["m", "c"], ["t"]), POOL]
