@@ -94,6 +94,11 @@ def test_inputs_that_do_not_fit(change, message):
         Explainer(model())(inputs)
 
 
+def test_pictures_alone_are_not_enough():
+    with pytest.raises(InputError, match=r"by name to the explainer, of 'picture' \(3, 5, 6\), 'age' \(4, 1, 1\)"):
+        Explainer(model())(np.zeros((20, 24, 3), np.uint8))
+
+
 def test_one_input_has_no_names():
     one = Model(network(), Preprocessing(None))
     with pytest.raises(InputError, match="the network has one"):
