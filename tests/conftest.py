@@ -1,11 +1,14 @@
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM",
                       "1")  # before anything imports Numba: kernels for GPUs run in its simulator
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in the background, children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

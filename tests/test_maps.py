@@ -12,7 +12,7 @@ from explaining import explainer
 from PIL import Image
 
 import fastdtd
-from fastdtd import channels, cli, embed, embedded, runner, sources
+from fastdtd import channels, cli, devices, embed, embedded, runner, sources
 from fastdtd import graph as g
 from fastdtd.errors import FastDTDError
 from fastdtd.inputs import ExplanationWarning, InputError
@@ -157,6 +157,23 @@ def starts_of(scores, against, is_signed):
         held = [0, 2][np.argmax(scores[others])] if against == "runner-up" else against
         theirs[held] = own[held] / np.size(held)
     return ours, theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [None, 1, (2, 4, 6), (0, MASK), (1, "max")])
+def test_gpus_agree(simulator, monkeypatch, target):
+    """In a simulator of one."""
+    from fastdtd.kernels import cuda
+
+    image, expected = images(1), explainer(segmentation())
+    monkeypatch.setattr(devices, "find", lambda device, precision: devices.Devices(cuda, (0,), "fp32"))
+    made = fastdtd.Explainer(expected.model, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        e, wanted = made(image, target), expected(image, target)
+    np.testing.assert_allclose(e.output, wanted.output, atol=1e-5)
+    np.testing.assert_allclose(e.relevance, wanted.relevance, atol=1e-5 * max(1, wanted.explained.max()))
+    np.testing.assert_array_equal(e.region, wanted.region)
 
 
 def test_starts_are_maps():
