@@ -333,7 +333,7 @@ def test_what_is_for_classes_alone(pictures):
 
 def test_an_embedded_library(tmp_path):
     model = Model(segmentation(), Preprocessing(None), NAMES)
-    made = embed(model, tmp_path)
+    made = embed(model, tmp_path, device_cpu=True)
     library = embedded.load(made.shared)
     image = images(1)[0]
     for target in ((1, 2, 3), (2, 4, 6), (0, 0, 0)):
