@@ -246,7 +246,7 @@ class Explainer:
         with kernels.on_device_of(batch):
             images = checked_images(batch, self.model, library, self._surely_within)
             count, shape = len(images), graph.output_shape
-            is_of_maps = shape[1:] != (1, 1)
+            is_of_maps = graph.has_maps
             targets, places = (checked_places(target, self.model, count) if is_of_maps else
                                (checked_targets(target, self.model, count), None))
             signed = self._assignment.signed_scores
@@ -349,7 +349,7 @@ class Explainer:
         if beyond:
             raise BeyondFloat32Error(dict.fromkeys(
                 beyond, "gives scores beyond float32; its values or the model's weights are too large"))
-        return scores if graph.output_shape[1:] == (1, 1) else scores.reshape(-1, *graph.output_shape)
+        return scores.reshape(-1, *graph.output_shape) if graph.has_maps else scores
 
     def _preprocessed(self, batch: Any) -> tuple[Any, list[Any] | None]:
         """The network's inputs, and the pictures that they are of, where pictures were given."""

@@ -147,6 +147,11 @@ class Graph:
         return self.shapes[self.output]
 
     @property
+    def has_maps(self) -> bool:
+        """Whether its output has scores at each of several positions."""
+        return self.output_shape[1:] != (1, 1)
+
+    @property
     def outputs(self) -> int:
         """Scores in all."""
         return math.prod(self.output_shape)

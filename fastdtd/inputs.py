@@ -101,7 +101,8 @@ def joined(given: Mapping[Any, Any], model: Model, library: Any) -> Array:
                              f"{sizes}), with as many N as the others")
         with np.errstate(over="ignore"):
             parts.append(part.reshape(len(part), -1).astype(np.float32))
-    return library.concatenate(parts, 1)[:, :, None, None]  # type: ignore[no-any-return]
+    together: Array = library.concatenate(parts, 1)[:, :, None, None]
+    return together
 
 
 def _require_unmasked(name: str, given: Any) -> None:
@@ -178,8 +179,9 @@ def _checked_target(one: object, model: Model) -> int:
     shape = model.graph.output_shape
     index = model.class_index(one) if isinstance(one, str) else one
     if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < shape[0]:
-        of_maps = "" if shape[1:] == (1, 1) else (
-            '; with where in its map as in (channel, y, x), (channel, "max") or (channel, mask)')
+        of_maps = (
+            '; with where in its map as in (channel, y, x), (channel, "max") or (channel, mask)'
+            if model.graph.has_maps else "")
         raise InputError(
             f"target {shown(one)} is not an output; required: a whole number from 0 to {shape[0] - 1}, or a class "
             f"name{of_maps}")
@@ -192,7 +194,7 @@ def checked_places(target: MapTarget, model: Model, count: int
     if target is None:
         return None, None
     is_list = isinstance(target, list) or (isinstance(target, np.ndarray) and target.ndim > 0)
-    given: list[Any] = [*target] if is_list else [target]  # type: ignore[misc]
+    given: list[Any] = [*target] if is_list else [target]  # type: ignore[misc]  # is_list says that it is
     if is_list and len(given) != count:
         raise InputError(f"{len(given)} targets were given for {count} images; required: one for all, or a list with "
                          "one for each")
@@ -227,7 +229,7 @@ def _checked_place(one: Any, model: Model) -> tuple[int, Place]:
 
 def require_classes(model: Model, what: str) -> None:
     """An error where outputs are maps."""
-    if model.graph.output_shape[1:] != (1, 1):
+    if model.graph.has_maps:
         raise InputError(f"the network has {outputs_text(model.graph.output_shape)}, and {what}; required: a network "
                          "with one score for each class")
 

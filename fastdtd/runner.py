@@ -209,15 +209,15 @@ def _settings(explainer: Explainer, target: MapTarget, outputs: Iterable[str], f
                          f"{', '.join(results.COMPRESSIONS)}, or None")
     if isinstance(storage.keep, bool) or not isinstance(storage.keep, (int, float)) or not 0 < storage.keep <= 1:
         raise InputError(f"of relevance {shown(storage.keep)} is to be kept; required: a share above 0, up to 1")
-    shape = explainer.model.graph.output_shape
-    is_of_maps = shape[1:] != (1, 1)
-    _require_count("top", top, 1, 1 if is_of_maps else shape[0])  # the next scores of a map lie beside the highest
+    graph = explainer.model.graph
+    is_of_maps = graph.has_maps
+    _require_count("top", top, 1, 1 if is_of_maps else graph.outputs)  # the next scores of a map lie beside the highest
     _require_count("draw", draw, 0)
     if (target is not None) + true_label + (top > 1) > 1:
         raise InputError("of target, true_label and top, several were given; required: one of them")
     is_many = isinstance(target, (Sequence, np.ndarray)) and not isinstance(target, (str, bytes, bytearray)) and not (
         is_of_maps and isinstance(target, tuple))
-    given: Any = list(target) if is_many else [] if target is None else [target]  # type: ignore[arg-type]
+    given: Any = list(target) if is_many else [] if target is None else [target]  # type: ignore[arg-type]  # is_many says so
     targets: list[int | tuple[Any, ...]] = []
     if given and is_of_maps:
         channels, places = checked_places(given, explainer.model, len(given))
@@ -229,7 +229,7 @@ def _settings(explainer: Explainer, target: MapTarget, outputs: Iterable[str], f
         targets += [channel if place is None else (channel, place) if isinstance(place, str) else (channel, *place)
                     for channel, place in zip(channels.tolist(), places, strict=True)]
     elif given:
-        targets += checked_targets(given, explainer.model, len(given)).tolist()  # type: ignore[union-attr]
+        targets += checked_targets(given, explainer.model, len(given)).tolist()  # type: ignore[union-attr]  # some are given
     return Settings(tuple(targets), top, true_label,
                     checked_against(against, explainer.model, explainer.conserves),
                     checked_through(through, explainer.model, explainer.conserves), tuple(sorted(set(outputs))),
@@ -409,7 +409,7 @@ class _Run:
 def _lines(path: Path, model: Model, settings: Settings) -> Iterator[Line]:
     """What is said of a shard's rows."""
     # Not the scores of all classes, which are most of what a shard has beside relevance.
-    of_maps = ["place"] if model.graph.output_shape[1:] != (1, 1) else []
+    of_maps = ["place"] if model.graph.has_maps else []
     cut = ["cut"] if settings.through else []
     names = ["file", "target", "score", "explained", "sum", "absorbed", "ledger", *(["flow"] if settings.flow else []),
              *of_maps, *cut]

@@ -229,7 +229,7 @@ def _label(entry: Entry, explainer: Explainer, is_needed: bool) -> int:
     try:
         given: int | str = int(entry.label) if entry.label.isdecimal() else entry.label
         if entry.label:
-            [label] = checked_targets(given, explainer.model, 1)  # type: ignore[misc]
+            [label] = checked_targets(given, explainer.model, 1)  # type: ignore[misc]  # one is given
             return int(label)
         trouble = "has no label, which the target was to be"
     except InputError as error:

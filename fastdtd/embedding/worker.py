@@ -78,7 +78,7 @@ def _compile(job: Job, folder: Path) -> Compiled:
                              (program.COMPACT_BYTES, compact.size), (program.IS_HALF, half),
                              (program.OPERATIONS, len(compact.operations))):
             facts[index] = int(value)
-    classes = job.model.classes if graph.output_shape[1:] == (1, 1) else ()  # else they are names of channels
+    classes = () if graph.has_maps else job.model.classes  # of maps they are names of channels
     content = code.emit(found, compact, facts, _numbers(job.model), classes, job.name, job.target,
                         folder / WEIGHTS if job.weights == "embedded" else None, layers)
     (folder / OBJECT).write_bytes(content)

@@ -77,7 +77,7 @@ def convert(source: FilePath | TorchSource, weights: FilePath | None = None, *, 
     output : int or str, optional
         Which of several outputs is explained, by its number or name: of an ONNX file or a Keras model it may also be an
         inner tensor or layer; of a PyTorch module a key of the dictionary that it returns. Where it is a map, as in
-        segmentation and detection, see `Explainer` for its targets. Default: the only one; an ONNX file's first.
+        segmentation and detection, see `Explainer` for its targets. Default: the first.
 
     Returns
     -------

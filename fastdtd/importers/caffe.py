@@ -132,7 +132,7 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
           output: int | str | None = None) -> Parsed:
     """The network in Caffe's files, as it is in its test phase.
 
-    output: the number or name of a blob that no layer reads; None: the only one.
+    output: the number or name of a blob that no layer reads; None: the first.
     size: replaces the input size in the .prototxt. limit: bytes, see `Budget`. Raises ConversionError and ModelError.
     """
     try:

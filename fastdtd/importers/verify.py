@@ -138,8 +138,8 @@ def _refuse(model: Model, runtime: Runtime, framework: str, batch: Array, ours: 
     with np.errstate(invalid="ignore"):
         off = np.abs(ours - theirs)
     image, output = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape)
-    is_one_each = model.graph.output_shape[1:] == (1, 1)
-    called = f"{output} ({model.class_name(int(output))!r})" if model.classes and is_one_each else str(output)
+    is_named = model.classes and not model.graph.has_maps
+    called = f"{output} ({model.class_name(int(output))!r})" if is_named else str(output)
     ending = runtime.builder.ending
     of = "" if ending is None else ", before its sigmoid," if ending.kind == "sigmoid" else (
         ", the logarithm of its softmax,")

@@ -45,7 +45,7 @@ def parse(data: bytes, size: tuple[int, int] | None = None, limit: int | None = 
           output: int | str | None = None) -> Parsed:
     """The network in a .keras or .h5 file: an output, and the layers that lead to it.
 
-    output: its number, or the name of any layer; None: the only one.
+    output: its number, or the name of any layer; None: the first.
     The format is the version of Keras that wrote it. size: replaces the input size in the file. limit: bytes, see
     `Budget`. Raises ConversionError and ModelError.
     """
