@@ -74,7 +74,7 @@ def canonize(graph: Graph) -> Graph:
                 folded[layer.name] = inputs[0]
             else:
                 weight = layer.scale.reshape(-1, 1, 1, 1)
-                kept[layer.name] = Conv2d(layer.name, inputs, weight, layer.shift, groups=len(weight))
+                kept[layer.name] = Conv2d(layer.name, inputs, weight, layer.shift, groups=len(weight), batch_norm=True)
     if not kept:
         raise ModelError("nothing is left of the network once dropout and softmax are dropped")
     return Graph(tuple(kept.values()), graph.input_shape, graph.box)
@@ -116,7 +116,7 @@ def _fold_into_next(norm: BatchNorm, layer: Conv2d | Dense) -> Conv2d | Dense:
     bias = (layer.weight * shift).reshape(outputs, -1).sum(1) + (0 if layer.bias is None else layer.bias)
     with np.errstate(over="ignore"):
         return dataclasses.replace(layer, weight=(layer.weight * scale).astype(np.float32),
-                                   bias=bias.astype(np.float32))
+                                   bias=bias.astype(np.float32), batch_norm=True)
 
 
 def _fold(layer: Conv2d | Dense | GroupNorm, norm: BatchNorm) -> Conv2d | Dense | GroupNorm:
@@ -128,4 +128,5 @@ def _fold(layer: Conv2d | Dense | GroupNorm, norm: BatchNorm) -> Conv2d | Dense 
     bias = shift if layer.bias is None else scale * layer.bias + shift
     weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
     with np.errstate(over="ignore"):  # the layer refuses infinity in its own words
-        return dataclasses.replace(layer, weight=weight.astype(np.float32), bias=bias.astype(np.float32))
+        return dataclasses.replace(layer, weight=weight.astype(np.float32), bias=bias.astype(np.float32),
+                                   batch_norm=True)

@@ -128,7 +128,8 @@ class Conv2d(Layer):
     """``y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k]``.
 
     weight: (K, C / groups, kernel height, kernel width); bias: (K,) or None; padding: (top, left, bottom, right), with
-    zeros.
+    zeros. batch_norm, registered_later: what the network's source had that others' rules depend on: a batch norm that
+    is folded into this layer; a PyTorch module of weights that is registered before all those of layers called so far.
     """
 
     weight: Array
@@ -137,6 +138,8 @@ class Conv2d(Layer):
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    batch_norm: bool = False
+    registered_later: bool = False
 
     arrays = ("weight", "bias")
 
@@ -172,10 +175,12 @@ class Conv2d(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(Layer):
-    """y = weight x + bias on a flat tensor. weight: (K, F); bias: (K,) or None."""
+    """y = weight x + bias on a flat tensor. weight: (K, F); bias: (K,) or None; the others as of `Conv2d`."""
 
     weight: Array
     bias: Array | None = None
+    batch_norm: bool = False
+    registered_later: bool = False
 
     arrays = ("weight", "bias")
 

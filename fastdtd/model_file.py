@@ -43,7 +43,8 @@ FORMAT = "fastdtd-model"
 VERSION = 1
 # Settings that are no integers; a bias with a dataset is none of them.
 _NUMBERS = ("low", "high", "alpha", "beta", "bias", "epsilon", "slope", "exponent")
-_FLAGS = "ceil_mode", "centered", "count_include_pad", "per_position", "within_channel"
+_MARKS = "batch_norm", "registered_later"  # written where they are true, so that readers that know none read the rest
+_FLAGS = "ceil_mode", "centered", "count_include_pad", "per_position", "within_channel", *_MARKS
 DTYPES = ("float16", "float32", "float64")
 COMPRESSIONS = ("gzip", "lzf", None)
 
@@ -339,7 +340,7 @@ def _write_layer(group: h5py.Group, layer: Layer, dtype: npt.DTypeLike, compress
     _put_text(group, "inputs", layer.inputs)
     for field in dataclasses.fields(layer):
         value = getattr(layer, field.name)
-        if field.name in ("name", "inputs") or value is None:
+        if field.name in ("name", "inputs") or value is None or (field.name in _MARKS and not value):
             continue
         if isinstance(value, str):
             _put_text(group, field.name, value)

@@ -48,7 +48,7 @@ def every_layer():
     """
     layers = (
         Conv2d("fire2/squeeze1x1", ("input",), numbers(4, 2, 3, 2), numbers(4, seed=1), (2, 1), (1, 0, 2, 1), (1, 2),
-               2),
+               2, True, True),
         ReLU("r é", ("fire2/squeeze1x1",)), Conv2d("c", ("r é",), numbers(4, 4, 1, 1, seed=2)),
         Add("sum", ("r é", "c")), MaxPool2d("p", ("sum",), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True),
         AveragePool2d("q", ("sum",), (3, 2), (2, 3), (1, 1, 2, 0), ceil_mode=True, count_include_pad=True),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdtd import Explainer, Model, Preprocessing, RuleError
+from fastdtd import Explainer, Model, Preprocessing, RuleError, load, save
 from fastdtd import graph as g
 from fastdtd.rules import DERIVATIVES, PRESETS, assign
 
@@ -53,3 +53,40 @@ def test_an_addition_is_refused_for_it_would_double_relevance():
     graph = g.Graph((g.Add("sum", (g.INPUT, g.INPUT)), g.Flatten("scores", ("sum",))), (2, 1, 1), (0, 1))
     with pytest.raises(RuleError, match=r"'sum'.*doubles"):
         assign(graph, "innvestigate.deep_taylor")
+
+
+@pytest.mark.parametrize("place", ["after", "before", "alone"])
+@pytest.mark.parametrize("preset", ["innvestigate.deep_taylor", "innvestigate.deep_taylor.bounded"])
+def test_batch_norm_is_refused_for_innvestigate_has_a_rule_for_it(place, preset, tmp_path):
+    """Wherever it goes, and from a model file; other presets are as they were."""
+    norm = {"scale": [2, 1], "shift": [0, 1]}
+    conv = {"after": (g.Conv2d("conv", (g.INPUT,), np.ones((2, 2, 1, 1))), g.BatchNorm("norm", ("conv",), **norm)),
+            "before": (g.BatchNorm("norm", (g.INPUT,), **norm), g.Conv2d("conv", ("norm",), np.ones((2, 2, 1, 1)))),
+            "alone": (g.BatchNorm("conv", (g.INPUT,), **norm),)}[place]
+    layers = (*conv, g.ReLU("relu", (conv[-1].name,)), g.GlobalAveragePool("scores", ("relu",)))
+    model = Model(g.Graph(layers, (2, 3, 3), (0, 1)), Preprocessing(None))
+    save(model, tmp_path / "net.h5")
+    for one in (model, load(tmp_path / "net.h5")):
+        with pytest.raises(RuleError, match=r"'conv' is one that a batch norm.*not computed here; .*rules='dtd'"):
+            Explainer(one, preset)
+        for other in ("dtd", "zennit.epsilon_plus", "captum.lrp"):
+            Explainer(one, other)
+
+
+def branches(names=("a", "b"), **fields):
+    """Convolutions that read the input, all of them."""
+    convolutions = [g.Conv2d(name, (g.INPUT,), np.ones((1, 2, 1, 1)), **fields) for name in names]
+    layers = (*convolutions, g.Concat("both", names), g.GlobalAveragePool("mean", ("both",)),
+              g.Dense("scores", ("mean",), np.ones((3, len(names)))))
+    return g.Graph(layers, (2, 3, 3), (0, 1))
+
+
+@pytest.mark.parametrize(("preset", "rule"), [("zennit.epsilon_plus_flat", "flat"), ("zennit.epsilon_gamma_box", "zB")])
+def test_zennits_first_layer_is_one(preset, rule):
+    for graph, found in ((branches(), "and so does 'b'"),
+                         (branches(("a",), registered_later=True), "and the module registers another layer before it")):
+        with pytest.raises(RuleError, match=f"layer 'a' reads the input, {found}, while zennit has the rule '{rule}'"):
+            assign(graph, preset)
+        assert assign(graph, [preset, {"a": rule}]).rules["a"].rule.name == rule
+        assign(graph, "zennit.epsilon_plus")
+    assert assign(branches(("a",)), preset).rules["a"].rule.name == rule

@@ -13,6 +13,7 @@ from fastdtd.graph import (
     Activation,
     Add,
     AveragePool2d,
+    BatchNorm,
     Clip,
     Concat,
     Conv2d,
@@ -124,12 +125,15 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
     preset, changes = _parsed(rules)
     _check_preset(preset, graph)
     chosen = {layer.name: _of_preset(preset, layer, input_domain(graph, layer)) for layer in graph if _choices(layer)}
+    by_name = set[str]()
     types = {layer.name: f"type:{name}" for layer in graph for name, kind in LAYER_TYPES.items() if type(layer) is kind}
     for pattern, rule in changes:
         matches = [name for name in chosen if pattern in (name, types[name])] or fnmatch.filter(chosen, pattern)
         if not matches:
             raise RuleError(f"no layer with a rule is named {pattern!r} or matches it; they are {', '.join(chosen)}")
         chosen.update(dict.fromkeys(matches, rule))
+        by_name.update(matches)
+    _check_first(preset, [layer for layer in graph if layer.name not in by_name], graph)
     held = _held(graph, chosen)
     unexplained = {name: _UNEXPLAINED.get(type(layer), _UNEXPLAINED_SUM) for layer in graph
                    if (name := layer.name) in held and name in chosen}
@@ -210,8 +214,27 @@ def _choices(layer: Layer) -> dict[str, str]:
 
 def _check_preset(preset: str, graph: Graph) -> None:
     for layer in graph:
-        if why := PRESETS[preset].refused.get(type(layer)):
+        refused = PRESETS[preset].refused
+        is_scaled = isinstance(layer, (Conv2d, Dense)) and layer.batch_norm
+        if why := refused.get(type(layer)) or (refused.get(BatchNorm) if is_scaled else None):
             raise RuleError(f"layer {layer.name!r} is {why}; required: a network without, or rules='dtd'")
+
+
+def _check_first(preset: str, layers: list[Layer], graph: Graph) -> None:
+    """An error where the original's rule for the first layer goes to another layer than the preset's, or to one of
+    several; layers: those that the preset chooses the rules of."""
+    if not PRESETS[preset].only_first:
+        return
+    rules = PRESETS[preset].first
+    first = [layer for layer in layers if type(layer) in rules and not input_domain(graph, layer).hidden]
+    later = [layer for layer in first if isinstance(layer, (Conv2d, Dense)) and layer.registered_later]
+    if len(first) > 1 or later:
+        one = (later or first)[0].name
+        found = "and the module registers another layer before it" if later else f"and so does {first[1].name!r}"
+        rule = str(rules[type(first[0])])
+        raise RuleError(f"layer {one!r} reads the input, {found}, while zennit has the rule {rule!r} for the layer "
+                        f"alone that is registered first; required: rules by name for those that read the input, as in "
+                        f"[{preset!r}, {{{one!r}: {rule!r}}}], or rules='dtd'")
 
 
 def _of_preset(name: str, layer: Layer, domain: Domain) -> Rule:

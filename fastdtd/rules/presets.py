@@ -9,6 +9,7 @@ from fastdtd.graph import (
     Activation,
     Add,
     AveragePool2d,
+    BatchNorm,
     Conv2d,
     Dense,
     GlobalAveragePool,
@@ -36,7 +37,8 @@ class Preset:
     hidden : rules of all layers, where the other tables say nothing else
     first : rules of layers that read the network's input, or sums and pools of it
     first_unbounded : the same where the model has no value box; None: as `first`
-    refused : for kinds of layer that the original cannot explain, why
+    refused : for kinds of layer that the original cannot explain, why; of BatchNorm, for those that one is folded into
+    only_first : the original has the rules of `first` for one layer, the one that its source registers first
     """
 
     text: str
@@ -44,6 +46,7 @@ class Preset:
     first: Table = field(default_factory=dict)
     first_unbounded: Table | None = None
     refused: Mapping[type[Layer], str] = field(default_factory=dict)
+    only_first: bool = False
 
     def rule(self, kind: type[Layer], is_hidden: bool, is_bounded: bool) -> Rule:
         """Of a layer of this kind, by what is known of its input."""
@@ -70,6 +73,8 @@ _INNVESTIGATE_REFUSES: dict[type[Layer], str] = {
     Multiply: "a product of computed tensors, for which iNNvestigate has no rule",
     Activation: "no ReLU, for which alone iNNvestigate's deep Taylor is made",
     GroupNorm: "a normalisation by the image's own statistics, which iNNvestigate does not explain",
+    BatchNorm: "one that a batch norm, or another scaling of channels, is folded into, while iNNvestigate has a rule "
+               "for it by itself, which is not computed here",
 }
 _CAPTUM_REFUSES: dict[type[Layer], str] = {
     Multiply: "a product of computed tensors, which Captum differentiates, so that nothing is conserved",
@@ -99,14 +104,14 @@ PRESETS: dict[str, Preset] = {
         _table(_ZENNIT_PLUS, _ZENNIT_EPSILON, _ZENNIT_EPSILON), refused=_ZENNIT_REFUSES),
     "zennit.epsilon_plus_flat": Preset(
         "the same, flat in the first", _table(_ZENNIT_PLUS, _ZENNIT_EPSILON, _ZENNIT_EPSILON),
-        _all(KERNELS, Rule("flat")), refused=_ZENNIT_REFUSES),
+        _all(KERNELS, Rule("flat")), refused=_ZENNIT_REFUSES, only_first=True),
     "zennit.epsilon_alpha2_beta1": Preset(
         "zennit's EpsilonAlpha2Beta1: alpha 2, beta 1 in convolutions, epsilon in dense layers",
         _table(Rule("alpha-beta", alpha=2, beta=1), _ZENNIT_EPSILON, _ZENNIT_EPSILON), refused=_ZENNIT_REFUSES),
     "zennit.epsilon_gamma_box": Preset(
         "zennit's EpsilonGammaBox: gamma in convolutions, epsilon in dense layers, zB in the first",
         _table(Rule("gamma", gamma=0.25), _ZENNIT_EPSILON, _ZENNIT_EPSILON), {Conv2d: Rule("zB")},
-        refused=_ZENNIT_REFUSES),
+        refused=_ZENNIT_REFUSES, only_first=True),
     "zennit.excitation_backprop": Preset(
         "zennit's ExcitationBackprop: z+ with positive biases in every layer",
         _table(_ZENNIT_PLUS, _ZENNIT_PLUS, _ZENNIT_EPSILON), refused=_ZENNIT_REFUSES),

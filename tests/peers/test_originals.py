@@ -13,9 +13,9 @@ from conftest import TABLES, TABLES_FILE, table_in
 from graphs import graphs, images
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
-from torch_nets import COMPOSITES, Net, module_of, zennit_relevance
+from torch_nets import COMPOSITES, Gradient, Net, module_of, zennit_relevance
 
-from fastdtd import Explainer, Model, Preprocessing
+from fastdtd import Explainer, Model, Preprocessing, RuleError, from_torch, load, save
 from fastdtd import graph as g
 
 
@@ -101,6 +101,50 @@ def distance_to_zennit(name, seed, is_negative=False):
     lost = np.array(list(e.ledger.values())).sum(0)
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + lost, e.explained, rtol=1e-5, atol=1e-5)
     return compare(e.relevance, theirs)
+
+
+class LaterFirst(nn.Module):
+    """Registers its convolutions in another order than it calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.first = nn.Conv2d(6, 5, 3), nn.Conv2d(3, 6, 3)
+        self.relu, self.flat, self.scores = nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16, 4)
+
+    def forward(self, x):
+        return self.scores(self.flat(self.relu(self.second(self.relu(self.first(x))))))
+
+
+def test_zennits_first_layer_is_registered_first(tmp_path):
+    torch.manual_seed(0)
+    module, x = LaterFirst().eval(), torch.rand(2, 3, 8, 8)
+    module.scores.weight.data *= 10
+    save(from_torch(module, x[:1], box=(0, 1)), tmp_path / "net.h5")
+    model = load(tmp_path / "net.h5")
+    for preset in ("zennit.epsilon_plus_flat", "zennit.epsilon_gamma_box"):
+        with pytest.raises(RuleError, match="layer 'first' reads the input, and the module registers another"):
+            Explainer(model, preset)
+    e = Explainer(model, ["zennit.epsilon_plus", {"second": "flat"}])(x.numpy())
+    composite = COMPOSITES["epsilon_plus_flat"]()
+    with Gradient(model=module.double(), composite=composite) as attributor:
+        start = torch.eye(4, dtype=torch.float64)[e.target] * module(x.double())
+        _, theirs = attributor(x.double(), start.detach())
+    compare(e.relevance, theirs.numpy())
+    in_order = from_torch(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)), x[:1])
+    Explainer(in_order, "zennit.epsilon_plus_flat")
+
+
+def test_captum_of_batch_norm():
+    """Its epsilon rule for the norm and that for the convolution before it are one for both together."""
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(6)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), nn.init.normal_(norm.bias)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    e = Explainer(from_torch(module, x[:1]), "captum.lrp")(x.numpy())
+    module[3].rule = EpsilonRule()
+    inputs = x.double().requires_grad_()
+    compare(e.relevance, LRP(module.double()).attribute(inputs, target=torch.tensor(e.target)).detach().numpy())
 
 
 def test_captum(rows):

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastdtd.errors import ConversionError
-from fastdtd.graph import INPUT
+from fastdtd.graph import INPUT, Conv2d, Dense, Layer
 from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, chosen, nearest
 from fastdtd.importers.moves import Array
@@ -99,7 +101,19 @@ def _read(exported: Any, examples: tuple[Any, ...], module: Any, limit: int | No
     runtime = TorchRuntime(reader.builder, inputs, len(examples[0]), steps=steps, module=module, exported=exported,
                            like=examples, which=which)
     named = {} if len(inputs) == 1 else dict(zip(signature.user_inputs, map(layer_shape, dims), strict=True))
-    return Parsed(layers, inputs[0].shape, f"torch.export of PyTorch {torch.__version__}", runtime, named)
+    return Parsed(_marked(layers, module), inputs[0].shape, f"torch.export of PyTorch {torch.__version__}", runtime,
+                  named)
+
+
+def _marked(layers: list[Layer], module: Any) -> list[Layer]:
+    """Those that are called before the convolution or dense layer that is registered first."""
+    kinds = torch.nn.modules.conv._ConvNd, torch.nn.Linear
+    first = next((name for name, part in module.named_modules() if isinstance(part, kinds)), "")
+    if not first:  # functions alone, or a module that is nothing but one layer
+        return layers
+    before = list(itertools.takewhile(lambda layer: layer.name.partition("/")[0] != first, layers))
+    return [*(replace(layer, registered_later=True) if isinstance(layer, (Conv2d, Dense)) else layer
+              for layer in before), *layers[len(before):]]
 
 
 def _output_names(exported: Any) -> list[str]:
