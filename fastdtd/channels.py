@@ -20,7 +20,7 @@ from fastdtd.evaluation import writable_folder, writing
 from fastdtd.explainer import Explainer
 from fastdtd.files import replace
 from fastdtd.graph import Array
-from fastdtd.inputs import BeyondFloat32Error, ExplanationWarning, Target, checked_targets, require_classes
+from fastdtd.inputs import BeyondFloat32Error, ExplanationWarning, MapTarget, checked_places, checked_targets
 from fastdtd.sources import Entry, open_image
 
 PICTURES, DRAWN = 8, 8  # of each channel; channels of which pictures are drawn
@@ -38,8 +38,12 @@ class Channels:
     layer : str
     entries : tuple of Entry
         The pictures that were explained.
+    asked : int, str, tuple or None
+        The target that was asked for; None: each picture's winner.
     target : (N,) int64
-        The output that was explained of each.
+        The output that was explained of each; of maps the channel.
+    places : tuple of str
+        Of maps, which positions of the channel, in words; else "".
     shares : (N, C) float32
         How much of the relevance at the layer each channel has, by size: relevance over the sum of all channels' sizes.
     failed : dict of str to str
@@ -48,7 +52,9 @@ class Channels:
 
     layer: str
     entries: tuple[Entry, ...]
+    asked: MapTarget
     target: npt.NDArray[np.int64]
+    places: tuple[str, ...]
     shares: Array
     failed: dict[str, str]
 
@@ -88,7 +94,7 @@ class Channels:
         model = explainer.model
         height, width = model.graph.input_shape[1:]
         opened = open_image(self.entries[picture])
-        e = explainer(model.preprocess(opened), int(self.target[picture]), through={self.layer: channel})
+        e = explainer(model.preprocess(opened), self.asked, through={self.layer: channel})
         seen = images.seen_by_network(opened, (height, width), model.preprocessing.resize, heatmap.MAX_SIDE)
         pixels = heatmap.pixel_relevance(e.relevance[0])
         return heatmap.shaded(pixels, heatmap.scale_of(pixels), (_SIDE, _SIDE), seen)
@@ -119,15 +125,17 @@ class Channels:
         means = self.shares.mean(0, dtype=np.float64)
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(("channel", "mean_share", "rank", "file", "share", "target", "class"))
+            of_maps = ["place"] if explainer.model.graph.has_maps else []
+            table.writerow(("channel", "mean_share", "rank", "file", "share", "target", "class", *of_maps))
             for channel in self.order.tolist():
                 for rank, i in enumerate(self.top(channel, pictures).tolist()):
                     target = int(self.target[i])
                     table.writerow((channel, f"{means[channel]:.6g}", rank, self.entries[i].name,
-                                    f"{self.shares[i, channel]:.6g}", target, explainer.model.class_name(target)))
+                                    f"{self.shares[i, channel]:.6g}", target, explainer.model.class_name(target),
+                                    *([self.places[i]] if of_maps else [])))
 
 
-def rank(explainer: Explainer, entries: Sequence[Entry], layer: str, target: Target = None,
+def rank(explainer: Explainer, entries: Sequence[Entry], layer: str, target: MapTarget = None,
          on_progress: Callable[[int], Any] = lambda count: None) -> Channels:
     """How much of the relevance at a layer each of its channels has, in each picture of a set.
 
@@ -139,8 +147,9 @@ def rank(explainer: Explainer, entries: Sequence[Entry], layer: str, target: Tar
         From `sources.find`.
     layer : str
         Of which channels are ranked.
-    target : int, str or None
-        The output to explain of all pictures. None: each picture's winner.
+    target : int, str, tuple or None
+        The output to explain of all pictures, of maps which positions of it too, as an `Explainer` takes it. None: each
+        picture's winner.
     on_progress : callable
         Told how many more pictures are done.
 
@@ -163,10 +172,12 @@ def rank(explainer: Explainer, entries: Sequence[Entry], layer: str, target: Tar
         raise InputError("the rules derive, and channels have no relevance; required: rules that redistribute")
     if not isinstance(layer, str) or layer not in graph.shapes:
         raise InputError(f"the network has no layer {shown(layer)}; it has {', '.join(list(graph.shapes)[1:])}")
-    require_classes(explainer.model, "channels are ranked for classes")
-    checked_targets(target, explainer.model, 1)
+    if isinstance(target, (list, np.ndarray)):
+        raise InputError(f"target is {shown(target)}; required: one for all pictures, or None")
+    (checked_places if graph.has_maps else checked_targets)(target, explainer.model, 1)
     kept: list[Entry] = []
     targets: list[int] = []
+    places: list[str] = []
     shares: list[Array] = []
     failed: dict[str, str] = {}
     with warnings.catch_warnings():
@@ -191,8 +202,9 @@ def rank(explainer: Explainer, entries: Sequence[Entry], layer: str, target: Tar
                 shares += [*np.divide(sums, sizes, out=np.zeros_like(sums), where=sizes > 0).astype(np.float32)]
                 kept += [entry for entry, _ in loaded]
                 targets += e.target.tolist()
+                places += map(e.place, range(len(e)))
                 break
             on_progress(len(entries[first:first + _BATCH]))
     if not kept:
         raise InputError(f"no picture can be explained: {next(iter(failed.values()), 'there are none')}")
-    return Channels(layer, tuple(kept), np.array(targets, np.int64), np.stack(shares), failed)
+    return Channels(layer, tuple(kept), target, np.array(targets, np.int64), tuple(places), np.stack(shares), failed)

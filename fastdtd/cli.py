@@ -128,6 +128,8 @@ examples:
   fastdtd evaluate net.h5 photos/ --methods dtd,zennit.epsilon_plus,random
   fastdtd evaluate net.h5 digits/ --region 3 --steps 40      for a small input
   fastdtd evaluate net.h5 photos/ --repeats 5 --seed 1       less noise in the curves; other noise
+  fastdtd evaluate net.h5 photos/ --against runner-up        how fast the winner's lead falls
+  fastdtd evaluate segmentation.h5 streets/ --target road    the sum of a class's map
 """
 _CHANNELS = """\
 Which features does a layer have, and in which pictures? Explain pictures, and list for each channel of a layer those in
@@ -141,6 +143,7 @@ _CHANNELS_EXAMPLES = """\
 examples:
   fastdtd channels squeezenet1_1 photos/ --layer fire9/concat -o out
   fastdtd channels net.h5 photos/ --layer conv5 --target tabby --channels 20 --pictures 5
+  fastdtd channels segmentation.h5 streets/ --layer conv5 --target road@max
 """
 _CONVERT = """\
 Convert a network to fastdtd's own format: from ONNX or Keras (one file: .onnx, .keras, .h5), from Caffe (.prototxt
@@ -468,7 +471,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", metavar="N", type=int, default=1,
                         help="of each picture, with other noise (default: %(default)s)")
     parser.add_argument("--target", metavar="CLASS",
-                        help="class to explain: a name or a number (default: each picture's winner)")
+                        help="class to explain: a name or a number (default: each picture's winner). Where outputs are "
+                        "maps: CLASS, CLASS@max or CLASS@Y,X, as in `fastdtd explain`; the score is their sum")
+    parser.add_argument("--against", metavar="CLASS", action="append", default=[],
+                        help="hold the target against this class: the score that falls is the target's less the "
+                        "class's; may be given several times, for their mean. Or runner-up, the highest other score")
+    parser.add_argument("--through", metavar="LAYER=CHANNELS", action="append", default=[], type=_layer_channels,
+                        help="heatmaps of what goes through these channels of a layer alone, as in conv5=3,17; needs "
+                        "--methods without those that derive")
     parser.add_argument("--seed", metavar="N", type=int, default=0,
                         help="of the noise: the same gives the same numbers (default: %(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, help="threads, at most 1024 (default: all processors)")
@@ -485,7 +495,8 @@ def _add_channels(parser: argparse.ArgumentParser) -> None:
                         help="images, as `fastdtd explain` takes them (default: two bundled ones)")
     parser.add_argument("--layer", metavar="L", required=True, help="the layer, by the name that `fastdtd show` prints")
     parser.add_argument("--target", metavar="CLASS",
-                        help="class to explain: a name or a number (default: each picture's winner)")
+                        help="class to explain: a name or a number (default: each picture's winner). Where outputs are "
+                        "maps: CLASS, CLASS@max or CLASS@Y,X, as in `fastdtd explain`")
     parser.add_argument("--channels", metavar="N", type=int, default=8,
                         help="channels that are printed and drawn (default: %(default)s)")
     parser.add_argument("--pictures", metavar="N", type=int, default=8,
@@ -826,7 +837,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         result = evaluation.evaluate(
             model, pictures, methods, options.order, options.steps, options.region, options.repeats,
             _targets([] if options.target is None else [options.target]), options.seed, bar.update,
-            threads=options.threads, memory=options.memory, device=options.device)
+            against=_targets(options.against), through=dict(options.through) or None, threads=options.threads,
+            memory=options.memory, device=options.device)
     result.save(out)
     print(result)
     for text in dict.fromkeys(str(warning.message) for warning in told):

@@ -22,15 +22,19 @@ from fastdtd.explainer import Explainer
 from fastdtd.files import replace
 from fastdtd.graph import Array
 from fastdtd.inputs import (
+    Against,
     BeyondFloat32Error,
-    Target,
+    MapTarget,
+    checked_against,
     checked_images,
+    checked_places,
     checked_targets,
+    checked_through,
     memory_size,
     pictures_of,
-    require_classes,
 )
 from fastdtd.model import Model
+from fastdtd.question import Question, Score
 from fastdtd.rules import PRESETS, Rules
 
 if TYPE_CHECKING:
@@ -185,8 +189,9 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str = "most",
-             steps: int | None = None, region: int = 9, repeats: int = 1, target: Target = None, seed: int = 0,
-             on_progress: Callable[[int], Any] = lambda count: None, **options: Any) -> Evaluation:
+             steps: int | None = None, region: int = 9, repeats: int = 1, target: MapTarget = None, seed: int = 0,
+             on_progress: Callable[[int], Any] = lambda count: None, *, against: Against = None,
+             through: Mapping[str, int | Sequence[int]] | None = None, **options: Any) -> Evaluation:
     """How fast scores fall as the regions that a method finds relevant are replaced, one after the other, by noise.
 
     A method that finds what the network looks at makes its score fall fast when the most relevant regions go first. The
@@ -212,12 +217,19 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
         Side of a region, in pixels. What is left over at the input's borders stays as it is.
     repeats : int
         Of each picture, with other noise. Their average is the picture's.
-    target : int, str, sequence of these, or None
-        The class that is explained and scored. None: each picture's winner.
+    target : int, str, tuple, sequence of these, or None
+        What is explained and scored, as an `Explainer` takes it: a class, or a part of a map, whose scores are summed.
+        None: each picture's winner. Winner, position of the highest score and runner-up are those of the picture as it
+        is.
     seed : int
         Of the noise and of random orders. The same seed gives the same numbers, with any number of threads.
     on_progress : callable
         Told from time to time how many more pictures are done.
+    against : int, str, sequence of these, or None
+        A class, or several, that the target is held against, or "runner-up", as an `Explainer` takes it: the score that
+        falls is the target's less theirs (less their mean). Methods that derive have the derivative of that.
+    through : mapping from str to int or sequence of int, or None
+        Layers, and their channels through which relevance goes, as an `Explainer` takes it. The score is the target's.
     **options
         Of `Explainer`: device, threads, memory (of all methods together), precision, max_multiply_adds.
 
@@ -228,7 +240,8 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
     Raises
     ------
     InputError
-        Unknown methods, no or not fitting pictures, regions larger than the input, more steps than regions.
+        Unknown methods, no or not fitting pictures, regions larger than the input, more steps than regions; a target,
+        `against` or `through` that an `Explainer` refuses, or of which there is no score to fall.
     RuleError
         A preset that the network cannot be explained by.
 
@@ -259,8 +272,16 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
     grid = _Grid(height, width, _checked_number("region", region, 1, min(height, width), of))
     of = f"for there are {grid.count} regions of {region} x {region} pixels; smaller ones are more"
     steps = min(_STEPS, grid.count) if steps is None else _checked_number("steps", steps, 1, grid.count, of)
+    held, channels = checked_against(against, model, True), checked_through(through, model, True)
+    if held in ("others", "softmax-gradient"):
+        raise InputError(f"against is {held!r}, under which what is explained sums to 0, whatever the picture, so no "
+                         "score can fall; required: a class, several, or 'runner-up'")
     run = _Run(model, chosen, ORDERS if order == "both" else (order,), grid, steps,
                _checked_number("repeats", repeats, 1), _checked_number("seed", seed, 0), options)
+    derived = [name for name, explainer in run.explainers.items() if not explainer.conserves]
+    if channels and derived:
+        raise InputError(f"method {derived[0]!r} derives, and no relevance goes through channels; required: methods "
+                         "that redistribute, as in methods=['dtd', 'random'] (--methods dtd,random)")
     is_set = isinstance(pictures, (list, tuple)) and all(isinstance(one, Entry) for one in pictures)  # as an empty one
     given = pictures if is_set else pictures_of(pictures, model)
     read: Callable[[int], Array]
@@ -273,9 +294,10 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
         count, read = len(given), lambda number: model.preprocess(given[number])
     if not count:
         raise InputError("there are no pictures; required: at least one")
-    require_classes(model, "what is evaluated is how the score of a class falls")
-    targets = checked_targets(target, model, count)
-    drops, failed = run.go(count, read, targets, on_progress)
+    targets, places = (checked_places(target, model, count) if model.graph.has_maps else
+                       (checked_targets(target, model, count), None))
+    question = Question(model.graph.output_shape, targets, places, None, held, True, channels)
+    drops, failed = run.go(count, read, question, on_progress)
     if not drops:
         raise InputError(f"none of {count} pictures can be evaluated: {next(iter(failed.values()))}")
     return Evaluation(tuple(Curve(*curve, np.stack([one[i] for one in drops])) for i, curve in enumerate(run.curves)),
@@ -341,7 +363,7 @@ class _Run:
         image = 4 * math.prod(model.graph.input_shape)
         self.job = max(1, min(self.scorer.at_once, _JOB_BYTES // image))
 
-    def go(self, count: int, read: Callable[[int], Array], targets: Numbers | None, on_progress: Callable[[int], Any]
+    def go(self, count: int, read: Callable[[int], Array], question: Question, on_progress: Callable[[int], Any]
            ) -> tuple[list[Floats], dict[int, str]]:
         """Of each picture (curves, L + 1); and why others have none."""
         drops: dict[int, Floats] = {}
@@ -368,8 +390,8 @@ class _Run:
                         numbers = np.array(list(loaded))
                         images = checked_images(np.stack(list(loaded.values())), self.model, np)
                         try:
-                            found = self._drops(threads, numbers, images, None if targets is None else targets[numbers],
-                                                tell, last - len(loaded))
+                            found = self._drops(threads, numbers, images, question.part(numbers), tell,
+                                                last - len(loaded))
                             drops.update(zip(loaded, found, strict=True))
                             break
                         except BeyondFloat32Error as error:  # of these pictures; the others are tried again
@@ -381,13 +403,14 @@ class _Run:
                 threads.shutdown(cancel_futures=True)
         return list(drops.values()), dict(sorted(failed.items()))
 
-    def _drops(self, threads: ThreadPoolExecutor, numbers: Numbers, images: Array, targets: Numbers | None,
+    def _drops(self, threads: ThreadPoolExecutor, numbers: Numbers, images: Array, question: Question,
                tell: Callable[[int], Any], done_before: int) -> Floats:
         """(N, curves, L + 1) of some pictures."""
-        scores = self.scorer.predict(images)
-        targets = scores.argmax(1) if targets is None else targets
-        before = np.take_along_axis(scores, targets[:, None], 1)[:, 0].astype(np.float64)
-        relevant = {name: self.grid.sums(self._relevance(name, images, targets)) for name in self.methods}
+        shape = question.shape
+        scores = self.scorer.predict(images).reshape(-1, *shape)
+        followed = question.followed(scores)
+        before = np.array([one.of(own) for one, own in zip(followed, scores, strict=True)])
+        relevant = {name: self.grid.sums(self._relevance(name, images, question, followed)) for name in self.methods}
         of_one = math.prod(self.shape)
         after = np.empty(len(images) * of_one)
 
@@ -397,7 +420,8 @@ class _Run:
                 found = self.scorer.predict(self._replaced(numbers, images, relevant, first, last))
             except BeyondFloat32Error as error:
                 raise BeyondFloat32Error({int(pictures[i]): why for i, why in error.reasons.items()}) from None
-            after[first:last] = np.take_along_axis(found, targets[pictures][:, None], 1)[:, 0]
+            after[first:last] = [followed[i].of(own)
+                                 for i, own in zip(pictures.tolist(), found.reshape(-1, *shape), strict=True)]
             return last
 
         jobs = [*range(0, len(after), self.job), len(after)]
@@ -406,11 +430,18 @@ class _Run:
         drops = before[:, None, None] - after.reshape(len(images), *self.shape).mean(1)
         return np.pad(drops, ((0, 0), (0, 0), (1, 0)))
 
-    def _relevance(self, method: str, images: Array, targets: Numbers) -> Array:
+    def _relevance(self, method: str, images: Array, question: Question, followed: Sequence[Score]) -> Array:
         """(N, C or 1, H, W)."""
         if method == RANDOM:  # and regions of the same relevance come in a random order
             return np.zeros_like(images[:, :1])
-        return _edges(images) if method == EDGES else self.explainers[method](images, targets).relevance
+        if method == EDGES:
+            return _edges(images)
+        explainer, shape = self.explainers[method], question.shape
+        if question.against is not None and not explainer.conserves:
+            start = np.stack([score.derivative(shape) for score in followed])
+            return explainer(images, start=start if question.is_of_maps else start.reshape(len(images), -1)).relevance
+        targets = [(score.target, score.region) if question.is_of_maps else score.target for score in followed]
+        return explainer(images, targets, against=question.against, through=dict(question.through) or None).relevance
 
     def _replaced(self, numbers: Numbers, images: Array, relevant: dict[str, Floats], first: int, last: int) -> Array:
         """Images first..last-1."""

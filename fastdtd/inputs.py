@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from fastdtd.errors import InputError, shown
 from fastdtd.graph import INPUT, Array, Shape
-from fastdtd.layers import outputs_text
 from fastdtd.model import Model
 from fastdtd.question import HIGHEST, Place
 from fastdtd.schedule import Through
@@ -225,13 +224,6 @@ def _checked_place(one: Any, model: Model) -> tuple[int, Place]:
             f"target {shown(one)} is no part of an output; required: (channel, y, x), with y below {height} and x below"
             f' {width}, (channel, "{HIGHEST}") or (channel, mask)')
     return _checked_target(one[0], model), (int(one[1]), int(one[2]))
-
-
-def require_classes(model: Model, what: str) -> None:
-    """An error where outputs are maps."""
-    if model.graph.has_maps:
-        raise InputError(f"the network has {outputs_text(model.graph.output_shape)}, and {what}; required: a network "
-                         "with one score for each class")
 
 
 def checked_start(start: npt.ArrayLike | None, target: object, count: int, shape: Shape, is_signed: bool

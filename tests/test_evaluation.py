@@ -82,6 +82,12 @@ def curve(model, image, number, method, order, steps, region, repeats, seed, tar
     scores = naive.forward(graph, image)[graph.output]
     target = scores.argmax() if target is None else target
     found = relevance(model, image, target, method)
+    return falls(graph, image, number, found, lambda scores: scores[target], order, steps, region, repeats, seed)
+
+
+def falls(graph, image, number, found, score, order, steps, region, repeats, seed):
+    """Of what `score` makes of an image's scores, in the order of relevance `found`."""
+    before = score(naive.forward(graph, image)[graph.output])
     _, height, width = image.shape
     regions = [(slice(y, y + region), slice(x, x + region))
                for y in range(height % region // 2, height - region + 1, region)
@@ -100,7 +106,7 @@ def curve(model, image, number, method, order, steps, region, repeats, seed, tar
         replaced = image.copy()
         for step, i in enumerate(in_order[:steps], 1):
             replaced[(..., *regions[i])] = noise[(..., *regions[i])]
-            drops[repeat, step] = scores[target] - naive.forward(graph, replaced)[graph.output][target]
+            drops[repeat, step] = before - score(naive.forward(graph, replaced)[graph.output])
     return drops.mean(0)
 
 
@@ -123,6 +129,43 @@ def test_agrees_with_the_oracle(graph, region, steps, repeats, count, target):
         expected = [curve(model, image, i, method, order, steps, region, repeats, 5, targets[i])
                     for i, image in enumerate(images)]
         np.testing.assert_allclose(drops, expected, atol=1e-4, err_msg=f"{method}, {order}")
+
+
+@pytest.mark.parametrize("against", ["runner-up", 2, [0, 1], [1, 1, 2]])
+def test_what_the_target_is_held_against_falls_too(against):
+    """Relevance from plain calls; the runner-up is that of the picture as it is."""
+    graph = small()
+    model, batch = model_of(graph), images_of(graph, 3)
+    found = drops_of(fastdtd.evaluate(model, batch, ["dtd", "gradient"], "least", 5, 2, 1, 1, 5, against=against))
+    explainer = fastdtd.Explainer(model)
+    for i, image in enumerate(batch):
+        e = explainer(image, 1, against=against)
+        rivals = np.atleast_1d(max((0, 2), key=e.output[0].__getitem__) if against == "runner-up" else against)
+
+        def score(scores, rivals=rivals):
+            return scores[1] - scores[rivals].mean(0)
+
+        slope = derivative(graph, image.astype(float), 1) - np.mean(
+            [derivative(graph, image.astype(float), k) for k in rivals], 0)
+        for method, relevant in (("dtd", e.relevance[0]), ("gradient", slope)):
+            expected = falls(graph, image.astype(float), i, relevant, score, "least", 5, 2, 1, 5)
+            np.testing.assert_allclose(found[method, "least"][i], expected.ravel(), atol=1e-4)
+
+
+def test_a_curve_of_what_goes_through_channels():
+    graph = two_layers((-0.5, 1.0))
+    model, batch = model_of(graph), images_of(graph, 2)
+    layer = next(layer.name for layer in graph if isinstance(layer, g.Conv2d))
+    found = drops_of(fastdtd.evaluate(model, batch, ["dtd"], region=2, seed=5, target=1, through={layer: [0, 2]}))
+    explainer = fastdtd.Explainer(model)
+    differs = False
+    for i, image in enumerate(batch):
+        relevant = explainer(image, 1, through={layer: [0, 2]}).relevance[0]
+        differs |= not np.array_equal(relevant, explainer(image, 1).relevance[0])
+        expected = falls(graph, image.astype(float), i, relevant, lambda scores: scores[1], "most",
+                         found["dtd", "most"].shape[1] - 1, 2, 1, 5)
+        np.testing.assert_allclose(found["dtd", "most"][i], expected.ravel(), atol=1e-4)
+    assert differs
 
 
 def test_means_errors_and_areas():
@@ -261,6 +304,13 @@ def test_noise_beyond_float32_leaves_its_picture_out():
     ({"seed": -1}, "seed is -1; required: a whole number from 0"),
     ({"target": 9}, "target 9 is not an output"),
     ({"target": [0]}, "1 targets were given for 2 images"),
+    ({"target": 9, "against": 0}, "target 9 is not an output"),
+    ({"against": "others"}, "against is 'others', under which what is explained sums to 0.*'runner-up'"),
+    ({"against": "softmax-gradient"}, "so no score can fall"),
+    ({"against": 9}, "target 9 is not an output"),
+    ({"through": {"none": 0}}, "the network has no layer 'none'"),
+    ({"through": {"scores": 0}, "methods": ["dtd", "gradient*input"]},
+     r"method 'gradient\*input' derives, and no relevance goes through channels; .*--methods dtd,random"),
     ({"memory": "much"}, "memory is 'much'"),
     ({"memory": "1KB"}, "one image takes"),
     ({"threads": 0}, "threads is 0"),

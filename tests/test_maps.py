@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from explaining import explainer
 from PIL import Image
+from test_evaluation import falls
 
 import fastdtd
 from fastdtd import channels, cli, devices, embed, embedded, runner, sources
@@ -323,12 +324,75 @@ def test_several_targets_of_a_run(pictures, tmp_path):
             runner.run(made, sources.find([str(pictures)]), tmp_path / "other", target, top=top)
 
 
-def test_what_is_for_classes_alone(pictures):
-    made = fastdtd.Explainer(of_pictures())
-    with pytest.raises(InputError, match="3 maps of 6x8"):
-        fastdtd.evaluate(of_pictures(), [pictures / "0.png"])
-    with pytest.raises(InputError, match="3 maps of 6x8"):
-        channels.rank(made, sources.find([str(pictures)]), "c")
+@pytest.mark.parametrize("against", [None, "runner-up", 0, ["ground", "sky"]])
+@pytest.mark.parametrize("target", [None, "tree", ("tree", "max"), (2, 4, 6), (1, MASK),
+                                    [0, ("sky", "max"), (1, 2, 3)]], ids=str)
+def test_evaluation_follows_the_score_that_is_explained(target, against):
+    """Where it is, and against what, is that of the picture as it is."""
+    model = Model(segmentation(), Preprocessing(None), NAMES)
+    batch, made = images(), fastdtd.Explainer(model)
+    methods = ["dtd", "gradient*input"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        result = fastdtd.evaluate(model, batch, methods, steps=4, region=2, target=target, seed=5, against=against)
+        e = made(batch, target, against=against)
+    for i, image in enumerate(batch.astype(float)):
+        region, channel = e.region[i], int(e.target[i])
+        rivals = {None: [], "runner-up": None, 0: [0]}.get(against if not isinstance(against, list) else "", [0, 2])
+        own = naive.forward(model.graph, image)["scores"].reshape(SIZE)
+        if rivals is None:  # the highest at each position
+            rivals = [np.where(np.arange(3)[:, None, None] == channel, -np.inf, own).argmax(0)]
+
+        def score(scores, region=region, channel=channel, rivals=rivals):
+            scores = scores.reshape(SIZE)
+            held = [scores[rival] if np.ndim(rival) == 0 else np.take_along_axis(scores, rival[None], 0)[0]
+                    for rival in rivals]
+            return (scores[channel] - (np.mean(held, 0) if held else 0))[region].sum()
+
+        slope = np.zeros(image.shape)
+        for place in np.ndindex(image.shape):
+            change = np.zeros(image.shape)
+            change[place] = 1e-6
+            slope[place] = (score(naive.forward(model.graph, image + change)["scores"])
+                            - score(naive.forward(model.graph, image - change)["scores"])) / 2e-6
+        for curve, relevant in zip(result.curves, (e.relevance[i], slope * image), strict=True):
+            expected = falls(model.graph, image, i, relevant, score, "most", 4, 2, 1, 5)
+            np.testing.assert_allclose(curve.drops[i], expected.ravel(), atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("target", [None, "tree", ("tree", "max"), (2, 3, 4)])
+def test_channels_of_a_part_of_a_map(target, pictures, tmp_path):
+    made, entries = fastdtd.Explainer(of_pictures()), sources.find([str(pictures)])
+    found = channels.rank(made, entries, "c", target)
+    e = made([entry.path for entry in entries], target)
+    sums = e.at("c").sum((2, 3), dtype=np.float64)
+    np.testing.assert_allclose(found.shares, sums / np.abs(sums).sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(found.target, e.target)
+    assert list(found.places) == [e.place(i) for i in range(3)]
+    found.save(tmp_path / "out", made, 2, 2)
+    head, *rows = (tmp_path / "out" / "channels.csv").read_text().splitlines()
+    assert head.endswith("target,class,place")
+    assert all(e.place(0).split("(")[0] in row for row in rows)
+    with pytest.raises(InputError, match="one for all pictures"):
+        channels.rank(made, entries, "c", [1, 1, 2])
+    with pytest.raises(InputError, match="no part of an output"):
+        channels.rank(made, entries, "c", (1, 99, 0))
+
+
+def test_commands_for_parts_of_maps(pictures, tmp_path, capsys):
+    fastdtd.save(of_pictures(), tmp_path / "net.h5")
+    common = [str(tmp_path / "net.h5"), str(pictures), "-o", str(tmp_path / "out"), "--target", "tree@max"]
+    assert cli.main(["evaluate", *common, "--against", "sky", "--methods", "dtd,gradient*input", "--region", "4",
+                     "--steps", "3"]) == 0
+    model, paths = of_pictures(), [pictures / f"{i}.png" for i in range(3)]
+    result = fastdtd.evaluate(model, paths, ["dtd", "gradient*input"], steps=3, region=4, target=("tree", "max"),
+                              against="sky")
+    assert repr(result) in capsys.readouterr().out
+    assert cli.main(["evaluate", *common, "--through", "c=1", "--methods", "dtd", "--region", "4"]) == 0
+    assert cli.main(["evaluate", *common, "--through", "c=1", "--region", "4"]) == 1
+    assert "--methods dtd,random" in capsys.readouterr().err
+    assert cli.main(["channels", *common, "--layer", "c"]) == 0
+    assert "3 explained" in capsys.readouterr().out
 
 
 def test_an_embedded_library(tmp_path):
