@@ -82,6 +82,19 @@ def test_relevance_is_the_explainers(squeezenet, network, pictures):
             assert network.class_name(e.target) == squeezenet.class_name(e.target)
 
 
+def test_a_difference_is_what_an_output_is_held_against(squeezenet, network, pictures):
+    """As docs/howto-embed.md has it."""
+    explainer = fastdtd.Explainer(squeezenet, threads=1)
+    for picture in pictures:
+        runner_up = int(np.argsort(-network.predict(picture))[1])
+        expected = explainer(picture, against=runner_up)
+        own, other = network.explain(picture), network.explain(picture, runner_up)
+        size = max(np.linalg.norm(own.relevance), np.linalg.norm(other.relevance))
+        assert np.linalg.norm(own.relevance - other.relevance - expected.relevance[0]) <= 1e-5 * size
+        assert own.output[own.target] - own.output[runner_up] == pytest.approx(expected.explained[0], rel=1e-5)
+        assert own.absorbed - other.absorbed == pytest.approx(expected.absorbed[0], abs=1e-4)
+
+
 @pytest.mark.parametrize("rules", [
     "dtd", "gradient", "gradient*input", "sensitivity",
     {"type:conv2d": "z+(bias=absorbed, epsilon=1e-6)", "type:dense": "epsilon", "type:multiply": "half",

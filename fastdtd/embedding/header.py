@@ -87,7 +87,8 @@ int {name}_check_workspace(const void *workspace, size_t bytes);
 int {name}_predict(const void *weights, const float *input, float *output, void *workspace);
 
 /* The relevance of the input for one output; target -1: the one with the highest score. output and absorbed (one float)
-   may be NULL. Input values beyond the network's bounds are clipped to them. */
+   may be NULL. Input values beyond the network's bounds are clipped to them. One output held against another is the
+   difference of two explanations, in relevance and in absorbed. */
 int {name}_explain(const void *weights, const float *input, int target, float *output, float *relevance,
                    float *absorbed, void *workspace);
 {preprocess}{unpack}
