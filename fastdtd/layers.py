@@ -128,8 +128,9 @@ class Conv2d(Layer):
     """``y[k] = sum over c, i, j of weight[k, c, i, j] * x[c, ...] + bias[k]``.
 
     weight: (K, C / groups, kernel height, kernel width); bias: (K,) or None; padding: (top, left, bottom, right), with
-    zeros. batch_norm, registered_later: what the network's source had that others' rules depend on: a batch norm that
-    is folded into this layer; a PyTorch module of weights that is registered before all those of layers called so far.
+    zeros. Of the network's source, for presets of other packages' rules: batch_norm, whether a batch norm is folded
+    into the layer; registered_later, whether a PyTorch module registers another layer with weights before it that it
+    calls after it, or not at all.
     """
 
     weight: Array
