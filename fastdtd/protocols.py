@@ -131,6 +131,7 @@ class BlockedDevice(Device, Protocol):
     """Convolutions copy blocks of their input into padded planes, or go through Winograd's transforms."""
 
     CONVOLUTION: Literal["blocked"]
+    CONV2D_REPEATED: int  # constants of a row that follow it once more
     CONV2D_COLUMNS: int  # tiles read this far beyond the last position
     CONV2D_FEW_ROWS: int  # conv2d_redistribute to no more inputs of a group reads planes always
     DEPTHWISE2D_STEP: int  # positions at a time
@@ -146,6 +147,8 @@ class BlockedDevice(Device, Protocol):
     def conv2d_block_shape(self, rows: int, columns: int, halo_rows: int, halo_columns: int, planes: int
                            ) -> tuple[int, int]:
         """Rows and columns of a block of output positions."""
+    def conv2d_joined(self, images: int, positions: int, block_floats: int) -> int:
+        """Of how many images the positions are joined."""
     def conv2d_packed_shape(self, groups: int, rows: int, depth: int, is_backward: bool) -> Shape:
         """Of packed weights for a matrix (rows, depth) in each group."""
     def conv2d_bounds_shape(self, packed_shape: Shape) -> Shape:

@@ -22,11 +22,11 @@ _TRANSPOSED_LISTS = "row_starts row_sources row_v column_starts column_sources c
 
 SIGNATURES = {name: tuple(names.split()) for name, names in {
     "conv2d_forward": f"{_TAPES} packed offsets bounds taps bias constant pattern z_min planes block columns sums "
-                      f"x_channel a_channel stride_h stride_w {_BLOCK} channels splits features precision x_min x_max "
-                      "relevance",
+                      f"x_channel a_channel stride_h stride_w {_BLOCK} channels splits joined features precision x_min "
+                      "x_max relevance",
     "conv2d_redistribute": f"{_BACKWARD} density packed offsets bounds taps low high phases planes block columns sums "
-                           f"{_CHANNELS} groups stride_h stride_w {_BLOCK} splits panel_rows features precision "
-                           "sparse_below relevance accumulate",
+                           f"{_CHANNELS} groups stride_h stride_w {_BLOCK} splits joined panel_rows features "
+                           "precision sparse_below relevance accumulate",
     "depthwise2d_forward": f"{_TAPES} packed offsets bounds masks bias planes block results x_channel a_channel "
                            "stride_h stride_w width block_rows halo_rows pad_top features x_min x_max relevance",
     "depthwise2d_redistribute": f"{_BACKWARD} packed offsets bounds masks planes block results {_CHANNELS} stride_h "

@@ -28,7 +28,7 @@ from fastdtd.kernels.cpu.scalar import raised
 from fastdtd.kernels.cpu.vector_code import LANES
 from layers import BOX, KEPT, NON_NEGATIVE, REAL, every_example, weights
 from numba import njit
-from single_layers import check, check_signed, rules_of_both_signs
+from single_layers import TESTED, batch_of, check, check_signed, network, rules_of_both_signs
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
@@ -71,6 +71,20 @@ def test_all_ways_of_a_convolution_are_like_the_oracle(monkeypatch, way, example
     check(KEPT["conv2d"].examples[example], rule, domain, threads=2 if way == "sparse" else 1)
 
 
+@pytest.mark.parametrize(("rule", "domain"), [("zB", BOX), ("z+", NON_NEGATIVE), ("z+", REAL), ("w2", NON_NEGATIVE)])
+@pytest.mark.parametrize("example", KEPT["conv2d"].examples)
+def test_joined_images_have_the_bits_that_they_have_alone(monkeypatch, example, rule, domain):
+    force(monkeypatch, "direct")
+    layers = KEPT["conv2d"].examples[example]
+    explainer = Explainer(Model(network(layers, domain), Preprocessing(None)), {TESTED: rule}, threads=1)
+    batch = batch_of(layers, 5)
+    together = explainer(batch, 1)
+    for i in range(5):
+        alone = explainer(batch[i:i + 1], 1)
+        np.testing.assert_array_equal(alone.output[0], together.output[i])
+        np.testing.assert_array_equal(alone.relevance[0], together.relevance[i])
+
+
 @pytest.mark.parametrize("rule", ["z+", "gamma(gamma=0.5, epsilon=0.5)", "epsilon(epsilon=0.5)"])
 @pytest.mark.parametrize("example", ["Winograd's tiles, cut at the edge", "pointwise"])
 @pytest.mark.parametrize("way", WAYS)
@@ -80,19 +94,20 @@ def test_all_ways_of_a_convolution_take_rules_of_both_signs(monkeypatch, way, ex
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("pays", [False, True])
-def test_images_of_one_batch_go_each_its_own_way(monkeypatch, kernel, pays):
-    """Sparse ones and others, in any order; with the bits that they have alone."""
+@pytest.mark.parametrize(("pays", "shape"), [(False, (11, 13)), (True, (11, 13)), (False, (5, 7))])
+def test_images_of_one_batch_go_each_its_own_way(monkeypatch, kernel, pays, shape):
+    """Sparse ones and others, in any order; with the bits that they have alone. Positions of small planes are
+    joined."""
     monkeypatch.setattr(cpu, "winograd2d_pays", lambda *_: pays)
     monkeypatch.setattr(cpu, "sparse2d_below", lambda *_: 0.3)
     random = np.random.default_rng(2)
     layers = (g.Conv2d("first", (g.INPUT,), random.standard_normal((9, 2, 1, 1))), g.ReLU("r", ("first",)),
               g.Conv2d("tested", ("r",), random.standard_normal((20, 9, kernel, kernel)), padding=(kernel // 2,) * 4),
               g.ReLU("s", ("tested",)), g.Flatten("flat", ("s",)),
-              g.Dense("scores", ("flat",), np.abs(random.standard_normal((2, 20 * 11 * 13)))))
-    model = Model(g.Graph(layers, (2, 11, 13), (-1.0, 1.0)), Preprocessing(None))
-    batch = random.uniform(-1, 1, (5, 2, 11, 13)).astype(np.float32)
-    batch[[1, 4], :, 2:] = 0
+              g.Dense("scores", ("flat",), np.abs(random.standard_normal((2, 20 * shape[0] * shape[1])))))
+    model = Model(g.Graph(layers, (2, *shape), (-1.0, 1.0)), Preprocessing(None))
+    batch = random.uniform(-1, 1, (5, 2, *shape)).astype(np.float32)
+    batch[[1, 4], :, shape[0] // 5:] = 0
     plan = Plan(lower(model.graph, assign(model.graph), cpu).schedule(5), cpu)
     plan.input[:] = batch
     plan.forward()

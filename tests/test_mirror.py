@@ -15,7 +15,7 @@ from fastdtd.protocols import BlockedDevice, Device, ImplicitDevice, Kernel
 KERNELS = Path(fastdtd.kernels.__file__).parent
 # How a processor cuts its work into blocks that stay in its caches, and threads divide.
 OF_PROCESSORS = {"block", "columns", "lines", "results", "sums", "contributions", "planes", "positions", "offsets",
-                 "bounds", "block_rows", "block_columns", "halo_rows", "halo_columns", "splits", "density",
+                 "bounds", "block_rows", "block_columns", "halo_rows", "halo_columns", "splits", "joined", "density",
                  "sparse_below"}
 # Where a thread of a GPU finds what it reads, which a processor's blocks say otherwise.
 OF_GPUS = {"precision", "panel_rows", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left"}

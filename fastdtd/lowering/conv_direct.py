@@ -39,16 +39,21 @@ class Forward:
         _, height, width = b.graph.shapes[layer.name]
         units = blocks.count(*((1, height * width) if in_place else (height, width)))
         groups, chunks, panels, *_ = self.weights.shape
-        splits = b.splits(b.batch * units, groups * panels)
+        joined = 1
+        if units == b.workers == 1 and self.features in (codes.NONNEGATIVE, codes.SIGNED):
+            joined = kernels.conv2d_joined(b.batch, height * width, blocks.elements(self.copies))
+        units *= -(-b.batch // joined)
+        splits = b.splits(units, groups * panels)
         if in_place:
             arguments |= in_one_row(arguments, ("x", "ratio", "a"))
         sums = kernels.conv2d_sums_elements(len(layer.weight) // groups if chunks > 1 else 0)
-        b.step(kernels.conv2d_forward, b.batch * units * splits, **arguments, packed=self.weights,
+        b.step(kernels.conv2d_forward, units * splits, **arguments, packed=self.weights,
                constant=self.constant, pattern=self.pattern, z_min=self.z_min, features=self.features,
                channels=layer.weight.shape[1], stride_h=layer.stride[0], stride_w=layer.stride[1], offsets=self.offsets,
-               bounds=self.bounds, taps=self.taps, block=b.scratch("block", blocks.elements(self.copies)),
+               bounds=self.bounds, taps=self.taps,
+               block=b.scratch("block", joined * blocks.elements(self.copies)),
                columns=b.scratch("columns", kernels.conv2d_columns_elements()), sums=b.scratch("sums", sums),
-               splits=splits, **blocks.arguments())
+               splits=splits, joined=joined, **blocks.arguments())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +73,22 @@ class Backward:
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         kernels, blocks = b.blocked_kernels, self.blocks
-        splits = b.splits(b.batch * self.units, self.panels)
+        grids = np.unique(self.phases[:, 2:4], axis=0)
+        joined = 1
+        if self.units == b.workers == len(grids) == 1 and layer.weight.shape[1] > kernels.CONV2D_FEW_ROWS:
+            joined = kernels.conv2d_joined(b.batch, math.prod(grids[0]), blocks.elements(self.copies))
+        units = self.units * -(-b.batch // joined)
+        splits = b.splits(units, self.panels)
         if is_pointwise(layer):
             arguments |= in_one_row(arguments, ("c_in", "c", "ratio", "a"))
         sums = kernels.conv2d_redistribute_sums_elements(layer.weight.shape[1], self.features, layer.stride[1],
                                                          blocks.positions(), blocks.columns)
-        b.step(kernels.conv2d_redistribute, b.batch * self.units * splits, **arguments, packed=self.weights,
+        b.step(kernels.conv2d_redistribute, units * splits, **arguments, packed=self.weights,
                phases=self.phases, features=self.features, groups=layer.groups, stride_h=layer.stride[0],
                stride_w=layer.stride[1], offsets=self.offsets, bounds=self.bounds, taps=self.taps, splits=splits,
-               block=b.scratch("block", blocks.elements(self.copies)),
+               block=b.scratch("block", joined * blocks.elements(self.copies)),
                columns=b.scratch("columns", kernels.conv2d_columns_elements()), sums=b.scratch("sums", sums),
-               **blocks.arguments())
+               joined=joined, **blocks.arguments())
 
 
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward:
@@ -89,8 +99,8 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     copies: list[tuple[Array, int]] = {
         codes.NONNEGATIVE: [(weight, 1)],
         codes.SIGNED: [(weight, 1), (weight, -1)],
-        codes.BOX: [(weight, 0)],
-        codes.ONES: [(weight, 0)],
+        codes.BOX: [(weight, 2)],
+        codes.ONES: [(weight, 2)],
     }[term.features]
     in_place = is_pointwise(layer) and len(copies) == 1
     if in_place:
@@ -108,8 +118,9 @@ def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevi
     bounds = np.empty(kernels.conv2d_bounds_shape(packed.shape), np.int32)
     kernels.conv2d_pack(packed, offsets, bounds, np.ascontiguousarray(matrices), taps, signs)
     constant, pattern, z_min = constant_z(layer, term, graph, is_pointwise(layer), kernels)
+    constant = constant[..., np.arange(constant.shape[2] + kernels.CONV2D_REPEATED) % constant.shape[2]]
     return Forward(term.features, blocks, read_only(packed), read_only(offsets), read_only(bounds), read_only(taps),
-                   0 if in_place else per_group * len(copies), constant, pattern, z_min)
+                   0 if in_place else per_group * len(copies), read_only(constant), pattern, z_min)
 
 
 def pack_backward(layer: g.Conv2d, term: Term, in_shape: Shape, kernels: BlockedDevice) -> Backward:

@@ -2,8 +2,9 @@
 # ruff: noqa: I001  # names in filled lines
 
 from fastdtd.kernels.cpu.conv2d import (
-    CONV2D_COLUMNS, CONV2D_FEW_ROWS, conv2d_block_shape, conv2d_bounds_shape, conv2d_columns_elements, conv2d_forward,
-    conv2d_pack, conv2d_packed_shape, conv2d_redistribute, conv2d_redistribute_sums_elements, conv2d_sums_elements,
+    CONV2D_COLUMNS, CONV2D_FEW_ROWS, CONV2D_REPEATED, conv2d_block_shape, conv2d_bounds_shape, conv2d_columns_elements,
+    conv2d_forward, conv2d_joined, conv2d_pack, conv2d_packed_shape, conv2d_redistribute,
+    conv2d_redistribute_sums_elements, conv2d_sums_elements,
 )
 from fastdtd.kernels.cpu.dense import (
     DENSE_FEATURES, dense_forward, dense_forward_elements, dense_redistribute, dense_redistribute_elements,
@@ -43,12 +44,12 @@ from fastdtd.kernels.cpu.winograd import (
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
-    "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONVOLUTION",
+    "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONV2D_REPEATED", "CONVOLUTION",
     "DENSE_FEATURES", "DEPTHWISE2D_STEP", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR",
     "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN", "absorb_dead_redistribute", "absorb_remainder_redistribute",
     "activate_forward", "activate_redistribute", "add_forward", "add_redistribute", "bind", "clear_redistribute",
     "constant", "conv2d_block_shape", "conv2d_bounds_shape", "conv2d_columns_elements", "conv2d_forward",
-    "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
+    "conv2d_joined", "conv2d_pack", "conv2d_packed_shape", "conv2d_redistribute", "conv2d_redistribute_sums_elements",
     "conv2d_sums_elements", "copy_forward", "dense_forward", "dense_forward_elements", "dense_redistribute",
     "dense_redistribute_elements", "density_redistribute", "depthwise2d_block_rows", "depthwise2d_forward",
     "depthwise2d_redistribute", "depthwise2d_results_elements", "direction_kernels", "empty", "gate_redistribute",

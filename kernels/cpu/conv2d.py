@@ -44,6 +44,7 @@ from fastdtd.kernels.cpu.microkernel import (
     add_nonzero_few,
     add_split,
     add_split_few,
+    finish_constant,
     finish_split,
     pack_columns,
     pack_products,
@@ -61,10 +62,13 @@ from fastdtd.kernels.cpu.vector_code import LANES
 from fastdtd.kernels.scalar import ZERO
 
 CONV2D_FEW_ROWS = FEW_ROWS
+CONV2D_REPEATED = PANEL_COLUMNS  # a tile reads so many constants, wherever it begins in a row
 CONV2D_COLUMNS = 2 * PANEL_COLUMNS  # tiles read, and ask for, this far beyond the last position
 _BLOCK_BYTES = 1 << 18  # a block of planes fits the second-level cache with the weights that stream past it
 _BLOCK_POSITIONS = 1536
 _FEW_POSITIONS = 4 * PANEL_COLUMNS  # fewer are not worth a pass over all weights
+_JOINED_POSITIONS = 3 * PANEL_COLUMNS // 2
+_JOINED_BYTES, _MAX_JOINED = 3 << 18, 8
 _CLASSES = np.array(PANEL_CLASSES, np.int64), np.array(FEW_CLASSES, np.int64)
 _BOUNDS, _FEW_BOUNDS = len(PANEL_CLASSES) + 1, len(FEW_CLASSES) + 1
 _ALIGNMENT = 64  # bytes
@@ -88,6 +92,15 @@ def conv2d_redistribute_sums_elements(inputs, features, stride_w, positions, col
     and columns."""
     _, rows, row = _sums_shape(inputs, features, positions)
     return PANEL_COLUMNS + stride_w * rows * row + 2 * _line_elements(columns, stride_w) + _ALIGNMENT
+
+
+def conv2d_joined(images, positions, block_floats):
+    """Of how many images at a time the positions are joined, where a plane has so many and each image's block takes so
+    many floats: alone, small planes fill tiles badly."""
+    if positions > _JOINED_POSITIONS:
+        return 1
+    most = min(_JOINED_BYTES // max(4 * block_floats, 1), _MAX_JOINED)
+    return -(-images // -(-images // max(most, 1)))  # groups of equal size
 
 
 def conv2d_block_shape(rows, columns, halo_rows, halo_columns, planes):
@@ -197,18 +210,21 @@ def _tile(tile, positions, most, overlaps):
 
 
 @kernel
-def _pack_tile(p_columns, p_a, p_c, taps, depth, place, vectors, positions, across, width):
+def _pack_tile(p_columns, p_a, p_c, taps, depth, place, vectors, positions, across, width, rows, image_floats,
+               image_floats_c):
     """columns <- what `depth` taps (an address) read at the positions of a tile, in rows of `across` that begin `width`
-    floats one after the other: at p_a, times the same at p_c if that is not 0."""
+    floats one after the other, so many of each image: at p_a, times the same at p_c if that is not 0. Images lie
+    image_floats and image_floats_c apart."""
     done, end = 0, min(vectors * LANES, positions - place)
     while done < end:
         row, column = (place + done) // across, (place + done) % across
-        at = 4 * (row * width + column)
+        image, at = row // rows, 4 * (row % rows * width + column)
         count = min(across - column, end - done)
         if p_c:
-            pack_products(-(-count // LANES), p_columns + 4 * done, p_a + at, p_c + at, taps, depth)
+            pack_products(-(-count // LANES), p_columns + 4 * done, p_a + 4 * image * image_floats + at,
+                          p_c + 4 * image * image_floats_c + at, taps, depth)
         else:
-            pack_columns(-(-count // LANES), p_columns + 4 * done, p_a + at, 0, taps, depth)
+            pack_columns(-(-count // LANES), p_columns + 4 * done, p_a + 4 * image * image_floats + at, 0, taps, depth)
         done += count
 
 
@@ -228,18 +244,27 @@ def _store_rows(p_out, p_values, place, count, columns, across):
 
 
 @kernel
-def _finish_constant(p_x, p_ratio, p_constant, pattern, top, left, p_y, place, count, columns, across, bias, is_box,
-                     x_min, x_max, relevance, z_min):
+def _finish_rows(p_x, p_ratio, p_constant, constant_row, pattern, top, left, p_y, place, count, columns, across, bias,
+                 is_box, x_min, x_max, relevance, z_min):
     """x and ratio of `count` positions from `place` on, where z is a constant (and y, if is_box)."""
     done, absorbs = 0, False
     while done < count:
         row, column = (place + done) // columns, (place + done) % columns
         piece, to = min(columns - column, count - done), 4 * (row * across + column)
-        p_z = p_constant + 4 * (pattern[top + row] * across + left + column)
+        p_z = p_constant + 4 * (pattern[top + row] * constant_row + left + column)
         absorbs |= finish_row(p_x + to, p_ratio + to, p_z, p_y + 4 * done, piece, bias, is_box, x_min, x_max, relevance,
                               z_min)
         done += piece
     return absorbs
+
+
+@kernel
+def _same_pattern(pattern, first, last):
+    """Whether rows first to last, inclusive, have the same constants."""
+    row = first
+    while row < last and pattern[row + 1] == pattern[first]:
+        row += 1
+    return row == last
 
 
 # ---- Forward ---------------------------------------------------------------------------------------------------------
@@ -248,7 +273,7 @@ def _finish_constant(p_x, p_ratio, p_constant, pattern, top, left, p_y, place, c
 @kernel
 def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, constant, pattern, z_min, planes, block,
                    columns, sums, x_channel, a_channel, stride_h, stride_w, block_rows, block_columns, halo_rows,
-                   halo_columns, channels, splits, features, x_min, x_max, relevance, first, last):
+                   halo_columns, channels, splits, joined, features, x_min, x_max, relevance, first, last):
     """x <- W a + bias, clipped to x_min..x_max; ratio <- |x| / z; dead[n] <- 1 where z = 0 absorbs something
     (scalar.ratio_of).
 
@@ -258,8 +283,9 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
     itself is read. bias is (K,).
 
     Under ONES z depends on the position alone, and under BOX (W+ (a - low) - W- (high - a) = W a - W+ low - W- high) it
-    is y without its bias and such a constant: constant (K, patterns, OW), pattern (OH,) says which of them a row has. A
-    z up to z_min (K,) counts as zero. block, columns and sums are flat scratch.
+    is y without its bias and such a constant: constant (K, patterns, OW + CONV2D_REPEATED), each row followed by
+    itself, pattern (OH,) says which of them a row has. A z up to z_min (K,) counts as zero. block, columns and sums are
+    flat scratch. Of small planes the positions of `joined` images are joined.
     """
     outputs, height, across = ratio.shape[1], x.shape[2], x.shape[3]
     size = height * across
@@ -270,7 +296,9 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
     width, plane_rows = block_columns + halo_columns, block_rows + halo_rows
     blocks_across = -(-across // block_columns)
     blocks = -(-height // block_rows) * blocks_across
+    block_floats = copies * channels * len(planes) * plane_rows * width
     p_x, p_ratio, p_constant = x.ctypes.data, ratio.ctypes.data, constant.ctypes.data
+    constant_bytes = 4 * constant.shape[1] * constant.shape[2]
     p_a, p_block, p_columns, p_stage = a.ctypes.data, block.ctypes.data, _aligned(columns.ctypes.data), _aligned(
         sums.ctypes.data)
     p_zeros = p_stage + 8 * PANEL_ROWS * PANEL_COLUMNS
@@ -279,30 +307,37 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     copied = -1
     for unit in range(first, last):
-        n, within = unit // (blocks * splits), unit % (blocks * splits)
+        n, within = unit // (blocks * splits) * joined, unit % (blocks * splits)
+        images = min(joined, len(x) - n)
         split_index, index = within % splits, within // splits
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
-        columns_here = min(block_columns, across - left)
-        positions = min(block_rows, height - top) * columns_here
-        contiguous = columns_here == across or height == 1
+        rows_here, columns_here = min(block_rows, height - top), min(block_columns, across - left)
+        positions = images * rows_here * columns_here
+        contiguous = images == 1 and (columns_here == across or height == 1)
+        # rows of results: of an image, or of its plane
+        row_positions, x_row, ratio_row = columns_here, across, across
+        if images > 1:
+            row_positions, x_row, ratio_row = size, x.shape[1] * size, outputs * size
         begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
         absorbs = False
         for g in range(begin // panels, -(-end // panels)):
             if unit // splits * groups + g != copied and not direct:
                 copied = unit // splits * groups + g
                 at = 0
-                for copy in range(copies):
-                    for channel in range(g * channels, (g + 1) * channels):
-                        for i in range(len(planes)):
-                            p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
-                            copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
-                                       top * stride_h + planes[i, 0], left * stride_w + planes[i, 1], stride_h,
-                                       stride_w, ZERO)
-                            if copies == 2:
-                                keep_sign_vectors(p_block + 4 * at, plane_rows * width, copy == 0)
-                            at += plane_rows * width
-            p_read = p_block
+                for image in range(n, n + images):
+                    for copy in range(copies):
+                        for channel in range(g * channels, (g + 1) * channels):
+                            p_plane = p_a + 4 * (image * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
+                            for i in range(len(planes)):
+                                copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
+                                           top * stride_h + planes[i, 0], left * stride_w + planes[i, 1], stride_h,
+                                           stride_w, ZERO)
+                                if copies == 2:
+                                    keep_sign_vectors(p_block + 4 * at, plane_rows * width, copy == 0)
+                                at += plane_rows * width
+            p_read, image_floats = p_block, block_floats
             if direct:
+                image_floats = a.shape[1] * a.shape[2] * a.shape[3]
                 p_read = p_a + 4 * ((n * a.shape[1] + a_channel + g * channels) * a.shape[2] * a.shape[3] + left)
             first_panel, last_panel = max(begin - g * panels, 0), min(end - g * panels, panels)
             first_channel = g * per_group + first_panel * PANEL_ROWS
@@ -311,11 +346,16 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
             for tile in range(-(-positions // PANEL_COLUMNS)):
                 place, vectors = _tile(tile, positions, PANEL_VECTORS, True)
                 count = min(vectors * LANES, positions - place)
-                in_place = is_split and contiguous and count == vectors * LANES
+                in_place = contiguous and count == vectors * LANES
+                top_row = top + place // columns_here
+                if in_place and not is_split:
+                    in_place = _same_pattern(pattern, top_row, top + (place + count - 1) // columns_here)
+                constant_at = 4 * (pattern[top_row] * constant.shape[2] + left + place % columns_here)
                 soon = 4 * (place + PANEL_ROWS * size)  # the next panel's rows
                 for chunk in range(chunks):
                     _pack_tile(p_columns, p_read, 0, taps.ctypes.data + 4 * chunk * length,
-                               min(length, depth - chunk * length), place, vectors, positions, columns_here, width)
+                               min(length, depth - chunk * length), place, vectors, positions, columns_here, width,
+                               rows_here, image_floats, 0)
                     entry = (g * chunks + chunk) * panels + first_panel
                     p_weights = p_packed + 4 * entry * length * PANEL_ROWS
                     p_offsets, p_bounds = p_all_offsets + 4 * entry * length, p_all_bounds + 4 * entry * _BOUNDS
@@ -324,9 +364,18 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
                         start, stride = (own, PANEL_COLUMNS) if chunk else (p_zeros, 0)
                         rows = min(PANEL_ROWS, (g + 1) * per_group - k)
                         second = bias[min(k + 1, outputs - 1)]
-                        if chunk < chunks - 1:
+                        if chunk < chunks - 1 and not is_split:
+                            add_nonzero(vectors, own, PANEL_COLUMNS, start, stride, p_weights, p_offsets, p_bounds,
+                                        p_columns, own + panel_bytes, PANEL_COLUMNS)
+                        elif chunk < chunks - 1:
                             add_split(vectors, own, PANEL_COLUMNS, start, stride, p_weights, p_offsets, p_bounds,
                                       p_columns, own + panel_bytes, PANEL_COLUMNS)
+                        elif in_place and rows == PANEL_ROWS and not is_split:
+                            absorbs |= finish_constant(
+                                vectors, at_x + 4 * place, at_ratio + 4 * place, size, start, stride, p_weights,
+                                p_offsets, p_bounds, p_columns, at_x + soon, at_ratio + soon, size,
+                                p_constant + k * constant_bytes + constant_at, constant_bytes // 4, features == BOX,
+                                bias[k], second, z_min[k], z_min[k + 1], x_min, x_max, relevance != 0)
                         elif in_place and rows == PANEL_ROWS:
                             absorbs |= finish_split(vectors, at_x + 4 * place, at_ratio + 4 * place, size, start,
                                                     stride, p_weights, p_offsets, p_bounds, p_columns, at_x + soon,
@@ -337,28 +386,27 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
                             finish_split(vectors, p_stage, p_staged, PANEL_COLUMNS, start, stride, p_weights, p_offsets,
                                          p_bounds, p_columns, at_x + soon, at_ratio + soon, size, bias[k], second,
                                          x_min, x_max, relevance != 0)
-                            for row in range(rows):
-                                own_stage = 4 * row * PANEL_COLUMNS
+                            for i in range(rows):
+                                own_stage = 4 * i * PANEL_COLUMNS
                                 absorbs |= any_negative(p_staged + own_stage, count)
-                                _store_rows(at_x + 4 * row * size, p_stage + own_stage, place, count, columns_here,
-                                            across)
-                                _store_rows(at_ratio + 4 * row * size, p_staged + own_stage, place, count, columns_here,
-                                            across)
+                                _store_rows(at_x + 4 * i * size, p_stage + own_stage, place, count, row_positions,
+                                            x_row)
+                                _store_rows(at_ratio + 4 * i * size, p_staged + own_stage, place, count,
+                                            row_positions, ratio_row)
                         else:
-                            add_split(vectors, p_stage, PANEL_COLUMNS, start, stride, p_weights, p_offsets, p_bounds,
-                                      p_columns, at_x + soon, size)
-                            for row in range(rows):
-                                absorbs |= _finish_constant(
-                                    at_x + 4 * row * size, at_ratio + 4 * row * size,
-                                    p_constant + 4 * (k + row) * constant.shape[1] * across, pattern, top, left,
-                                    p_stage + 4 * (PANEL_ROWS + row) * PANEL_COLUMNS, place, count, columns_here,
-                                    across, bias[k + row], features == BOX, x_min, x_max, relevance != 0,
-                                    z_min[k + row])
+                            add_nonzero(vectors, p_stage, PANEL_COLUMNS, start, stride, p_weights, p_offsets, p_bounds,
+                                        p_columns, at_x + soon, size)
+                            for i in range(rows):
+                                absorbs |= _finish_rows(
+                                    at_x + 4 * i * size, at_ratio + 4 * i * size, p_constant + (k + i) * constant_bytes,
+                                    constant.shape[2], pattern, top, left, p_stage + 4 * i * PANEL_COLUMNS, place,
+                                    count, columns_here, across, bias[k + i], features == BOX, x_min, x_max,
+                                    relevance != 0, z_min[k + i])
                         p_weights, p_offsets = p_weights + 4 * length * PANEL_ROWS, p_offsets + 4 * length
                         p_bounds, own, k = p_bounds + 4 * _BOUNDS, own + panel_bytes, k + PANEL_ROWS
                         at_x, at_ratio = at_x + 4 * PANEL_ROWS * size, at_ratio + 4 * PANEL_ROWS * size
         if absorbs:
-            dead[n] = 1
+            dead[n:n + images] = 1
 
 
 # ---- Redistribute ----------------------------------------------------------------------------------------------------
@@ -393,8 +441,8 @@ def _multiply_few(p_sums, stride, p_zeros, weights, offsets, bounds, p_planes, p
 @kernel
 def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, taps, low, high, phases, planes, block,
                         columns, sums, c_in_channel, c_channel, a_channel, groups, stride_h, stride_w, block_rows,
-                        block_columns, halo_rows, halo_columns, splits, features, sparse_below, relevance, accumulate,
-                        first, last):
+                        block_columns, halo_rows, halo_columns, splits, joined, features, sparse_below, relevance,
+                        accumulate, first, last):
     """c_in <- V^T (ratio * c), or added to c_in if `accumulate`. If `relevance`, times u. Images whose density[n] is
     less than sparse_below are left to sparse2d_redistribute; where that is 0, density is not read.
 
@@ -405,7 +453,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
     phases has a row for each phase: of its grid of inputs the first row and column, rows, columns; its number of taps;
     where it begins in packed, offsets, bounds, and taps, which holds where each tap reads, from a position on. All
     phases read the same planes; with none, ratio and c themselves. A block is so many positions of each phase. block,
-    columns and sums are flat scratch.
+    columns and sums are flat scratch. Of small planes the positions of `joined` images are joined.
     """
     inputs, outputs = len(low), ratio.shape[1]
     height, across = c_in.shape[2], c_in.shape[3]
@@ -419,6 +467,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
         grid_rows, grid_columns = max(grid_rows, phases[phase, 2]), max(grid_columns, phases[phase, 3])
     blocks_across = -(-grid_columns // block_columns)
     blocks = -(-grid_rows // block_rows) * blocks_across
+    block_floats = from_group * len(planes) * plane_rows * width
     as_it_is = (features == NONNEGATIVE and not relevance) or features == ONES
     p_in, p_a, p_block, p_columns = c_in.ctypes.data, a.ctypes.data, block.ctypes.data, _aligned(columns.ctypes.data)
     p_packed, p_offsets, p_bounds, p_taps = (packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data,
@@ -431,33 +480,40 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     copied = -1
     for unit in range(first, last):
-        n, within = unit // (blocks * splits), unit % (blocks * splits)
-        if sparse_below > ZERO and density[n] < sparse_below:
+        n, within = unit // (blocks * splits) * joined, unit % (blocks * splits)
+        images, is_dense = min(joined, len(c) - n), sparse_below <= ZERO
+        for image in range(n, n + images):
+            is_dense = is_dense or density[image] >= sparse_below
+        if not is_dense:
             continue
         split_index, index = within % splits, within // splits
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
         columns_here, rows_here = min(block_columns, grid_columns - left), min(block_rows, grid_rows - top)
         # how long a row of positions is, and how many of them there are
         row_width = width if is_few else columns_here
-        positions = (rows_here - 1) * row_width + columns_here
+        image_positions = (rows_here - 1) * row_width + columns_here
+        positions = images * image_positions
         contiguous = stride_h == stride_w == 1 and row_width == columns_here and (row_width == across or height == 1)
-        writes_rows = contiguous and as_it_is and not accumulate
+        writes_rows = contiguous and as_it_is and not accumulate and images == 1
         begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
         for g in range(begin // panels, -(-end // panels)):
             own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
-            p_read, p_factor = p_block, 0
+            p_read, p_factor, image_floats = p_block, 0, block_floats
             if direct:
+                image_floats = outputs * size
                 p_read = p_ratio + 4 * ((n * outputs + g * from_group) * size + left)
                 p_factor = p_c + 4 * ((n * c.shape[1] + c_channel + g * from_group) * size + left)
             elif unit // splits * groups + g != copied:
                 copied = unit // splits * groups + g
                 at = 0
-                for k in range(g * from_group, (g + 1) * from_group):
-                    for i in range(len(planes)):
-                        copy_product(p_block + 4 * at, plane_rows, width, p_ratio + 4 * (n * outputs + k) * size,
-                                     p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3],
-                                     top + planes[i, 0], left + planes[i, 1], ZERO)
-                        at += plane_rows * width
+                for image in range(n, n + images):
+                    for k in range(g * from_group, (g + 1) * from_group):
+                        p_plane = p_c + 4 * (image * c.shape[1] + c_channel + k) * size
+                        for i in range(len(planes)):
+                            copy_product(p_block + 4 * at, plane_rows, width,
+                                         p_ratio + 4 * (image * outputs + k) * size, p_plane, c.shape[2], c.shape[3],
+                                         top + planes[i, 0], left + planes[i, 1], ZERO)
+                            at += plane_rows * width
             for tile in range(1 if is_few else -(-positions // PANEL_COLUMNS)):
                 place, vectors = (0, 0) if is_few else _tile(tile, positions, PANEL_VECTORS, writes_rows)
                 count = positions if is_few else min(vectors * LANES, positions - place)
@@ -481,8 +537,8 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                         length = -(-depth // chunks)
                         for chunk in range(chunks):
                             _pack_tile(p_columns, p_read, p_factor, p_taps + 4 * (phases[phase, 8] + chunk * length),
-                                       min(length, depth - chunk * length), place, vectors, positions, columns_here,
-                                       width)
+                               min(length, depth - chunk * length), place, vectors, positions, columns_here,
+                                       width, rows_here, image_floats, c.shape[1] * size)
                             for panel in own_panels:
                                 entry = (g * chunks + chunk) * panels + panel
                                 weights = p_packed + 4 * (phases[phase, 5] + entry * length * PANEL_ROWS)
@@ -507,12 +563,13 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                             channel = g * per_group + panel * panel_rows + row
                             done = 0
                             while done < count:
-                                y, column = (place + done) // row_width, (place + done) % row_width
-                                piece = count if contiguous else min(columns_here - column, count - done)
+                                image, at = n + (place + done) // image_positions, (place + done) % image_positions
+                                y, column = at // row_width, at % row_width
+                                piece = min(image_positions - at if contiguous else columns_here - column, count - done)
                                 p_pos = p_sums + 4 * (panel * panel_floats + row * sum_columns + done)
                                 p_neg = p_pos + 4 * (parts - 1) * panel_rows * sum_columns
                                 done += piece + row_width - columns_here
-                                if top + y >= rows_down:
+                                if top + y >= rows_down or (sparse_below > ZERO and density[image] < sparse_below):
                                     continue
                                 if stride_w > 1:
                                     _join_phases(p_line, p_pos, phases, group, next_group, product, left + column,
@@ -524,11 +581,11 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                                 position = (first_y + (top + y) * stride_h) * across + (left + column) * stride_w
                                 values = min(in_size - position if contiguous else across - (left + column) * stride_w,
                                              piece * stride_w)
-                                to = p_in + 4 * ((n * c_in.shape[1] + c_in_channel + channel) * in_size + position)
+                                to = p_in + 4 * ((image * c_in.shape[1] + c_in_channel + channel) * in_size + position)
                                 if as_it_is:
                                     copy_exactly(to, p_pos, values, accumulate != 0)
                                 else:
-                                    value = p_a + 4 * ((n * a.shape[1] + a_channel + channel) * in_size + position)
+                                    value = p_a + 4 * ((image * a.shape[1] + a_channel + channel) * in_size + position)
                                     redistribute_row(to, p_pos, p_neg, value, values, low[channel], high[channel],
                                                      features == BOX, relevance != 0, accumulate != 0)
                     group = next_group

@@ -50,10 +50,11 @@ from numba.extending import intrinsic
 # 24 of 32 registers; 12 of 16; of four lanes, which are slow in any case, 8 of 16 for less code
 TILE_ROWS, TILE_VECTORS = (8, 3) if REGISTERS == 32 else (6, 2) if LANES == 8 else (4, 2)
 TILE_COLUMNS = LANES * TILE_VECTORS
-PANEL_ROWS, PANEL_VECTORS = 2, 6  # 12 accumulators in use at a time, 2 weights and 1 column: 15 of 16 registers
+# 12 sums in use at a time, 2 weights and 1 column are 15 of 16 registers; all 28 sums and these are 31 of 32
+PANEL_ROWS, PANEL_VECTORS = 2, 7 if REGISTERS == 32 else 6
 PANEL_COLUMNS = LANES * PANEL_VECTORS
 PANEL_PITCH = PANEL_COLUMNS + LANES  # a last piece of columns may be a vector longer
-PANEL_DEPTH = 1024 // LANES  # 28 KB of columns
+PANEL_DEPTH = 1024 // LANES  # 28 KB of columns, 32 of seven vectors
 FEW_ROWS, FEW_VECTORS = 3, 4
 FEW_COLUMNS = LANES * FEW_VECTORS
 # bit r is set where row r counts; from class to class one row changes sides
@@ -235,6 +236,40 @@ def finish_split(typing_context, vectors, x, ratio, stride, start, start_stride,
                 for index in range(row * number, (row + 1) * number):
                     z = sums[index]
                     results.append(finish(builder.fadd(z, sums[PANEL_ROWS * number + index]), z))
+                    found = builder.or_(found, builder.fcmp_ordered("<", results[-1][1], ZEROS))
+            for p_out, values in zip((p_x, p_ratio), zip(*results, strict=True), strict=True):
+                panel.store(values, p_out, stride)
+            return any_lane(builder, found)
+
+        return switch_on(builder, arguments[0], PANEL_VECTORS, ir.IntType(1), emit)
+
+    return signature, codegen
+
+
+@intrinsic
+def finish_constant(typing_context, vectors, x, ratio, stride, start, start_stride, weights, offsets, bounds, columns,
+                    soon_x, soon_ratio, soon_stride, constant, constant_stride, is_box, bias, second_bias, z_min,
+                    second_z_min, x_min, x_max, relevance):
+    """As finish_split, of NONZERO: y is what the panel sums, z what is at `constant`, in rows constant_stride floats
+    apart, and y if is_box."""
+    signature = types.boolean(*[types.intp] * 15, types.boolean, *[types.float32] * 6, types.boolean)
+
+    def codegen(context, builder, signature, arguments):
+        p_x, p_ratio, p_start, *soon, p_constant = pointers(
+            builder, [arguments[i] for i in (1, 2, 4, 10, 11, 13)], *[F32] * 6)
+        stride, is_box, (x_min, x_max, relevance) = arguments[3], arguments[15], arguments[20:]
+
+        def emit(number):
+            panel = _Panel(builder, _NONZERO, number, *arguments[6:10])
+            for p_out in soon:
+                panel.fetch_rows(p_out, arguments[12])
+            sums = panel.add(panel.start(p_start, arguments[5]))
+            constants, found, results = panel.start(p_constant, arguments[14]), NO_LANE, []
+            for row in range(PANEL_ROWS):
+                finish = Finish(builder, arguments[16 + row], x_min, x_max, relevance, arguments[18 + row])
+                for index in range(row * number, (row + 1) * number):
+                    z = builder.select(is_box, builder.fadd(constants[index], sums[index]), constants[index])
+                    results.append(finish(sums[index], z))
                     found = builder.or_(found, builder.fcmp_ordered("<", results[-1][1], ZEROS))
             for p_out, values in zip((p_x, p_ratio), zip(*results, strict=True), strict=True):
                 panel.store(values, p_out, stride)
