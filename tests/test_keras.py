@@ -1,5 +1,6 @@
 """Keras: recorded networks give Keras's scores in both dialects; what is not supported is refused with its name."""
 
+import copy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from importing import numbers, scores
 from keras_models import (
     CONVOLUTION,
     FILES,
+    FUNCTIONAL,
     POOL,
     RECORDED,
     WEIGHTS,
@@ -240,6 +242,35 @@ def test_norms_that_are_refused(tmp_path, kind, settings, message):
     path = keras_file(tmp_path, CONVOLUTION, layer(kind, "n", **settings), weights=WEIGHTS | NORM)
     with pytest.raises(ConversionError, match=message):
         convert(path)
+
+
+def test_the_factors_of_convnext_and_of_inception_resnet(tmp_path):
+    """Layers of keras.applications, which .h5 files do not name the modules of."""
+    gamma = numbers(3, seed=5)
+    scaling = layer("LayerScale", "s", init_values=1e-6, projection_dim=3)
+    plain = convert(keras_file(tmp_path)).graph
+    x = numbers(2, 2, 6, 5)
+    for entry in (scaling, scaling | {"module": "keras.src.applications.convnext"}):
+        weights = WEIGHTS | {"layers/layer_scale/vars/0": gamma}
+        scaled = convert(keras_file(tmp_path, CONVOLUTION, entry, weights=weights))
+        np.testing.assert_allclose(scores(scaled.graph, x), scores(plain, x) * gamma, rtol=1e-5)
+    config = copy.deepcopy(FUNCTIONAL)
+    for module in (None, "keras.src.applications.inception_resnet_v2"):
+        config["config"]["layers"][2] |= layer("CustomScaleLayer", "sum", scale=0.25) | {"module": module}
+        graph = convert(keras_file(tmp_path, config=config)).graph
+        np.testing.assert_allclose(scores(graph, x), scores(plain, x) * 1.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    (layer("LayerScale", "s", init_values=1, projection_dim=2), "a projection_dim of 2, and its input has 3 channels"),
+    (layer("LayerScale", "s", init_values=1, projection_dim=3), "has no weights of its own"),
+    (layer("LayerScale", "s", projection_dim=3) | {"module": "keras.layers"}, "of the module 'keras.layers'; required"),
+    (layer("CustomScaleLayer", "s", scale=2), "has 1 inputs; required: 2"),
+])
+def test_factors_that_are_refused(tmp_path, entry, message):
+    weights = WEIGHTS if "no weights" in message else WEIGHTS | {"layers/layer_scale/vars/0": numbers(3)}
+    with pytest.raises(ConversionError, match=message):
+        convert(keras_file(tmp_path, CONVOLUTION, entry, weights=weights))
 
 
 @pytest.mark.parametrize("scale", [[1, 2, 4], {"class_name": "__numpy__", "config": {"value": [1, 2, 4],

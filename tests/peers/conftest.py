@@ -42,10 +42,15 @@ def table_in(path, table):
 
 
 def write_table(path, table, rows):
+    """Rows in place of those of the same name and source; others stay."""
     begin, end = marks(table)
-    before, _, rest = path.read_text().partition(begin)
+    before = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_in(path, table).splitlines()[2:]]
+    found = {tuple(row[:2]): row for row in rows}
+    rows = [found.pop(tuple(row[:2]), row) for row in before] + list(found.values())
+    rows.sort(key=lambda row: row[0].endswith("trained"))  # these last
+    text_before, _, rest = path.read_text().partition(begin)
     lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    path.write_text(before + begin + TABLES[table] + lines + end + rest.partition(end)[2])
+    path.write_text(text_before + begin + TABLES[table] + lines + end + rest.partition(end)[2])
 
 
 def pytest_addoption(parser):
@@ -67,9 +72,8 @@ def pytest_sessionfinish(session, exitstatus):
     found = session.config.stash[_rows]
     if not session.config.getoption("--readme") or exitstatus != 0:
         return
-    found["networks"].sort(key=lambda row: row[0].endswith("trained"))  # these last
     for table, rows in found.items():
         if rows:
             write_table(TABLES_FILE, table, rows)
     if found["networks"]:
-        write_table(README, "networks", [row for row in found["networks"] if row[0] in HEADLINE])
+        write_table(README, "networks", [row for row in found["networks"] if row[0] in HEADLINE and row[1] != "Keras"])

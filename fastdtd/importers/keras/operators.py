@@ -292,6 +292,34 @@ def _divide(b: Builder, node: Node) -> Tensor:
     return patterns.as_tensor(b, patterns.divided(b, x, y))
 
 
+def _layer_scale(b: Builder, node: Node) -> Tensor:
+    """A factor for each channel, of keras.applications' ConvNeXt."""
+    _expect_applications(node)
+    x = node.tensor()
+    node.setting("init_values")  # before training
+    channels = node.integer("projection_dim")
+    if channels != x.dims[-1]:
+        node.refuse(f"has a projection_dim of {channels}, and its input has {x.dims[-1]} channels; required: the same")
+    gamma, = node.arrays(("gamma|variable|Variable", (channels,)))
+    return _scaled(b, x, gamma, np.zeros(()))
+
+
+def _custom_scale(b: Builder, node: Node) -> Tensor:
+    """x + scale * y, of keras.applications' Inception-ResNet."""
+    _expect_applications(node)
+    if len(node.inputs) != 2:
+        node.refuse(f"has {len(node.inputs)} inputs; required: 2")
+    x, y = node.tensors()
+    return b.sum([x, b.affine(y, node.number("scale"), part="/scaled")])
+
+
+def _expect_applications(node: Node) -> None:
+    """Refuse what has the name of a class of keras.applications, and is another by its module."""
+    module = node.entry.get("module")
+    if module is not None and ".applications." not in str(module):
+        node.refuse(f"is of the module {str(module)[:60]!r}; required: a layer of keras.applications")
+
+
 def _concatenate(b: Builder, node: Node) -> Tensor:
     parts = node.tensors()
     return b.concat(parts, node.channel_axis(parts[0]))
@@ -372,14 +400,15 @@ OPERATORS: dict[str, Callable[[Builder, Node], Tensor]] = {
     "Add": _add, "AlphaDropout": unchanged, "AveragePooling1D": _pool,
     "AveragePooling2D": _pool, "BatchNormalization": _batch_norm, "BatchNormalizationV1": _batch_norm,
     "Concatenate": _concatenate, "Conv1D": _conv, "Conv1DTranspose": _conv_transpose, "Conv2D": _conv,
-    "Conv2DTranspose": _conv_transpose, "Cropping1D": _cropping, "Cropping2D": _cropping, "Dense": _dense,
+    "Conv2DTranspose": _conv_transpose, "Cropping1D": _cropping, "Cropping2D": _cropping,
+    "CustomScaleLayer": _custom_scale, "Dense": _dense,
     "DepthwiseConv1D": _depthwise, "DepthwiseConv2D": _depthwise, "Divide": _divide, "Dropout": unchanged,
     "ELU": _elu,
     "Flatten": _flatten, "GaussianDropout": unchanged, "GaussianNoise": unchanged, "GetItem": _get_item,
     "GlobalAveragePooling1D": _global_pool, "GlobalAveragePooling2D": _global_pool,
     "GlobalMaxPooling1D": _global_pool, "GlobalMaxPooling2D": _global_pool,
     "GroupNormalization": _group_norm, "Identity": unchanged, "InputLayer": unchanged,
-    "LayerNormalization": _layer_norm, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
+    "LayerNormalization": _layer_norm, "LayerScale": _layer_scale, "LeakyReLU": _leaky_relu, "MaxPooling1D": _pool,
     "MaxPooling2D": _pool,
     "Multiply": _multiply, "Negative": lambda b, node: b.affine(node.tensor(), scale=-1.0),
     "Normalization": _normalization, "Permute": _permute, "RandomBrightness": unchanged, "RandomContrast": unchanged,
