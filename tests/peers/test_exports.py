@@ -4,12 +4,14 @@ import contextlib
 import importlib.util
 import io
 import warnings
+from functools import partial
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch_nets  # noqa: F401  # makes torchvision importable
+import written
 from torch import nn
 from torch.nn import functional
 from torchvision import models
@@ -39,16 +41,18 @@ def export(module, example, path, exporter, opset, batch):
     return path
 
 
-def difference(model, path):
-    """The largest of the scores' from onnxruntime's, which is given the file itself, relative to the largest score."""
+def difference(model, path, output=None):
+    """The largest of the scores' from onnxruntime's, which is given the file itself, relative to the largest score;
+    output: by name, None: the first."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     x = session.get_inputs()[0]
     size = x.shape[0] if isinstance(x.shape[0], int) else 1
     batch = np.random.default_rng(1).uniform(-1, 1, (1, *model.graph.input_shape)).astype(np.float32)
-    theirs = session.run(None, {x.name: np.repeat(batch, size, 0)})[0].reshape(size, -1)[:1]
+    outputs = None if output is None else [output]
+    theirs = session.run(outputs, {x.name: np.repeat(batch, size, 0)})[0].reshape(size, -1)[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = fastdtd.Explainer(model)(batch).output
+        ours = fastdtd.Explainer(model)(batch).output.reshape(1, -1)
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
@@ -162,25 +166,38 @@ def test_weights_beside_the_file(tmp_path):
 NETWORKS = {"alexnet with LRN": AlexNet, **{name: getattr(models, name) for name in (
     "resnet18", "densenet121", "mobilenet_v2", "mnasnet1_0", "googlenet", "inception_v3", "squeezenet1_1",
     "shufflenet_v2_x1_0",
-    "regnet_x_400mf", "regnet_y_400mf", "efficientnet_b0", "mobilenet_v3_small")}}
+    "regnet_x_400mf", "regnet_y_400mf", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v3_small",
+    "mobilenet_v3_large", "densenet169")}}
+# The side of the input, and the position of the output that is compared.
+MAPS = {"GhostNet": (written.GhostNet, 224, 0), "U-Net": (written.UNet, 64, 0), "detector": (written.Detector, 128, 1),
+        "UltraFace": (written.UltraFace, 128, 1), "MTCNN, O-Net": (written.ONet, 48, 0),
+        **{name: (partial(getattr(models.segmentation, name), weights=None, weights_backbone=None), 128, 0)
+           for name in ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")}}
 
 
 def network(name):
     torch.manual_seed(0)
+    if name in MAPS:
+        make, size, _ = MAPS[name]
+        return as_trained(make()), torch.rand(1, 3, size, size)
     options = {} if name == "alexnet with LRN" else {"weights": None}
     options |= {"googlenet": {"init_weights": False, "aux_logits": False},
                 "inception_v3": {"init_weights": False}}.get(name, {})
-    module = NETWORKS[name](**options).eval()
+    size = 299 if name == "inception_v3" else 224
+    return as_trained(NETWORKS[name](**options)), torch.rand(1, 3, size, size)
+
+
+def as_trained(module):
+    """With statistics as after training, not as new."""
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):  # as after training, not as new
+        if isinstance(part, nn.BatchNorm2d):
             part.running_mean.normal_(0, 0.1)
             part.running_var.uniform_(0.5, 1.5)
-    size = 299 if name == "inception_v3" else 224
-    return module, torch.rand(1, 3, size, size)
+    return module.eval()
 
 
 @pytest.mark.parametrize(("exporter", "opset"), [("older", 13), pytest.param("newer", 20, marks=needs_onnxscript)])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *MAPS])
 def test_network(tmp_path, name, exporter, opset):
     module, example = network(name)
     batch = "open"
@@ -188,8 +205,12 @@ def test_network(tmp_path, name, exporter, opset):
     if name == "alexnet with LRN" and exporter == "older":
         opset, batch = 9, 2
     path = export(module, example, tmp_path / "net.onnx", exporter, opset, batch)
-    model = fastdtd.convert(path, verify=False)
-    off = difference(model, path)
+    output = None
+    if name in MAPS:
+        names = [output.name for output in onnxruntime.InferenceSession(str(path)).get_outputs()]
+        output = names[MAPS[name][2]]
+    model = fastdtd.convert(path, verify=False, output=output)
+    off = difference(model, path, output)
     path.unlink()
     print(f"{name}, {exporter} exporter: scores within {off:.1e}")
     assert off <= 1e-4
