@@ -165,6 +165,185 @@ def test_it_says_so(convert_nodes, caplog):
     assert "quantised: it is converted to the floating-point numbers" in caplog.text
 
 
+# ---- Numbers of a few bits -------------------------------------------------------------------------------------------
+
+TYPES = {4: ("UINT4", "INT4"), 2: ("UINT2", "INT2")}
+
+
+def packed(values, bits):
+    """Numbers along the last axis in bytes, the first in the lowest bits; zeros where a byte has no number."""
+    per_byte = 8 // bits
+    padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_byte)]) & (2**bits - 1)
+    each = padded.reshape(*values.shape[:-1], -1, per_byte).astype(np.uint8)
+    return np.bitwise_or.reduce(each << (bits * np.arange(per_byte, dtype=np.uint8)), -1).astype(np.uint8)
+
+
+def with_few_bits(change=lambda tensor: None, raw=True, bits=4, signed=True, **tensors):
+    """Initialisers of so many bits; each is given to `change` before it becomes one."""
+    def add(model):
+        for name, values in tensors.items():
+            data = packed(np.asarray(values).reshape(-1), bits)
+            made = onnx.TensorProto(name=name, dims=np.shape(values),
+                                    data_type=getattr(onnx.TensorProto, TYPES[bits][signed]))
+            if raw:
+                made.raw_data = data.tobytes()
+            else:
+                made.int32_data.extend(data.tolist())
+            change(made)
+            model.graph.initializer.append(made)
+
+    return add
+
+
+def in_blocks(numbers, scale, zero, axis, block):
+    """From the specification: number i along the axis has the scale and the zero point of i // block."""
+    each = [np.repeat(one, block, axis).take(range(numbers.shape[axis]), axis) for one in (scale, zero)]
+    return ((numbers.astype(np.float64) - each[1]) * each[0]).astype(np.float32)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize(("bits", "signed"), [(4, True), (4, False), (2, True), (2, False)])
+@pytest.mark.parametrize(("axis", "block"), [(0, 3), (1, 2), (-2, 2), (3, 3), (1, 1), (2, 2**40), (None, 0)])
+def test_weights_in_blocks(convert_nodes, raw, bits, signed, axis, block):
+    """An odd number of elements, of which the last byte is not full, and blocks of which the last may not be."""
+    low = -2**(bits - 1) if signed else 0
+    w = RNG.integers(low, low + 2**bits, (5, 3, 3, 3))
+    shape = [-(-n // block) if i == axis % 4 else n for i, n in enumerate(w.shape)] if block else ()
+    scale = RNG.uniform(0.1, 0.5, shape).astype(np.float32)
+    zero = RNG.integers(low, low + 2**bits, shape)
+    where = {"axis": axis, "block_size": block} if block else {}
+    nodes = [node("DequantizeLinear", ["w", "s", "z"], ["wd"], **where), node("Conv", ["x", "wd"], ["t"]), POOL]
+    add = with_few_bits(raw=raw, bits=bits, signed=signed, w=w, z=zero)
+    made = convert_nodes(nodes, {"s": scale}, opset=21 if bits == 4 else 25, change=add, verify=bits == 4 and block < 9)
+    expected = in_blocks(w, scale, zero, axis, min(block, 9)) if block else (w - zero) * scale
+    np.testing.assert_allclose(made.graph.layers[0].weight, expected, rtol=1e-6)
+
+
+def test_weights_of_four_bits_by_channel(convert_nodes):
+    w, zero = RNG.integers(0, 16, (4, 3, 3, 3)), np.array([0, 8, 15, 7])
+    nodes = [node("DequantizeLinear", ["w", "w_many", "z"], ["wd"], axis=0), node("Conv", ["x", "wd"], ["t"]), POOL]
+    made = convert_nodes(nodes, CONSTANTS, opset=21, change=with_few_bits(signed=False, w=w, z=zero))
+    expected = (w - zero.reshape(-1, 1, 1, 1)) * CONSTANTS["w_many"].reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(made.graph.layers[0].weight, expected, rtol=1e-6)
+
+
+W4 = RNG.integers(-8, 8, (4, 3, 3, 3))
+
+
+@pytest.mark.parametrize(("where", "scale", "zero", "message"), [
+    ({"axis": 1, "block_size": -2}, (4, 2, 3, 3), (4, 2, 3, 3), "blocks of -2 along axis 1; required: one of each"),
+    ({"axis": 4, "block_size": 2}, (4, 2, 3, 3), (4, 2, 3, 3), "along axis 4"),
+    ({"axis": -5, "block_size": 2}, (4, 2, 3, 3), (4, 2, 3, 3), "along axis -5"),
+    ({"axis": 1, "block_size": 2}, (4, 3, 3, 3), (4, 3, 3, 3), r"scales of shape \(4, 3, 3, 3\)"),
+    ({"axis": 1, "block_size": 2}, (2,), (2,), r"scales of shape \(2,\)"),
+    ({"axis": 1, "block_size": 2**62}, (4, 2, 3, 3), (4, 2, 3, 3), "for numbers of shape"),
+    ({"axis": 1, "block_size": 2}, (4, 2, 3, 3), (4, 1, 3, 3), r"zero points of shape \(4, 1, 3, 3\)"),
+    ({"axis": 1, "block_size": 0}, (4, 2, 3, 3), (4, 2, 3, 3), r"scales of shape \(4, 2, 3, 3\)"),
+    ({"axis": 7}, (4,), (4,), "axis 7; required: one, or one for each"),
+])
+def test_blocks_that_do_not_fit(convert_nodes, where, scale, zero, message):
+    nodes = [node("DequantizeLinear", ["w", "s", "z"], ["wd"], **where), node("Conv", ["x", "wd"], ["t"]), POOL]
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes(nodes, {"s": np.ones(scale, np.float32)}, opset=21,
+                      change=with_few_bits(w=W4, z=np.zeros(zero, int)))
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("dims", [(4, 3, 3, 4), (4, 3, 3), (2**40, 2**40), (-4, 3, 3, 3), ()])
+def test_bytes_that_do_not_fit(convert_nodes, raw, dims):
+    def spoil(tensor):
+        del tensor.dims[:]
+        tensor.dims.extend(dims)
+
+    nodes = [node("DequantizeLinear", ["w", "w_s"], ["wd"]), node("Conv", ["x", "wd"], ["t"]), POOL]
+    with pytest.raises(ConversionError, match="damaged constant 'w': its shape"):
+        convert_nodes(nodes, CONSTANTS, opset=21, change=with_few_bits(spoil, raw, w=W4))
+
+
+@pytest.mark.parametrize("nodes", [
+    [node("QuantizeLinear", ["x", "x_s", "four"], ["q"]), node("DequantizeLinear", ["q", "x_s", "four"], ["t"])],
+    [node("QuantizeLinear", ["x", "x_s"], ["q"], output_dtype=21), node("DequantizeLinear", ["q", "x_s"], ["t"])],
+    [node("Add", ["four", "four"], ["eight"]), node("Conv", ["x", "eight"], ["t"])],
+])
+def test_few_bits_elsewhere(convert_nodes, nodes):
+    """Of four bits, a grid that is cut off at 15 must not become one of eight, which ends at 255."""
+    with pytest.raises(ConversionError, match=r"DequantizeLinear, one of 2 or 4 bits|output_dtype 21; required: int8"):
+        convert_nodes([*nodes, POOL], CONSTANTS, opset=21, change=with_few_bits(signed=False, four=0))
+
+
+def of_few_bits(bits=4, block=16, zeros="packed", bias=True, spoiled=(), **attributes):
+    """Nodes and constants of a MatMulNBits of (N, 216) to 5, and its weights (5, 216)."""
+    blocks = -(-216 // block)
+    numbers = RNG.integers(0, 2**bits, (5, blocks, block))
+    scale = RNG.uniform(0.01, 0.1, (5, blocks)).astype(np.float32)
+    zero = RNG.integers(0, 2**bits, (5, blocks)) if zeros else np.full((5, blocks), 2**(bits - 1))
+    constants = {"w": packed(numbers, bits), "s": scale, "b": np.arange(5, dtype=np.float32)}
+    if zeros:
+        constants["z"] = packed(zero, bits) if zeros == "packed" else zero.astype(np.float32)
+    inputs = ["f", "w", "s", "z" if zeros else "", "", "b"] if bias else ["f", "w", "s", "z" if zeros else ""]
+    weight = ((numbers - zero[..., None]) * scale[..., None]).reshape(5, -1)[:, :216].astype(np.float32)
+    attributes = {"K": 216, "N": 5, "bits": bits, "block_size": block} | attributes
+    nodes = [node("Flatten", ["x"], ["f"]), node("MatMulNBits", inputs, ["y"], **MICROSOFT, **attributes)]
+    return nodes, {**constants, **dict(spoiled)}, weight
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("block", "zeros", "bias"), [(16, "packed", True), (32, "", False), (64, "packed", False),
+                                                      (16, "floats", True), (256, "", True)])
+def test_products_with_weights_of_few_bits(convert_nodes, bits, block, zeros, bias):
+    """The last of the blocks, and of the bytes with zero points, are not full."""
+    nodes, constants, weight = of_few_bits(bits, block, zeros, bias, accuracy_level=4)
+    layer = convert_nodes(nodes, constants).graph.layers[-1]
+    np.testing.assert_allclose(layer.weight, weight, rtol=1e-6)
+    assert layer.bias is None if not bias else layer.bias.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_older_layouts_of_few_bits(convert_nodes):
+    """Scales and zero points were one axis."""
+    nodes, constants, weight = of_few_bits()
+    flat = {name: constants[name].reshape(-1) for name in ("s", "z")}
+    np.testing.assert_allclose(convert_nodes(nodes, constants | flat).graph.layers[-1].weight, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"bits": 3}, "has 3 bits"), ({"bits": 0}, "has 0 bits"), ({"block_size": 0}, "blocks of 0"),
+    ({"block_size": -16}, "blocks of -16"), ({"block_size": 8}, "blocks of 8"), ({"block_size": 24}, "blocks of 24"),
+    ({"block_size": 2**62}, "shapes .*; required"), ({"N": 0}, "N 0"), ({"K": -1}, "K -1"), ({"N": 6}, r"\(6, 14, 8\)"),
+    ({"N": 2**40, "K": 2**40}, "shapes"), ({"K": 200}, r"required: \(5, 13, 8\)"),
+    ({"weight_prepacked": 1}, "packed for one device"), ({"what": 1}, "attribute 'what'"),
+    ({"spoiled": {"w": np.zeros((5, 0, 8), np.uint8)}}, "shapes"),
+    ({"spoiled": {"w": np.zeros((5, 14, 8), np.int8)}}, "of int8"),
+    ({"spoiled": {"s": np.ones((5, 13), np.float32)}}, r"\(5, 13\) of float32"),
+    ({"spoiled": {"s": np.ones((5, 14), np.int32)}}, "of int32"),
+    ({"spoiled": {"z": np.zeros((5, 14), np.uint8)}}, r"\(5, 14\) of uint8"),
+    ({"spoiled": {"z": np.zeros((5, 14), np.int32)}}, r"\(5, 14\) of int32"),
+    ({"spoiled": {"b": np.ones(4, np.float32)}}, r"\(4,\) of float32"),
+])
+def test_products_that_do_not_fit(convert_nodes, how, message):
+    nodes, constants, _ = of_few_bits(**{key: how[key] for key in how if key == "spoiled"})
+    for name, value in how.items():
+        if name != "spoiled":
+            kept = [one for one in nodes[1].attribute if one.name != name]
+            del nodes[1].attribute[:]
+            nodes[1].attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes(nodes, constants)
+
+
+def test_products_of_other_things(convert_nodes):
+    nodes, constants, _ = of_few_bits()
+    nodes[1].input[4] = "z"
+    with pytest.raises(ConversionError, match="inputs in another order, g_idx"):
+        convert_nodes(nodes, constants)
+    nodes, constants, _ = of_few_bits()
+    quantized = [READ[0], node("Flatten", ["xq"], ["f"]), nodes[1]]
+    with pytest.raises(ConversionError, match="computes with quantised numbers"):
+        convert_nodes(quantized, {**CONSTANTS, **constants})
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("nodes", "more", "message"), [
     ([READ[0], node("Relu", ["xq"], ["t"])], {}, "computes with quantised numbers; required: DequantizeLinear"),
     ([READ[0], node("DequantizeLinear", ["xq", "p_s", "x_z"], ["t"])], {}, "which was made as Grid"),
@@ -198,9 +377,14 @@ def test_damaged_files_are_read_or_refused(tmp_path):
                node("ConvInteger", ["xq", "w", "z", "w_z"], ["i"]), node("Cast", ["i"], ["c"], to=1),
                node("Mul", ["s", "w_s"], ["both"]), node("Mul", ["c", "both"], ["t"]), POOL]
     static = [READ[0], quantized_convolution(), node("DequantizeLinear", ["q", "s_s", "s_z"], ["t"]), POOL]
+    blocks = [node("DequantizeLinear", ["w4", "s4"], ["wd"], axis=1, block_size=2), node("Conv", ["x", "wd"], ["t"]),
+              POOL]
+    few_bits, constants, _ = of_few_bits()
+    files = [onnx_file(static, CONSTANTS), onnx_file(dynamic, CONSTANTS), onnx_file(few_bits, constants),
+             onnx_file(blocks, {"s4": np.ones((4, 2, 3, 3), np.float32)}, opset=21, change=with_few_bits(w4=W4))]
     refused = 0
-    for nodes in (static, dynamic):
-        for content in damaged(onnx_file(nodes, CONSTANTS), 300):
+    for file in files:
+        for content in damaged(file, 300):
             path = tmp_path / "net.onnx"
             path.write_bytes(content)
             try:

@@ -11,6 +11,7 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import fastdtd
 from fastdtd import cli
@@ -87,6 +88,32 @@ def test_quantised(data, photographs, tmp_path, network, how):
         ours /= ours.sum(1, keepdims=True)
     assert np.abs(ours - theirs).max() <= 0.1 * np.abs(theirs).max()
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=np.float64) + e.absorbed, e.explained, rtol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("form", "bits"), [("QOperator", 4), ("QOperator", 8), ("QDQ", 4)])
+@pytest.mark.parametrize("axes", [2, 4])
+def test_weights_of_few_bits(tmp_path, form, bits, symmetric, axes):
+    """As onnxruntime's tool writes them, MatMulNBits or DequantizeLinear in blocks; the input has another type."""
+    random = np.random.default_rng(1)
+    w, v = random.normal(size=(50, 33)).astype(np.float32), random.normal(size=(33, 5)).astype(np.float32)
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["h"]), onnx.helper.make_node("Relu", ["h"], ["a"]),
+             onnx.helper.make_node("MatMul", ["a", "v"], ["y"])]
+    shape = ["n", *[3, 4][:axes - 2], 50]
+    graph = onnx.helper.make_graph(
+        nodes, "net", [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(w, "w"), onnx.numpy_helper.from_array(v, "v")])
+    source = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    quantizer = MatMulNBitsQuantizer(source, bits=bits, block_size=16, is_symmetric=symmetric, accuracy_level=4,
+                                     quant_format=getattr(QuantFormat, form))
+    quantizer.process()
+    path = tmp_path / "net.onnx"
+    quantizer.model.save_model_to_file(str(path))
+    found = {node.op_type for node in onnx.load(path).graph.node}
+    assert ("MatMulNBits" if form == "QOperator" else "DequantizeLinear") in found
+    model = fastdtd.convert(path, verify=True)
+    assert model.provenance["verified"] == f"onnxruntime {onnxruntime.__version__}"
 
 
 def test_verified_on_the_command_line(data, tmp_path, capsys):

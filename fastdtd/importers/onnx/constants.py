@@ -29,6 +29,8 @@ TYPES: dict[int, Any] = {
     onnx.TensorProto.BFLOAT16: np.float32,  # with half of its bits
 }
 TYPES_TEXT = "float16, bfloat16, float32, float64, a whole number of 8 to 64 bits, or bool"
+# Bits, and whether there is a sign, of element types of which a byte holds several. Older versions of onnx lack names.
+PACKED = {21: (4, False), 22: (4, True), 25: (2, False), 26: (2, True)}  # UINT4, INT4, UINT2, INT2
 
 
 Fold = Callable[["Node", list[Any]], Any]
@@ -281,14 +283,24 @@ def _flatten(node: Node, inputs: list[Any]) -> Any:
     return _reshaped(node, inputs[0], [math.prod(inputs[0].shape[:node.integer("axis", 1)]), -1])
 
 
+def unpacked(packed: Array, bits: int, is_signed: bool = False) -> Array:
+    """Whole numbers of 2, 4 or 8 bits that bytes hold along the last axis, the first in the lowest bits."""
+    each = packed[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8(2**bits - 1)
+    numbers = each.reshape(*packed.shape[:-1], -1)
+    return (numbers << np.uint8(8 - bits)).view(np.int8) >> np.int8(8 - bits) if is_signed else numbers
+
+
 def dequantized(node: Node, inputs: Sequence[Any], axis: int | None = None) -> Array:
     """(numbers - zero point) * scale; axis: along which there are several of both, None: the node's own."""
     numbers, scale, zero = (*inputs, None)[:3]
-    axis = node.integer("axis", 1) if axis is None else axis
-    if numbers.dtype.kind not in "iu" or scale.dtype.kind != "f" or node.integer("block_size", 0):
-        node.refuse(f"has numbers of type {numbers.dtype} with scales of type {scale.dtype}, in blocks of "
-                    f"{node.integer('block_size', 0)}; required: whole numbers, floating-point scales, and no blocks")
+    axis, block = node.integer("axis", 1) if axis is None else axis, node.integer("block_size", 0)
+    node.ignore("output_dtype")  # a type of floating-point numbers
+    if numbers.dtype.kind not in "iu" or scale.dtype.kind != "f" or (zero is not None and zero.dtype.kind not in "iu"):
+        node.refuse(f"has numbers of type {numbers.dtype} with scales of type {scale.dtype}; required: whole numbers, "
+                    "as zero points too, and floating-point scales")
     node.spend(numbers.size)
+    if block:
+        return _dequantized_blocks(node, numbers, scale, zero, axis, block)
     shape = [1] * numbers.ndim
     if scale.size > 1:
         if scale.ndim != 1 or not -numbers.ndim <= axis < numbers.ndim or len(scale) != numbers.shape[axis]:
@@ -300,6 +312,23 @@ def dequantized(node: Node, inputs: Sequence[Any], axis: int | None = None) -> A
         node.refuse(f"has {zeros.size} zero points and {scale.size} scales; required: as many")
     shifted = numbers.astype(np.int64) - (zeros.reshape(shape) if zeros.size > 1 else zeros.reshape(-1)[0])
     return np.asarray(shifted * scale.astype(np.float32).reshape(shape), np.float32)
+
+
+def _dequantized_blocks(node: Node, numbers: Array, scale: Array, zero: Array | None, axis: int, block: int) -> Array:
+    """Where so many numbers along the axis have one scale and zero point."""
+    is_axis = -numbers.ndim <= axis < numbers.ndim
+    wanted = list(numbers.shape)
+    if is_axis and block > 0:
+        wanted[axis] = -(-wanted[axis] // block)
+    if not is_axis or block < 0 or scale.shape != tuple(wanted) or (zero is not None and zero.shape != scale.shape):
+        node.refuse(f"has scales of shape {scale.shape} and zero points of shape "
+                    f"{None if zero is None else zero.shape} for numbers of shape {numbers.shape} in blocks of {block} "
+                    f"along axis {axis}; required: one of each for every block, an axis that there is, and blocks of 1 "
+                    "or more")
+    node.spend(numbers.size)
+    position = np.arange(numbers.shape[axis]) // block
+    shifted = numbers.astype(np.int32) - (0 if zero is None else np.take(zero, position, axis).astype(np.int32))
+    return np.asarray(shifted * np.take(scale.astype(np.float32), position, axis), np.float32)
 
 
 def _quantized(node: Node, inputs: Sequence[Any]) -> Array:
@@ -318,10 +347,10 @@ def _quantized(node: Node, inputs: Sequence[Any]) -> Array:
 
 def quantized_type(node: Node, zero: Array | None) -> np.dtype[Any]:
     node.ignore("precision", "saturate")
-    own = _QUANTIZED.get(node.integer("output_dtype", 0))
-    dtype = zero.dtype if zero is not None else np.dtype(own or np.uint8)
-    if dtype not in _QUANTIZED.values():
-        node.refuse(f"quantises to {dtype}; required: int8, uint8, int16 or uint16")
+    wanted = node.integer("output_dtype", 0)
+    dtype = zero.dtype if zero is not None else np.dtype(_QUANTIZED.get(wanted, np.uint8))
+    if dtype not in _QUANTIZED.values() or wanted not in (0, *_QUANTIZED):
+        node.refuse(f"quantises to {dtype}, output_dtype {wanted}; required: int8, uint8, int16 or uint16")
     return dtype
 
 

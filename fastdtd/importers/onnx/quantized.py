@@ -27,7 +27,7 @@ from fastdtd.graph import (
 )
 from fastdtd.importers.builder import Builder
 from fastdtd.importers.moves import Array
-from fastdtd.importers.onnx.constants import dequantized, quantized_type
+from fastdtd.importers.onnx.constants import dequantized, quantized_type, unpacked
 from fastdtd.importers.onnx.operators import convolved, padding_of
 from fastdtd.importers.tensors import Tensor
 
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 DOMAIN = "com.microsoft"  # of onnxruntime's own operators
 # Of operators there, in which onnx knows none: the attributes that they may have.
 ATTRIBUTES: dict[str, set[str]] = {
-    "DequantizeLinear": {"axis", "block_size"}, "QGemm": {"alpha", "transA", "transB"}, "QLinearAdd": set(),
+    "DequantizeLinear": {"axis", "block_size"},
+    "MatMulNBits": {"K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked"},
+    "QGemm": {"alpha", "transA", "transB"}, "QLinearAdd": set(),
     "QLinearAveragePool": {"auto_pad", "ceil_mode", "channels_last", "count_include_pad", "kernel_shape", "pads",
                            "strides"},
     "QLinearConcat": {"axis"}, "QLinearGlobalAveragePool": {"channels_last"}, "QLinearLeakyRelu": {"alpha"},
@@ -209,6 +211,40 @@ def _matmul(b: Builder, node: Node) -> Tensor:
     return _made(b, node, b.dense(x, weight.T, None), 6, 7)
 
 
+def _matmul_of_few_bits(b: Builder, node: Node) -> Tensor:
+    """Weights (N, K) in blocks along K, each with a scale and a zero point of its own; x and the sums are no whole
+    numbers."""
+    x, packed, scale, zero, bias = node.tensor(), node.constant(1), *(node.optional(i) for i in (2, 3, 5))
+    outputs, features = node.integer("N", 0), node.integer("K", 0)
+    bits, block = node.integer("bits", 4), node.integer("block_size", 0)
+    node.ignore("accuracy_level")  # to how many bits x may be rounded
+    if node.has_input(4) or node.integer("weight_prepacked", 0):
+        node.refuse("has its inputs in another order, g_idx, or weights that are packed for one device; required: "
+                    "neither")
+    if bits not in (2, 4, 8) or block < 16 or block & (block - 1) or min(outputs, features) < 1:
+        node.refuse(f"has {bits} bits, blocks of {block}, N {outputs} and K {features}; required: 2, 4 or 8 bits, "
+                    "blocks of a power of two from 16, N and K from 1")
+    blocks = -(-features // block)
+    packs = zero is not None and zero.dtype == np.uint8
+    zeros = outputs * (-(-blocks * bits // 8) if packs else blocks)
+    if packed.dtype != np.uint8 or packed.shape != (outputs, blocks, block * bits // 8) or scale is None or (
+            scale.dtype.kind != "f" or scale.size != outputs * blocks) or (
+            zero is not None and (zero.size != zeros or not (packs or zero.dtype.kind == "f"))) or (
+            bias is not None and bias.shape != (outputs,)):
+        shapes = ", ".join(f"{one.shape} of {one.dtype}" for one in (packed, scale, zero, bias) if one is not None)
+        node.refuse(f"has weights, scales, zero points and bias of shapes {shapes}; required: ({outputs}, {blocks}, "
+                    f"{block * bits // 8}) of uint8, ({outputs}, {blocks}), as many or these packed, and ({outputs},)")
+    b.spend(2 * outputs * blocks * block)
+    weight = unpacked(packed, bits).astype(np.float32)
+    if zero is None:
+        weight -= 2**(bits - 1)
+    else:
+        each = unpacked(zero.reshape(outputs, -1), bits)[:, :blocks] if packs else zero
+        weight -= each.reshape(outputs, blocks, 1).astype(np.float32)
+    weight *= scale.reshape(outputs, blocks, 1).astype(np.float32)
+    return b.dense(x, weight.reshape(outputs, -1)[:, :features], bias)
+
+
 def _gemm(b: Builder, node: Node) -> Tensor:
     if node.integer("transA", 0) or node.number("alpha", 1.0) != 1:
         node.refuse("transposes or scales its input; required: transA 0 and alpha 1")
@@ -259,11 +295,15 @@ def _probabilities(b: Builder, node: Node) -> Tensor:
 
 OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "ConvInteger": _sum_of_numbers, "DequantizeLinear": _dequantize, "DynamicQuantizeLinear": _quantize_dynamically,
-    "MatMulInteger": _sum_of_numbers, "QGemm": _gemm, "QLinearAdd": _add, "QLinearAveragePool": _pool,
+    "MatMulInteger": _sum_of_numbers, "MatMulNBits": _matmul_of_few_bits, "QGemm": _gemm,
+    "QLinearAdd": _add, "QLinearAveragePool": _pool,
     "QLinearConcat": _concat, "QLinearConv": _conv, "QLinearGlobalAveragePool": _pool,
     "QLinearLeakyRelu": _leaky_relu, "QLinearMatMul": _matmul, "QLinearMul": _multiply,
     "QLinearSigmoid": _probabilities, "QLinearSoftmax": _probabilities, "QuantizeLinear": _quantize,
 }
+
+
+_OF_VALUES = {"DynamicQuantizeLinear", "MatMulNBits", "QuantizeLinear"}  # what reads no numbers of such
 
 
 def follow(node: Node, moves: Set[str]) -> None:
@@ -271,7 +311,7 @@ def follow(node: Node, moves: Set[str]) -> None:
     grids, sums = node.reader.grids, node.reader.sums
     own = {grids[name] for name in node.inputs if name in grids}
     added = {sums[name] for name in node.inputs if name in sums}
-    if node.op in OPERATORS:
+    if node.op in OPERATORS and node.op not in _OF_VALUES:
         return
     if own:
         if node.op not in moves | {"MaxPool"} or len(own) > 1 or (node.op == "Pad" and next(iter(own)).zero):

@@ -425,19 +425,33 @@ class Node(ValueNode):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             self.refuse(f"has its constant {tensor.name!r} in another file; required: weights inside the .onnx file, "
                         "in NAME.onnx.data beside it, or in a second file that is given")
-        if tensor.data_type not in constants.TYPES:
+        is_packed = tensor.data_type in constants.PACKED and self.op == "DequantizeLinear"  # else the type would count
+        if tensor.data_type not in constants.TYPES and not is_packed:
             self.refuse(f"has a constant {tensor.name!r} of element type {tensor.data_type}; required: "
-                        f"{constants.TYPES_TEXT}")
+                        f"{constants.TYPES_TEXT}; or, in DequantizeLinear, one of 2 or 4 bits")
         self.builder.budget.take(self, tensor.ByteSize(), 1)  # it may be read again and again
         try:
             if min(tensor.dims, default=0) < 0:
                 raise ValueError
+            if is_packed:
+                return self._unpacked(tensor)
             if tensor.data_type == onnx.TensorProto.BFLOAT16:
                 return _widened(tensor).reshape(tuple(tensor.dims))
             return np.asarray(numpy_helper.to_array(tensor))  # a view: dims beyond the file's bytes allocate nothing
         except (ValueError, TypeError):
             self.refuse(f"has a damaged constant {tensor.name!r}: its shape {tuple(tensor.dims)} does not fit its "
                         "content")
+
+    def _unpacked(self, tensor: Any) -> Array:
+        """Whole numbers of less than a byte."""
+        bits, is_signed = constants.PACKED[tensor.data_type]
+        packed = np.frombuffer(tensor.raw_data, np.uint8) if tensor.raw_data else np.array(
+            tensor.int32_data, np.int64).astype(np.uint8)
+        count = math.prod(tensor.dims)
+        if len(packed) != -(-count * bits // 8):
+            raise ValueError
+        self.builder.budget.take(self, len(packed) * 8 // bits, 2)
+        return constants.unpacked(packed, bits, is_signed)[:count].reshape(tuple(tensor.dims))
 
     def optional(self, index: int) -> Array | None:
         return self.constant(index) if self.has_input(index) else None
