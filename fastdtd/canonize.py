@@ -1,10 +1,10 @@
 """Graph -> Graph: the same function with fewer kinds of layers, so that rules, plan and kernels need not know the
 others.
 
-Dropout goes; a softmax at the end goes, so that what is explained is the class score; batch norm is folded into the
-convolution, dense layer or group norm before it or, failing that, into the convolution or dense layer after it; where
-neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a fixed point: canonizing it
-again changes nothing.
+Dropout goes; a softmax at the end goes, so that what is explained is the class score, and one in a gate stays; batch
+norm is folded into the convolution, dense layer or group norm before it or, failing that, into the convolution or dense
+layer after it; where neither can be, it becomes a convolution of 1 x 1, each channel a group. The result is a fixed
+point: canonizing it again changes nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastdtd.graph import (
     GroupNorm,
     Layer,
     Softmax,
+    explained_layers,
 )
 
 
@@ -37,17 +38,20 @@ def canonize(graph: Graph) -> Graph:
     Raises
     ------
     ModelError
-        A softmax in the middle of the network, or nothing but layers that are dropped.
+        A softmax in the middle of the network but in gates, or nothing but layers that are dropped.
     """
-    if not any(isinstance(layer, (Dropout, Softmax, BatchNorm)) for layer in graph):
+    explained = explained_layers(graph.layers, [graph.output])
+    if not any(isinstance(layer, (Dropout, BatchNorm)) or (isinstance(layer, Softmax) and layer.name in explained)
+               for layer in graph):
         return graph
     instead: dict[str, str] = {}  # a removed layer's name -> the tensor that stands for it
     without: list[Layer] = []
     for layer in graph:
         inputs = tuple(instead.get(name, name) for name in layer.inputs)
-        if isinstance(layer, Softmax) and layer.name != graph.output:
-            raise ModelError(f"softmax {layer.name!r} is not the last layer; required: a softmax only at the end")
-        if isinstance(layer, (Dropout, Softmax)):
+        if isinstance(layer, Softmax) and layer.name in explained and layer.name != graph.output:
+            raise ModelError(f"softmax {layer.name!r} is not the last layer; required: a softmax only at the end, or "
+                             "in a gate, the second input of a product")
+        if isinstance(layer, Dropout) or (isinstance(layer, Softmax) and layer.name == graph.output):
             instead[layer.name] = inputs[0]
         else:
             without.append(dataclasses.replace(layer, inputs=inputs))

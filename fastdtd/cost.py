@@ -17,6 +17,7 @@ from fastdtd.graph import (
     Pool2d,
     Resize,
     Shape,
+    Softmax,
 )
 
 MAX_MULTIPLY_ADDS = 5e11  # of one image; VGG-16 takes 3.1e10
@@ -89,8 +90,8 @@ def _of_an_output(layer: Layer, source: Shape) -> int:
             return source[1] * source[2]
         case LocalResponseNorm():
             return layer.size**2 if layer.within_channel else layer.size
-        case GroupNorm():
-            return 3  # of the mean, of the variance, and its own
+        case GroupNorm() | Softmax():
+            return 3  # of the mean, of the variance, and its own; of the maximum, of the sum, and its own
         case _:
             return len(layer.inputs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +186,16 @@ class Graph:
             for layer in self.layers:
                 domains[layer.name] = _output_domain(layer, [domains[name] for name in layer.inputs], self.shapes)
         return domains
+
+
+def explained_layers(layers: Sequence[Layer], outputs: Iterable[str]) -> set[str]:
+    """Names of those, each after its inputs, that lead to outputs by another way than gates: what has relevance where
+    gates are held constant; tensors that they read included."""
+    explained = set(outputs)
+    for layer in reversed(layers):
+        if layer.name in explained:
+            explained.update(layer.inputs[:1] if isinstance(layer, Multiply) else layer.inputs)
+    return explained
 
 
 def _output_domain(layer: Layer, inputs: list[Domain], shapes: dict[str, Shape]) -> Domain:

@@ -550,9 +550,10 @@ class Dropout(Layer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Softmax(Layer):
-    """Probabilities from class scores.
+    """``x[c] = exp(y[c]) / sum of exp(y)`` over the channels at each position.
 
-    Only as the last layer, where canonize.py drops it: what is explained is the score.
+    Either the last layer, which canonize.py drops, for what is explained is the score; or in a branch that leads to
+    gates alone, the second inputs of products.
     """
 
 

@@ -104,6 +104,8 @@ class Device(Protocol):
     multiply_forward: Kernel
     multiply_redistribute: Kernel
     gate_redistribute: Kernel
+    softmax_forward: Kernel
+    softmax_redistribute: Kernel
     rearrange_forward: Kernel
     rearrange_redistribute: Kernel
     copy_forward: Kernel

@@ -72,6 +72,8 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "multiply_redistribute": "c_in c b c_in_channel c_channel b_channel channels gate_channels share relevance "
                              "derivative accumulate",
     "gate_redistribute": f"c_in c a {_CHANNELS} channels gate_channels share relevance derivative accumulate",
+    "softmax_forward": "x a x_channel a_channel channels",
+    "softmax_redistribute": "c_in c x c_in_channel c_channel x_channel channels derivative accumulate",
     "rearrange_forward": "x a index x_channel a_channel",
     "rearrange_redistribute": "c_in ledger c starts readers column c_in_channel c_channel relevance accumulate",
     "copy_forward": "x a x_begin a_begin count accumulate",

@@ -365,6 +365,14 @@ def draw_multiply(net, name):
     net.add(g.Multiply(name, inputs), all(net.nonnegative[n] for n in inputs))
 
 
+def draw_softmax(net, name):
+    """In a gate; nothing else may read it."""
+    source = net.pick(flat=True)
+    net.add(g.Softmax(name, (source,)), True)
+    net.add(g.Multiply(f"{name}/gated", (source, name)), net.nonnegative[source])
+    del net.shapes[name]
+
+
 def draw_concat(net, name):
     source = net.pick(flat=True)
     others = [n for n, shape in net.shapes.items() if shape[1:] == net.shapes[source][1:]]
@@ -501,7 +509,10 @@ TABLE = {  # by the names of model files, as fastdtd.layers.LAYER_TYPES
     "batch_norm": Entry({"small": layer(g.BatchNorm, SMALL, [0.5, -1.0, 0.0, 2.0], [0.1, 0.0, -0.3, 1.0])},
                         canonized=True),
     "dropout": Entry({"small": layer(g.Dropout, SMALL)}, canonized=True),
-    "softmax": Entry({"flat": layer(g.Softmax, (5, 1, 1))}, canonized=True),
+    "softmax": Entry(  # as a gate, half of whose product's relevance is its own
+        {"flat": layer(g.Softmax, (5, 1, 1)), "maps": layer(g.Softmax, (4, 3, 5)), "rows": layer(g.Softmax, (2, 1, 19)),
+         "one channel": layer(g.Softmax, (1, 2, 3))},
+        NO_RULE, draw=draw_softmax, runs=((1, 2), (2, 1)), in_peers=False),
 }
 KEPT = {kind: entry for kind, entry in TABLE.items() if not entry.canonized}
 

@@ -212,6 +212,8 @@ def negatives_contribute(graph, rules, name):
                 return True
             case g.Activation() if layer.function in ("sigmoid", "hard_sigmoid", "softplus"):
                 return True
+            case g.Softmax():
+                return True
             case g.Multiply() if not all(graph.domains[source].nonnegative for source in layer.inputs):
                 return True
             case g.ReLU() | g.Clip(low=0) | g.LeakyReLU(slope=0):
@@ -343,6 +345,9 @@ def forward(graph, image):
                 value = np.abs(inputs[0])**layer.exponent
             case g.Activation():
                 value = activation(layer, inputs[0])
+            case g.Softmax():
+                e = np.exp(inputs[0] - inputs[0].max()).reshape(shapes[0])
+                value = (e / e.sum(0)).ravel()
             case g.Multiply():
                 value = inputs[0] * inputs[1][gate_index(shapes)]
             case g.Rearrange():
@@ -405,7 +410,7 @@ def relevances(graph, image, target, rules, start=None, through=()):
             share = {"hold": 1.0, "half": 0.5}[rule.name]
             to_gate = np.bincount(gate_index(shapes), (1 - share) * r, np.prod(shapes[1]))
             backward = np.concatenate([share * r, to_gate])
-        elif rule is None or rule.name == "identity":  # activations, normalisation, concatenation, flatten
+        elif rule is None or rule.name == "identity":  # activations, softmax, normalisation, concatenation
             backward = r
         elif rule.name == "winner":
             _, sources = matrix(layer, shapes)

@@ -33,7 +33,11 @@ def network(example, domain, signed=False):
     tested = example.make(TESTED, *sources)
     features = int(np.prod(tested.output_shape(example.shapes)))
     weight = weights(5, 3, features)
-    layers += [tested] if signed else [tested, g.ReLU("relu", (TESTED,))]
+    layers += [tested]
+    if isinstance(tested, g.Softmax):
+        layers += [g.Multiply("product", (tested.inputs[0], TESTED))]
+    if not signed:
+        layers += [g.ReLU("relu", (layers[-1].name,))]
     layers.append(g.Flatten("flat", (layers[-1].name,)))
     layers.append(g.Dense("scores", ("flat",), weight if signed else np.abs(weight)))
     return g.Graph(tuple(layers), example.shape, (-1.0, 2.0))
@@ -49,7 +53,8 @@ def batch_of(example, count):
 def check(example, rule, domain, count=2, tolerance=1e-5, **options):
     """A layer under a rule that makes no negative relevance ("": it has none); options of Explainer."""
     graph = network(example, domain)
-    explainer = Explainer(Model(graph, Preprocessing(None)), {TESTED: rule} if rule else "dtd",
+    rules = {TESTED: rule} if rule else {"product": "half"} if "product" in graph.shapes else "dtd"
+    explainer = Explainer(Model(graph, Preprocessing(None)), rules,
                           **{"threads": 1, **options})
     batch = batch_of(example, count)
     e = explainer(batch, 1)

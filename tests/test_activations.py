@@ -92,7 +92,11 @@ def test_derivatives_of_activations(function, fields):
 GATES = {"by channel": (3, 1, 1), "by pixel": (1, 2, 2), "own shape": (3, 2, 2), "by one number": (1, 1, 1)}
 
 
-def gated(shape, x="activation"):
+SOFT = {"sigmoid": lambda name, source: g.Activation(name, (source,), "sigmoid"),
+        "softmax": lambda name, source: g.Softmax(name, (source,))}
+
+
+def gated(shape, x="activation", soft="sigmoid"):
     """x times a gate of that shape, which a second branch makes."""
     channels, *size = shape
     layers = [g.Conv2d("conv", (g.INPUT,), numbers(3, 2, 2, 2), numbers(3)),
@@ -100,21 +104,23 @@ def gated(shape, x="activation"):
               g.Conv2d("squeeze", ("activation",), numbers(channels, 3, 1, 1), numbers(channels))]
     if size == [1, 1]:
         layers.append(g.GlobalAveragePool("pool", ("squeeze",)))
-    return g.Graph((*layers, g.Activation("gate", (layers[-1].name,), "sigmoid"), g.Multiply("product", (x, "gate")),
+    return g.Graph((*layers, SOFT[soft]("gate", layers[-1].name), g.Multiply("product", (x, "gate")),
                     g.Flatten("flat", ("product",)), g.Dense("scores", ("flat",), numbers(3, 12))), (2, 3, 3))
 
 
+@pytest.mark.parametrize("soft", SOFT)
 @pytest.mark.parametrize("gate", GATES)
-def test_derivatives_of_products(gate):
-    assert_derives(gated(GATES[gate]))
+def test_derivatives_of_products(gate, soft):
+    assert_derives(gated(GATES[gate], soft=soft))
 
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("soft", SOFT)
 @pytest.mark.parametrize("gate", GATES)
-def test_nothing_comes_back_to_a_gate_that_is_held(gate):
-    graph = gated(GATES[gate])
+def test_nothing_comes_back_to_a_gate_that_is_held(gate, soft):
+    graph = gated(GATES[gate], soft=soft)
     made = explainer(graph)
     held = {layer.name for layer in graph if layer.name in ("squeeze", "pool", "gate")}
     assert made._assignment.held == held
@@ -140,14 +146,25 @@ def test_what_is_held_is_shown(tmp_path, capsys):
     assert "held constant" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("soft", SOFT)
 @pytest.mark.parametrize("gate", GATES)
-def test_half_to_the_gate(gate):
-    graph = gated(GATES[gate])
+def test_half_to_the_gate(gate, soft):
+    graph = gated(GATES[gate], soft=soft)
     batch = np.random.default_rng(0).uniform(-1, 1, (2, 2, 3, 3)).astype(np.float32)
     e = explain(explainer(graph, {"type:multiply": "half"}), batch)
     halves = [e.at(name).sum((1, 2, 3), dtype=float) for name in ("product", "gate")]
     np.testing.assert_allclose(halves[1], 0.5 * halves[0], rtol=1e-5)
     np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed, e.explained, rtol=1e-5)
+
+
+def test_a_softmax_of_large_numbers_and_of_none():
+    """exp of what is below the largest does not overflow; what is not finite is not hidden."""
+    a = np.float32([[1e4, 1e4, -1e4], [0.0, np.nan, 1.0], [np.inf, 0.0, 1.0]]).reshape(3, 3, 1, 1)
+    x = np.empty_like(a)
+    cpu.softmax_forward(x, a, 0, 0, 3, 0, 3)
+    np.testing.assert_allclose(x[0].ravel(), [0.5, 0.5, 0], atol=1e-37)
+    assert np.isnan(x[1]).all()
+    assert np.isnan(x[2]).any()
 
 
 def test_a_tensor_that_is_a_gate_and_more_is_explained():
@@ -277,6 +294,12 @@ PRODUCTS = {  # what makes 't', a product of 'x' and a gate; the gate's shape
     "of one axis": ("Conv _ w31, Slice _ ints0 ints1 ints2, Sigmoid _, Mul x _", (3, 9, 8)),
     "channels last": ("GlobalAveragePool _, Conv _ w31, Sigmoid _, Transpose _, Transpose x, Mul _ v4, Transpose _",
                       (3, 1, 1)),
+    "softmax of channels": ("GlobalAveragePool _, Conv _ w31, Softmax1 _, Mul x _", (3, 1, 1)),
+    "softmax of channels at each pixel": ("Conv _ w31, Softmax1 _, Mul _ x", (3, 9, 8)),
+    "softmax of columns": ("Conv _ w31, Softmax3 _, Mul x _", (3, 9, 8)),
+    "softmax of pixels": ("Conv _ w11, Reshape _ flat, Softmax2 _, Reshape _ map, Mul x _", (1, 9, 8)),
+    "softmax, scaled": ("Conv _ w31, Softmax1 _, Mul _ three, Mul x _", (3, 9, 8)),
+    "softmax and sigmoid": ("Conv _ w31, Softmax1 _, Conv x w12, Sigmoid _, Mul v2 _, Mul x _", (3, 9, 8)),
     "of two gates": ("Conv _ w31, Sigmoid _, Conv x w12, Sigmoid _, Mul v2 _, Mul x _", (3, 9, 8)),
 }
 
@@ -288,12 +311,17 @@ def test_products(convert_nodes, product):
     for each in nodes:
         if each.op_type == "Transpose":
             each.attribute.extend(node("Transpose", ["x"], ["y"], perm=order.pop(0)).attribute)
-    constants = {"shape": ints(1, 3, 9, 8), "ints0": ints(0), "ints1": ints(1), "ints2": ints(2)}
+        if each.op_type.startswith("Softmax"):
+            each.attribute.extend(node("Softmax", ["x"], ["y"], axis=int(each.op_type[-1])).attribute)
+            each.op_type = "Softmax"
+    constants = {"shape": ints(1, 3, 9, 8), "ints0": ints(0), "ints1": ints(1), "ints2": ints(2),
+                 "flat": ints(1, 1, 72), "map": ints(1, 1, 9, 8)}
     graph = convert_nodes([*nodes, POOL], WEIGHTS | NUMBERS | constants, verify=True).graph
     made = of_type(graph, g.Multiply)[-1]
     assert made.inputs[0] == g.INPUT
     assert graph.shapes[made.inputs[1]] == shape
-    assert len(of_type(graph, g.Rearrange)) == (product in ("of a pool, repeated", "of one axis"))
+    moves = {"of a pool, repeated": 1, "of one axis": 1, "softmax of columns": 2, "softmax of pixels": 2}
+    assert len(of_type(graph, g.Rearrange)) == moves.get(product, 0)
     assert scores(graph, X).any()
 
 
@@ -306,6 +334,68 @@ def test_products(convert_nodes, product):
 def test_refused_products(convert_nodes, text, message):
     with pytest.raises(ConversionError, match=message):
         convert_nodes([*chain(text), POOL], WEIGHTS)
+
+
+def selective(keepdims):
+    """Two branches side by side along an axis of their own, weighed by a softmax over them, and added up."""
+    nodes = [node("Conv", ["x", f"w3{i}"], [f"c{i}"]) for i in (1, 2)]
+    nodes += [node("Relu", [f"c{i}"], [f"r{i}"]) for i in (1, 2)]
+    nodes += [node("Concat", ["r1", "r2"], ["both"], axis=1), node("Reshape", ["both", "dims"], ["side"]),
+              node("ReduceSum", ["side", "one"], ["sum"], keepdims=0), node("GlobalAveragePool", ["sum"], ["mean"]),
+              node("Conv", ["mean", "w63"], ["logits"]), node("Reshape", ["logits", "of each"], ["by branch"]),
+              node("Softmax", ["by branch"], ["soft"], axis=1), node("Reshape", ["soft", "back"], ["gate"]),
+              node("Mul", ["side", "gate"], ["weighed"]),
+              node("ReduceSum", ["weighed", "one"], ["kept"], keepdims=keepdims),
+              node("Reshape", ["kept", "images"], ["t"]), POOL]
+    constants = {"w63": numbers(6, 3, 1, 1, seed=3), "dims": ints(1, 2, 3, 9, 8), "one": ints(1),
+                 "of each": ints(1, 2, 3), "back": ints(1, 2, 3, 1, 1), "images": ints(1, 3, 9, 8)}
+    return nodes, WEIGHTS | constants
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_selective_kernels(convert_nodes, keepdims):
+    """As SKNet and ResNeSt write them. The branch of the gate has no relevance, and all is conserved."""
+    nodes, constants = selective(keepdims)
+    graph = convert_nodes(nodes, constants, verify=True).graph
+    product, = of_type(graph, g.Multiply)
+    assert graph.shapes[product.name] == (6, 9, 8)
+    assert graph.shapes[product.inputs[1]] == (6, 1, 1)
+    assert len(of_type(graph, g.Softmax)) == 1
+    held = explainer(graph)._assignment.held
+    assert {type(layer) for layer in graph if layer.name in held} == {
+        g.Add, g.Conv2d, g.GlobalAveragePool, g.Rearrange, g.Softmax}
+    batch = np.random.default_rng(2).uniform(-1, 1, (2, 3, 9, 8)).astype(np.float32)
+    for rules in ("dtd", {"type:multiply": "half"}):
+        e = explain(explainer(graph, rules), batch)
+        np.testing.assert_allclose(e.relevance.sum((1, 2, 3), dtype=float) + e.absorbed, e.explained, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("Conv _ w31, Softmax _, Conv _ w32", "softmax 'v2' is not the last layer; required: a softmax only at the end"),
+    ("Conv _ w31, Softmax _, Relu _", "or in a gate, which multiplies another tensor"),
+    ("Conv _ w31, LogSoftmax _, Mul x _", "multiplies two tensors that are computed"),
+    ("Conv _ w31, Softmax _, Mul _ v2", "softmax 'v2' is not the last layer"),
+    ("Conv _ w31, Softmax _, Add x _", "softmax 'v2' is not the last layer"),
+    ("Conv _ w31, Softmax _, MatMul x _", "docs/method.md#attention"),
+])
+def test_a_softmax_that_is_no_gate(convert_nodes, text, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_nodes([*chain(text), POOL], WEIGHTS)
+
+
+def test_a_softmax_of_what_comes_several_times(convert_nodes):
+    nodes = chain("Slice _ ints0 ints1 ints2, Expand _ shape, Softmax _, Mul x _")
+    constants = {"shape": ints(1, 3, 9, 8), "ints0": ints(0), "ints1": ints(1), "ints2": ints(2)}
+    with pytest.raises(ConversionError, match="has elements several times; required: each once"):
+        convert_nodes([*nodes, POOL], constants)
+
+
+def test_a_softmax_that_is_a_gate_and_the_end(convert_nodes):
+    end = [node("GlobalAveragePool", ["x"], ["p"]), node("Softmax", ["p"], ["s"], axis=1),
+           node("Mul", ["x", "s"], ["m"]), node("GlobalAveragePool", ["m"], ["q"]),
+           node("Softmax", ["q"], ["y"], axis=1)]
+    assert [type(layer) for layer in convert_nodes(end, verify=True).graph] == [
+        g.GlobalAveragePool, g.Softmax, g.Multiply, g.GlobalAveragePool]
 
 
 def test_a_sigmoid_that_is_a_gate_and_the_end(convert_nodes):

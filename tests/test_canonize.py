@@ -147,10 +147,20 @@ def test_batch_norm_before_a_dense_layer():
     np.testing.assert_allclose(naive.forward(made, picture)["dense"], by_hand, atol=1e-5)
 
 
+def test_a_softmax_in_a_gate_stays():
+    layers = (conv(), g.Softmax("soft", ("conv",)), g.Dropout("drop", ("soft",)), g.Multiply("end", ("conv", "drop")))
+    made = canonize(g.Graph((*layers, *END, g.Softmax("last", ("scores",))), SHAPE))
+    assert kinds(made) == ["Conv2d", "Softmax", "Multiply", *(type(layer).__name__ for layer in END)]
+    assert canonize(made) is made
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [([conv(), g.Softmax("soft", ("conv", )), g.ReLU("end", ("soft", ))
-       ], "softmax 'soft' is not the last layer; required: a softmax only at"), ])
+       ], "softmax 'soft' is not the last layer; required: a softmax only at"),
+     ([conv(), g.Softmax("soft", ("conv", )), g.Multiply("end", ("soft", "soft"))], "softmax 'soft' is not the last"),
+     ([conv(), g.Softmax("soft", ("conv", )), g.Multiply("product", ("conv", "soft")),
+       g.Add("end", ("product", "soft"))], "softmax 'soft' is not the last"), ])
 def test_refusals(layers, message):
     with pytest.raises(ModelError, match=message):
         canonize(g.Graph((*layers, *END), SHAPE))

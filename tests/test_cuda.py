@@ -372,7 +372,7 @@ def test_every_kernel_is_launched(monkeypatch):
     for kind, rule in (("conv2d", "zB"), ("conv2d", "flat"), ("dense", "z+"), ("max_pool2d", "winner"),
                        ("max_pool2d", "proportional"), ("average_pool2d", "w2"), ("global_average_pool", "zB"),
                        ("add", "zB"), ("power", ""), ("activation", ""), ("multiply", "half"), ("resize", "zB"),
-                       ("group_norm", "z+"), ("rearrange", ""), ("local_response_norm", "identity")):
+                       ("softmax", ""), ("group_norm", "z+"), ("rearrange", ""), ("local_response_norm", "identity")):
         check(KEPT[kind].examples[KEPT[kind].short], rule, BOX, count=1, **ON_GPU)
     for kind, rule in (("local_response_norm", "taylor(epsilon=0.1)"), ("conv2d", "epsilon(epsilon=0.5)"),
                        ("dense", "epsilon(epsilon=0.5, bias=shared)"), ("add", "epsilon(epsilon=0.5)")):

@@ -30,6 +30,7 @@ NO_PADDING = (0, 0, 0, 0)
 ATTENTION = ("none, for attention is not explained: "
              "https://github.com/fastdtd/fastdtd/blob/main/docs/method.md#attention says why")
 _MAX_LISTED = 20  # outputs, in messages
+_MAX_BRANCHES = 16  # images side by side, which are added up one by one
 _LOG = logging.getLogger("fastdtd")
 
 Padding = tuple[int, int, int, int]  # top, left, bottom, right
@@ -313,6 +314,9 @@ class Builder(Moves):
         if not over:
             return x
         rest = [axis for axis in range(len(x.dims)) if axis not in over]
+        if how == "sum" and over == [0] and len(x.dims) == 4 and x.dims[0] <= _MAX_BRANCHES:
+            total = self.sum([self.take(x, 1, i) for i in range(x.dims[0])])
+            return self.unsqueeze(total, [1]) if keep else total
         kept = math.prod(x.dims[axis] for axis in rest)
         moved = x
         if rest != [0] or len(over) > 2:
@@ -388,7 +392,7 @@ class Builder(Moves):
         return self.may_end_in("sigmoid", made) if function == "sigmoid" else made
 
     def is_gate(self, x: Tensor) -> bool:
-        """Whether x is a sigmoid of something, soft or hard, moved or scaled, or a product of such."""
+        """Whether x is a sigmoid, soft or hard, or softmax of something, moved or scaled, or a product of such."""
         while layer := self.layers.get(x.layer):
             match layer:
                 case graph.Activation():
@@ -397,6 +401,8 @@ class Builder(Moves):
                     before = self.layers.get(layer.inputs[0])
                     return layer.low == 0 and isinstance(before, graph.BatchNorm) and bool(
                         (2 * before.shift == layer.high).all())
+                case graph.Softmax():
+                    return self.is_softmax(layer.name)
                 case graph.BatchNorm() | graph.Rearrange() | graph.Flatten():
                     x = replace(x, layer=layer.inputs[0])
                 case graph.Multiply():
@@ -411,7 +417,8 @@ class Builder(Moves):
             x, y = y, x
         if not self.is_gate(y):
             self.refuse(f"multiplies two tensors that are computed, {x} and {y}; required: a gate as one of them, a "
-                        "sigmoid or hard sigmoid, or a constant (where this is attention: docs/method.md#attention)")
+                        "sigmoid, hard sigmoid or softmax, or a constant (where this is attention: "
+                        "docs/method.md#attention)")
         if x.rank != y.rank or any(n != m and 1 not in (n, m) for n, m in zip(x.dims, y.dims, strict=True)):
             self.refuse(f"multiplies tensors {x} and {y}; required: shapes that broadcast, of as many axes")
         if self.have_one_view(x, y):
@@ -419,6 +426,11 @@ class Builder(Moves):
         dims = tuple(map(max, x.dims, y.dims))
         if x.dims != dims:
             x = self.expand(x, (-1, *dims))
+        split = _axes_of(x.shape[0], x.dims) if x.is_whole else 0
+        if split > 1 and y.dims[:split] == x.dims[:split] and all(n == 1 for n in y.dims[split:]):
+            # the channels are several axes, as those of branches side by side
+            y = self.materialize(self.with_dims(y, x.shape[:1], "/by channel"))
+            return replace(x, layer=self.add(graph.Multiply, [x.base, y]).layer)
         is_last = x.rank > 2 and not x.is_whole and self.channels_first(x).is_whole
         if is_last:
             x, y = self.channels_first(x), self.channels_first(y)
@@ -428,6 +440,11 @@ class Builder(Moves):
         made = self.add(graph.Multiply, [self.materialize(x), self.materialize(y)])
         made = Tensor.whole(made.layer, made.shape, x.dims)
         return self.channels_last(made) if is_last else made
+
+
+def _axes_of(channels: int, dims: Sequence[int]) -> int:
+    """How many of the first axes hold so many channels together; 0 where none do."""
+    return next((i for i in range(1, len(dims) + 1) if math.prod(dims[:i]) == channels), 0)
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

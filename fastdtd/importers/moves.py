@@ -48,11 +48,12 @@ class Node:
 
 
 class Ending(NamedTuple):
-    """What makes probabilities of scores. kind: softmax, log_softmax or sigmoid, of a tensor along an axis of its dims.
-    """
+    """What makes probabilities of scores. kind: softmax, log_softmax or sigmoid, of a tensor along an axis of its dims;
+    node: what said so."""
 
     kind: str
     of: Tensor
+    node: Node
     axis: int = 0
 
 
@@ -96,19 +97,24 @@ class Moves:
             if name != INPUT and name not in needed:
                 needed.add(name)
                 waiting.extend(self.layers[name].inputs)
-        return self.finished(layer for name, layer in self.layers.items() if name in needed)
+        found = [layer for name, layer in self.layers.items() if name in needed]
+        return self.finished(found, [self.materialize(output).layer for output in outputs])
 
     def ends_in(self, kind: str, x: Tensor, axis: int, part: str = "") -> Tensor:
-        """softmax or log_softmax of `x`, by a layer that must be the last, and is left out there."""
+        """softmax or log_softmax of `x`, by a layer that is left out where it is the last, and which `finished` puts
+        others in the place of where it is a gate."""
         if self.has_zeros(x):
             x = self.materialize(x)
         made = self.pointwise(graph.Softmax, x, part)
-        self._endings[made.layer] = Ending(kind, x, axis)
+        self._endings[made.layer] = Ending(kind, x, self.node, axis)
         return made
+
+    def is_softmax(self, name: str) -> bool:
+        return name in self._endings and self._endings[name].kind == "softmax"
 
     def may_end_in(self, kind: str, made: Tensor) -> Tensor:
         """The layer of `made` is left out where it is the last, and computed elsewhere."""
-        self._endings[made.layer] = Ending(kind, made)
+        self._endings[made.layer] = Ending(kind, made, self.node)
         return made
 
     def scores(self, output: Tensor) -> Tensor:
@@ -127,16 +133,38 @@ class Moves:
                 return first
         return self.materialize(output)
 
-    def finished(self, layers: Iterable[Layer]) -> list[Layer]:
-        """All layers of a network, of which none may make probabilities but the last."""
-        found = list(layers)
-        for layer in found:
-            if isinstance(layer, graph.Softmax):
-                kind = self._endings[layer.name].kind
+    def finished(self, layers: Sequence[Layer], outputs: Iterable[str]) -> list[Layer]:
+        """All layers of a network, of which none may make probabilities but those in gates."""
+        explained, found = graph.explained_layers(layers, outputs), list[Layer]()
+        for layer in layers:
+            if not isinstance(layer, graph.Softmax):
+                found.append(layer)
+                continue
+            kind = self._endings[layer.name].kind
+            if layer.name in explained or kind != "softmax":
+                gates = ", or in a gate, which multiplies another tensor" if kind == "softmax" else ""
                 raise ConversionError(f"{kind} {layer.name!r} is not the last layer; required: a {kind} only at the "
-                                      "end, where it is left out, and the score before it explained; output= "
+                                      f"end, where it is left out, and the score before it explained{gates}; output= "
                                       "(--output) ends the network at another tensor")
+            found += self._softmax_over_channels(layer, self._endings[layer.name])
         return found
+
+    def _softmax_over_channels(self, layer: Layer, ending: Ending) -> list[Layer]:
+        """A softmax in a gate: elements are moved so that its axis is the channels, and back."""
+        x, (source,) = ending.of, layer.inputs
+        with self.at(ending.node):
+            self.spend_index(x.elements + math.prod(x.shape))
+            index = np.moveaxis(x.indices(), ending.axis, 0).reshape(x.dims[ending.axis], 1, -1)
+            order, flat = np.arange(index.size, dtype=np.int32), index.ravel()
+            if len(index) == x.shape[0] and np.array_equal(flat, np.arange(math.prod(x.shape))):
+                return [layer]
+            back = np.full(math.prod(x.shape), -1, np.int32)
+            back[flat] = order
+            if not np.array_equal(back[flat], order):
+                self.refuse("is a softmax of a tensor that has elements several times; required: each once")
+        moved, made = (self._unused(f"{layer.name}/{part}") for part in ("channels first", "softmax"))
+        return [graph.Rearrange(moved, (source,), index), graph.Softmax(made, (moved,)),
+                graph.Rearrange(layer.name, (made,), back.reshape(x.shape))]
 
     # Layers, and elements in order
 

@@ -45,6 +45,7 @@ _FAMILIES: dict[type[Layer], tuple[Steps, Steps]] = {
     g.LeakyReLU: (pointwise.activation_forward, pointwise.activation_backward),
     g.Power: (pointwise.power_forward, pointwise.redistribute_by_ratio),
     g.Activation: (pointwise.nonlinearity_forward, pointwise.redistribute_by_ratio),
+    g.Softmax: (pointwise.softmax_forward, pointwise.softmax_backward),
     g.Multiply: (pointwise.multiply_forward, pointwise.multiply_backward),
     g.Add: (pointwise.add_forward, pointwise.add_backward),
     g.Rearrange: (pointwise.rearrange_forward, pointwise.rearrange_backward),

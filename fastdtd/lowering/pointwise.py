@@ -1,4 +1,5 @@
-"""What treats each element by itself, or moves it: activations, powers, additions, products, joins, rearrangements."""
+"""What treats each element by itself, or moves it: activations, powers, additions, products and softmax, which makes
+gates, joins, rearrangements."""
 
 from __future__ import annotations
 
@@ -120,6 +121,21 @@ def _factor_backward(b: Builder, layer: g.Multiply, source: str, other: str, ker
            channels=c.channels, gate_channels=b.graph.shapes[layer.inputs[1]][0],
            share=0.5 if rule.name == "half" else 1.0, relevance=b.carries_relevance(source) and not b.derives,
            derivative=b.derives, accumulate=accumulate, **named)
+
+
+def softmax_forward(b: Builder, layer: g.Softmax) -> None:
+    x, a = b.activation(layer.name), b.activation(layer.inputs[0])
+    b.step(b.kernels.softmax_forward, b.batch * b.graph.shapes[layer.name][1], x=x, a=a, x_channel=x.channel,
+           a_channel=a.channel, channels=x.channels)
+
+
+def softmax_backward(b: Builder, layer: g.Softmax) -> None:
+    source = layer.inputs[0]
+    accumulate = b.accumulates(source)
+    c_in, c, x = b.factor(source), b.factor(layer.name), b.activation(layer.name)
+    b.step(b.kernels.softmax_redistribute, b.batch * b.graph.shapes[layer.name][1], c_in=c_in, c=c, x=x,
+           c_in_channel=c_in.channel, c_channel=c.channel, x_channel=x.channel, channels=x.channels,
+           derivative=b.derives, accumulate=accumulate)
 
 
 # ---- What only moves elements ----------------------------------------------------------------------------------------

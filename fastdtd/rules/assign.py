@@ -31,6 +31,7 @@ from fastdtd.graph import (
     Power,
     Rearrange,
     Resize,
+    Softmax,
 )
 from fastdtd.kernels import codes
 from fastdtd.rules.presets import DERIVATIVES, PRESETS
@@ -319,7 +320,7 @@ def _signed_carriers(graph: Graph, layers: list[Layer], rules: dict[str, Rule]) 
     for layer in reversed(layers):
         rule = rules.get(layer.name)
         match layer:
-            case Power() | Conv2d() | Dense() | GroupNorm():
+            case Power() | Conv2d() | Dense() | GroupNorm() | Softmax():
                 passes_on = True
             case Activation() if not layer.is_zero_at_zero:
                 passes_on = True
@@ -376,7 +377,8 @@ def _carriers(layers: list[Layer], rules: dict[str, LayerRule]) -> set[str]:
     for layer in layers:
         rule = rules.get(layer.name)
         # What is not 0 at 0 has relevance there, which is no multiple of a.
-        if (rule is not None and rule.needs_relevance) or (isinstance(layer, Activation) and not layer.is_zero_at_zero):
+        if (rule is not None and rule.needs_relevance) or isinstance(layer, Softmax) or (
+                isinstance(layer, Activation) and not layer.is_zero_at_zero):
             carriers.update(layer.inputs)
         if rule is None or not rule.terms:
             for name in _explained_inputs(layer, rule):

@@ -32,6 +32,7 @@ from fastdtd.kernels.cpu.pool2d import (
     max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute, pool2d_redistribute_elements,
 )
 from fastdtd.kernels.cpu.resize import resize_elements, resize_forward, resize_redistribute
+from fastdtd.kernels.cpu.softmax import softmax_forward, softmax_redistribute
 from fastdtd.kernels.cpu.sparse import (
     density_redistribute, sparse2d_below, sparse2d_block, sparse2d_pack, sparse2d_packed_shape, sparse2d_redistribute,
     sparse2d_scratch,
@@ -59,7 +60,7 @@ __all__ = [
     "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward",
     "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
     "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "resize_elements",
-    "resize_forward", "resize_redistribute", "run_steps", "sparse2d_below",
+    "resize_forward", "resize_redistribute", "run_steps", "softmax_forward", "softmax_redistribute", "sparse2d_below",
     "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute", "sparse2d_scratch",
     "steps_compiled", "sum_relevance", "surely_within", "table", "winograd2d_block", "winograd2d_forward",
     "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute",

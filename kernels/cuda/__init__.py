@@ -27,6 +27,7 @@ from fastdtd.kernels.cuda.pool2d import (
     max_pool2d_forward, max_pool2d_redistribute, pool2d_forward, pool2d_redistribute, pool2d_redistribute_elements,
 )
 from fastdtd.kernels.cuda.resize import resize_elements, resize_forward, resize_redistribute
+from fastdtd.kernels.cuda.softmax import softmax_forward, softmax_redistribute
 from fastdtd.kernels.cuda.steps import BROKEN, bind, run_steps, table
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
@@ -43,6 +44,5 @@ __all__ = [
     "normalize_taylor_redistribute", "on_device", "on_device_of", "pool2d_forward", "pool2d_redistribute",
     "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read", "rearrange_forward",
     "rearrange_redistribute", "relevance_redistribute", "resize_elements", "resize_forward", "resize_redistribute",
-    "run_steps", "sum_relevance",
-    "surely_within", "table", "write", "zeros",
+    "run_steps", "softmax_forward", "softmax_redistribute", "sum_relevance", "surely_within", "table", "write", "zeros",
 ]

@@ -7,12 +7,15 @@ import re
 import numpy as np
 import pytest
 import torch
+import written
 from torch import nn
 from torch.nn import functional
+from torch_nets import zennit_relevance
 
 from fastdtd import ConversionError, Explainer, cli, convert, from_torch, load
 from fastdtd import graph as g
 from fastdtd.importers.builder import Builder
+from fastdtd.model import Model, Preprocessing
 
 
 def scores_agree(module, shape, tolerance=1e-4):
@@ -716,3 +719,19 @@ def test_attention_is_refused_with_its_page(make):
 
     with pytest.raises(ConversionError, match=r"docs/method.md#attention"):
         from_torch(Attending().eval(), torch.rand(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("branches", [
+    (written.SelectiveKernel,), (written.SelectiveKernel, 3), (written.SplitAttention,),
+    (written.SplitAttention, 2, 1), (written.SplitAttention, 4, 1, True)])
+def test_branches_that_a_softmax_weighs(branches):
+    """SKNet's and ResNeSt's: PyTorch's scores, and zennit's relevance with the softmax held constant."""
+    torch.manual_seed(1)
+    module = written.with_branches(*branches)
+    graph = scores_agree(module, (3, 11, 10))
+    assert sum(isinstance(layer, g.Softmax) for layer in graph) == 1
+    batch = np.random.default_rng(0).random((2, *graph.input_shape), np.float32)
+    explainer = Explainer(Model(graph, Preprocessing(None)))
+    e = explainer(batch)
+    theirs, _ = zennit_relevance(graph, {name: rule.name for name, rule in explainer.rules.items()}, batch, e.target)
+    assert np.linalg.norm(e.relevance - theirs) <= 1e-5 * np.linalg.norm(theirs)

@@ -85,6 +85,8 @@ def module_of(layer, shape):
             return Sum()
         case g.Resize():
             return Resized(layer)
+        case g.Softmax():
+            return nn.Softmax(1)
         case g.Concat() | g.Flatten() | g.Multiply() | g.Rearrange():  # which Net computes itself
             return nn.Identity()
         case _:

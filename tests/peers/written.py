@@ -238,3 +238,52 @@ class UltraFace(nn.Module):
             rows.append(torch.cat([head(x).permute(0, 2, 3, 1).contiguous().view(x.shape[0], -1, length)
                                    for head, x in zip(heads, features, strict=True)], 1))
         return rows[0].softmax(2), rows[1]
+
+
+class SelectiveKernel(nn.Module):
+    """Li et al. 2019 (SKNet): convolutions of several dilations, weighed by a softmax over them for each channel."""
+
+    def __init__(self, channels, branches=2):
+        super().__init__()
+        self.convs = nn.ModuleList(conv_bn(channels, channels, dilation=i + 1, groups=2) for i in range(branches))
+        self.squeeze = nn.Linear(channels, channels // 2)
+        self.expand = nn.ModuleList(nn.Linear(channels // 2, channels) for _ in range(branches))
+
+    def forward(self, x):
+        branches = torch.cat([conv(x).unsqueeze(1) for conv in self.convs], 1)
+        z = self.squeeze(branches.sum(1).mean(-1).mean(-1))
+        gates = torch.cat([expand(z).unsqueeze(1) for expand in self.expand], 1).softmax(1)
+        return (branches * gates.unsqueeze(-1).unsqueeze(-1)).sum(1)
+
+
+class SplitAttention(nn.Module):
+    """Zhang et al. 2020 (ResNeSt), as its authors write it or, side by side, as timm does."""
+
+    def __init__(self, channels, radix=2, cardinality=2, side_by_side=False):
+        super().__init__()
+        self.radix, self.cardinality, self.side_by_side = radix, cardinality, side_by_side
+        self.conv = conv_bn(channels, channels * radix, groups=cardinality * radix)
+        self.squeeze = conv_bn(channels, 4, 1, groups=cardinality)
+        self.expand = nn.Conv2d(4, channels * radix, 1, groups=cardinality)
+
+    def forward(self, x):
+        x = self.conv(x)
+        batch, channels, height, width = x.shape
+        if self.side_by_side:
+            splits = x.reshape(batch, self.radix, channels // self.radix, height, width)
+            total = splits.sum(1)
+        else:
+            splits = torch.split(x, channels // self.radix, 1)
+            total = sum(splits)
+        gates = self.expand(self.squeeze(f.adaptive_avg_pool2d(total, 1)))
+        gates = gates.view(batch, self.cardinality, self.radix, -1).transpose(1, 2).softmax(1).reshape(batch, -1)
+        if self.side_by_side:
+            return (splits * gates.reshape(batch, self.radix, channels // self.radix, 1, 1)).sum(1).contiguous()
+        gates = torch.split(gates.view(batch, -1, 1, 1), channels // self.radix, 1)
+        return sum(gate * split for gate, split in zip(gates, splits, strict=True)).contiguous()
+
+
+def with_branches(kind, *options):
+    """A small network around one of these."""
+    return nn.Sequential(conv_bn(3, 8), kind(8, *options), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 4))
