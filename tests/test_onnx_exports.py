@@ -864,3 +864,63 @@ def test_parts_of_norms(convert_nodes, nodes, function):
 def test_what_is_almost_a_norm(convert_nodes, last):
     with pytest.raises(ConversionError, match="divides by"):
         convert_nodes([*VARIANCE, last, POOL], STATISTICS, opset=18)
+
+
+def global_response_nodes(how):
+    """From 't' to 'n', as exporters write it: the channels last or first, and the norm as one operator or several."""
+    norm = {"ReduceL2": [node("ReduceL2", ["a", "pixels"], ["g"])],
+            "Pow": [node("Pow", ["a", "two"], ["s"]), node("ReduceSum", ["s", "pixels"], ["m"]),
+                    node("Sqrt", ["m"], ["g"])],
+            "Mul": [node("Mul", ["a", "a"], ["s"]), node("ReduceSum", ["s", "pixels"], ["m"]),
+                    node("Pow", ["m", "half"], ["g"])]}[how]
+    return [*norm, node("ReduceMean", ["g", "channels"], ["mean"]), node("Add", ["mean", "epsilon"], ["e"]),
+            node("Div", ["g", "e"], ["r"]), node("Mul", ["a", "r"], ["p"]), node("Mul", ["scales", "p"], ["q"])]
+
+
+ENDS = {"shift, then input": [node("Add", ["q", "shifts"], ["h"]), node("Add", ["h", "a"], ["b"])],
+        "input, then shift": [node("Add", ["a", "q"], ["h"]), node("Add", ["shifts", "h"], ["b"])]}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("how", ["ReduceL2", "Pow", "Mul"])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_global_response_norm(convert_nodes, how, end, is_last):
+    """y = (1 + gamma N) x + beta, N = G / (mean of G + epsilon), by the formula in float64, also where it is zero."""
+    order, back = ([0, 2, 3, 1], [0, 3, 1, 2]) if is_last else ([0, 1, 2, 3], [0, 1, 2, 3])
+    shape = (1, 1, 1, 6) if is_last else (1, 6, 1, 1)
+    nodes = [node("Conv", ["x", "w"], ["t"]), node("Transpose", ["t"], ["a"], perm=order), *global_response_nodes(how),
+             *ENDS[end], node("Transpose", ["b"], ["n"], perm=back)]
+    constants = {"w": numbers(6, 3, 2, 2), "scales": SIX[0].reshape(shape), "shifts": SIX[1].reshape(shape),
+                 "channels": ints(-1 if is_last else 1), "pixels": ints(1, 2) if is_last else ints(2, 3),
+                 "epsilon": np.float32(0.1), "two": np.float32(2), "half": np.float32(0.5)}
+    graph = convert_nodes([*nodes, node("Flatten", ["n"], ["y"])], constants, opset=18, verify=True).graph
+    assert [type(layer) for layer in graph] == [
+        g.Conv2d, g.Power, g.GlobalAveragePool, g.Power, g.GroupNorm, g.Power, g.Conv2d, g.Multiply, g.Conv2d,
+        g.Flatten]
+    x = np.concatenate([numbers(1, 3, 9, 8), np.zeros((1, 3, 9, 8), np.float32)])
+    plain = convert_nodes([nodes[0], node("Flatten", ["t"], ["y"])], constants).graph
+    before = scores(plain, x).astype(float).reshape(2, 6, -1)
+    length = np.sqrt((before**2).sum(2, keepdims=True))
+    response = length / (length.mean(1, keepdims=True) + 0.1)
+    expected = before * (1 + SIX[0].reshape(6, 1) * response) + SIX[1].reshape(6, 1)
+    np.testing.assert_allclose(scores(graph, x), expected.reshape(2, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nodes", [
+    [*global_response_nodes("ReduceL2")[:2], node("Div", ["g", "mean"], ["r"])],  # which nothing keeps from zero
+    [node("ReduceL2", ["a", "pixels"], ["g"]), node("ReduceL2", ["a", "channels"], ["other"]),
+     node("Div", ["g", "other"], ["r"])],
+    [*global_response_nodes("ReduceL2")[:3], node("Div", ["a", "e"], ["r"])],
+])
+def test_what_is_almost_a_global_response_norm(convert_nodes, nodes):
+    constants = {"channels": ints(1), "pixels": ints(2, 3), "epsilon": np.float32(0.1)}
+    with pytest.raises(ConversionError, match="divides by what is computed"):
+        convert_nodes([node("Identity", ["x"], ["a"]), *nodes, node("Flatten", ["r"], ["y"])], constants, opset=18)
+
+
+def test_a_euclidean_norm_by_itself(convert_nodes):
+    x = numbers(2, 3, 9, 8)
+    for keep in (0, 1):
+        nodes = [node("ReduceL2", ["x", "pixels"], ["t"], keepdims=keep), node("Flatten", ["t"], ["y"])]
+        made = convert_nodes(nodes, {"pixels": ints(2, 3)}, opset=18).graph
+        np.testing.assert_allclose(scores(made, x), np.sqrt((x**2).sum((2, 3))), rtol=1e-5)

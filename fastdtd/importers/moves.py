@@ -71,6 +71,7 @@ class Moves:
         self.node = Node()
         self.squared: dict[Any, Tensor] = {}  # what patterns.Squares, curves and moments are where elements are needed
         self.means: dict[str, tuple[Tensor, tuple[int, ...], Tensor]] = {}  # by layer: of what, over which axes, and it
+        self.responses: dict[str, tuple[Tensor, Tensor]] = {}  # by layer: a tensor and its responses, multiplied
         self.ending: Ending | None = None  # what the source makes of its scores at last, which are kept as they are
         self.output: Tensor | None = None  # the source's output, as a view of the scores
         self._endings: dict[str, Ending] = {}

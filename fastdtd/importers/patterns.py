@@ -219,9 +219,12 @@ def plus(b: Builder, x: Any, y: Any, factor: float = 1.0) -> Tensor | Squares | 
     if not isinstance(x, COMPUTED):
         return b.affine(as_tensor(b, y), scale=float(factor), shift=x)
     if isinstance(y, COMPUTED):
-        other = as_tensor(b, y)
-        other = other if factor == 1 else b.affine(other, scale=float(factor), part="/scaled")
-        return b.sum([as_tensor(b, x), other])
+        other, one = as_tensor(b, y), as_tensor(b, x)
+        if factor != 1:
+            return b.sum([one, b.affine(other, scale=float(factor), part="/scaled")])
+        normed = norms.with_input(b, one, other)
+        normed = norms.with_input(b, other, one) if normed is None else normed
+        return b.sum([one, other]) if normed is None else normed
     if isinstance(x, Squares) and x.takes(y):
         return replace(x, bias=float(y.item()) * factor)
     return b.affine(as_tensor(b, x), shift=factor * np.asarray(y, np.float64))
@@ -234,6 +237,11 @@ def times(b: Builder, x: Any, y: Any) -> Tensor | Squares | Curve | Moment:
         if isinstance(other, Moment) and isinstance(one, (Tensor, Moment)) and (
                 normed := norms.normed(b, one, other, norms.INVERSE)) is not None:
             return normed
+        if isinstance(one, (Tensor, Curve)) and isinstance(other, Moment) and other.step == norms.RESPONSE and (
+                responded := norms.responded(b, as_tensor(b, one), other)) is not None:
+            return responded
+    if isinstance(x, Curve) and x is y and curves.recognized(x):
+        return power(b, x, 2.0)
     if isinstance(x, Moment) and x is y and (squares := norms.power(b, x, 2)) is not None:
         return squares
     for one, other in ((x, y), (y, x)):
@@ -276,6 +284,8 @@ def divided(b: Builder, x: Any, y: Any) -> Tensor | Curve | Moment:
         is_one = not isinstance(x, COMPUTED) and np.size(x) == 1 and float(np.asarray(x).item()) == 1
         step = norms.inverted(b, y) if is_one else (
             norms.normed(b, x, y, norms.ROOT) if isinstance(x, (Tensor, Moment)) else None)
+        if isinstance(x, Moment):
+            step = norms.response(b, x, y) or step
         if step is not None:
             return step
     made = _with_number(b, x, y, np.divide) or _scaled_clip(b, x, y, np.divide)
@@ -319,8 +329,23 @@ def mean(b: Builder, x: Tensor | Squares | Curve | Moment, axes: Sequence[int], 
     return norms.mean(b, x if isinstance(x, Moment) else as_tensor(b, x), axes, keep)
 
 
+def square_sum(b: Builder, x: Tensor | Squares, axes: Sequence[int], keep: bool) -> Tensor | Moment:
+    """Of a tensor's squares, or of squares; over any axes but the batch."""
+    of = x.of if isinstance(x, Squares) and not x.size and b.are_same(x.view, x.of) else None
+    if of is None and isinstance(x, Squares):
+        return b.reduce(as_tensor(b, x), "sum", axes, keep)
+    return norms.square_sum(b, of or as_tensor(b, x), axes, keep)
+
+
+def length(b: Builder, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor | Moment:
+    """The Euclidean norm over any axes but the batch."""
+    made = power(b, square_sum(b, x, axes, keep), 0.5)
+    assert isinstance(made, (Tensor, Moment))
+    return made
+
+
 def power(b: Builder, x: Tensor | Squares | Curve | Moment, exponent: float) -> Tensor | Squares | Curve | Moment:
-    if isinstance(x, Curve):
+    if isinstance(x, Curve) and not (exponent == 2 and curves.recognized(x)):  # of an activation, squares are all
         return x.map(b, lambda values: values**exponent)
     if isinstance(x, Moment) and (made := norms.power(b, x, exponent)) is not None:
         return made

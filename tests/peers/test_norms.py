@@ -39,6 +39,27 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class GlobalResponseNorm(nn.Module):
+    """As ConvNeXt v2's authors write it or, with `as_timm`, as timm does, also with the channels first; what it
+    multiplies by held constant if `held`."""
+
+    def __init__(self, channels, as_timm=False, channels_first=False, held=False):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(channels)), nn.Parameter(0.1 * torch.randn(channels))
+        self.as_timm, self.held, self.channels_first = as_timm, held, channels_first
+
+    def forward(self, x):
+        pixels, channel, shape = ((2, 3), 1, (1, -1, 1, 1)) if self.channels_first else ((1, 2), -1, (1, 1, 1, -1))
+        weight, bias = self.weight.view(shape), self.bias.view(shape)
+        norm = x.norm(p=2, dim=pixels, keepdim=True) if self.as_timm else torch.sqrt(
+            (x**2).sum(pixels, keepdim=True)) if self.channels_first else torch.norm(x, p=2, dim=pixels, keepdim=True)
+        response = norm / (norm.mean(dim=channel, keepdim=True) + 1e-6)
+        response = response.detach() if self.held else response
+        if self.as_timm:
+            return x + torch.addcmul(bias, weight, x * response)
+        return weight * (x * response) + bias + x
+
+
 class GELU(nn.Module):
     """With its ratio held constant if `held`."""
 
@@ -52,13 +73,15 @@ class GELU(nn.Module):
 
 
 class Block(nn.Module):
-    """As in ConvNeXt, between a stem with a group norm and a head with a layer norm."""
+    """As in ConvNeXt or, with responses, in its second version, between a stem with a group norm and a head with a
+    layer norm."""
 
-    def __init__(self):
+    def __init__(self, responses=False):
         super().__init__()
         self.stem, self.groups = nn.Conv2d(3, 12, 4, 4), nn.GroupNorm(3, 12)
         self.depthwise = nn.Conv2d(12, 12, 7, padding=3, groups=12)
         self.norm, self.up, self.activation = nn.LayerNorm(12, 1e-6), nn.Linear(12, 30), nn.GELU()
+        self.responses = GlobalResponseNorm(30) if responses else nn.Identity()
         self.down, self.scale = nn.Linear(30, 12), nn.Parameter(torch.randn(12, 1, 1))
         self.last, self.head = nn.LayerNorm(12, 1e-6), nn.Linear(12, 5)
         for norm in (self.groups, self.norm, self.last):
@@ -68,7 +91,7 @@ class Block(nn.Module):
     def forward(self, x):
         x = self.groups(self.stem(x))
         y = self.activation(self.up(self.norm(self.depthwise(x).permute(0, 2, 3, 1))))
-        x = x + self.scale * self.down(y).permute(0, 3, 1, 2)
+        x = x + self.scale * self.down(self.responses(y)).permute(0, 3, 1, 2)
         return self.head(self.last(x.mean((2, 3))))
 
 
@@ -88,7 +111,8 @@ class Held(nn.Module):
         y = (centered / deviation).flatten(1, 2) * block.groups.weight[:, None, None] + block.groups.bias[:, None, None]
         z = self.normed(block.norm, block.depthwise(y).permute(0, 2, 3, 1))
         z = GELU(held=True)(block.up(z))
-        y = y + block.scale * block.down(z).permute(0, 3, 1, 2)
+        block.responses.held = True
+        y = y + block.scale * block.down(block.responses(z)).permute(0, 3, 1, 2)
         return block.head(self.normed(block.last, y.mean((2, 3))))
 
     def normed(self, norm, x):
@@ -97,10 +121,10 @@ class Held(nn.Module):
         return held(x)
 
 
-@pytest.fixture
-def block():
+@pytest.fixture(params=[False, True], ids=["ConvNeXt", "ConvNeXt v2"])
+def block(request):
     torch.manual_seed(3)
-    return Block().eval()
+    return Block(request.param).eval()
 
 
 def gradient(module, batch, target):
@@ -112,7 +136,8 @@ def gradient(module, batch, target):
 
 def test_epsilon_is_the_gradient_with_deviations_held_constant(block):
     batch = torch.rand(2, 3, 20, 24) - 0.3
-    explainer = fastdtd.Explainer(fastdtd.from_torch(block, batch[:1]), {"*": "epsilon(epsilon=0)"})
+    hold = {"type:multiply": "hold"} if isinstance(block.responses, GlobalResponseNorm) else {}
+    explainer = fastdtd.Explainer(fastdtd.from_torch(block, batch[:1]), {"*": "epsilon(epsilon=0)", **hold})
     e = explainer(batch.numpy())
     expected = gradient(Held(block), batch, e.target) * batch.numpy()
     assert np.linalg.norm(e.relevance - expected) <= 1e-4 * np.linalg.norm(expected)
@@ -135,6 +160,22 @@ class Last(nn.Module):
 
     def forward(self, x):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("as_timm", [False, True])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_global_response_norm(as_timm, channels_first):
+    """One product, whatever it is written as, and no addition; what is multiplied by has no relevance."""
+    torch.manual_seed(1)
+    norm = GlobalResponseNorm(6, as_timm, channels_first)
+    norm = norm if channels_first else Last(norm)
+    module = nn.Sequential(nn.Conv2d(3, 6, (2, 1)), norm, nn.Conv2d(6, 4, 1), nn.Flatten(), nn.LazyLinear(4))
+    module(torch.zeros(1, 3, 6, 8))
+    graph = scores_agree(module, (3, 6, 8))
+    assert [type(layer) for layer in graph] == [
+        g.Conv2d, g.Power, g.GlobalAveragePool, g.Power, g.GroupNorm, g.Power, g.Conv2d, g.Multiply, g.Conv2d,
+        g.Flatten, g.Dense]
+    assert len(fastdtd.rules.assign(graph).held) == 6
 
 
 def with_parameters(norm):
@@ -204,7 +245,10 @@ def test_exports_of_convnext_like_blocks(block, tmp_path, exporter, opset):
     block.activation = nn.ReLU() if opset < 20 else block.activation
     path = export(block, torch.rand(1, 3, 20, 24), tmp_path / "block.onnx", exporter, opset, 2)
     model = fastdtd.convert(path)
-    assert [type(layer) for layer in model.graph if isinstance(layer, (g.GroupNorm, g.Rearrange))] == [g.GroupNorm] * 3
+    has_responses = isinstance(block.responses, GlobalResponseNorm)
+    assert [type(layer) for layer in model.graph if isinstance(layer, (g.GroupNorm, g.Rearrange))] == [g.GroupNorm] * (
+        3 + has_responses)
+    assert sum(isinstance(layer, g.Multiply) for layer in model.graph) == has_responses
     assert difference(model, path) < 1e-5
 
 

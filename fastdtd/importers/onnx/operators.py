@@ -124,10 +124,15 @@ def _reduce(b: Builder, node: Node) -> Tensor | Moment:
     if axes and node.op == "ReduceMean":
         node.ignore("noop_with_empty_axes")
         return patterns.mean(b, node.stepping(), axes, keep)
+    is_length, is_sum = node.op == "ReduceL2", node.op == "ReduceSum" and isinstance(node.value(0), Squares)
+    if axes and (is_length or is_sum):
+        node.ignore("noop_with_empty_axes")
+        return patterns.length(b, node.tensor(), axes, keep) if is_length else patterns.square_sum(
+            b, node.moving(), axes, keep)
     x = node.tensor()
     is_noop = node.integer("noop_with_empty_axes", 0) != 0
     if not axes:  # given as an empty input, too
-        if is_noop:
+        if is_noop and not is_length:  # the length of one element is its magnitude
             return x
         node.refuse("is over all axes, the batch too; required: others")
     return b.reduce(x, node.op.removeprefix("Reduce").lower(), axes, keep)
@@ -485,8 +490,8 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "Neg": lambda b, node: patterns.times(b, node.operand(0), np.float64(-1)),
     "PRelu": lambda b, node: b.prelu(node.tensor(), node.constant(1)), "Pad": moving(_pad),
     "Pow": lambda b, node: patterns.power(b, node.stepping(), node.single(1, 2.0)), "RMSNormalization": _layer_norm,
-    "Reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand(0)), "ReduceMax": _reduce,
-    "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
+    "Reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand(0)), "ReduceL2": _reduce,
+    "ReduceMax": _reduce, "ReduceMean": _reduce, "ReduceSum": _reduce, "Relu": lambda b, node: b.relu(node.tensor()),
     "Reshape": moving(_reshape), "Resize": _resize, "Shape": _shape,
     "Sign": lambda _, node: Sign(node.tensor()),
     "Size": _shape, "Slice": _slice, "Softmax": _softmax, "SpaceToDepth": _depth_and_space, "Split": _split,
@@ -507,7 +512,7 @@ IGNORED = {"antialias", "cubic_coeff_a", "exclude_outside", "extrapolation_value
 NEAREST = {
     **dict.fromkeys(("Softsign", "ThresholdedRelu"), _ACTIVATION), "Celu": "Elu",
     **dict.fromkeys(("LpNormalization", "MeanVarianceNormalization"), "LayerNormalization"),
-    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare"), "GlobalLpPool"),
+    **dict.fromkeys(("ReduceL1", "ReduceSumSquare"), "GlobalLpPool"),
     **dict.fromkeys(("Attention", "MultiHeadAttention", "GroupQueryAttention"), ATTENTION),
     "Einsum": "MatMul", "Loop": _BRANCH, "Scan": _BRANCH, "GatherND": "Gather",
     "GatherElements": "Gather", "MaxRoiPool": "MaxPool", "MaxUnpool": "Resize", "GridSample": "Resize",

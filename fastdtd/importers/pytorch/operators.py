@@ -104,9 +104,18 @@ def _adaptive_pool(b: Builder, node: Node) -> Any:
 def _reduce(b: Builder, node: Node) -> Tensor | Moment:
     if node.op == "mean" and node.integers("dim"):
         return patterns.mean(b, node.stepping(), node.integers("dim"), bool(node.get("keepdim", False)))
+    if node.op == "sum" and node.integers("dim") and isinstance(node.value("self"), Squares):
+        return patterns.square_sum(b, node.moving(), node.integers("dim"), bool(node.get("keepdim", False)))
     x = node.tensor()
     axes = node.integers("dim") or range(x.rank)
     return b.reduce(x, {"amax": "max"}.get(node.op, node.op), axes, bool(node.get("keepdim", False)))
+
+
+def _vector_norm(b: Builder, node: Node) -> Tensor | Moment:
+    exponent, axes = node.get("ord", node.get("p", 2)), node.integers("dim")
+    if exponent != 2 or not axes:
+        node.refuse(f"is a norm of order {exponent} over axes {axes}; required: 2, and axes")
+    return patterns.length(b, node.tensor(), axes, bool(node.get("keepdim", False)))
 
 
 # Arithmetic
@@ -116,6 +125,13 @@ def _add(b: Builder, node: Node) -> Tensor | Squares | Curve | Moment:
     factor = node.get("alpha", 1) * (1.0 if node.op == "add" else -1.0)
     x, y = node.operand("self"), node.operand("other")
     return patterns.plus(b, y, x, factor) if node.op == "rsub" else patterns.plus(b, x, y, factor)
+
+
+def _add_product(b: Builder, node: Node) -> Tensor | Squares | Curve | Moment:
+    product = patterns.times(b, node.operand("tensor1"), node.operand("tensor2"))
+    if (factor := node.get("value", 1)) != 1:
+        product = patterns.times(b, product, np.float64(factor))
+    return patterns.plus(b, node.operand("self"), product)
 
 
 def _divide(b: Builder, node: Node) -> Tensor | Curve | Moment:
@@ -383,7 +399,7 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "_prelu_kernel": _prelu, "_softmax": _softmax, "_to_copy": _same, "_unsafe_view": moving(_view),
     "abs": lambda b, node: b.pointwise(Power, node.tensor(), exponent=1.0), "adaptive_avg_pool1d": _adaptive_pool,
     "adaptive_avg_pool2d": _adaptive_pool, "adaptive_max_pool1d": _adaptive_pool, "adaptive_max_pool2d": _adaptive_pool,
-    "add": _add, "addmm": _addmm, "alias": _same, "amax": _reduce, "avg_pool1d": _average_pool,
+    "add": _add, "addcmul": _add_product, "addmm": _addmm, "alias": _same, "amax": _reduce, "avg_pool1d": _average_pool,
     "avg_pool2d": _average_pool, "avg_pool3d": _mean_over_channels, "cat": _concat,
     "channel_shuffle": _channel_shuffle, "clamp": _clip, "clamp_max": _clip, "clamp_min": _clip,
     "clone": _same, "constant_pad_nd": moving(_pad), "conv1d": _conv,
@@ -394,13 +410,15 @@ OPERATORS: dict[str, Callable[[Builder, Node], Any]] = {
     "fill": _fill, "full_like": _fill, "flip": _flip, "getitem": _item, "group_norm": _group_norm, "hardtanh": _clip,
     "instance_norm": _instance_norm, "layer_norm": _layer_norm,
     "leaky_relu": lambda b, node: b.leaky_relu(node.tensor(), node.get("negative_slope", 0.01)),
+    "linalg_vector_norm": _vector_norm,
     "linear": lambda b, node: b.dense(node.tensor("input"), node.weight(), node.optional("bias")),
     "log": lambda b, node: patterns.curve(b, node.pointwise(), np.log),
     "log1p": lambda b, node: patterns.curve(b, node.pointwise(), np.log1p), "log_softmax": _softmax, "matmul": _matmul,
     "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool, "maximum": _extreme,
     "mean": _reduce, "minimum": _extreme, "mm": _matmul,
     "mul": lambda b, node: patterns.times(b, node.operand("self"), node.operand("other")),
-    "neg": lambda b, node: patterns.times(b, node.operand("self"), np.float64(-1)), "pad": moving(_pad),
+    "neg": lambda b, node: patterns.times(b, node.operand("self"), np.float64(-1)), "norm": _vector_norm,
+    "pad": moving(_pad),
     "permute": moving(_permute),
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_shuffle, "pow": _power, "prelu": _prelu,
     "reciprocal": lambda b, node: patterns.divided(b, np.float64(1), node.operand("self")),
