@@ -267,6 +267,9 @@ def evaluate(model: Model, pictures: Any, methods: Methods = METHODS, order: str
     chosen = _checked_methods(methods)
     if not isinstance(order, str) or order not in (*ORDERS, "both"):
         raise InputError(f"order is {shown(order)}; required: most, least or both")
+    if model.inputs:
+        raise InputError(f"this model has several inputs, {', '.join(model.inputs)}; required: a model of one, an "
+                         "image whose regions can be replaced")
     _, height, width = model.graph.input_shape
     of = f"of the input of {height} x {width} pixels"
     grid = _Grid(height, width, _checked_number("region", region, 1, min(height, width), of))

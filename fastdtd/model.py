@@ -164,7 +164,8 @@ class Model:
 
         if self.inputs:
             names = ", ".join(f"{name!r} {shape}" for name, shape in self.inputs.items())
-            raise InputError(f"this model has several inputs; pass arrays by name to the explainer, of {names}")
+            raise InputError("this model has several inputs, which only Python can give: pass arrays by name to the "
+                             f"explainer, explainer({{{next(iter(self.inputs))!r}: array, ...}}), of {names}")
         if self.preprocessing.color is None:
             raise InputError("this model's input is no picture (its colour order is not given); pass arrays of shape "
                              f"{self.graph.input_shape} to the explainer")

@@ -10,6 +10,7 @@ from importing import caffemodel, damaged, numbers, same
 
 from fastdtd import graph as g
 from fastdtd.errors import ConversionError, FastDTDError
+from fastdtd.explainer import Explainer
 from fastdtd.importers import convert
 
 pytest.importorskip("google.protobuf")
@@ -408,6 +409,55 @@ def test_refused_caffe_inputs(convert_text):
                                    ('input: "x" input_shape { dim: 1 dim: 3 } ', {"size": 4}, "no size")]:
         with pytest.raises(ConversionError, match=message):
             convert_text(layer("r", "ReLU"), head=head, **options)
+
+
+JOINED = (layer("c", "Convolution", "image", more="convolution_param { num_output: 4 kernel_size: 2 }")
+          + layer("p", "Pooling", "c", more="pooling_param { pool: AVE global_pooling: true }")
+          + layer("f", "Flatten", "p") + layer("j", "Concat", "f age")
+          + layer("d", "InnerProduct", "j", more="inner_product_param { num_output: 2 }"))
+HEADS = {
+    "named": 'input: "image" input_shape { dim: 2 dim: 3 dim: 5 dim: 6 } input: "age" input_shape { dim: 2 dim: 4 } ',
+    "layers": layer("i", "Input", "", "image", "input_param { shape { dim: 2 dim: 3 dim: 5 dim: 6 } }")
+    + layer("a", "Input", "", "age", "input_param { shape { dim: 2 dim: 4 } }"),
+    "one layer": 'layer { name: "i" type: "Input" top: "image" top: "age" input_param { '
+                 'shape { dim: 2 dim: 3 dim: 5 dim: 6 } shape { dim: 2 dim: 4 } } } ',
+    "and one that nothing reads": 'input: "unread" input_shape { dim: 7 dim: 3 } input: "image" '
+                                  'input_shape { dim: 2 dim: 3 dim: 5 dim: 6 } input: "age" '
+                                  'input_shape { dim: 2 dim: 4 } ',
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_several_caffe_inputs(convert_text, head):
+    w, v = numbers(4, 3, 2, 2), numbers(2, 8, seed=1)
+    made = convert_text(JOINED, {"c": [w, numbers(4, seed=2)], "d": [v, numbers(2, seed=3)]}, head=HEADS[head])
+    assert made.inputs == {"image": (3, 5, 6), "age": (4, 1, 1)}
+    image, age = numbers(2, 3, 5, 6, seed=4), numbers(2, 4, seed=5)
+    patches = np.lib.stride_tricks.sliding_window_view(image, (2, 2), (2, 3))
+    hidden = np.einsum("ncyxij,kcij->nk", patches, w) / 20 + numbers(4, seed=2)
+    expected = np.concatenate([hidden, age], 1) @ v.T + numbers(2, seed=3)
+    np.testing.assert_allclose(Explainer(made).predict({"image": image, "age": age}), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_several_caffe_inputs_in_the_old_way(convert_text):
+    """Four numbers for each; what is given as a size is that of images."""
+    head = 'input: "image" input: "age" ' + "".join(f"input_dim: {n} " for n in (1, 3, 5, 6, 1, 4, 1, 1))
+    text = layer("g", "Flatten", "age") + JOINED.replace('"age"', '"g"')
+    weights = {"c": [numbers(4, 3, 2, 2), numbers(4)], "d": [numbers(2, 8), numbers(2)]}
+    assert convert_text(text, weights, head=head).inputs == {"image": (3, 5, 6), "age": (4, 1, 1)}
+    assert convert_text(JOINED, weights, head=HEADS["named"], size=9).inputs == {"image": (3, 9, 9), "age": (4, 1, 1)}
+
+
+@pytest.mark.parametrize(("head", "message"), [
+    ('input: "image" input: "age" input_shape { dim: 2 dim: 4 } ', "has 2 inputs .* of 1 shapes"),
+    (HEADS["named"].replace("dim: 2 dim: 4", "dim: 3 dim: 4"), "batches of 2, 3; required: one size"),
+    (HEADS["named"].replace('"age"', '"image"'), "each of a name of its own"),
+    (HEADS["named"].replace("dim: 4", "dim: 0"), r"input 'age' has shape \[2, 0\]"),
+    (HEADS["named"].replace("dim: 4", f"dim: {2**40}"), "at most 268435456 are accepted"),
+])
+def test_refused_inputs_of_several(convert_text, head, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_text(JOINED, {"c": [numbers(4, 3, 2, 2), numbers(4)]}, head=head)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage, not weights", bytes(1000)])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from importing import converter_of_nodes, node, numbers
 from keras_models import keras_file, layer
+from PIL import Image
 
 import fastdtd
 from fastdtd import cli
@@ -95,8 +96,19 @@ def test_inputs_that_do_not_fit(change, message):
 
 
 def test_pictures_alone_are_not_enough():
-    with pytest.raises(InputError, match=r"by name to the explainer, of 'picture' \(3, 5, 6\), 'age' \(4, 1, 1\)"):
+    with pytest.raises(InputError, match=r"by name to the explainer, .* of 'picture' \(3, 5, 6\), 'age' \(4, 1, 1\)"):
         Explainer(model())(np.zeros((20, 24, 3), np.uint8))
+
+
+@pytest.mark.parametrize("command", [["explain"], ["channels", "--layer", "conv"], ["evaluate"]])
+def test_the_command_line_says_who_can(tmp_path, capsys, command):
+    """Pictures are all that it can give."""
+    fastdtd.save(model(), tmp_path / "net.h5")
+    Image.new("RGB", (20, 24)).save(tmp_path / "a.png")
+    assert cli.main([command[0], str(tmp_path / "net.h5"), str(tmp_path / "a.png"), *command[1:]]) == 1
+    message = capsys.readouterr().err
+    assert "this model has several inputs" in message
+    assert "explainer({'picture': array, ...})" in message or "required: a model of one" in message
 
 
 def test_one_input_has_no_names():
@@ -203,6 +215,27 @@ def test_onnx_input_that_nothing_reads(convert_nodes):
 def test_onnx_inputs_that_are_refused(convert_nodes, change, options, message):
     with pytest.raises(ConversionError, match=message):
         convert_nodes(nodes(), WEIGHTS, change=change, **options)
+
+
+@pytest.mark.parametrize("kind", [2, 6, 7])
+def test_onnx_whole_numbers_that_are_cast(convert_nodes, kind):
+    """Beside a picture of floating-point numbers; compared with the source at whole ones."""
+    cast = [node("Cast", ["age"], ["a"], to=1), *nodes()]
+    cast[5].input[1] = "a"
+    made = convert_nodes(cast, WEIGHTS, change=second_input("age", ("N", 4), kind), verify=True)
+    assert made.inputs == {"x": (3, 9, 8), "age": (4, 1, 1)}
+    assert "verified" in made.provenance
+    rng = np.random.default_rng(0)
+    e = Explainer(made)({"x": rng.random((2, 3, 9, 8)), "age": rng.integers(0, 9, (2, 4))}, start=np.ones((2, 2)))
+    np.testing.assert_allclose(e.sum + e.absorbed, e.explained, rtol=1e-5)
+
+
+def test_onnx_tokens_are_refused(convert_nodes):
+    looked_up = [node("Gather", ["table", "age"], ["rows"]), node("Flatten", ["rows"], ["a"]), *nodes()]
+    looked_up[6].input[1] = "a"
+    with pytest.raises(ConversionError, match=r"Gather .* such as tokens, which contribute to nothing themselves; "
+                                              r"required: a network that begins .* onnx\.utils\.extract_model"):
+        convert_nodes(looked_up, WEIGHTS | {"table": numbers(7, 1)}, change=second_input("age", ("N", 4), 7))
 
 
 def test_keras(tmp_path):

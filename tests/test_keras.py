@@ -373,6 +373,7 @@ def test_of_several_outputs_the_first_is_taken(tmp_path):
     (layer("Rescaling", "n", scale=[1, 2], offset=0), "a constant of shape .1, 2, 1, 1. for a tensor"),
     (layer("Rescaling", "n", scale=float("inf"), offset=0), "scale inf; required: a finite number"),
     (layer("Softmax", "s"), "softmax 's' is not the last layer"),
+    (layer("Embedding", "s"), "what works: a model that begins after it"),
     (layer("Conv2DTranspose", "t", filters=2, kernel_size=3, strides=2, output_padding=2),
      "output_padding less than the stride"),
     ({"class_name": "Sequential", "config": {"name": "inner", "layers": []}}, "'inner' .* has no layers"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from google.protobuf.message import DecodeError
 
 from fastdtd.errors import ConversionError
-from fastdtd.graph import INPUT
+from fastdtd.graph import INPUT, MAX_TENSOR_ELEMENTS
 from fastdtd.importers import moves, patterns
 from fastdtd.importers.budget import Budget
 from fastdtd.importers.builder import Builder, Parsed, chosen
 from fastdtd.importers.moves import Array
-from fastdtd.importers.tensors import Tensor, layer_shape
+from fastdtd.importers.tensors import Tensor, layer_shape, side_by_side
 
 # "message: field number type [= default], ..."; * marks what repeats. `data` is a packed list of floats, which on the
 # wire is the same as bytes, and bytes become an array without a loop.
@@ -156,12 +156,14 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
                               "layer { ... } each, as Caffe writes them")
     found = [(proto, fields) for proto, fields in zip((*net.layers, *net.layer), unread["layers"] + unread["layer"],
                                                       strict=True) if _is_in_test_phase(proto)]
-    name, x, batch = _input(net, [proto for proto, _ in found], size)
-    builder = Builder(Budget(len(prototxt) + len(caffemodel), limit), batch)
-    blobs = {name: x}  # blobs as they are now: a layer may write over what it reads
+    blobs: dict[str, Tensor] = {}  # as they are now: a layer may write over what it reads
     nodes = [Node(proto, fields, i, len(found), weights.get(proto.name, ()), blobs)
              for i, (proto, fields) in enumerate(found)]
     nodes = [node for node in nodes if node.kind not in _SKIPPED]
+    read = {bottom for node in nodes for bottom in node.bottoms}
+    inputs, batch = _inputs(net, [proto for proto, _ in found], read, size)
+    blobs.update(zip(inputs, side_by_side(list(inputs.values())), strict=True))
+    builder = Builder(Budget(len(prototxt) + len(caffemodel), limit), batch)
     outputs: dict[str, Tensor] = {}
     last_reader = {bottom: node for node in nodes for bottom in node.bottoms}
     for node in nodes:
@@ -181,7 +183,9 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
         several = made if isinstance(made, list) else [made] * (len(node.tops) if node.kind == "split" else 1)
         blobs.update(zip(node.tops, several, strict=False))
     made = outputs[list(outputs)[chosen(output, list(outputs))]]
-    return Parsed(builder.leading_to(builder.scores(made)), x.shape, "caffe")
+    layers, named = builder.leading_to(builder.scores(made)), {name: x.shape for name, x in inputs.items()}
+    shape = next(iter(named.values())) if len(named) == 1 else (sum(map(math.prod, named.values())), 1, 1)
+    return Parsed(layers, shape, "caffe", None, named if len(named) > 1 else {})
 
 
 def _unread_fields(text: str) -> dict[str, list[list[str]]]:
@@ -224,25 +228,36 @@ def _is_in_test_phase(proto: Any) -> bool:
     return any(map(holds, proto.include)) if proto.include else not any(map(holds, proto.exclude))
 
 
-def _input(net: Any, protos: Sequence[Any], size: tuple[int, int] | None) -> tuple[str, Tensor, int]:
-    """Name of the network's input, the input itself, and how many there are at a time."""
+def _inputs(net: Any, protos: Sequence[Any], read: Set[str], size: tuple[int, int] | None
+            ) -> tuple[dict[str, Tensor], int]:
+    """The network's inputs by name, each by itself, and how many there are at a time. read: blobs that layers read, for
+    of several inputs only these count; size: of all that are images."""
     names, shapes = list(net.input), [list(shape.dim) for shape in net.input_shape]
     if net.input_dim:
-        shapes = [list(net.input_dim)]
+        shapes = [list(net.input_dim[i:i + 4]) for i in range(0, len(net.input_dim), 4)]
     for proto in protos:
         if getattr(proto, "type", "") == "Input":
             names += proto.top
             shapes += [list(shape.dim) for shape in proto.input_param.shape]
-    if len(names) != 1 or len(shapes) != 1:
+    if not names or len(names) != len(shapes) or len(set(names)) < len(names):
         raise ConversionError(f"the network has {len(names)} inputs ({', '.join(map(repr, names[:5]))}) of "
-                              f"{len(shapes)} shapes; required: one. A .prototxt for training has none: take the one "
-                              "for deployment")
-    shape = shapes[0]
-    if len(shape) not in (2, 4) or min(shape) < 1 or (len(shape) == 2 and size is not None):
-        raise ConversionError(f"the input {names[0]!r} has shape {shape}" + (f" and size {size} is given" if size else
-                              "") + "; required: (N, C, H, W), or (N, F) and no size")
-    dims = [shape[1], *(size or shape[2:])]
-    return names[0], Tensor.whole(INPUT, layer_shape(dims), dims), shape[0]
+                              f"{len(shapes)} shapes; required: one or more, each of a name of its own and with a "
+                              "shape. A .prototxt for training has none: take the one for deployment")
+    found, batches = dict[str, Tensor](), set[int]()
+    for name, shape in [each for each in zip(names, shapes, strict=True) if each[0] in read] or [(names[0], shapes[0])]:
+        own = size if len(names) == 1 or len(shape) == 4 else None
+        if len(shape) not in (2, 4) or min(shape) < 1 or (len(shape) == 2 and own is not None):
+            raise ConversionError(f"the input {name!r} has shape {shape}" + (f" and size {own} is given" if own else
+                                  "") + "; required: (N, C, H, W), or (N, F) and no size")
+        dims = [shape[1], *(own or shape[2:])]
+        if math.prod(dims) > MAX_TENSOR_ELEMENTS:
+            raise ConversionError(f"the input {name!r} has {math.prod(dims)} elements; at most {MAX_TENSOR_ELEMENTS} "
+                                  "are accepted")
+        found[name] = Tensor.whole(INPUT, layer_shape(dims), dims)
+        batches.add(shape[0])
+    if len(batches) > 1:
+        raise ConversionError(f"the inputs have batches of {', '.join(map(str, sorted(batches)))}; required: one size")
+    return found, batches.pop()
 
 
 class Node(moves.Node):

@@ -43,7 +43,8 @@ class Runtime:
     builder : what made the network's layers
     inputs : the source's inputs, as views of the network's
     batch : images that the source takes at a time
-    dtype : of its input
+    dtype : of its input, and of each of several where `dtypes` does not say others
+    dtypes : of each input
     tolerance : relative to the largest score; more than `TOLERANCE` where the source computes in half precision
     bounds : between which random inputs are drawn where the network has no value box and they are no whole numbers
     rounds_probabilities : whether they are whole numbers of a step, so that they, not their logarithms, are compared
@@ -55,6 +56,7 @@ class Runtime:
     inputs: Sequence[Tensor]
     batch: int = 1
     dtype: Any = np.float32
+    dtypes: Sequence[Any] = ()
     tolerance: float = TOLERANCE
     bounds: tuple[float, float] = (-1.0, 1.0)
     rounds_probabilities: bool = False
@@ -76,8 +78,10 @@ class Runtime:
 
     def scores(self, batch: Array, key: Any = None) -> Array:
         """For each of a batch (N, C, H, W) of the network's own inputs, as (N, elements)."""
-        indices, flat = [x.indices() for x in self.inputs], batch.reshape(len(batch), -1).astype(self.dtype)
-        made = [self.run([np.repeat(image[index][None], self.batch, 0) for index in indices], key) for image in flat]
+        indices, dtypes = [x.indices() for x in self.inputs], self.dtypes or [self.dtype] * len(self.inputs)
+        made = [self.run([np.repeat(image[index][None].astype(dtype), self.batch, 0)
+                          for index, dtype in zip(indices, dtypes, strict=True)], key)
+                for image in batch.reshape(len(batch), -1)]
         return np.stack([np.asarray(each, np.float64).reshape(self.batch, -1)[0] for each in made])
 
 
@@ -195,12 +199,16 @@ def _alike(ours: Array, theirs: Array, last: str, runtime: Runtime) -> tuple[Arr
 
 def _random_inputs(graph: Graph, runtime: Runtime) -> Array:
     """Two, inside the value box, and whole where the source's are."""
-    is_whole = np.dtype(runtime.dtype).kind in "iub"
-    low, high = (0.0, 255.0) if is_whole else runtime.bounds
+    size = math.prod(graph.input_shape)
+    is_whole = np.full(size, np.dtype(runtime.dtype).kind in "iub")
+    for x, dtype in zip(runtime.inputs, runtime.dtypes, strict=False):
+        is_whole[x.indices().ravel()] = np.dtype(dtype).kind in "iub"
+    is_whole = is_whole.reshape(graph.input_shape)
+    low, high = (np.where(is_whole, whole, bound) for whole, bound in zip((0.0, 255.0), runtime.bounds, strict=True))
     bounds = (low, high) if graph.box is None else tuple(bound[:, None, None] for bound in graph.box)
     random = np.random.default_rng(0).random((2, *graph.input_shape))
     batch = np.asarray(bounds[0] + (bounds[1] - bounds[0]) * random, np.float32)
-    return np.trunc(batch) if is_whole else batch
+    return np.where(is_whole, np.trunc(batch), batch)
 
 
 def _own_scores(graph: Graph, batch: Array) -> Array:

@@ -703,6 +703,25 @@ def test_outputs_that_a_module_does_not_have():
         from_torch(Both(), (torch.rand(1, 3, 8, 9), torch.rand(2, 4)))
 
 
+class Counted(Both):
+    """A vector of whole numbers, cast to floating point; or, looked up, tokens."""
+
+    def __init__(self, has_tokens=False):
+        super().__init__()
+        self.table = nn.Embedding(9, 4) if has_tokens else None
+
+    def forward(self, picture, age):
+        return super().forward(picture, age.float() if self.table is None else self.table(age).mean(1))
+
+
+def test_inputs_of_whole_numbers():
+    example = torch.rand(1, 3, 8, 9), torch.ones(1, 4, dtype=torch.long)
+    model = from_torch(Counted().eval(), example, verify=True)
+    assert model.inputs == {"picture": (3, 8, 9), "age": (4, 1, 1)}
+    with pytest.raises(ConversionError, match=r"embedding .* is not supported; nearest: none: a module that begins"):
+        from_torch(Counted(True).eval(), example)
+
+
 @pytest.mark.parametrize("make", [
     lambda: nn.MultiheadAttention(8, 2, batch_first=True), lambda: nn.TransformerEncoderLayer(8, 2, batch_first=True)])
 def test_attention_is_refused_with_its_page(make):

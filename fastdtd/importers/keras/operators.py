@@ -430,6 +430,7 @@ IGNORED_ENDINGS = ("_initializer", "_regularizer", "_constraint")
 UNREAD = {"groups": 1, "renorm": False, "data_format": "channels_last", "implementation": 1}
 
 INSTEAD = {
+    "Embedding": "a model that begins after it, with what it looks up as its input",
     "Lambda": "a layer of Keras's own, Rescaling say; the code in a Lambda is never run",
     "TFOpLambda": "layers in place of TensorFlow's functions, Rescaling in place of preprocess_input's arithmetic say",
     "SlicingOpLambda": "Cropping2D in place of slices", "Average": "Add, and Rescaling after it",

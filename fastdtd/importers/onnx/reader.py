@@ -112,14 +112,11 @@ def _parse(model: Any, size: tuple[int, int] | None, budget: Budget, wanted: int
     if any(count not in (0, batch) for _, count in found):
         counts = ", ".join(str(count) for _, count in found)
         raise ConversionError(f"the inputs have batches of {counts}; required: one size")
-    if len(inputs) > 1 and any(value.type.tensor_type.elem_type in _WHOLE for value in inputs):
-        raise ConversionError("an input of several has whole numbers; required: floating-point numbers")
     xs = side_by_side([x for x, _ in found])
     functions = {function.name for function in model.functions if function.domain in _DOMAINS}
     reader = Reader(Builder(budget, batch or 1), opset, nodes, functions)
     reader.values.update({value.name: x for value, x in zip(inputs, xs, strict=True)} | weights)
-    if inputs[0].type.tensor_type.elem_type in _WHOLE:
-        reader.whole.add(inputs[0].name)
+    reader.whole.update(value.name for value in inputs if value.type.tensor_type.elem_type in _WHOLE)
     steps: list[tuple[str, Any, Any]] = []
     for index, proto in nodes:
         node = reader.read(proto, index, len(model.graph.node))
@@ -286,7 +283,12 @@ class Reader:
         node.check_known(proto)
         self.builder.budget.step(node, 1)
         if not self.whole.isdisjoint(node.inputs) and node.op not in ("Cast", "DequantizeLinear"):
-            if node.op not in _MOVES:
+            if node.op == "Gather" and any(name in self.whole and isinstance(self.values.get(name), COMPUTED)
+                                           for name in node.inputs[1:]):
+                node.refuse("looks up what the input's whole numbers stand for, such as tokens, which contribute to "
+                            "nothing themselves; required: a network that begins with what was looked up. "
+                            "onnx.utils.extract_model cuts it out, with this node's output as its input")
+            if node.op not in _MOVES or not self.whole.issuperset(filter(None, node.inputs[:1])):
                 node.refuse("computes in the input's whole numbers; required: a Cast to floating point before it")
             self.whole.update(node.outputs)
         quantized.follow(node, _MOVES)

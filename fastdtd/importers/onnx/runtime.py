@@ -39,7 +39,8 @@ class OnnxRuntime(Runtime):
             if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
                 raise NotComparedError("it names weights in another file that were not read")
             self.tolerance = max(self.tolerance, _TOLERANCES.get(tensor.data_type, 0.0))
-        self.dtype = onnx.helper.tensor_dtype_to_np_dtype(self.graph.input[0].type.tensor_type.elem_type)
+        self.dtypes = [onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+                       for value in self.graph.input]
         try:
             import onnxruntime
         except ModuleNotFoundError:

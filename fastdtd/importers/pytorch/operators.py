@@ -445,7 +445,7 @@ IGNORED = {"copy", "cudnn_enable", "cudnn_enabled", "device", "half_to_float", "
            "memory_format", "momentum", "non_blocking", "pin_memory", "requires_grad"}
 
 NEAREST = {
-    "celu": "elu",
+    "celu": "elu", "embedding": "none: a module that begins after it takes what it looks up as its input",
     **dict.fromkeys(("bmm", "scaled_dot_product_attention"), ATTENTION), "einsum": "linear",
     "upsample_bicubic2d": "upsample_bilinear2d", "_upsample_bilinear2d_aa": "upsample_bilinear2d",
 }

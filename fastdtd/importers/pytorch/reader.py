@@ -98,8 +98,9 @@ def _read(exported: Any, examples: tuple[Any, ...], module: Any, limit: int | No
         layers = reader.builder.leading_to(reader.builder.scores(as_tensor(reader.builder, result)))
     steps = [(str(Node(reader, node, _name_of(node))), node, value)
              for node, value in reader.values.items() if node.op == "call_function" and isinstance(value, Tensor)]
-    runtime = TorchRuntime(reader.builder, inputs, len(examples[0]), steps=steps, module=module, exported=exported,
-                           like=examples, which=which)
+    dtypes = [np.float32 if one.is_floating_point() else np.int64 for one in examples]
+    runtime = TorchRuntime(reader.builder, inputs, len(examples[0]), dtypes=dtypes, steps=steps, module=module,
+                           exported=exported, like=examples, which=which)
     named = {} if len(inputs) == 1 else dict(zip(signature.user_inputs, map(layer_shape, dims), strict=True))
     return Parsed(_marked(layers, module), inputs[0].shape, f"torch.export of PyTorch {torch.__version__}", runtime,
                   named)
