@@ -95,7 +95,8 @@ def _cases():
         yield every_layer(100, 120, 20, 40, 10), rules
         yield every_layer(96, 112, 32, 48, 16), rules
     yield g.Graph((g.GlobalAveragePool("mean", (g.INPUT,)), g.Activation("gate", ("mean",), "sigmoid"),
-                   g.Multiply("gated", (g.INPUT, "gate")), g.Flatten("scores", ("gated",))), (3, 8, 8)), "gradient"
+                   g.Softmax("softmax", ("gate",)), g.Multiply("gated", (g.INPUT, "softmax")),
+                   g.Flatten("scores", ("gated",))), (3, 8, 8)), "gradient"
     for rule in ("zB", "w2", "flat"):
         yield g.Graph((g.Dense("scores", (g.INPUT,), np.ones((3, 7))),), (7, 1, 1), (-1.0, 1.0)), {"scores": rule}
 
