@@ -112,7 +112,7 @@ PARTS = {
        }.items()},
     "gate": (lambda: Function(lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True))), {g.Multiply: 1}),
     "selective kernels": (lambda: written.SelectiveKernel(6), {g.Multiply: 1, g.Softmax: 1}),
-    "split attention": (lambda: written.SplitAttention(6, 2, 2, True), {g.Multiply: 1, g.Softmax: 1}),
+    "split attention": (lambda: written.SplitAttention(6, 3, 2, True), {g.Multiply: 1, g.Softmax: 1}),
     "leaky ReLU": (lambda: nn.LeakyReLU(0.2), {g.LeakyReLU: 1}),
     "PReLU": (lambda: nn.Sequential(nn.PReLU(), nn.PReLU(6)), {g.LeakyReLU: 2}),
     "p-norm": (lambda: nn.LPPool2d(2, 3, 2), {g.Power: 2, g.ReLU: 0}),
