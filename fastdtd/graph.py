@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,13 +188,19 @@ class Graph:
         return domains
 
 
-def explained_layers(layers: Sequence[Layer], outputs: Iterable[str]) -> set[str]:
-    """Names of those, each after its inputs, that lead to outputs by another way than gates: what has relevance where
-    gates are held constant; tensors that they read included."""
+def inputs_but_gates(layer: Layer) -> tuple[str, ...]:
+    """What a layer gives relevance to where gates are held constant."""
+    return layer.inputs[:1] if isinstance(layer, Multiply) else layer.inputs
+
+
+def explained_layers(layers: Sequence[Layer], outputs: Iterable[str],
+                     explained_inputs: Callable[[Layer], tuple[str, ...]] = inputs_but_gates) -> set[str]:
+    """Names of those, each after its inputs, that have relevance where outputs have, and of the tensors that they read;
+    explained_inputs: what a layer gives relevance to."""
     explained = set(outputs)
     for layer in reversed(layers):
         if layer.name in explained:
-            explained.update(layer.inputs[:1] if isinstance(layer, Multiply) else layer.inputs)
+            explained.update(explained_inputs(layer))
     return explained
 
 

@@ -70,6 +70,15 @@ def check(example, rule, domain, count=2, tolerance=1e-5, **options):
     assert e.relevance.min() >= 0
 
 
+def check_bits_alone(explainer, batch):
+    """Images explained together have the bits that each has by itself."""
+    together = explainer(batch, 1)
+    for i in range(len(batch)):
+        alone = explainer(batch[i:i + 1], 1)
+        np.testing.assert_array_equal(alone.relevance[0], together.relevance[i])
+        np.testing.assert_array_equal(alone.output[0], together.output[i])
+
+
 def check_signed(example, rule, domain, count=2, tolerance=1e-5, **options):
     """A layer under any rule, with outputs and relevance of both signs."""
     graph = network(example, domain, signed=True)

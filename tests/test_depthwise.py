@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fastdtd.kernels import cpu
 from layers import BOX, CONVOLUTIONS, NON_NEGATIVE, REAL, weights
-from single_layers import TESTED, batch_of, network
+from single_layers import TESTED, batch_of, check_bits_alone, network
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
@@ -84,12 +84,7 @@ def test_units_write_their_plane_alone(name, rule, domain):
 def test_the_same_bits_in_any_batch(name, domain):
     example = CONVOLUTIONS[name]
     explainer = Explainer(Model(network(example, domain), Preprocessing(None)), threads=1)
-    batch = batch_of(example, 5)
-    together = explainer(batch, 1)
-    for i in range(5):
-        alone = explainer(batch[i:i + 1], 1)
-        np.testing.assert_array_equal(alone.relevance[0], together.relevance[i])
-        np.testing.assert_array_equal(alone.output[0], together.output[i])
+    check_bits_alone(explainer, batch_of(example, 5))
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -28,7 +28,7 @@ from fastdtd.kernels.cpu.scalar import raised
 from fastdtd.kernels.cpu.vector_code import LANES
 from layers import BOX, KEPT, NON_NEGATIVE, REAL, every_example, weights
 from numba import njit
-from single_layers import TESTED, batch_of, check, check_signed, network, rules_of_both_signs
+from single_layers import TESTED, batch_of, check, check_bits_alone, check_signed, network, rules_of_both_signs
 
 from fastdtd import graph as g
 from fastdtd.explainer import Explainer
@@ -77,12 +77,7 @@ def test_joined_images_have_the_bits_that_they_have_alone(monkeypatch, example, 
     force(monkeypatch, "direct")
     layers = KEPT["conv2d"].examples[example]
     explainer = Explainer(Model(network(layers, domain), Preprocessing(None)), {TESTED: rule}, threads=1)
-    batch = batch_of(layers, 5)
-    together = explainer(batch, 1)
-    for i in range(5):
-        alone = explainer(batch[i:i + 1], 1)
-        np.testing.assert_array_equal(alone.output[0], together.output[i])
-        np.testing.assert_array_equal(alone.relevance[0], together.relevance[i])
+    check_bits_alone(explainer, batch_of(layers, 5))
 
 
 @pytest.mark.parametrize("rule", ["z+", "gamma(gamma=0.5, epsilon=0.5)", "epsilon(epsilon=0.5)"])

@@ -162,7 +162,8 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
     nodes = [node for node in nodes if node.kind not in _SKIPPED]
     read = {bottom for node in nodes for bottom in node.bottoms}
     inputs, batch = _inputs(net, [proto for proto, _ in found], read, size)
-    blobs.update(zip(inputs, side_by_side(list(inputs.values())), strict=True))
+    xs = side_by_side(list(inputs.values()))
+    blobs.update(zip(inputs, xs, strict=True))
     builder = Builder(Budget(len(prototxt) + len(caffemodel), limit), batch)
     outputs: dict[str, Tensor] = {}
     last_reader = {bottom: node for node in nodes for bottom in node.bottoms}
@@ -183,9 +184,8 @@ def parse(prototxt: bytes, caffemodel: bytes, size: tuple[int, int] | None = Non
         several = made if isinstance(made, list) else [made] * (len(node.tops) if node.kind == "split" else 1)
         blobs.update(zip(node.tops, several, strict=False))
     made = outputs[list(outputs)[chosen(output, list(outputs))]]
-    layers, named = builder.leading_to(builder.scores(made)), {name: x.shape for name, x in inputs.items()}
-    shape = next(iter(named.values())) if len(named) == 1 else (sum(map(math.prod, named.values())), 1, 1)
-    return Parsed(layers, shape, "caffe", None, named if len(named) > 1 else {})
+    named = {} if len(inputs) == 1 else {name: x.shape for name, x in inputs.items()}
+    return Parsed(builder.leading_to(builder.scores(made)), xs[0].shape, "caffe", None, named)
 
 
 def _unread_fields(text: str) -> dict[str, list[list[str]]]:

@@ -150,8 +150,7 @@ def _responses(b: Builder, y: Moment) -> tuple[Tensor, Tensor]:
     G / (mean of G + epsilon) is r^2, with r the root mean square norm of sqrt(G): its squares are G. Instead of G it is
     the root of the mean, not of the sum of squares, for what both differ by is divided away, but of epsilon.
     """
-    channel, = (axis for axis in range(len(y.of.dims)) if axis not in y.axes)
-    order = [channel, *y.axes]
+    order = _channel_first(y)
     base = b.materialize(b.transpose(y.of, [0, *(axis + 1 for axis in order)]))
     channels, ones = base.shape[0], np.ones(base.shape[0])
     squares = b.add(Power, [base], "/squares", exponent=2.0)
@@ -159,8 +158,13 @@ def _responses(b: Builder, y: Moment) -> tuple[Tensor, Tensor]:
     epsilon = y.epsilon / math.sqrt(base.shape[1] * base.shape[2])
     norm = b.add(GroupNorm, [root], "/norm", scale=ones, shift=0 * ones, epsilon=epsilon, centered=False)
     made = b.add(Power, [norm], "/response", exponent=2.0)
-    dims = [channels if axis == channel else 1 for axis in range(len(order))]
+    dims = [channels if axis == order[0] else 1 for axis in range(len(order))]
     return base, Tensor.whole(made.layer, made.shape, dims)
+
+
+def _channel_first(y: Moment) -> list[int]:
+    """The axes of what y is of: the one that y is not over, and the others."""
+    return [*(axis for axis in range(len(y.of.dims)) if axis not in y.axes), *y.axes]
 
 
 def responded(b: Builder, x: Tensor, y: Moment) -> Tensor | None:
@@ -170,8 +174,7 @@ def responded(b: Builder, x: Tensor, y: Moment) -> Tensor | None:
     base, gate = _responses(b, y)
     made = b.add(Multiply, [base, gate.base], "/product")
     b.responses[made.layer] = base, gate.base
-    channel, = (axis for axis in range(len(x.dims)) if axis not in y.axes)
-    order = [channel, *y.axes]
+    order = _channel_first(y)
     moved = Tensor.whole(made.layer, made.shape, [x.dims[axis] for axis in order])
     return b.transpose(moved, [0, *(order.index(axis) + 1 for axis in range(len(order)))])
 

@@ -39,9 +39,8 @@ class Forward:
         _, height, width = b.graph.shapes[layer.name]
         units = blocks.count(*((1, height * width) if in_place else (height, width)))
         groups, chunks, panels, *_ = self.weights.shape
-        joined = 1
-        if units == b.workers == 1 and self.features in (codes.NONNEGATIVE, codes.SIGNED):
-            joined = kernels.conv2d_joined(b.batch, height * width, blocks.elements(self.copies))
+        can_join = units == 1 and self.features in (codes.NONNEGATIVE, codes.SIGNED)
+        joined = _joined(b, height * width, blocks.elements(self.copies)) if can_join else 1
         units *= -(-b.batch // joined)
         splits = b.splits(units, groups * panels)
         if in_place:
@@ -74,9 +73,8 @@ class Backward:
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         kernels, blocks = b.blocked_kernels, self.blocks
         grids = np.unique(self.phases[:, 2:4], axis=0)
-        joined = 1
-        if self.units == b.workers == len(grids) == 1 and layer.weight.shape[1] > kernels.CONV2D_FEW_ROWS:
-            joined = kernels.conv2d_joined(b.batch, math.prod(grids[0]), blocks.elements(self.copies))
+        can_join = self.units == len(grids) == 1 and layer.weight.shape[1] > kernels.CONV2D_FEW_ROWS
+        joined = _joined(b, math.prod(grids[0]), blocks.elements(self.copies)) if can_join else 1
         units = self.units * -(-b.batch // joined)
         splits = b.splits(units, self.panels)
         if is_pointwise(layer):
@@ -89,6 +87,11 @@ class Backward:
                block=b.scratch("block", joined * blocks.elements(self.copies)),
                columns=b.scratch("columns", kernels.conv2d_columns_elements()), sums=b.scratch("sums", sums),
                joined=joined, **blocks.arguments())
+
+
+def _joined(b: Builder, positions: int, block_floats: int) -> int:
+    """Of how many images one unit has the positions: of several where one worker has them all."""
+    return b.blocked_kernels.conv2d_joined(b.batch, positions, block_floats) if b.workers == 1 else 1
 
 
 def pack_forward(layer: g.Conv2d, term: Term, graph: Graph, kernels: BlockedDevice) -> Forward:

@@ -32,6 +32,8 @@ from fastdtd.graph import (
     Rearrange,
     Resize,
     Softmax,
+    explained_layers,
+    inputs_but_gates,
 )
 from fastdtd.kernels import codes
 from fastdtd.rules.presets import DERIVATIVES, PRESETS
@@ -152,17 +154,14 @@ def assign(graph: Graph, rules: Rules = "dtd") -> Assignment:
 
 
 def _held(graph: Graph, chosen: dict[str, Rule]) -> frozenset[str]:
-    explained = {graph.output}
-    for layer in reversed(graph.layers):
-        if layer.name in explained:
-            explained.update(_explained_inputs(layer, chosen.get(layer.name)))
+    explained = explained_layers(graph.layers, [graph.output],
+                                 lambda layer: _explained_inputs(layer, chosen.get(layer.name)))
     return frozenset(layer.name for layer in graph if layer.name not in explained)
 
 
 def _explained_inputs(layer: Layer, rule: Rule | LayerRule | None) -> tuple[str, ...]:
     """What a layer gives relevance to."""
-    holds = isinstance(layer, Multiply) and rule is not None and rule.name == "hold"
-    return layer.inputs[:1] if holds else layer.inputs
+    return inputs_but_gates(layer) if rule is not None and rule.name == "hold" else layer.inputs
 
 
 def _parsed(rules: Rules) -> tuple[str, list[tuple[str, Rule]]]:

@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-import torch_nets  # noqa: F401  # makes torchvision importable
 import written
 from torch import nn
 from torch.nn import functional
+from torch_nets import as_trained
 from torchvision import models
 
 import fastdtd
@@ -187,15 +187,6 @@ def network(name):
                 "inception_v3": {"init_weights": False}}.get(name, {})
     size = 299 if name == "inception_v3" else 224
     return as_trained(NETWORKS[name](**options)), torch.rand(1, 3, size, size)
-
-
-def as_trained(module):
-    """With statistics as after training, not as new."""
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.normal_(0, 0.1)
-            part.running_var.uniform_(0.5, 1.5)
-    return module.eval()
 
 
 @pytest.mark.parametrize(("exporter", "opset"), [("older", 13), pytest.param("newer", 20, marks=needs_onnxscript)])

@@ -11,8 +11,7 @@ import onnxruntime
 import pytest
 import torch
 import written
-from torch import nn
-from torch_nets import Net, comparable_rules, efficientnet, zennit_relevance
+from torch_nets import Net, as_trained, comparable_rules, efficientnet, zennit_relevance
 from torchvision import models
 
 import fastdtd
@@ -90,15 +89,6 @@ def check_module(name, module, batch, rows, box=(0, 1), output=None):
         expected = (made if output is None else made[output]).numpy()
     axis = -1 if isinstance(module, written.UltraFace) else None
     check(name, "PyTorch", model, batch.numpy(), expected, rows, softmax=axis)
-
-
-def as_trained(module):
-    """With statistics as after training, not as new."""
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.normal_(0, 0.1)
-            part.running_var.uniform_(0.5, 1.5)
-    return module.eval()
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

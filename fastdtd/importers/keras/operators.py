@@ -310,7 +310,7 @@ def _custom_scale(b: Builder, node: Node) -> Tensor:
     if len(node.inputs) != 2:
         node.refuse(f"has {len(node.inputs)} inputs; required: 2")
     x, y = node.tensors()
-    return b.sum([x, b.affine(y, node.number("scale"), part="/scaled")])
+    return patterns.as_tensor(b, patterns.plus(b, x, y, node.number("scale")))
 
 
 def _expect_applications(node: Node) -> None:
