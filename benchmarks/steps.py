@@ -31,7 +31,7 @@ class Steps:
         self._images, self._position = images, 0
 
     def _check(self):
-        """One explanation of class 0; an error where relevance is not conserved or negative."""
+        """One explanation of each image's winner; an error where relevance is not conserved or negative."""
         self.advance_to(len(self))
         explained, plan = np.maximum(self._scores, 0), self.plan
         np.testing.assert_allclose(
@@ -46,9 +46,10 @@ class Steps:
             if i == 0:
                 self.plan.input[:] = self._images
             if i == self.plan.schedule.forward_steps:
-                self._scores = self.plan.output[:, 0].copy()
+                winners = np.arange(len(self.plan.output)), self.plan.output.argmax(1)
+                self._scores = self.plan.output[winners]
                 self.plan.start[:] = 0
-                self.plan.start[:, 0] = self._scores > 0
+                self.plan.start[winners] = self._scores > 0
             if i < step:
                 self.run(i)
 

@@ -27,6 +27,7 @@ from fastdtd.kernels.cpu.vector_code import (
     I32,
     I64,
     LANES,
+    LINE,
     NO_LANE,
     REGISTERS,
     ZEROS,
@@ -60,7 +61,6 @@ FEW_COLUMNS = LANES * FEW_VECTORS
 # bit r is set where row r counts; from class to class one row changes sides
 PANEL_CLASSES, FEW_CLASSES = (tuple(i ^ i >> 1 for i in range(1 << rows)) for rows in (PANEL_ROWS, FEW_ROWS))
 _UNROLL = 4
-_LINE = 16  # floats of a cache line
 _AHEAD = 1024  # floats of the weights to come, which are often too many for the second-level cache
 
 
@@ -85,7 +85,7 @@ def _make_tile(vectors):
                 return result
 
             def several_steps(step, sums):
-                for line in range(0, _UNROLL * TILE_ROWS, _LINE):
+                for line in range(0, _UNROLL * TILE_ROWS, LINE):
                     ahead = builder.add(builder.mul(step, integer(TILE_ROWS)), integer(line + _AHEAD))
                     prefetch(builder, builder.gep(p_a, [ahead]))
                 for i in range(_UNROLL):
@@ -138,7 +138,7 @@ class _Panel:
     def fetch_rows(self, p_out, stride):
         """Ask for lines that will be written: a panel's rows lie far apart, and nobody else foresees them."""
         for row in range(self.panel_rows):
-            for line in range(0, LANES * self.vectors + _LINE, _LINE):
+            for line in range(0, LANES * self.vectors + LINE, LINE):
                 at = self.builder.add(self.builder.mul(stride, integer(row)), integer(line))
                 prefetch(self.builder, self.builder.gep(p_out, [at]), is_written=True)
 
@@ -294,7 +294,7 @@ def _make_pack(sources):
                     tap = builder.sext(builder.load(builder.gep(p_taps, [d])), I64)
                     rows = [builder.gep(source, [tap]) for source in (p_a, p_c)[:sources]]
                     to = builder.gep(p_columns, [builder.mul(d, integer(PANEL_PITCH))])
-                    for line in range(0, LANES * number, _LINE):
+                    for line in range(0, LANES * number, LINE):
                         for row in rows:
                             prefetch(builder, builder.gep(row, [integer(LANES * number + line)]))
                     for j in range(number):

@@ -9,6 +9,7 @@ from fastdtd.kernels.cpu.vector_code import (
     I32,
     I64,
     LANES,
+    LINE,
     NO_LANE,
     ZEROS,
     any_lane,
@@ -20,6 +21,7 @@ from fastdtd.kernels.cpu.vector_code import (
     pick,
     pointers,
     positive,
+    prefetch,
     splat,
     store_vector,
 )
@@ -145,6 +147,31 @@ def keep_sign_vectors(typing_context, row, count, plus):
 
     return types.void(types.intp, types.intp, types.boolean), codegen
 
+
+# ---- What will be read or written ------------------------------------------------------------------------------------
+
+
+def _make_fetch(is_written):
+    @intrinsic
+    def fetch(typing_context, values, count):
+        def codegen(context, builder, signature, arguments):
+            p_values, = pointers(builder, arguments[:1], F32)
+
+            def one_line(step, nothing):
+                prefetch(builder, builder.gep(p_values, [step]), is_written)
+                return nothing
+
+            # a run that does not begin a line ends in one more
+            loop_range(builder, integer(0), builder.add(arguments[1], integer(LINE - 1)), LINE, [], one_line)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), codegen
+
+    return fetch
+
+
+# Ask for the lines of `count` values of a row that lies where no processor foresees it: far from the row before.
+fetch_to_read, fetch_to_write = _make_fetch(False), _make_fetch(True)
 
 # ---- Exactly so many values ------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ def _vectors():
 
 
 LANES, REGISTERS = _vectors()
+LINE = 16  # floats of a cache line
 
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR, INTEGERS, BITS = (ir.VectorType(kind, LANES) for kind in (F32, I32, ir.IntType(1)))
@@ -85,6 +86,11 @@ def progression(builder, first, step):
 def lanes_before(builder, count):
     """Which lanes have an index less than `count`, a positive integer of 64 bits."""
     return builder.icmp_signed("<", _LANE_INDICES, splat(builder, builder.trunc(count, I32), INTEGERS))
+
+
+def lanes_of(builder, number):
+    """Which lanes have their bit in a number of 32 bits."""
+    return builder.bitcast(builder.trunc(number, ir.IntType(LANES)), BITS)
 
 
 def larger(builder, a, b):

@@ -15,7 +15,7 @@ Tiles of all images are counted through: image by image, row by row. The work is
 these by groups and by `splits` of a group's outputs; a call does the units first..last-1. Vectors run along tiles.
 Scratch, per worker: lines holds 6 rows of input, points (36, channels, block) the transformed input, sums (36, rows,
 block) the products of `panels_at_once` panels, stage rows of outputs, seen the largest input of all channels and then
-the list of outputs whose inputs are zero.
+what `_look_for_zeros` finds.
 """
 
 import numpy as np
@@ -24,10 +24,11 @@ from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
-from fastdtd.kernels.cpu.rows import copy_exactly
+from fastdtd.kernels.cpu.rows import copy_exactly, fetch_to_read, fetch_to_write
 from fastdtd.kernels.cpu.scalar import clip, ratio_of
 from fastdtd.kernels.cpu.vector_code import (
     F32,
+    I32,
     I64,
     LANES,
     NO_LANE,
@@ -35,7 +36,7 @@ from fastdtd.kernels.cpu.vector_code import (
     ZEROS,
     any_lane,
     integer,
-    lanes_before,
+    lanes_of,
     load_vector,
     pick,
     pointers,
@@ -110,7 +111,7 @@ def winograd2d_block(panels, products, tiles):
 def winograd2d_scratch(channels, panels, block, width):
     """Floats of the scratch arrays lines, points, sums, stage, seen."""
     rows, lines = panels * TILE_ROWS, 6 * (4 * min(-(-width // 4), block) + 2) + 6 * LANES
-    seen = 6 * 6 * block + 16 * block + block // LANES + 2
+    seen = 6 * 6 * block + block // LANES + 1 + 16 * block // LANES + 16 * block
     return lines, WINOGRAD_POINTS * _stride(channels,
                                             block), WINOGRAD_POINTS * _stride(rows, block), 2 * 16 * LANES, seen
 
@@ -223,18 +224,18 @@ def _output_tiles(typing_context, stage, sums, stride, c_min):
 
 
 @intrinsic
-def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, x_min, x_max, relevance, z_min):
+def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, masks, bias, x_min, x_max, relevance, z_min):
     """stage (2, 4, 4 LANES) <- x and ratio of LANES tiles (elementwise.Finish) from the points of y and of z, `stride`
     floats apart.
 
     A ratio that rounding may have spoilt is NaN: one that is large, of a z far below others of its tile. Returns 1
-    where a ratio of the first `count` tiles is negative, plus 2 where one is NaN.
+    where a ratio is negative, plus 2 where one is NaN, of outputs whose numbers at `masks` have the tile's bit.
     """
     signature = types.int64(*[types.intp] * 5, *[types.float32] * 3, types.boolean, types.float32)
 
     def codegen(context, builder, signature, arguments):
-        p_stage, p_y, p_z = pointers(builder, arguments[:3], F32, F32, F32)
-        stride, count, bias, x_min, x_max, relevance, z_min = arguments[3:]
+        p_stage, p_y, p_z, p_masks = pointers(builder, [arguments[i] for i in (0, 1, 2, 4)], F32, F32, F32, I32)
+        stride, _, bias, x_min, x_max, relevance, z_min = arguments[3:]
         finish = Finish(builder, bias, x_min, x_max, relevance, z_min)
         all_z = [_transform_output(builder, line) for line in _outputs(builder, p_z, stride)]
         largest = all_z[0][0]
@@ -244,19 +245,19 @@ def _finish_tiles(typing_context, stage, sums, sums_of_v, stride, count, bias, x
         found = doubtful = NO_LANE
         for i, (line_y, line_z) in enumerate(zip(_outputs(builder, p_y, stride), all_z, strict=True)):
             results = []
-            for y, z in zip(_transform_output(builder, line_y), line_z, strict=True):
+            for j, (y, z) in enumerate(zip(_transform_output(builder, line_y), line_z, strict=True)):
                 x, ratio = finish(y, z)
-                found = builder.or_(found, builder.fcmp_ordered("<", ratio, ZEROS))
+                counts = lanes_of(builder, builder.load(builder.gep(p_masks, [integer(4 * i + j)])))
+                negative = builder.fcmp_ordered("<", ratio, ZEROS)
+                found = builder.or_(found, builder.and_(counts, negative))
                 doubt = builder.and_(builder.fcmp_ordered("<", z, small),
                                      builder.fcmp_ordered(">", x, _combine(builder, (8, z))))
-                doubtful = builder.or_(doubtful, doubt)
+                doubtful = builder.or_(doubtful, builder.and_(counts, doubt))
                 results.append((x, builder.select(doubt, ir.Constant(VECTOR, [float("nan")] * LANES), ratio)))
             for part in range(2):
                 for j, vector in enumerate(_interleave(builder, [result[part] for result in results])):
                     store_vector(builder, vector, p_stage, integer((16 * part + 4 * i + j) * LANES))
-        tiles = lanes_before(builder, count)
-        found, doubtful = (builder.zext(any_lane(builder, builder.and_(lanes, tiles)), I64)
-                           for lanes in (found, doubtful))
+        found, doubtful = (builder.zext(any_lane(builder, lanes), I64) for lanes in (found, doubtful))
         return builder.add(found, builder.shl(doubtful, integer(1)))
 
     return signature, codegen
@@ -327,8 +328,9 @@ def _store_tiles(p_out, p_stage, density, sparse_below, channels, channel, heigh
         n = _dense_image(n, density, sparse_below)
         for i in range(min(4, height - 4 * row)):
             to = ((n * channels + channel) * height + 4 * row + i) * across + 4 * column
-            copy_exactly(p_out + 4 * to, p_stage + 16 * (i * LANES + done), min(4 * length, across - 4 * column),
-                         accumulate)
+            columns = min(4 * length, across - 4 * column)
+            copy_exactly(p_out + 4 * to, p_stage + 16 * (i * LANES + done), columns, accumulate)
+            fetch_to_write(p_out + 4 * (to + height * across), columns)  # the next channel's
         done += length
 
 
@@ -340,18 +342,25 @@ def _note_largest(seen, at, lines, count):
 
 
 @kernel
-def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_image):
-    """marks[first_mark:] <- where each vector of tiles has its list; the lists: indices in the stage whose inputs are
-    0."""
+def _look_for_zeros(marks, first_mark, seen, tile, count, tiles_across, tiles_of_image, height, across):
+    """Sorts the outputs of so many tiles: marks[first_mark:] <- where each vector of tiles has its list, and where the
+    last ends; for each vector 16 numbers, of each output of a tile, with a bit for each lane where it is in its plane
+    and has inputs that are not 0; the lists: indices in the stage of those in their planes whose inputs are all 0.
+    Returns whether there are any."""
     vectors = -(-count // LANES)
-    used, t, at = first_mark + vectors + 1, 0, 0
+    masks = first_mark + vectors + 1
+    lists = used = masks + 16 * vectors
     marks[first_mark] = used
+    for i in range(masks, lists):
+        marks[i] = 0
+    t = at = 0
     while t < count:
-        _, _, _, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
+        _, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
         width = 4 * length + 2
         for lane in range(length):
-            for i in range(4):
-                for j in range(4):
+            vector, bit = (t + lane) // LANES, np.int32(1) << np.int32((t + lane) % LANES)
+            for i in range(min(4, height - 4 * row)):
+                for j in range(min(4, across - 4 * (column + lane))):
                     largest = ZERO
                     for p in range(3):
                         for q in range(3):
@@ -359,9 +368,11 @@ def _list_blind(marks, first_mark, seen, tile, count, tiles_across, tiles_of_ima
                     if largest == ZERO:
                         marks[used] = i * 4 * LANES + 4 * ((t + lane) % LANES) + j
                         used += 1
-            marks[first_mark + (t + lane) // LANES + 1] = used
+                    else:
+                        marks[masks + 16 * vector + 4 * i + j] |= bit
+            marks[first_mark + vector + 1] = used
         t, at = t + length, at + 6 * width
-    return used > first_mark + vectors + 1
+    return used > lists
 
 
 @kernel
@@ -397,9 +408,8 @@ def _sum_doubtful(stage, a, a_channel, weight, k, bias, tile, count, tiles_acros
 
 @kernel
 def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_left, block, tile, count, tiles_across,
-                      tiles_of_image):
-    """The points of `count` tiles, of so many channels of a. Lists outputs whose inputs are 0; returns whether there
-    are any."""
+                      tiles_of_image, height, across):
+    """The points of `count` tiles, of so many channels of a, and what `_look_for_zeros` finds in these."""
     stride, size = _stride(channels, block), a.shape[2] * a.shape[3]
     p_a, p_lines, p_points = a.ctypes.data, lines.ctypes.data, points.ctypes.data
     for i in range(36 * block):
@@ -409,13 +419,15 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_
         while t < count:
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             width = 4 * length + 2
-            copy_plane(p_lines, 6, width, p_a + 4 * (n * a.shape[1] + a_channel + channel) * size, a.shape[2],
-                       a.shape[3], 4 * row - pad_top, 4 * column - pad_left, 1, 1, ZERO)
+            p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * size
+            fetch_to_read(p_plane + 4 * (size + (4 * row - pad_top) * a.shape[3]), 6 * a.shape[3])  # the next channel's
+            copy_plane(p_lines, 6, width, p_plane, a.shape[2], a.shape[3], 4 * row - pad_top, 4 * column - pad_left, 1,
+                       1, ZERO)
             _note_largest(seen, at, lines, 6 * width)
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (channel * block + t + i), stride, p_lines + 16 * i, width)
             t, at = t + length, at + 6 * width
-    return _list_blind(as_int32(seen), 36 * block, seen, tile, count, tiles_across, tiles_of_image)
+    return _look_for_zeros(as_int32(seen), 36 * block, seen, tile, count, tiles_across, tiles_of_image, height, across)
 
 
 @kernel
@@ -429,8 +441,11 @@ def _transform_products(points, lines, ratio, c, density, sparse_below, group, c
         while t < count:
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             n, width = _dense_image(n, density, sparse_below), 4 * length + 2
-            copy_product(p_lines, 6, width, p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size,
-                         p_c + 4 * (n * c.shape[1] + c_channel + k) * size, c.shape[2], c.shape[3], 4 * row - pad_top,
+            p_plane = p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size
+            p_plane_c = p_c + 4 * (n * c.shape[1] + c_channel + k) * size
+            for p_next in (p_plane, p_plane_c):
+                fetch_to_read(p_next + 4 * (size + (4 * row - pad_top) * c.shape[3]), 6 * c.shape[3])
+            copy_product(p_lines, 6, width, p_plane, p_plane_c, c.shape[2], c.shape[3], 4 * row - pad_top,
                          4 * column - pad_left, ZERO)
             for i in range(0, length, LANES):
                 _input_tiles(p_points + 4 * (k * block + t + i), stride, p_lines + 16 * i, width)
@@ -462,7 +477,8 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
         if unit // splits != transformed:
             transformed = unit // splits
             any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, pad_top, pad_left,
-                                          block, tile, count, tiles_across, tiles_of_image)
+                                          block, tile, count, tiles_across, tiles_of_image, height, across)
+        p_masks = seen.ctypes.data + 4 * (36 * block + -(-count // LANES) + 1)
         absorbs = False
         end = panels * (split + 1) // splits
         for panel in range(panels * split // splits, end, panels_at_once):
@@ -477,8 +493,8 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
                 k = g * per_group + panel * TILE_ROWS + i
                 for t in range(0, count, LANES):
                     at, now = 4 * (i * block + t), min(LANES, count - t)
-                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, now, bias[k], x_min, x_max,
-                                          relevance != 0, MIN_DENOMINATOR)
+                    found = _finish_tiles(p_stage, p_sums + at, p_sums_z + at, sums_stride, p_masks + 64 * (t // LANES),
+                                          bias[k], x_min, x_max, relevance != 0, MIN_DENOMINATOR)
                     absorbs |= found & 1 != 0
                     if any_blind:
                         value = clip(bias[k], x_min, x_max)
