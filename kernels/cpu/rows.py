@@ -14,6 +14,7 @@ from fastdtd.kernels.cpu.vector_code import (
     ZEROS,
     any_lane,
     integer,
+    larger,
     load_vector,
     loop_over,
     loop_range,
@@ -52,9 +53,9 @@ def _make_vector_loop(operation, inputs):
     return loop
 
 
-# out <- p, p * q: `count` values from each address.
+# out <- p, p * q, the larger of p and q: `count` values from each address.
 copy_vectors = _make_vector_loop(lambda builder, p: p, 1)
-multiply_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2)
+multiply_vectors, larger_vectors = _make_vector_loop(ir.IRBuilder.fmul, 2), _make_vector_loop(larger, 2)
 
 
 @intrinsic

@@ -13,7 +13,7 @@ ones are summed once more by the definition.
 
 Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and
 these by groups and by `splits` of a group's outputs; a call does the units first..last-1. Vectors run along tiles.
-Scratch, per worker: lines holds 6 rows of input, points (36, channels, block) the transformed input, sums (36, rows,
+Scratch, per worker: lines holds 6 rows of input, and what tiles read of them, points (36, channels, block) the transformed input, sums (36, rows,
 block) the products of `panels_at_once` panels, stage rows of outputs, seen the largest input of all channels and then
 what `_look_for_zeros` finds.
 """
@@ -24,7 +24,7 @@ from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
 from fastdtd.kernels.cpu.planes import copy_plane, copy_product
-from fastdtd.kernels.cpu.rows import copy_exactly, fetch_to_read, fetch_to_write
+from fastdtd.kernels.cpu.rows import copy_exactly, fetch_to_read, fetch_to_write, fill_vectors, larger_vectors
 from fastdtd.kernels.cpu.scalar import clip, ratio_of
 from fastdtd.kernels.cpu.vector_code import (
     F32,
@@ -38,6 +38,7 @@ from fastdtd.kernels.cpu.vector_code import (
     integer,
     lanes_of,
     load_vector,
+    loop_range,
     pick,
     pointers,
     splat,
@@ -110,10 +111,16 @@ def winograd2d_block(panels, products, tiles):
 
 def winograd2d_scratch(channels, panels, block, width):
     """Floats of the scratch arrays lines, points, sums, stage, seen."""
-    rows, lines = panels * TILE_ROWS, 6 * (4 * min(-(-width // 4), block) + 2) + 6 * LANES
+    rows, lines = panels * TILE_ROWS, _lines(block, width) + 36 * (block + LANES)
     seen = 6 * 6 * block + block // LANES + 1 + 16 * block // LANES + 16 * block
     return lines, WINOGRAD_POINTS * _stride(channels,
                                             block), WINOGRAD_POINTS * _stride(rows, block), 2 * 16 * LANES, seen
+
+
+@kernel
+def _lines(block, width):
+    """Floats of six lines of tiles in one row of an image."""
+    return 6 * (4 * min(-(-width // 4), block) + 2) + 6 * LANES
 
 
 @kernel
@@ -156,28 +163,46 @@ def _transform_output(builder, m):
 
 
 @intrinsic
-def _input_tiles(typing_context, points, stride, lines, width):
-    """points (36, LANES, `stride` floats apart) <- LANES tiles in lines (6, `width`): tile t reads columns 4 t to 4 t +
-    5."""
+def _sort_columns(typing_context, columns, stride, lines, width, count):
+    """columns (6, 6, `stride` floats apart) <- what `count` tiles read in lines (6, `width`), in whole vectors: tile t
+    reads columns 4 t to 4 t + 5."""
     def codegen(context, builder, signature, arguments):
-        p_points, p_lines = pointers(builder, (arguments[0], arguments[2]), F32, F32)
-        stride, width = arguments[1], arguments[3]
-        # Down the columns first, on rows as they lie in memory; then across, tiles in lanes.
-        columns = []
-        for j in range(5):
-            rows = [load_vector(builder, p_lines, builder.add(builder.mul(width, integer(i)), integer(j * LANES)))
-                    for i in range(6)]
-            columns.append(_transform_input(builder, rows))
+        p_columns, p_lines = pointers(builder, (arguments[0], arguments[2]), F32, F32)
+        stride, width, count = arguments[1], arguments[3], arguments[4]
         half = [4 * i for i in range(LANES // 2)]
+
+        def one_vector(tile, nothing):
+            for i in range(6):
+                begin = builder.add(builder.mul(width, integer(i)), builder.shl(tile, integer(2)))
+                line = [load_vector(builder, p_lines, builder.add(begin, integer(j * LANES))) for j in range(5)]
+                sorted_columns = []
+                for k in range(4):
+                    left, right = (pick(builder, line[j], line[j + 1], [k + lane for lane in half]) for j in (0, 2))
+                    sorted_columns.append(pick(builder, left, right, list(range(LANES))))
+                for k in range(2):  # columns 4 and 5 of a tile are 0 and 1 of the next
+                    sorted_columns.append(pick(builder, sorted_columns[k], line[4], [*range(1, LANES), LANES + k]))
+                for j, column in enumerate(sorted_columns):
+                    at = builder.mul(stride, integer(6 * i + j))
+                    store_vector(builder, column, p_columns, builder.add(at, tile))
+            return nothing
+
+        loop_range(builder, integer(0), count, LANES, [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def _input_tiles(typing_context, points, stride, columns, columns_stride):
+    """points (36, LANES, `stride` floats apart) <- LANES tiles in columns (6, 6, `columns_stride` floats apart)."""
+    def codegen(context, builder, signature, arguments):
+        p_points, p_columns = pointers(builder, (arguments[0], arguments[2]), F32, F32)
+        stride, columns_stride = arguments[1], arguments[3]
+        columns = [_transform_input(builder, [
+            load_vector(builder, p_columns, builder.mul(columns_stride, integer(6 * i + j))) for i in range(6)])
+            for j in range(6)]
         for i in range(6):
-            line = [columns[j][i] for j in range(5)]
-            d = []
-            for k in range(4):
-                left, right = (pick(builder, line[j], line[j + 1], [k + lane for lane in half]) for j in (0, 2))
-                d.append(pick(builder, left, right, list(range(LANES))))
-            for k in range(2):  # columns 4 and 5 of a tile are 0 and 1 of the next
-                d.append(pick(builder, d[k], line[4], [*range(1, LANES), LANES + k]))
-            for j, point in enumerate(_transform_input(builder, d)):
+            for j, point in enumerate(_transform_input(builder, [column[i] for column in columns])):
                 store_vector(builder, point, p_points, builder.mul(stride, integer(6 * i + j)))
         return context.get_dummy_value()
 
@@ -335,13 +360,6 @@ def _store_tiles(p_out, p_stage, density, sparse_below, channels, channel, heigh
 
 
 @kernel
-def _note_largest(seen, at, lines, count):
-    """seen[at:] <- the larger of it and of lines, `count` values."""
-    for i in range(count):
-        seen[at + i] = max(seen[at + i], lines[i])
-
-
-@kernel
 def _look_for_zeros(marks, first_mark, seen, tile, count, tiles_across, tiles_of_image, height, across):
     """Sorts the outputs of so many tiles: marks[first_mark:] <- where each vector of tiles has its list, and where the
     last ends; for each vector 16 numbers, of each output of a tile, with a bit for each lane where it is in its plane
@@ -412,8 +430,8 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_
     """The points of `count` tiles, of so many channels of a, and what `_look_for_zeros` finds in these."""
     stride, size = _stride(channels, block), a.shape[2] * a.shape[3]
     p_a, p_lines, p_points = a.ctypes.data, lines.ctypes.data, points.ctypes.data
-    for i in range(36 * block):
-        seen[i] = ZERO
+    p_columns, p_seen = p_lines + 4 * _lines(block, across), seen.ctypes.data
+    fill_vectors(p_seen, 36 * block, ZERO)
     for channel in range(channels):
         t = at = 0
         while t < count:
@@ -423,10 +441,11 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_
             fetch_to_read(p_plane + 4 * (size + (4 * row - pad_top) * a.shape[3]), 6 * a.shape[3])  # the next channel's
             copy_plane(p_lines, 6, width, p_plane, a.shape[2], a.shape[3], 4 * row - pad_top, 4 * column - pad_left, 1,
                        1, ZERO)
-            _note_largest(seen, at, lines, 6 * width)
-            for i in range(0, length, LANES):
-                _input_tiles(p_points + 4 * (channel * block + t + i), stride, p_lines + 16 * i, width)
+            larger_vectors(p_seen + 4 * at, p_seen + 4 * at, p_lines, 6 * width)
+            _sort_columns(p_columns + 4 * t, block + LANES, p_lines, width, length)
             t, at = t + length, at + 6 * width
+        for i in range(0, count, LANES):
+            _input_tiles(p_points + 4 * (channel * block + i), stride, p_columns + 4 * i, block + LANES)
     return _look_for_zeros(as_int32(seen), 36 * block, seen, tile, count, tiles_across, tiles_of_image, height, across)
 
 
@@ -436,6 +455,7 @@ def _transform_products(points, lines, ratio, c, density, sparse_below, group, c
     """The points of `count` tiles of ratio * c, of a group's outputs; c_channel is the group's first."""
     stride, size = _stride(outputs, block), c.shape[2] * c.shape[3]
     p_ratio, p_c, p_lines, p_points = ratio.ctypes.data, c.ctypes.data, lines.ctypes.data, points.ctypes.data
+    p_columns = p_lines + 4 * _lines(block, 4 * tiles_across)
     for k in range(outputs):
         t = 0
         while t < count:
@@ -447,9 +467,10 @@ def _transform_products(points, lines, ratio, c, density, sparse_below, group, c
                 fetch_to_read(p_next + 4 * (size + (4 * row - pad_top) * c.shape[3]), 6 * c.shape[3])
             copy_product(p_lines, 6, width, p_plane, p_plane_c, c.shape[2], c.shape[3], 4 * row - pad_top,
                          4 * column - pad_left, ZERO)
-            for i in range(0, length, LANES):
-                _input_tiles(p_points + 4 * (k * block + t + i), stride, p_lines + 16 * i, width)
+            _sort_columns(p_columns + 4 * t, block + LANES, p_lines, width, length)
             t += length
+        for i in range(0, count, LANES):
+            _input_tiles(p_points + 4 * (k * block + i), stride, p_columns + 4 * i, block + LANES)
 
 
 @kernel
