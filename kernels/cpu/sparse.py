@@ -22,7 +22,7 @@ import numpy as np
 from fastdtd.kernels.codes import BOX
 from fastdtd.kernels.cpu.arrays import as_int32
 from fastdtd.kernels.cpu.jit import kernel
-from fastdtd.kernels.cpu.rows import count_nonzero, fill_vectors
+from fastdtd.kernels.cpu.rows import count_nonzero, fetch_to_read, fill_vectors
 from fastdtd.kernels.cpu.vector_code import (
     F32,
     I32,
@@ -40,6 +40,7 @@ from fastdtd.kernels.cpu.vector_code import (
     masked_store,
     multiply_add,
     pointers,
+    prefetch,
     progression,
     splat,
     store_vector,
@@ -52,10 +53,11 @@ from numba import types
 from numba.extending import intrinsic
 
 SPARSE_VECTORS = 12  # accumulators
-_PANEL_BYTES = 96 << 10  # of V, which has to stay in the second-level cache beside lists and scratch rows
+_PANEL_BYTES = 64 << 10  # of V, which has to stay in the second-level cache beside lists and scratch rows
 _LIST_ENTRIES = 1 << 16  # of a block, about
 _MOST_POSITIONS = 256  # of a block where kernels are 1x1
 _COMPRESS = np.array([([i for i in range(8) if mask >> i & 1] + [0] * 8)[:8] for mask in range(256)], np.uint8)
+_ROWS_AHEAD = 8  # of channels, whose rows lie far apart
 _I8 = ir.IntType(8)
 
 
@@ -67,7 +69,7 @@ def sparse2d_packed_shape(outputs, channels, kernel_h, kernel_w):
     most = LANES * max(SPARSE_VECTORS // kernel_w, 1)
     c_blocks = -(-channels // most)
     width = -(-_block_channels(channels, c_blocks) * kernel_w // LANES) * LANES
-    most = max(_PANEL_BYTES // (4 * width * kernel_h), LANES)
+    most = max(_PANEL_BYTES // (4 * width), LANES)
     k_block = -(-outputs // (-(-outputs // most) * LANES)) * LANES
     return c_blocks, -(-outputs // k_block), kernel_h, k_block, width
 
@@ -143,23 +145,25 @@ def _tile_rows(k_block):
 
 
 @intrinsic
-def _transpose_products(typing_context, rows, row_stride, ratio, c, plane, channels):
+def _transpose_products(typing_context, rows, row_stride, ratio, c, plane, channels, ahead):
     """rows[i, k] <- ratio[k, i] * c[k, i] for LANES channels k, `plane` floats apart, and LANES positions i; 0 where k
-    is not one of so many channels."""
+    is not one of so many channels. Asks for the positions so many further on, which nobody else foresees."""
     def codegen(context, builder, signature, arguments):
         p_rows, p_ratio, p_c = pointers(builder, [arguments[i] for i in (0, 2, 3)], F32, F32, F32)
-        row_stride, plane, channels = arguments[1], arguments[4], arguments[5]
+        row_stride, plane, channels, ahead = arguments[1], *arguments[4:]
         vectors = []
         for k in range(LANES):
             is_one = builder.icmp_signed("<", integer(k), channels)
             at = builder.select(is_one, builder.mul(plane, integer(k)), integer(0))
             product = builder.fmul(load_vector(builder, p_ratio, at), load_vector(builder, p_c, at))
+            for base in (p_ratio, p_c):
+                prefetch(builder, builder.gep(base, [builder.add(at, ahead)]))
             vectors.append(builder.select(is_one, product, ZEROS))
         for i, vector in enumerate(transposed(builder, vectors)):
             store_vector(builder, vector, p_rows, builder.mul(row_stride, integer(i)))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), codegen
+    return types.void(*[types.intp] * 7), codegen
 
 
 def _named(builder, name, result, *arguments):
@@ -235,7 +239,7 @@ def _build_lists(p_values, p_offsets, starts, s, p_tile, ratio, c, n, c_channel,
                 for i in range(0, count, LANES):
                     source = 4 * ((k_first + k) * plane + position + i)
                     _transpose_products(p_tile + 4 * (i * stride + k), stride, p_ratio + source, p_c + source, plane,
-                                        depth - k)
+                                        depth - k, together)
             for i in range(count):
                 starts[s] = at
                 at = _append(p_values, p_offsets, p_table, at, p_tile + 4 * i * stride, -(-depth // LANES), width)
@@ -347,12 +351,17 @@ def _store_pixels(typing_context, out, plane, rows, row_stride, positions, chann
 def density_redistribute(density, ratio, c, c_channel, first, last):
     """density[n] <- how much of ratio * c is not zero, in one row of each channel. Units are images."""
     outputs, height, width = ratio.shape[1:]
+    size = height * width
     for n in range(first, last):
         found = 0
+        p_ratio, p_c = ratio.ctypes.data + 4 * n * outputs * size, c.ctypes.data + 4 * (n * c.shape[1] + c_channel
+                                                                                       ) * size
         for k in range(outputs):
-            row = 7 * k % height * width
-            found += count_nonzero(ratio.ctypes.data + 4 * ((n * outputs + k) * height * width + row),
-                                   c.ctypes.data + 4 * ((n * c.shape[1] + c_channel + k) * height * width + row), width)
+            ahead = 4 * ((k + _ROWS_AHEAD) * size + 7 * (k + _ROWS_AHEAD) % height * width)
+            fetch_to_read(p_ratio + ahead, width)
+            fetch_to_read(p_c + ahead, width)
+            at = 4 * (k * size + 7 * k % height * width)
+            found += count_nonzero(p_ratio + at, p_c + at, width)
         density[n] = np.float32(found) / np.float32(outputs * width)
 
 
