@@ -181,8 +181,8 @@ class BlockedDevice(Device, Protocol):
         """Of packed weights."""
     def winograd2d_tiles(self, height: int, width: int) -> int:
         """Tiles of one image."""
-    def winograd2d_block(self, panels: int, products: int, tiles: int) -> tuple[int, int]:
-        """Tiles of a block, panels at once."""
+    def winograd2d_block(self, panels: int, products: int, tiles: int, workers: int) -> tuple[int, int, int]:
+        """Blocks of so many tiles, tiles of the largest, panels at once."""
     def winograd2d_scratch(self, channels: int, panels: int, block: int, width: int) -> tuple[int, ...]:
         """Floats of lines, points, sums, stage, seen."""
     def steps_compiled(self) -> dict[Any, Any]:

@@ -33,9 +33,9 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
                                 "stride_w width block_rows halo_rows pad_top columns_even features relevance "
                                 "accumulate",
     "winograd2d_forward": f"{_TAPES} weight packed offsets bias lines points sums stage seen x_channel a_channel "
-                          f"channels groups {_PAD} block panels_at_once splits x_min x_max relevance",
+                          f"channels groups {_PAD} blocks block panels_at_once splits x_min x_max relevance",
     "winograd2d_redistribute": "c_in c ratio density packed offsets lines points sums stage c_in_channel c_channel "
-                               f"inputs groups {_PAD} block panels_at_once splits c_min sparse_below accumulate",
+                               f"inputs groups {_PAD} blocks block panels_at_once splits c_min sparse_below accumulate",
     "density_redistribute": "density ratio c c_channel",
     "sparse2d_redistribute": f"{_BACKWARD} density packed low high lists tile sums {_CHANNELS} inputs kernel_w "
                              f"stride_h stride_w {_PAD} block_rows block_columns features sparse_below accumulate",

@@ -34,16 +34,15 @@ class _Winograd:
         """Units, and what both kernels take, for an output of this size."""
         kernels, panels = b.blocked_kernels, self.weights.shape[-3]
         tiles = b.batch * kernels.winograd2d_tiles(height, width)
-        block, panels_at_once = kernels.winograd2d_block(panels, self.products, tiles)
-        blocks = -(-tiles // block) * self.groups
-        splits = b.splits(blocks, panels)
+        blocks, block, panels_at_once = kernels.winograd2d_block(panels, self.products, tiles, b.workers)
+        splits = b.splits(blocks * self.groups, panels)
         sizes = kernels.winograd2d_scratch(self.channels, self.products * panels_at_once, block, width)
         names = ("lines", "points", "sums", "stage", "seen")
         scratch = {name: b.scratch(f"winograd {name}", size) for name, size in zip(names, sizes, strict=True)}
         offsets = read_only(np.arange(self.channels, dtype=np.int32) * np.int32(block))
-        return blocks * splits, {
+        return blocks * self.groups * splits, {
             "offsets": offsets, "groups": self.groups, "pad_top": self.padding[0], "pad_left": self.padding[1],
-            "block": block, "panels_at_once": min(panels_at_once, panels), "splits": splits, **scratch
+            "blocks": blocks, "block": block, "panels_at_once": min(panels_at_once, panels), "splits": splits, **scratch
         }
 
 

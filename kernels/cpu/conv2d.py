@@ -22,7 +22,8 @@ nothing is multiplied by zero.
 
 Shapes: x, c (N, *, OH, OW) and a, c_in (N, *, H, W) are used from a given channel on (a concatenation's inputs are
 ranges of its channels); ratio is (N, K, OH, OW). The work is cut into units: image by image, block by block, and within
-a block by `splits` of its panels; a call does the units first..last-1, so that threads divide them.
+a block by `splits` of its panels; a call does the units first..last-1, so that threads divide them, and those of one
+block together.
 """
 
 import numpy as np
@@ -305,11 +306,10 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
     p_sums, panel_bytes = p_stage + 4 * _STAGE, 8 * PANEL_ROWS * PANEL_COLUMNS
     p_packed, p_all_offsets, p_all_bounds = packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
-    copied = -1
-    for unit in range(first, last):
-        n, within = unit // (blocks * splits) * joined, unit % (blocks * splits)
+    for block_index in range(first // splits, -(-last // splits)):
+        split_first, split_last = max(first - block_index * splits, 0), min(last - block_index * splits, splits)
+        n, index = block_index // blocks * joined, block_index % blocks
         images = min(joined, len(x) - n)
-        split_index, index = within % splits, within // splits
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
         rows_here, columns_here = min(block_rows, height - top), min(block_columns, across - left)
         positions = images * rows_here * columns_here
@@ -318,11 +318,10 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
         row_positions, x_row, ratio_row = columns_here, across, across
         if images > 1:
             row_positions, x_row, ratio_row = size, x.shape[1] * size, outputs * size
-        begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
+        begin, end = groups * panels * split_first // splits, groups * panels * split_last // splits
         absorbs = False
         for g in range(begin // panels, -(-end // panels)):
-            if unit // splits * groups + g != copied and not direct:
-                copied = unit // splits * groups + g
+            if not direct:
                 at = 0
                 for image in range(n, n + images):
                     for copy in range(copies):
@@ -478,15 +477,14 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
     p_line, line = p_sums + 4 * stride_w * product, _line_elements(block_columns, stride_w)
     p_ratio, p_c, size, in_size = ratio.ctypes.data, c.ctypes.data, c.shape[2] * c.shape[3], height * across
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
-    copied = -1
-    for unit in range(first, last):
-        n, within = unit // (blocks * splits) * joined, unit % (blocks * splits)
+    for block_index in range(first // splits, -(-last // splits)):
+        split_first, split_last = max(first - block_index * splits, 0), min(last - block_index * splits, splits)
+        n, index = block_index // blocks * joined, block_index % blocks
         images, is_dense = min(joined, len(c) - n), sparse_below <= ZERO
         for image in range(n, n + images):
             is_dense = is_dense or density[image] >= sparse_below
         if not is_dense:
             continue
-        split_index, index = within % splits, within // splits
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
         columns_here, rows_here = min(block_columns, grid_columns - left), min(block_rows, grid_rows - top)
         # how long a row of positions is, and how many of them there are
@@ -495,7 +493,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
         positions = images * image_positions
         contiguous = stride_h == stride_w == 1 and row_width == columns_here and (row_width == across or height == 1)
         writes_rows = contiguous and as_it_is and not accumulate and images == 1
-        begin, end = groups * panels * split_index // splits, groups * panels * (split_index + 1) // splits
+        begin, end = groups * panels * split_first // splits, groups * panels * split_last // splits
         for g in range(begin // panels, -(-end // panels)):
             own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
             p_read, p_factor, image_floats = p_block, 0, block_floats
@@ -503,8 +501,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                 image_floats = outputs * size
                 p_read = p_ratio + 4 * ((n * outputs + g * from_group) * size + left)
                 p_factor = p_c + 4 * ((n * c.shape[1] + c_channel + g * from_group) * size + left)
-            elif unit // splits * groups + g != copied:
-                copied = unit // splits * groups + g
+            else:
                 at = 0
                 for image in range(n, n + images):
                     for k in range(g * from_group, (g + 1) * from_group):

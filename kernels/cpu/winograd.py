@@ -11,8 +11,9 @@ beside them. Only where z is zero, or far below others of its tile, would they m
 others is nothing to divide by. So outputs whose inputs are all zeros are found beforehand and set, and other doubtful
 ones are summed once more by the definition.
 
-Tiles of all images are counted through: image by image, row by row. The work is cut into units of `block` tiles, and
-these by groups and by `splits` of a group's outputs; a call does the units first..last-1. Vectors run along tiles.
+Tiles of all images are counted through: image by image, row by row. The work is cut into `blocks` of at most `block`
+tiles, of about as many vectors each, and these by groups and by `splits` of a group's outputs; a call does the units
+first..last-1, and those of one block together. Vectors run along tiles.
 Scratch, per worker: lines holds 6 rows of input, and what tiles read of them, points (36, channels, block) the transformed input, sums (36, rows,
 block) the products of `panels_at_once` panels, stage rows of outputs, seen the largest input of all channels and then
 what `_look_for_zeros` finds.
@@ -101,12 +102,15 @@ def winograd2d_pays(depth, rows, height, width, products):
     return products * (1.27 * WINOGRAD_POINTS * depth + 600) * rows + 700 * depth < direct
 
 
-def winograd2d_block(panels, products, tiles):
-    """Tiles of a block, and how many panels (of each product) are multiplied before they are transformed back."""
-    blocks = -(-tiles // TILE_COLUMNS)
-    block = -(-tiles // (blocks * LANES)) * LANES
+def winograd2d_block(panels, products, tiles, workers):
+    """Blocks of so many tiles, tiles of the largest, and how many panels (of each product) are multiplied before they
+    are transformed back. As many blocks for each worker as for the others, where there are tiles enough."""
+    blocks, vectors = -(-tiles // TILE_COLUMNS), -(-tiles // LANES)
+    if -(-blocks // workers) * workers <= vectors:
+        blocks = -(-blocks // workers) * workers
+    block = -(-vectors // blocks) * LANES
     panel_count = _SUMS_BYTES // (4 * WINOGRAD_POINTS * products * TILE_ROWS * block)
-    return block, min(max(panel_count, 1), panels)
+    return blocks, block, min(max(panel_count, 1), panels)
 
 
 def winograd2d_scratch(channels, panels, block, width):
@@ -300,6 +304,14 @@ def _piece(tile, last, tiles_across, tiles_of_image):
 
 
 @kernel
+def _block(index, blocks, tiles):
+    """First tile of a block, and how many it has."""
+    vectors = -(-tiles // LANES)
+    first, last = vectors * index // blocks * LANES, vectors * (index + 1) // blocks * LANES
+    return first, min(last, tiles) - first
+
+
+@kernel
 def _dense_image(index, density, sparse_below):
     """The image that is number `index` of those that are dense enough; all are where sparse_below is 0."""
     if sparse_below <= ZERO:
@@ -475,8 +487,8 @@ def _transform_products(points, lines, ratio, c, density, sparse_below, group, c
 
 @kernel
 def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, points, sums, stage, seen,
-                       x_channel, a_channel, channels, groups, pad_top, pad_left, block, panels_at_once, splits, x_min,
-                       x_max, relevance, first, last):
+                       x_channel, a_channel, channels, groups, pad_top, pad_left, blocks, block, panels_at_once, splits,
+                       x_min, x_max, relevance, first, last):
     """As conv2d_forward for features NONNEGATIVE: x <- W a + bias, clipped to x_min..x_max; ratio <- |x| / z.
 
     packed (2, groups * 36, panels, C, TILE_ROWS) is of winograd2d_pack from W and from V, for C channels of a group;
@@ -491,18 +503,16 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
     p_points, p_sums, p_stage = points.ctypes.data, sums.ctypes.data, stage.ctypes.data
     p_packed, p_packed_v = packed[0].ctypes.data, packed[1].ctypes.data
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
-    marks, transformed, any_blind = as_int32(seen), -1, False
-    for unit in range(first, last):
-        split, g, tile = unit % splits, unit // splits % groups, unit // (splits * groups) * block
-        count = min(block, all_tiles - tile)
-        if unit // splits != transformed:
-            transformed = unit // splits
-            any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, pad_top, pad_left,
-                                          block, tile, count, tiles_across, tiles_of_image, height, across)
+    marks = as_int32(seen)
+    for index in range(first // splits, -(-last // splits)):
+        split_first, split_last = max(first - index * splits, 0), min(last - index * splits, splits)
+        g, (tile, count) = index % groups, _block(index // groups, blocks, all_tiles)
+        any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, pad_top, pad_left,
+                                      block, tile, count, tiles_across, tiles_of_image, height, across)
         p_masks = seen.ctypes.data + 4 * (36 * block + -(-count // LANES) + 1)
         absorbs = False
-        end = panels * (split + 1) // splits
-        for panel in range(panels * split // splits, end, panels_at_once):
+        end = panels * split_last // splits
+        for panel in range(panels * split_first // splits, end, panels_at_once):
             panel_count = min(panels_at_once, end - panel)
             weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * channels * TILE_ROWS
             p_sums_z = p_sums + 4 * panel_count * TILE_ROWS * block
@@ -539,8 +549,8 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
 
 @kernel
 def winograd2d_redistribute(c_in, c, ratio, density, packed, offsets, lines, points, sums, stage,
-                            c_in_channel, c_channel, inputs, groups, pad_top, pad_left, block, panels_at_once, splits,
-                            c_min, sparse_below, accumulate, first, last):
+                            c_in_channel, c_channel, inputs, groups, pad_top, pad_left, blocks, block, panels_at_once,
+                            splits, c_min, sparse_below, accumulate, first, last):
     """As conv2d_redistribute for features NONNEGATIVE: c_in <- V^T (ratio * c), or added to c_in if `accumulate`.
     Tiles of images that are dense enough are counted through.
 
@@ -552,21 +562,20 @@ def winograd2d_redistribute(c_in, c, ratio, density, packed, offsets, lines, poi
     per_group = inputs // groups
     tiles_across = -(-across // 4)
     tiles_of_image = -(-height // 4) * tiles_across
-    all_tiles = tiles_of_image * _count_dense(ratio.shape[0], density, sparse_below)
+    dense_images = _count_dense(ratio.shape[0], density, sparse_below)
+    dense_tiles, dense_blocks = dense_images * tiles_of_image, -(-blocks * dense_images // ratio.shape[0])
     panels = packed.shape[1]
     points_stride, sums_stride = _stride(outputs, block), _stride(panels_at_once * TILE_ROWS, block)
-    p_points, p_sums, p_stage, transformed = points.ctypes.data, sums.ctypes.data, stage.ctypes.data, -1
-    for unit in range(first, last):
-        split, g, tile = unit % splits, unit // splits % groups, unit // (splits * groups) * block
-        count = min(block, all_tiles - tile)
-        if count <= 0:
+    p_points, p_sums, p_stage = points.ctypes.data, sums.ctypes.data, stage.ctypes.data
+    for index in range(first // splits, -(-last // splits)):
+        split_first, split_last = max(first - index * splits, 0), min(last - index * splits, splits)
+        if index // groups >= dense_blocks:
             break
-        if unit // splits != transformed:
-            transformed = unit // splits
-            _transform_products(points, lines, ratio, c, density, sparse_below, g, c_channel + g * outputs, outputs,
-                                pad_top, pad_left, block, tile, count, tiles_across, tiles_of_image)
-        end = panels * (split + 1) // splits
-        for panel in range(panels * split // splits, end, panels_at_once):
+        g, (tile, count) = index % groups, _block(index // groups, dense_blocks, dense_tiles)
+        _transform_products(points, lines, ratio, c, density, sparse_below, g, c_channel + g * outputs, outputs,
+                            pad_top, pad_left, block, tile, count, tiles_across, tiles_of_image)
+        end = panels * split_last // splits
+        for panel in range(panels * split_first // splits, end, panels_at_once):
             panel_count = min(panels_at_once, end - panel)
             weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * outputs * TILE_ROWS
             _multiply_points(p_sums, sums_stride, packed.ctypes.data + weights, panels, panel_count, p_points,
