@@ -172,6 +172,8 @@ class BlockedDevice(Device, Protocol):
         """Of packed weights."""
     def sparse2d_block(self, outputs: int, height: int, across: int, is_pointwise: bool, parts: int) -> tuple[int, int]:
         """Rows and columns of a block of inputs, of which there should be so many parts."""
+    def sparse2d_splits_channels(self, packed_shape: Shape, workers: int) -> bool:
+        """Whether workers divide the channels of a single image's block."""
     def sparse2d_scratch(self, packed_shape: Shape, features: int, kernel_w: int, columns: int, stride_h: int,
                          block_rows: int, block_columns: int) -> tuple[int, ...]:
         """Floats of lists, tile, sums."""

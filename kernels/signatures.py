@@ -38,7 +38,8 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
                                f"inputs groups {_PAD} blocks block panels_at_once splits c_min sparse_below accumulate",
     "density_redistribute": "density ratio c c_channel",
     "sparse2d_redistribute": f"{_BACKWARD} density packed low high lists tile sums {_CHANNELS} inputs kernel_w "
-                             f"stride_h stride_w {_PAD} block_rows block_columns features sparse_below accumulate",
+                             f"stride_h stride_w {_PAD} block_rows block_columns splits features sparse_below "
+                             "accumulate",
     "dense_forward": f"{_TAPES} weight bias constant low high sums x_channel a_channel features x_min x_max relevance",
     "dense_redistribute": f"{_BACKWARD} weight low high sums contributions {_CHANNELS} features weights relevance "
                           "accumulate",

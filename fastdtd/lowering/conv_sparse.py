@@ -36,17 +36,21 @@ class Sparse:
         if is_pointwise(layer):
             height, across = 1, height * across
             arguments |= in_one_row(arguments, ("c_in", "c", "ratio", "a"))
-        parts = -(-2 * b.workers // b.batch) if b.workers > 1 else 1
+        parts = splits = 1
+        if b.workers > b.batch == 1 and kernels.sparse2d_splits_channels(self.weights.shape, b.workers):
+            splits = b.workers
+        elif b.workers > 1:
+            parts = -(-2 * b.workers // b.batch)
         block = kernels.sparse2d_block(len(layer.weight), height, across, is_pointwise(layer), parts)
         kernel_w = layer.weight.shape[3]
         sizes = kernels.sparse2d_scratch(self.weights.shape, self.of_inputs, kernel_w, columns, layer.stride[0], *block)
         lists, tile, sums = (b.scratch(f"sparse {name}", size)
                              for name, size in zip(("lists", "tile", "sums"), sizes, strict=True))
-        units = b.batch * -(-height // block[0]) * -(-across // block[1])
+        units = b.batch * -(-height // block[0]) * -(-across // block[1]) * splits
         b.step(kernels.sparse2d_redistribute, units, **arguments, density=density(b), packed=self.weights, lists=lists,
                tile=tile, sums=sums, inputs=inputs, kernel_w=kernel_w, stride_h=layer.stride[0],
                stride_w=layer.stride[1], pad_top=layer.padding[0], pad_left=layer.padding[1], block_rows=block[0],
-               block_columns=block[1], features=self.features, sparse_below=self.below)
+               block_columns=block[1], splits=splits, features=self.features, sparse_below=self.below)
 
 
 def density(b: Builder) -> Any:

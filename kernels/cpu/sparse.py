@@ -6,7 +6,8 @@ a position is multiplied by a row of V, of all channels that it reaches, so a ze
 but additions of 0. Which images are sparse enough is measured on a part of each (density_redistribute), so it depends
 on the image alone, as bits do.
 
-A unit of work is a block of one image's inputs: rows, or positions where kernels are 1x1.
+A unit of work is a block of one image's inputs: rows, or positions where kernels are 1x1; or one of `splits` of its
+blocks of channels. A call does the units first..last-1, and those of one block together.
 
 1. Lists. Tiles of LANES channels x LANES positions of s are transposed in registers, then each position's channels are
    compressed: an entry is a value and where its row of V begins. Lists lie one behind the other; starts[i] is where
@@ -17,6 +18,8 @@ A unit of work is a block of one image's inputs: rows, or positions where kernel
    channels too.
 3. Scratch rows are transposed back.
 """
+
+import math
 
 import numpy as np
 from fastdtd.kernels.codes import BOX
@@ -57,6 +60,7 @@ _PANEL_BYTES = 64 << 10  # of V, which has to stay in the second-level cache bes
 _LIST_ENTRIES = 1 << 16  # of a block, about
 _MOST_POSITIONS = 256  # of a block where kernels are 1x1
 _COMPRESS = np.array([([i for i in range(8) if mask >> i & 1] + [0] * 8)[:8] for mask in range(256)], np.uint8)
+_MOST_BYTES = 1 << 20  # of V
 _ROWS_AHEAD = 8  # of channels, whose rows lie far apart
 _I8 = ir.IntType(8)
 
@@ -108,6 +112,12 @@ def sparse2d_block(outputs, height, across, is_pointwise, parts):
     if is_pointwise:
         return 1, min(_MOST_POSITIONS, -(-across // (parts * LANES)) * LANES, across)
     return min(height, max(16, _LIST_ENTRIES // (outputs * across)), -(-height // parts)), across
+
+
+def sparse2d_splits_channels(packed_shape, workers):
+    """Whether so many workers divide the channels of one block rather than its positions: where all of V for each of
+    them is too much for the second-level cache, and there are as many blocks of channels for each."""
+    return packed_shape[0] % workers == 0 and 4 * math.prod(packed_shape) > _MOST_BYTES
 
 
 def sparse2d_scratch(packed_shape, features, kernel_w, columns, stride_h, block_rows, block_columns):
@@ -368,7 +378,7 @@ def density_redistribute(density, ratio, c, c_channel, first, last):
 @kernel
 def sparse2d_redistribute(c_in, c, ratio, a, density, packed, low, high, lists, tile, sums, c_in_channel, c_channel,
                           a_channel, inputs, kernel_w, stride_h, stride_w, pad_top, pad_left, block_rows, block_columns,
-                          features, sparse_below, accumulate, first, last):
+                          splits, features, sparse_below, accumulate, first, last):
     """As conv2d_redistribute for features NONNEGATIVE and BOX, where density[n] is less than sparse_below; no groups.
 
     packed is of sparse2d_pack; lists, tile and sums are flat scratch (sparse2d_scratch).
@@ -382,8 +392,9 @@ def sparse2d_redistribute(c_in, c, ratio, a, density, packed, low, high, lists, 
     blocks = -(-height // block_rows) * blocks_across
     p_values, p_sums, p_tile, in_size = lists.ctypes.data, sums.ctypes.data, tile.ctypes.data, height * across
     p_in, p_a, p_low, p_high = c_in.ctypes.data, a.ctypes.data, low.ctypes.data, high.ctypes.data
-    for unit in range(first, last):
-        n, index = unit // blocks, unit % blocks
+    for block in range(first // splits, -(-last // splits)):
+        split_first, split_last = max(first - block * splits, 0), min(last - block * splits, splits)
+        n, index = block // blocks, block % blocks
         if density[n] >= sparse_below:
             continue
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
@@ -399,7 +410,7 @@ def sparse2d_redistribute(c_in, c, ratio, a, density, packed, low, high, lists, 
         _build_lists(p_values, p_offsets, as_int32(lists), 2 * entries, p_tile, ratio, c, n, c_channel, at,
                      at + positions, k_block, width)
         line = (right - left + kernel_w - 1) * block_channels + width
-        for b in range(c_blocks):
+        for b in range(c_blocks * split_first // splits, c_blocks * split_last // splits):
             fill_vectors(p_sums, line * (bottom - top), ZERO)
             for q in range(k_blocks):
                 for y in range(begin, end):
