@@ -50,7 +50,7 @@ from fastdtd.kernels.cpu.microkernel import (
     pack_columns,
     pack_products,
 )
-from fastdtd.kernels.cpu.planes import copy_plane, copy_product
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product, fetch_plane
 from fastdtd.kernels.cpu.rows import (
     any_negative,
     copy_exactly,
@@ -114,10 +114,18 @@ def conv2d_block_shape(rows, columns, halo_rows, halo_columns, planes):
         across = min(max(_FEW_POSITIONS, fitting // (1 + halo_rows) - halo_columns), _BLOCK_POSITIONS)
         across = -(-columns // -(-columns // across))
         across = min(-(-across // LANES) * LANES, columns)
+    down = _block_rows(rows, across, halo_rows, halo_columns, fitting)
+    half = min(-(-columns // (2 * LANES)) * LANES, columns)
+    lower = _block_rows(rows, half, halo_rows, halo_columns, fitting)
+    if 2 * down < 3 * halo_rows and 3 * (down + halo_rows) * lower > 4 * (lower + halo_rows) * down:
+        down, across = lower, half  # rather narrow than all halo
+    return -(-rows // -(-rows // down)), across  # blocks of equal height
+
+
+def _block_rows(rows, across, halo_rows, halo_columns, fitting):
     width = across + halo_columns
     down = max(fitting // width - halo_rows, -(-_FEW_POSITIONS // width))
-    down = max(min(down, rows, _BLOCK_POSITIONS // width), 1)
-    return -(-rows // -(-rows // down)), across  # blocks of equal height
+    return max(min(down, rows, _BLOCK_POSITIONS // width), 1)
 
 
 def conv2d_packed_shape(groups, rows, depth, is_backward):
@@ -327,6 +335,8 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
                     for copy in range(copies):
                         for channel in range(g * channels, (g + 1) * channels):
                             p_plane = p_a + 4 * (image * a.shape[1] + a_channel + channel) * a.shape[2] * a.shape[3]
+                            fetch_plane(p_plane + 4 * a.shape[2] * a.shape[3], plane_rows * stride_h,  # the next
+                                        columns_here * stride_w, a.shape[3], top * stride_h, left * stride_w)
                             for i in range(len(planes)):
                                 copy_plane(p_block + 4 * at, plane_rows, width, p_plane, a.shape[2], a.shape[3],
                                            top * stride_h + planes[i, 0], left * stride_w + planes[i, 1], stride_h,
@@ -505,10 +515,12 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                 at = 0
                 for image in range(n, n + images):
                     for k in range(g * from_group, (g + 1) * from_group):
-                        p_plane = p_c + 4 * (image * c.shape[1] + c_channel + k) * size
+                        p_planes = (p_ratio + 4 * (image * outputs + k) * size,
+                                    p_c + 4 * (image * c.shape[1] + c_channel + k) * size)
+                        for p_plane in p_planes:  # the next ones
+                            fetch_plane(p_plane + 4 * size, plane_rows, columns_here, c.shape[3], top, left)
                         for i in range(len(planes)):
-                            copy_product(p_block + 4 * at, plane_rows, width,
-                                         p_ratio + 4 * (image * outputs + k) * size, p_plane, c.shape[2], c.shape[3],
+                            copy_product(p_block + 4 * at, plane_rows, width, *p_planes, c.shape[2], c.shape[3],
                                          top + planes[i, 0], left + planes[i, 1], ZERO)
                             at += plane_rows * width
             for tile in range(1 if is_few else -(-positions // PANEL_COLUMNS)):

@@ -6,7 +6,14 @@ has memory after its last.
 """
 
 from fastdtd.kernels.cpu.jit import kernel, part
-from fastdtd.kernels.cpu.rows import copy_second_vectors, copy_strided, copy_vectors, fill_vectors, multiply_vectors
+from fastdtd.kernels.cpu.rows import (
+    copy_second_vectors,
+    copy_strided,
+    copy_vectors,
+    fetch_to_read,
+    fill_vectors,
+    multiply_vectors,
+)
 from fastdtd.kernels.scalar import ZERO
 
 
@@ -15,6 +22,16 @@ def inside(first, step, size, count):
     """Of first, first + step, ... (count of them): the index of the first inside 0..size-1, and of the next outside."""
     begin = min(max(-(first // step), 0), count)
     return begin, max(min(-((first - size) // step), count), begin)
+
+
+@part
+def fetch_plane(plane, rows, width, across, first_y, first_x):
+    """Ask for so many rows of a plane that will be copied next: it lies far from the one before."""
+    if width == across:
+        fetch_to_read(plane + 4 * first_y * across, rows * across)
+        return
+    for row in range(first_y, first_y + rows):
+        fetch_to_read(plane + 4 * (row * across + first_x), width)
 
 
 @kernel
