@@ -43,8 +43,8 @@ _STRIDE = DENSE_FEATURES + 64
 _IMAGES = 4 if LANES == 16 else 2  # that a weight in a register serves: as many as there are registers for sums
 _ROWS, _ROWS_REDISTRIBUTE = 2, 4  # outputs whose weights are read at once
 _BLOCK_ROWS = 32
-# features: those of a few images, or of one, stay in the second-level cache; shorter pieces are read more slowly
-_PIECE, _PIECE_ALONE = 4096, 1 << 14
+# features: those of a few images stay in the first-level cache with two pairs of rows, those of one in the second
+_PIECE, _PIECE_ALONE = 1024, 1 << 14
 
 
 # ---- Vector code -----------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def winograd2d_pays(depth, rows, height, width, products):
         return False
     used = height * width / (16 * winograd2d_tiles(height, width))
     direct = (1.06 if products == 2 else 0.83) * 144 * used * depth * rows
-    return products * (1.27 * WINOGRAD_POINTS * depth + 600) * rows + 700 * depth < direct
+    return products * (0.95 * WINOGRAD_POINTS * depth + 1000) * rows + 450 * depth < direct
 
 
 def winograd2d_block(panels, products, tiles, workers):
