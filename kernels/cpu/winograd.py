@@ -95,10 +95,11 @@ def winograd2d_pays(depth, rows, height, width, products):
     Both take so many multiply-adds for a tile, at the rates that were measured; products: 2 forward, of y and z, for
     which conv2d takes one, and 1 backward, where conv2d skips half.
     """
-    if height * width < 81:  # one image has too few tiles to fill a vector, and to read so many weights for
-        return False
-    used = height * width / (16 * winograd2d_tiles(height, width))
-    direct = (1.06 if products == 2 else 0.83) * 144 * used * depth * rows
+    tiles = winograd2d_tiles(height, width)
+    if height * width < 81 or (products == 2 and tiles < 16):
+        return False  # one image has too few tiles to fill a vector, and to read so many weights for
+    used = height * width / (16 * tiles)
+    direct = (0.95 if products == 2 else 0.83) * 144 * used * depth * rows
     return products * (0.95 * WINOGRAD_POINTS * depth + 1000) * rows + 450 * depth < direct
 
 
