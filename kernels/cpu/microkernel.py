@@ -142,6 +142,13 @@ class _Panel:
                 at = self.builder.add(self.builder.mul(stride, integer(row)), integer(line))
                 prefetch(self.builder, self.builder.gep(p_out, [at]), is_written=True)
 
+    def fetch_entries(self):
+        """Ask for the entries of panels to come, which may be too many for the caches."""
+        entries = 2 * PANEL_DEPTH
+        for base, floats in ((self.p_weights, self.panel_rows), (self.p_offsets, 1)):
+            for line in range(entries * floats, entries * floats * 3 // 2, LINE):
+                prefetch(self.builder, self.builder.gep(base, [integer(line)]))
+
     def add(self, sums):
         """What all entries add to sums (rows, vectors)."""
         sums, first, count = list(sums), self._bound(0), self.panel_rows
@@ -190,6 +197,7 @@ def _make_add(kind, most):
 
             def emit(number):
                 panel = _Panel(builder, kind, number, *arguments[5:9])
+                panel.fetch_entries()
                 panel.fetch_rows(p_soon, soon_stride)
                 panel.store(panel.add(panel.start(p_start, start_stride)), p_out, stride)
                 return integer(0)
