@@ -145,6 +145,38 @@ def test_layers_computed_image_by_image(case, batch, workers, data):
             np.testing.assert_array_equal(ours, theirs)
 
 
+# (kernels that are to divide an image, whether Winograd's algorithm is taken, below which density zeros are skipped,
+# bytes of V beyond which workers divide its channels)
+DIVISIONS = [("conv2d", False, 0.0, 0), ("winograd2d", True, 0.0, 0), ("sparse2d", False, 2.0, 0),
+             ("sparse2d", False, 2.0, 1 << 40)]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize(("name", "winograd", "below", "most"), DIVISIONS)
+@pytest.mark.parametrize(("size", "groups"), [((29, 31), 1), ((13, 14), 2), ((6, 5), 1)])
+def test_workers_that_share_an_image_give_the_bits_of_one(monkeypatch, name, winograd, below, most, size, groups,
+                                                          workers):
+    """Whether they divide positions, tiles, outputs or the inputs' channels, in units of one block or of several."""
+    monkeypatch.setattr(cpu, "winograd2d_pays", lambda *_: winograd)
+    monkeypatch.setattr(cpu, "sparse2d_below", lambda features, taps, box, used: 0.0 if box else below)
+    monkeypatch.setattr(cpu.sparse, "_MOST_BYTES", most)
+    weight = np.random.default_rng(5).standard_normal((26, 256 // groups, 3, 3)) / 40
+    tested = g.Conv2d("tested", ("relu",), weight, 0.1 * np.ones(26), padding=(1,) * 4, groups=groups)
+    graph = scored(conv("first", g.INPUT, 2, 256), g.ReLU("relu", ("first",)), tested, shape=(2, *size))
+    batch, alone = images(graph, 1, seed=6), plan_of(graph)
+    expected = run(alone, batch)
+    assert expected[1].any()
+    shared = plan_of(graph, workers=workers)
+    if below == 0 or groups == 1:
+        for direction in ("forward", "redistribute")[below > 0:]:
+            units = [step.units for step in shared.schedule.steps
+                     if step.layer == "tested" and step.name == f"{name}_{direction}"]
+            assert max(units) >= workers
+    with ThreadPoolExecutor(workers) as pool:
+        for ours, theirs in zip(run(shared, batch, pool.submit), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_which_layers_are_computed_image_by_image():
     """The first ones whose tensors are large, but not where there is one image, or where weights are large."""
     layers = (conv("a", g.INPUT, 4, 8, 3), conv("b", "a", 8, 8, 3), g.MaxPool2d("max", ("b",), (8, 8), (8, 8)),

@@ -61,8 +61,8 @@ __all__ = [
     "pool2d_redistribute", "pool2d_redistribute_elements", "power_forward", "ratios_forward", "read",
     "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "resize_elements",
     "resize_forward", "resize_redistribute", "run_steps", "softmax_forward", "softmax_redistribute", "sparse2d_below",
-    "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute", "sparse2d_scratch", "sparse2d_splits_channels",
-    "steps_compiled", "sum_relevance", "surely_within", "table", "winograd2d_block", "winograd2d_forward",
-    "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute",
+    "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute", "sparse2d_scratch",
+    "sparse2d_splits_channels", "steps_compiled", "sum_relevance", "surely_within", "table", "winograd2d_block",
+    "winograd2d_forward", "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute",
     "winograd2d_scratch", "winograd2d_tiles", "write", "zeros",
 ]
