@@ -56,11 +56,11 @@ from numba import types
 from numba.extending import intrinsic
 
 SPARSE_VECTORS = 12  # accumulators
-_PANEL_BYTES = 64 << 10  # of V, which has to stay in the second-level cache beside lists and scratch rows
+_PANEL_BYTES = 64 << 10  # of V, for one row of taps; all of them stay in the second-level cache with lists and sums
 _LIST_ENTRIES = 1 << 16  # of a block, about
 _MOST_POSITIONS = 256  # of a block where kernels are 1x1
 _COMPRESS = np.array([([i for i in range(8) if mask >> i & 1] + [0] * 8)[:8] for mask in range(256)], np.uint8)
-_MOST_BYTES = 1 << 20  # of V
+_MOST_BYTES = 1 << 20  # of V, that each of the workers on an image reads
 _ROWS_AHEAD = 8  # of channels, whose rows lie far apart
 _I8 = ir.IntType(8)
 
@@ -115,8 +115,8 @@ def sparse2d_block(outputs, height, across, is_pointwise, parts):
 
 
 def sparse2d_splits_channels(packed_shape, workers):
-    """Whether so many workers divide the channels of one block rather than its positions: where all of V for each of
-    them is too much for the second-level cache, and there are as many blocks of channels for each."""
+    """Whether so many workers on one image divide its inputs' channels rather than its positions: where V is too large
+    for each of them to read all of it, and has as many blocks of channels for each."""
     return packed_shape[0] % workers == 0 and 4 * math.prod(packed_shape) > _MOST_BYTES
 
 
@@ -364,8 +364,8 @@ def density_redistribute(density, ratio, c, c_channel, first, last):
     size = height * width
     for n in range(first, last):
         found = 0
-        p_ratio, p_c = ratio.ctypes.data + 4 * n * outputs * size, c.ctypes.data + 4 * (n * c.shape[1] + c_channel
-                                                                                       ) * size
+        p_ratio = ratio.ctypes.data + 4 * n * outputs * size
+        p_c = c.ctypes.data + 4 * (n * c.shape[1] + c_channel) * size
         for k in range(outputs):
             ahead = 4 * ((k + _ROWS_AHEAD) * size + 7 * (k + _ROWS_AHEAD) % height * width)
             fetch_to_read(p_ratio + ahead, width)

@@ -14,6 +14,7 @@ ones are summed once more by the definition.
 Tiles of all images are counted through: image by image, row by row. The work is cut into `blocks` of at most `block`
 tiles, of about as many vectors each, and these by groups and by `splits` of a group's outputs; a call does the units
 first..last-1, and those of one block together. Vectors run along tiles.
+
 Scratch, per worker: lines holds 6 rows of input, and what tiles read of them, points (36, channels, block) the
 transformed input, sums (36, rows, block) the products of `panels_at_once` panels, stage rows of outputs, seen the
 largest input of all channels and then what `_look_for_zeros` finds.
