@@ -46,10 +46,11 @@ class Steps:
             if i == 0:
                 self.plan.input[:] = self._images
             if i == self.plan.schedule.forward_steps:
-                winners = np.arange(len(self.plan.output)), self.plan.output.argmax(1)
-                self._scores = self.plan.output[winners]
-                self.plan.start[:] = 0
-                self.plan.start[winners] = self._scores > 0
+                scores = np.empty(self.plan.output.shape, np.float32)
+                self.kernels.read(scores, self.plan.output)
+                self._scores, start = scores.max(1), np.zeros_like(scores)
+                start[np.arange(len(scores)), scores.argmax(1)] = self._scores > 0
+                self.kernels.write(self.plan.start, start)
             if i < step:
                 self.run(i)
 
