@@ -413,10 +413,10 @@ def add_forward(x, ratio, dead, a, b, low_a, high_a, low_b, high_b,
         to_ratio = span(flat_ratio, unit * positions, count)
         p = span(flat_a, (n * a.shape[1] + a_channel + k) * positions, count)
         q = span(flat_b, (n * b.shape[1] + b_channel + k) * positions, count)
-        absorbs = False
+        # read in the loop, bounds keep LLVM from making vectors of AVX2 of it
+        absorbs, of_a, of_b = False, (low_a[k], high_a[k]), (low_b[k], high_b[k])
         for i in range(count):
-            z = positive_feature(p[i], features, low_a[k],
-                                 high_a[k]) + positive_feature(q[i], features, low_b[k], high_b[k])
+            z = positive_feature(p[i], features, *of_a) + positive_feature(q[i], features, *of_b)
             value = clip(p[i] + q[i], x_min, x_max)
             r = ratio_of(value, z, MIN_DENOMINATOR, relevance)
             out[i] = value
