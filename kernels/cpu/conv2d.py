@@ -50,7 +50,7 @@ from fastdtd.kernels.cpu.microkernel import (
     pack_columns,
     pack_products,
 )
-from fastdtd.kernels.cpu.planes import copy_plane, copy_product, fetch_plane
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product, fetch_plane, own_part
 from fastdtd.kernels.cpu.rows import (
     any_negative,
     copy_exactly,
@@ -315,7 +315,6 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
     p_packed, p_all_offsets, p_all_bounds = packed.ctypes.data, offsets.ctypes.data, bounds.ctypes.data
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     for block_index in range(first // splits, -(-last // splits)):
-        split_first, split_last = max(first - block_index * splits, 0), min(last - block_index * splits, splits)
         n, index = block_index // blocks * joined, block_index % blocks
         images = min(joined, len(x) - n)
         top, left = index // blocks_across * block_rows, index % blocks_across * block_columns
@@ -326,7 +325,7 @@ def conv2d_forward(x, ratio, dead, a, packed, offsets, bounds, taps, bias, const
         row_positions, x_row, ratio_row = columns_here, across, across
         if images > 1:
             row_positions, x_row, ratio_row = size, x.shape[1] * size, outputs * size
-        begin, end = groups * panels * split_first // splits, groups * panels * split_last // splits
+        begin, end = own_part(groups * panels, block_index, splits, first, last)
         absorbs = False
         for g in range(begin // panels, -(-end // panels)):
             if not direct:
@@ -488,7 +487,6 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
     p_ratio, p_c, size, in_size = ratio.ctypes.data, c.ctypes.data, c.shape[2] * c.shape[3], height * across
     fill_vectors(p_zeros, PANEL_COLUMNS, ZERO)
     for block_index in range(first // splits, -(-last // splits)):
-        split_first, split_last = max(first - block_index * splits, 0), min(last - block_index * splits, splits)
         n, index = block_index // blocks * joined, block_index % blocks
         images, is_dense = min(joined, len(c) - n), sparse_below <= ZERO
         for image in range(n, n + images):
@@ -503,7 +501,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
         positions = images * image_positions
         contiguous = stride_h == stride_w == 1 and row_width == columns_here and (row_width == across or height == 1)
         writes_rows = contiguous and as_it_is and not accumulate and images == 1
-        begin, end = groups * panels * split_first // splits, groups * panels * split_last // splits
+        begin, end = own_part(groups * panels, block_index, splits, first, last)
         for g in range(begin // panels, -(-end // panels)):
             own_panels = range(max(begin - g * panels, 0), min(end - g * panels, panels))
             p_read, p_factor, image_floats = p_block, 0, block_floats

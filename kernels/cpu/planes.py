@@ -24,6 +24,14 @@ def inside(first, step, size, count):
     return begin, max(min(-((first - size) // step), count), begin)
 
 
+@kernel
+def own_part(count, block, splits, first, last):
+    """Begin and end of what a call has of a block's `count` parts, where `splits` units are one block and the call does
+    the units first..last-1."""
+    begin, end = max(first - block * splits, 0), min(last - block * splits, splits)
+    return count * begin // splits, count * end // splits
+
+
 @part
 def fetch_plane(plane, rows, width, across, first_y, first_x):
     """Ask for so many rows of a plane that will be copied next: it lies far from the one before."""

@@ -25,6 +25,7 @@ import numpy as np
 from fastdtd.kernels.codes import BOX
 from fastdtd.kernels.cpu.arrays import as_int32
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.planes import own_part
 from fastdtd.kernels.cpu.rows import count_nonzero, fetch_to_read, fill_vectors
 from fastdtd.kernels.cpu.vector_code import (
     F32,
@@ -393,7 +394,6 @@ def sparse2d_redistribute(c_in, c, ratio, a, density, packed, low, high, lists, 
     p_values, p_sums, p_tile, in_size = lists.ctypes.data, sums.ctypes.data, tile.ctypes.data, height * across
     p_in, p_a, p_low, p_high = c_in.ctypes.data, a.ctypes.data, low.ctypes.data, high.ctypes.data
     for block in range(first // splits, -(-last // splits)):
-        split_first, split_last = max(first - block * splits, 0), min(last - block * splits, splits)
         n, index = block // blocks, block % blocks
         if density[n] >= sparse_below:
             continue
@@ -410,7 +410,8 @@ def sparse2d_redistribute(c_in, c, ratio, a, density, packed, low, high, lists, 
         _build_lists(p_values, p_offsets, as_int32(lists), 2 * entries, p_tile, ratio, c, n, c_channel, at,
                      at + positions, k_block, width)
         line = (right - left + kernel_w - 1) * block_channels + width
-        for b in range(c_blocks * split_first // splits, c_blocks * split_last // splits):
+        first_b, last_b = own_part(c_blocks, block, splits, first, last)
+        for b in range(first_b, last_b):
             fill_vectors(p_sums, line * (bottom - top), ZERO)
             for q in range(k_blocks):
                 for y in range(begin, end):

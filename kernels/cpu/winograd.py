@@ -25,8 +25,8 @@ from fastdtd.kernels.cpu.arrays import as_int32
 from fastdtd.kernels.cpu.elementwise import Finish
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import MULTIPLY_TILE, TILE_COLUMNS, TILE_ROWS
-from fastdtd.kernels.cpu.planes import copy_plane, copy_product
-from fastdtd.kernels.cpu.rows import copy_exactly, fetch_to_read, fetch_to_write, fill_vectors, larger_vectors
+from fastdtd.kernels.cpu.planes import copy_plane, copy_product, fetch_plane, own_part
+from fastdtd.kernels.cpu.rows import copy_exactly, fetch_to_write, fill_vectors, larger_vectors
 from fastdtd.kernels.cpu.scalar import clip, ratio_of
 from fastdtd.kernels.cpu.vector_code import (
     F32,
@@ -452,7 +452,7 @@ def _transform_inputs(points, lines, seen, a, a_channel, channels, pad_top, pad_
             n, row, column, length = _piece(tile + t, tile + count, tiles_across, tiles_of_image)
             width = 4 * length + 2
             p_plane = p_a + 4 * (n * a.shape[1] + a_channel + channel) * size
-            fetch_to_read(p_plane + 4 * (size + (4 * row - pad_top) * a.shape[3]), 6 * a.shape[3])  # the next channel's
+            fetch_plane(p_plane + 4 * size, 6, a.shape[3], a.shape[3], 4 * row - pad_top, 0)  # the next channel's
             copy_plane(p_lines, 6, width, p_plane, a.shape[2], a.shape[3], 4 * row - pad_top, 4 * column - pad_left, 1,
                        1, ZERO)
             larger_vectors(p_seen + 4 * at, p_seen + 4 * at, p_lines, 6 * width)
@@ -478,7 +478,7 @@ def _transform_products(points, lines, ratio, c, density, sparse_below, group, c
             p_plane = p_ratio + 4 * (n * ratio.shape[1] + group * outputs + k) * size
             p_plane_c = p_c + 4 * (n * c.shape[1] + c_channel + k) * size
             for p_next in (p_plane, p_plane_c):
-                fetch_to_read(p_next + 4 * (size + (4 * row - pad_top) * c.shape[3]), 6 * c.shape[3])
+                fetch_plane(p_next + 4 * size, 6, c.shape[3], c.shape[3], 4 * row - pad_top, 0)
             copy_product(p_lines, 6, width, p_plane, p_plane_c, c.shape[2], c.shape[3], 4 * row - pad_top,
                          4 * column - pad_left, ZERO)
             _sort_columns(p_columns + 4 * t, block + LANES, p_lines, width, length)
@@ -507,14 +507,13 @@ def winograd2d_forward(x, ratio, dead, a, weight, packed, offsets, bias, lines, 
     p_x, p_ratio = x.ctypes.data, ratio.ctypes.data
     marks = as_int32(seen)
     for index in range(first // splits, -(-last // splits)):
-        split_first, split_last = max(first - index * splits, 0), min(last - index * splits, splits)
         g, (tile, count) = index % groups, _block(index // groups, blocks, all_tiles)
         any_blind = _transform_inputs(points, lines, seen, a, a_channel + g * channels, channels, pad_top, pad_left,
                                       block, tile, count, tiles_across, tiles_of_image, height, across)
         p_masks = seen.ctypes.data + 4 * (36 * block + -(-count // LANES) + 1)
         absorbs = False
-        end = panels * split_last // splits
-        for panel in range(panels * split_first // splits, end, panels_at_once):
+        begin, end = own_part(panels, index, splits, first, last)
+        for panel in range(begin, end, panels_at_once):
             panel_count = min(panels_at_once, end - panel)
             weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * channels * TILE_ROWS
             p_sums_z = p_sums + 4 * panel_count * TILE_ROWS * block
@@ -570,14 +569,13 @@ def winograd2d_redistribute(c_in, c, ratio, density, packed, offsets, lines, poi
     points_stride, sums_stride = _stride(outputs, block), _stride(panels_at_once * TILE_ROWS, block)
     p_points, p_sums, p_stage = points.ctypes.data, sums.ctypes.data, stage.ctypes.data
     for index in range(first // splits, -(-last // splits)):
-        split_first, split_last = max(first - index * splits, 0), min(last - index * splits, splits)
         if index // groups >= dense_blocks:
             break
         g, (tile, count) = index % groups, _block(index // groups, dense_blocks, dense_tiles)
         _transform_products(points, lines, ratio, c, density, sparse_below, g, c_channel + g * outputs, outputs,
                             pad_top, pad_left, block, tile, count, tiles_across, tiles_of_image)
-        end = panels * split_last // splits
-        for panel in range(panels * split_first // splits, end, panels_at_once):
+        begin, end = own_part(panels, index, splits, first, last)
+        for panel in range(begin, end, panels_at_once):
             panel_count = min(panels_at_once, end - panel)
             weights = 4 * (g * WINOGRAD_POINTS * panels + panel) * outputs * TILE_ROWS
             _multiply_points(p_sums, sums_stride, packed.ctypes.data + weights, panels, panel_count, p_points,
