@@ -413,10 +413,19 @@ class Explainer:
 
     def _run(self, plan: Plan, images: Array, question: Question, first: int) -> tuple[Array, Beginning, Array]:
         """Both passes: scores, what is explained of each image, and how much; first: the first image's number."""
-        submit, scores = self._executor.submit(plan), np.empty(plan.output.shape, np.float32)
+        scores = np.empty(plan.output.shape, np.float32)
+        began: list[tuple[Beginning, Array]] = []
+
+        def begin() -> None:
+            self._kernels.read(scores, plan.output)
+            began.append(self._begin(plan, scores, question, first))
+
         self._kernels.write(plan.input, images)
-        plan.forward(submit)
-        self._kernels.read(scores, plan.output)
+        plan.explain(begin, self._executor.submit(plan))
+        return scores, *began[0]
+
+    def _begin(self, plan: Plan, scores: Array, question: Question, first: int) -> tuple[Beginning, Array]:
+        """Write what the backward pass starts with."""
         began, derivative = question.of(scores), self._assignment.derivative
         if began.start is None:
             start, explained = np.zeros(scores.shape, np.float32), np.empty(len(scores), np.float32)
@@ -435,8 +444,7 @@ class Explainer:
             elif not plan.schedule.starts_with_relevance:
                 start = factors(start, scores, first)
         self._kernels.write(plan.start, start)
-        plan.backward(submit)
-        return scores, began, explained
+        return began, explained
 
     @out_of_memory(OutOfMemoryError, _ADVICE)
     def _observed(self, images: Array, targets: npt.NDArray[np.int64], question: Question, layers: Sequence[str]

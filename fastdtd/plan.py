@@ -17,6 +17,7 @@ from fastdtd.protocols import AnyDevice
 from fastdtd.schedule import Schedule, Scratch, State, Tensor, View
 
 Submit = Callable[..., Any]
+_NO_STEPS = np.zeros(0, np.int64)
 
 
 class OutOfMemoryError(InputError):
@@ -93,20 +94,34 @@ class Plan:
         self.ledger[:] = 0
         self.run(self._backward, submit)
 
-    def run(self, wanted: npt.NDArray[np.int64], submit: Submit | None = None) -> None:
-        """Run some steps, by number, each once all workers are done with the one before."""
+    def explain(self, begin: Callable[[], None], submit: Submit | None = None) -> None:
+        """Both passes; `begin` is called between them, to read output and write start. The other workers are started
+        once, and wait for it without leaving native code."""
+        self._dead[:] = 0
+        self.ledger[:] = 0
+        self.run(self._forward, submit, begin, self._backward)
+
+    def run(self, wanted: npt.NDArray[np.int64], submit: Submit | None = None, then: Callable[[], None] | None = None,
+            after: npt.NDArray[np.int64] = _NO_STEPS) -> None:
+        """Run some steps, by number, each once all workers are done with the one before; then the caller's thread calls
+        `then`, and the steps `after` follow."""
         workers, barrier = self.schedule.workers, np.zeros(1, np.int64)
         if workers == 1:
             self._kernels.run_steps(self._tables[0], wanted, np.zeros(2, np.int64), barrier, 1)
+            if then is not None:
+                then()
+                self._kernels.run_steps(self._tables[0], after, np.zeros(2, np.int64), barrier, 1)
             return
         assert submit is not None
-
+        if then is not None:
+            after = np.concatenate((np.array([self._kernels.NO_STEP]), after))  # where the others wait for the caller
+        arrivals = workers * (len(wanted) + len(after))
         working = threading.Lock()  # as long as the caller holds it; Ctrl-C may end that at any moment
         errors: list[BaseException] = []
 
-        def work(table: Any) -> None:
+        def work(table: Any, steps: npt.NDArray[np.int64]) -> None:
             progress = np.zeros(2, np.int64)
-            while not self._kernels.run_steps(table, wanted, progress, barrier, workers):
+            while not self._kernels.run_steps(table, steps, progress, barrier, workers):
                 if not working.locked():  # and who is not at the barrier yet does not come
                     barrier[0] = self._kernels.BROKEN
                 time.sleep(0)
@@ -114,7 +129,7 @@ class Plan:
         def work_with_caller(table: Any) -> None:
             try:
                 if working.locked():
-                    work(table)
+                    work(table, np.concatenate((wanted, after)))
             except BaseException as error:  # the caller's to raise
                 errors.append(error)
                 barrier[0] = self._kernels.BROKEN  # nobody waits for a worker that does not arrive
@@ -123,10 +138,14 @@ class Plan:
         try:
             with working:
                 others += (submit(work_with_caller, table) for table in self._tables[1:])
-                work(self._tables[0])
+                work(self._tables[0], wanted)
+                if then is not None and not errors:
+                    then()
+                    work(self._tables[0], after)
         finally:
-            for other in others:
-                other.result()
+            if barrier[0] != arrivals:  # else all have done their part of the last step
+                for other in others:
+                    other.result()
         if errors:
             raise errors[0]
 

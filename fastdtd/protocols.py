@@ -31,6 +31,7 @@ class Device(Protocol):
     MARGIN: int  # floats that `empty` adds after each allocation, for tiles that read beyond the end
     MIN_DENOMINATOR: np.float32  # a smaller sum counts as zero
     DENSE_FEATURES: int  # inputs of a unit of dense_redistribute
+    NO_STEP: int  # among the steps that are wanted: the workers wait for each other there
     BROKEN: int  # a barrier's counter that stands here lets all workers go, and they stop
 
     # -- Memory

@@ -37,7 +37,7 @@ from fastdtd.kernels.cpu.sparse import (
     density_redistribute, sparse2d_below, sparse2d_block, sparse2d_pack, sparse2d_packed_shape, sparse2d_redistribute,
     sparse2d_scratch, sparse2d_splits_channels,
 )
-from fastdtd.kernels.cpu.steps import BROKEN, bind, run_steps, steps_compiled, table
+from fastdtd.kernels.cpu.steps import BROKEN, NO_STEP, bind, run_steps, steps_compiled, table
 from fastdtd.kernels.cpu.winograd import (
     winograd2d_block, winograd2d_forward, winograd2d_pack, winograd2d_packed_shape, winograd2d_pays,
     winograd2d_redistribute, winograd2d_scratch, winograd2d_tiles,
@@ -46,7 +46,7 @@ from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
     "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONV2D_REPEATED", "CONVOLUTION",
-    "DENSE_FEATURES", "DEPTHWISE2D_STEP", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR",
+    "DENSE_FEATURES", "DEPTHWISE2D_STEP", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "NO_STEP",
     "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN", "absorb_dead_redistribute", "absorb_remainder_redistribute",
     "activate_forward", "activate_redistribute", "add_forward", "add_redistribute", "bind", "clear_redistribute",
     "constant", "conv2d_block_shape", "conv2d_bounds_shape", "conv2d_columns_elements", "conv2d_forward",

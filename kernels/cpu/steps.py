@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
+NO_STEP = -1  # among the steps that are wanted: workers meet at the barrier, and do nothing before
 BROKEN = 1 << 62  # a counter that stands here or higher lets all threads go, and they stop
 # Looks at the counter, of some 20 nanoseconds, before a waiting thread offers its processor to others, and before it
 # goes back to Python, which makes it late: the interpreter's lock alone takes 70 microseconds to change hands.
@@ -197,7 +198,8 @@ def run_steps(steps, wanted, progress, counter, workers):
     while progress[0] < len(wanted):
         if progress[1] == 0:
             step = wanted[progress[0]]
-            _call(steps[step, 0], steps[step, 1], steps[step, 2], steps[step, 3])
+            if step != NO_STEP:
+                _call(steps[step, 0], steps[step, 1], steps[step, 2], steps[step, 3])
             if workers > 1:
                 progress[1] = _atomic_increment(p_counter)
         if workers > 1:

@@ -28,12 +28,12 @@ from fastdtd.kernels.cuda.pool2d import (
 )
 from fastdtd.kernels.cuda.resize import resize_elements, resize_forward, resize_redistribute
 from fastdtd.kernels.cuda.softmax import softmax_forward, softmax_redistribute
-from fastdtd.kernels.cuda.steps import BROKEN, bind, run_steps, table
+from fastdtd.kernels.cuda.steps import BROKEN, NO_STEP, bind, run_steps, table
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
     "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONVOLUTION", "DENSE_FEATURES", "FILLS_MEMORY", "MARGIN",
-    "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN",
+    "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "NO_STEP", "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN",
     "absorb_dead_redistribute", "absorb_remainder_redistribute", "activate_forward", "activate_redistribute",
     "add_forward", "add_redistribute", "bind", "clear_redistribute", "constant", "conv2d_forward", "conv2d_pack",
     "conv2d_packed_shape", "conv2d_panel_rows", "conv2d_redistribute", "conv2d_taps", "copy_forward", "dense_forward",

@@ -12,7 +12,7 @@ from fastdtd.kernels.cuda.jit import use_stream
 from fastdtd.kernels.cuda.memory import arrays, as_device_array, constant, cupy
 from numba import config, cuda
 
-BROKEN = 1 << 62
+BROKEN, NO_STEP = 1 << 62, -1  # for several workers, which there are none of here
 
 # Two threads that need the same kernel at once would make two of it, and find the other's, which is not loaded, in the
 # next walk.
