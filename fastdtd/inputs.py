@@ -171,7 +171,7 @@ def checked_targets(target: Target, model: Model, count: int) -> npt.NDArray[np.
     if not is_one and len(indices) != count:
         raise InputError(
             f"{len(indices)} targets were given for {count} images; required: one for all, or one for each")
-    return np.resize(np.array(indices, np.int64), count)
+    return np.array(indices * count if is_one else indices, np.int64)
 
 
 def _checked_target(one: object, model: Model) -> int:

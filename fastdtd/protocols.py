@@ -31,6 +31,7 @@ class Device(Protocol):
     MARGIN: int  # floats that `empty` adds after each allocation, for tiles that read beyond the end
     MIN_DENOMINATOR: np.float32  # a smaller sum counts as zero
     DENSE_FEATURES: int  # inputs of a unit of dense_redistribute
+    ABSORBING_PARTS: int  # units of an image, of kernels that absorb relevance
     NO_STEP: int  # among the steps that are wanted: the workers wait for each other there
     BROKEN: int  # a barrier's counter that stands here lets all workers go, and they stop
 
@@ -138,6 +139,7 @@ class BlockedDevice(Device, Protocol):
     CONV2D_COLUMNS: int  # tiles read this far beyond the last position
     CONV2D_FEW_ROWS: int  # conv2d_redistribute to no more inputs of a group reads planes always
     DEPTHWISE2D_STEP: int  # positions at a time
+    sum_absorbed_redistribute: Kernel
     density_redistribute: Kernel
     depthwise2d_forward: Kernel
     depthwise2d_redistribute: Kernel

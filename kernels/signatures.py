@@ -79,8 +79,9 @@ SIGNATURES = {name: tuple(names.split()) for name, names in {
     "rearrange_redistribute": "c_in ledger c starts readers column c_in_channel c_channel relevance accumulate",
     "copy_forward": "x a x_begin a_begin count accumulate",
     "clear_redistribute": "c_in begin end",
-    "absorb_dead_redistribute": "ledger ratio c dead column c_channel",
-    "absorb_remainder_redistribute": "ledger absorbed c column c_channel",
+    "absorb_dead_redistribute": "ledger sums ratio c dead column c_channel shared",
+    "absorb_remainder_redistribute": "ledger sums absorbed c column c_channel shared",
+    "sum_absorbed_redistribute": "ledger sums column",
     "relevance_redistribute": "out x c x_channel c_channel relevance",
 }.items()}
 ALL_NAMES = frozenset().union(*SIGNATURES.values())

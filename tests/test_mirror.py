@@ -16,13 +16,13 @@ KERNELS = Path(fastdtd.kernels.__file__).parent
 # How a processor cuts its work into blocks that stay in its caches, and threads divide.
 OF_PROCESSORS = {"block", "columns", "lines", "results", "sums", "contributions", "planes", "positions", "offsets",
                  "bounds", "block_rows", "block_columns", "halo_rows", "halo_columns", "splits", "joined", "density",
-                 "sparse_below"}
+                 "sparse_below", "shared"}
 # Where a thread of a GPU finds what it reads, which a processor's blocks say otherwise.
 OF_GPUS = {"precision", "panel_rows", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left"}
 # Vector instructions, and libraries for C; what short rows cost a processor, they do not cost a GPU; on tensor cores a
 # direct product is fast, and Winograd's transforms would lose digits of TF32's eleven bits.
 FILES_OF_PROCESSORS = {"arrays", "depthwise", "planes", "program", "rows", "sparse", "winograd"}
-KERNELS_OF_PROCESSORS = ("density", "depthwise2d", "sparse2d", "winograd2d")
+KERNELS_OF_PROCESSORS = ("density", "depthwise2d", "sparse2d", "sum_absorbed", "winograd2d")
 KINDS = {cpu: BlockedDevice, cuda: ImplicitDevice}
 
 

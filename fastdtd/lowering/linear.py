@@ -89,16 +89,13 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
     assert rule is not None
     c = b.factor(b.result(layer)[0])
     if layer.name in b.columns:
-        common: dict[str, Any] = {
-            "ledger": b.ledger, "c": c, "column": b.columns[layer.name], "c_channel": c.channel
-        }
         if rule.retains:
-            b.step(b.kernels.absorb_remainder_redistribute, b.batch, absorbed=b.saved(layer, ABSORBED).view, **common)
+            _absorb(b, layer, b.kernels.absorb_remainder_redistribute, absorbed=b.saved(layer, ABSORBED).view)
         elif rule.formula in (None, codes.SIGNS):
             for part in range(len(rule.terms)):
                 saved = b.saved(layer, part)
-                b.step(b.kernels.absorb_dead_redistribute, b.batch, condition=saved.dead, ratio=saved.view,
-                       dead=saved.dead, **common)
+                _absorb(b, layer, b.kernels.absorb_dead_redistribute, condition=saved.dead, ratio=saved.view,
+                        dead=saved.dead)
     for part, term in enumerate(rule.terms):
         for source in layer.inputs:
             accumulate = b.accumulates(source) or part > 0  # of several terms, all but the first add to what is there
@@ -115,6 +112,17 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
                     **_as_convolution(layer))
             else:
                 term_step(b, layer, part, term, source, arguments)
+
+
+def _absorb(b: Builder, layer: Layer, kernel: Kernel, **arguments: Any) -> None:
+    c = b.factor(b.result(layer)[0])
+    common: dict[str, Any] = {"ledger": b.ledger, "column": b.columns[layer.name]}
+    parts, shared = b.kernels.ABSORBING_PARTS, b.workers > 1
+    sums = b.state("sums", (parts,), np.float64)
+    b.step(kernel, b.batch * parts, c=c, c_channel=c.channel, optional={"sums": sums, "shared": shared}, **common,
+           **arguments)
+    if shared:
+        b.step(b.blocked_kernels.sum_absorbed_redistribute, b.batch, sums=sums, **common)
 
 
 def _activation_for(b: Builder, term: Term, name: str) -> Tensor:

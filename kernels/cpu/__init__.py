@@ -15,9 +15,9 @@ from fastdtd.kernels.cpu.depthwise import (
 )
 from fastdtd.kernels.cpu.direction import direction_kernels
 from fastdtd.kernels.cpu.elementwise import (
-    absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
+    ABSORBING_PARTS, absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
     clear_redistribute, copy_forward, gate_redistribute, multiply_forward, multiply_redistribute, nonlinearity_forward,
-    power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
+    power_forward, rearrange_forward, rearrange_redistribute, sum_absorbed_redistribute, sum_relevance, surely_within,
 )
 from fastdtd.kernels.cpu.formulas import absorb_remainder_redistribute, ratios_forward, relevance_redistribute
 from fastdtd.kernels.cpu.group_norm import group_norm_elements, group_norm_forward, group_norm_redistribute
@@ -45,7 +45,7 @@ from fastdtd.kernels.cpu.winograd import (
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
-    "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONV2D_REPEATED", "CONVOLUTION",
+    "ABSORBING_PARTS", "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONV2D_COLUMNS", "CONV2D_FEW_ROWS", "CONV2D_REPEATED", "CONVOLUTION",
     "DENSE_FEATURES", "DEPTHWISE2D_STEP", "FILLS_MEMORY", "MARGIN", "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "NO_STEP",
     "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN", "absorb_dead_redistribute", "absorb_remainder_redistribute",
     "activate_forward", "activate_redistribute", "add_forward", "add_redistribute", "bind", "clear_redistribute",
@@ -62,7 +62,7 @@ __all__ = [
     "rearrange_forward", "rearrange_redistribute", "relevance_redistribute", "resize_elements",
     "resize_forward", "resize_redistribute", "run_steps", "softmax_forward", "softmax_redistribute", "sparse2d_below",
     "sparse2d_block", "sparse2d_pack", "sparse2d_packed_shape", "sparse2d_redistribute", "sparse2d_scratch",
-    "sparse2d_splits_channels", "steps_compiled", "sum_relevance", "surely_within", "table", "winograd2d_block",
+    "sparse2d_splits_channels", "steps_compiled", "sum_absorbed_redistribute", "sum_relevance", "surely_within", "table", "winograd2d_block",
     "winograd2d_forward", "winograd2d_pack", "winograd2d_packed_shape", "winograd2d_pays", "winograd2d_redistribute",
     "winograd2d_scratch", "winograd2d_tiles", "write", "zeros",
 ]

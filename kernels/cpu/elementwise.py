@@ -42,6 +42,7 @@ from fastdtd.kernels.cpu.vector_code import (
     VECTOR,
     ZEROS,
     any_lane,
+    combine_lanes,
     lanes_before,
     larger,
     loop_over,
@@ -54,6 +55,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+ABSORBING_PARTS = 16  # of an image, whose sums are added in their order, whoever made them
+_DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
 LARGEST, ZERO_SUM = np.finfo(np.float32).max, np.float64(0)
 _sums = partial(kernel, fastmath={"reassoc"})  # in any order, so in vectors
 
@@ -141,6 +144,32 @@ def redistribute_row(typing_context, out, first, second, a, count, low, high, bo
     return signature, codegen
 
 
+@intrinsic
+def _absorb(typing_context, ratio, c, count):
+    """Minus the sum of ratio * c over the negative ones of `count` ratios, which become 0."""
+    def codegen(context, builder, signature, arguments):
+        p_ratio, p_c = pointers(builder, arguments[:2], F32, F32)
+
+        def one_vector(step, totals, load, store):
+            value = load(p_ratio, step)
+            is_negative, before = builder.fcmp_ordered("<", value, ZEROS), builder.block
+            with builder.if_then(any_lane(builder, is_negative)):  # which is rare: what is not read need not come
+                wide = [builder.fpext(one, _DOUBLES)
+                        for one in (builder.select(is_negative, value, ZEROS), load(p_c, step))]
+                total = builder.fsub(totals[0], builder.fmul(*wide))
+                store(builder.select(is_negative, ZEROS, value), p_ratio, step)
+                end = builder.block
+            found = builder.phi(_DOUBLES)
+            found.add_incoming(totals[0], before)
+            found.add_incoming(total, end)
+            return [found]
+
+        total, = loop_over(builder, arguments[2], [ir.Constant(_DOUBLES, [0.0] * LANES)], one_vector)
+        return combine_lanes(builder, total, ir.IRBuilder.fadd)
+
+    return types.float64(*[types.intp] * 3), codegen
+
+
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,21 +187,51 @@ def span(flat, begin, count):
 
 
 @kernel
-def absorb_dead_redistribute(ledger, ratio, c, dead, column, c_channel, first, last):
-    """ledger[n, column] += the relevance of outputs with z = 0, where dead[n]; their ratios become 0. Units: images."""
+def part_of(elements, part):
+    """Begin and end of one of the ABSORBING_PARTS of so many elements."""
+    return elements * part // ABSORBING_PARTS, elements * (part + 1) // ABSORBING_PARTS
+
+
+@kernel
+def absorb_dead_redistribute(ledger, sums, ratio, c, dead, column, c_channel, shared, first, last):
+    """ledger[n, column] += the relevance of outputs with z = 0, where dead[n]; their ratios become 0.
+
+    Units: images, each in ABSORBING_PARTS parts, whose sums go to sums (N, ABSORBING_PARTS). Where others do some of an
+    image's (`shared`), sum_absorbed_redistribute adds them to the ledger.
+    """
     elements, positions = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
-    flat_ratio, flat_c = flat(ratio), flat(c)
-    for n in range(first, last):
+    p_ratio, p_c = ratio.ctypes.data, c.ctypes.data
+    for unit in range(first, last):
+        n, part = unit // ABSORBING_PARTS, unit % ABSORBING_PARTS
+        sums[n, part] = ZERO_SUM
         if not dead[n]:
             continue
-        absorbed = np.float64(0)
-        r = span(flat_ratio, n * elements, elements)
-        factor = span(flat_c, (n * c.shape[1] + c_channel) * positions, elements)
-        for i in range(elements):
-            if r[i] < ZERO:
-                absorbed -= np.float64(r[i]) * np.float64(factor[i])
-                r[i] = ZERO
-        ledger[n, column] += absorbed
+        begin, end = part_of(elements, part)
+        sums[n, part] = _absorb(p_ratio + 4 * (n * elements + begin),
+                                p_c + 4 * ((n * c.shape[1] + c_channel) * positions + begin), end - begin)
+        if part == ABSORBING_PARTS - 1 and not shared:
+            ledger[n, column] += sum_of_parts(sums, n)
+
+
+@kernel
+def part_of(elements, part):
+    """Begin and end of one of the ABSORBING_PARTS of so many elements."""
+    return elements * part // ABSORBING_PARTS, elements * (part + 1) // ABSORBING_PARTS
+
+
+@kernel
+def sum_of_parts(sums, n):
+    total = ZERO_SUM
+    for part in range(ABSORBING_PARTS):
+        total += sums[n, part]
+    return total
+
+
+@kernel
+def sum_absorbed_redistribute(ledger, sums, column, first, last):
+    """ledger[n, column] += what an image's parts absorbed. Units: images."""
+    for n in range(first, last):
+        ledger[n, column] += sum_of_parts(sums, n)
 
 
 @kernel

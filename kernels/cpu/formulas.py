@@ -7,7 +7,7 @@ formulas are in kernels/scalar.py. What they leave of an output's relevance is a
 import numpy as np
 from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIENT, SIGNS
 from fastdtd.kernels.cpu.arrays import flat
-from fastdtd.kernels.cpu.elementwise import span
+from fastdtd.kernels.cpu.elementwise import ABSORBING_PARTS, part_of, span, sum_of_parts
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
 from fastdtd.kernels.scalar import ZERO
@@ -113,18 +113,23 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
 
 
 @kernel
-def absorb_remainder_redistribute(ledger, absorbed, c, column, c_channel, first, last):
-    """ledger[n, column] += what stabilisers and biases absorb of relevance c. Units are images."""
+def absorb_remainder_redistribute(ledger, sums, absorbed, c, column, c_channel, shared, first, last):
+    """ledger[n, column] += what stabilisers and biases absorb of relevance c. Units, sums and `shared` as in
+    absorb_dead_redistribute."""
     elements = absorbed.shape[1] * absorbed.shape[2] * absorbed.shape[3]
     positions = absorbed.shape[2] * absorbed.shape[3]
     flat_absorbed, flat_c = flat(absorbed), flat(c)
-    for n in range(first, last):
-        part = span(flat_absorbed, n * elements, elements)
-        relevance = span(flat_c, (n * c.shape[1] + c_channel) * positions, elements)
+    for unit in range(first, last):
+        n, part = unit // ABSORBING_PARTS, unit % ABSORBING_PARTS
+        begin, end = part_of(elements, part)
+        kept = span(flat_absorbed, n * elements + begin, end - begin)
+        relevance = span(flat_c, (n * c.shape[1] + c_channel) * positions + begin, end - begin)
         total = np.float64(0)
-        for i in range(elements):
-            total += np.float64(part[i]) * np.float64(relevance[i])
-        ledger[n, column] += total
+        for i in range(end - begin):
+            total += np.float64(kept[i]) * np.float64(relevance[i])
+        sums[n, part] = total
+        if part == ABSORBING_PARTS - 1 and not shared:
+            ledger[n, column] += sum_of_parts(sums, n)
 
 
 @kernel

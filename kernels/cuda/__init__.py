@@ -10,7 +10,7 @@ from fastdtd.kernels.cuda.dense import (
 )
 from fastdtd.kernels.cuda.direction import direction_kernels
 from fastdtd.kernels.cuda.elementwise import (
-    absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
+    ABSORBING_PARTS, absorb_dead_redistribute, activate_forward, activate_redistribute, add_forward, add_redistribute,
     clear_redistribute, copy_forward, gate_redistribute, multiply_forward, multiply_redistribute, nonlinearity_forward,
     power_forward, rearrange_forward, rearrange_redistribute, sum_relevance, surely_within,
 )
@@ -32,7 +32,7 @@ from fastdtd.kernels.cuda.steps import BROKEN, NO_STEP, bind, run_steps, table
 from fastdtd.kernels.scalar import MIN_DENOMINATOR
 
 __all__ = [
-    "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONVOLUTION", "DENSE_FEATURES", "FILLS_MEMORY", "MARGIN",
+    "ABSORBING_PARTS", "ALLOCATION_MAY_FAIL_AT_RUN_TIME", "BROKEN", "CONVOLUTION", "DENSE_FEATURES", "FILLS_MEMORY", "MARGIN",
     "MAX_IMAGES", "MAX_PLANS", "MIN_DENOMINATOR", "NO_STEP", "POOLING", "SURVIVES_FORK", "THREADS_SHARE_A_PLAN",
     "absorb_dead_redistribute", "absorb_remainder_redistribute", "activate_forward", "activate_redistribute",
     "add_forward", "add_redistribute", "bind", "clear_redistribute", "constant", "conv2d_forward", "conv2d_pack",

@@ -25,6 +25,7 @@ from fastdtd.kernels.cuda.vector_code import load, split, store
 from fastdtd.kernels.scalar import MIN_DENOMINATOR, ZERO
 from numba import cuda, float32, float64
 
+ABSORBING_PARTS = 1
 SUMMING_THREADS = 512  # of the block that sums over an image
 _AT_ONCE = 16
 
