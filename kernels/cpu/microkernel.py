@@ -144,9 +144,9 @@ class _Panel:
 
     def fetch_entries(self):
         """Ask for the entries of panels to come, which may be too many for the caches."""
-        entries = 2 * PANEL_DEPTH
+        entries = 4 * PANEL_DEPTH
         for base, floats in ((self.p_weights, self.panel_rows), (self.p_offsets, 1)):
-            for line in range(entries * floats, entries * floats * 3 // 2, LINE):
+            for line in range(entries * floats, (entries + PANEL_DEPTH) * floats, LINE):
                 prefetch(self.builder, self.builder.gep(base, [integer(line)]))
 
     def add(self, sums):
