@@ -122,18 +122,31 @@ def _geometry(b: Builder, layer: Pool) -> dict[str, Any]:
 
 
 def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
-    """How windows read blocks of their input, if copied; no planes where one window holds the whole input."""
+    """How windows read blocks of their input, if copied; no planes where one window holds the whole input, or the
+    largest value is looked for in the input itself."""
     if b.kernels.POOLING != "blocked":
         return None, {}
     kernel, stride, padding, _ = _window(b, layer)
-    if holds_all(layer, b.graph) and not _by_winner(b, layer):
+    if _by_winner(b, layer) and _are_inside(b, layer) and stride[1] <= 2:
+        blocks = Blocks(int_table([], 2), [], *b.graph.shapes[layer.name][1:], 0, 0)
+        offsets = _tap_positions(b, layer)
+    elif holds_all(layer, b.graph) and not _by_winner(b, layer):
         blocks = Blocks(int_table([], 2), [], 1, 1, 0, 0)
+        offsets = read_only(blocks.offsets(1))
     else:
         taps = [(i - padding[0], j - padding[1]) for i in range(kernel[0]) for j in range(kernel[1])]
         blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.blocked_kernels)
+        offsets = read_only(blocks.offsets(1))
     return blocks, {
-        "offsets": read_only(blocks.offsets(1)), "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()
+        "offsets": offsets, "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()
     }
+
+
+def _are_inside(b: Builder, layer: Pool) -> bool:
+    """Whether no window reaches beyond the input."""
+    kernel, stride, padding, _ = _window(b, layer)
+    sizes, counts = b.graph.shapes[layer.inputs[0]][1:], b.graph.shapes[layer.name][1:]
+    return not any(padding) and all((counts[axis] - 1) * stride[axis] + kernel[axis] <= sizes[axis] for axis in (0, 1))
 
 
 def _tap_positions(b: Builder, layer: Pool) -> Any:

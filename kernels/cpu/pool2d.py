@@ -35,6 +35,7 @@ from fastdtd.kernels.cpu.vector_code import (
     loop_range,
     magnitude,
     multiply_add,
+    pick,
     pointers,
     positive,
     progression,
@@ -54,46 +55,56 @@ _ALL_BITS = ir.Constant(INTEGERS, [-1] * LANES)
 # ---- Vector code -----------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _find_winners(typing_context, x, winner, block, offsets, positions, taps, count, first, step):
-    """x <- the largest value of each window, winner (int32) <- its position: `count` windows.
+def _make_find_winners(spacing):
+    @intrinsic
+    def find_winners(typing_context, x, winner, block, offsets, positions, taps, count, first, step):
+        def codegen(context, builder, signature, arguments):
+            p_x, p_winner, p_block, p_offsets, p_places = pointers(builder, arguments[:5], F32, I32, F32, I32, I32)
+            taps, count, first, stride = arguments[5:]
+            nowhere = ir.Constant(INTEGERS, [0] * LANES)
+            tie, lowest = ir.Constant(VECTOR, [float(TIE)] * LANES), ir.Constant(VECTOR, [float(LOWEST)] * LANES)
 
-    Window i reads block[offsets[t] + i] for each tap t; that value's position is first + i * step + positions[t].
-    offsets, positions: int32. A value has to exceed those before it by more than the last bit, or the first of them
-    wins.
-    """
-    def codegen(context, builder, signature, arguments):
-        p_x, p_winner, p_block, p_offsets, p_places = pointers(builder, arguments[:5], F32, I32, F32, I32, I32)
-        taps, count, first, stride = arguments[5:]
-        nowhere = ir.Constant(INTEGERS, [0] * LANES)
-        tie, lowest = ir.Constant(VECTOR, [float(TIE)] * LANES), ir.Constant(VECTOR, [float(LOWEST)] * LANES)
+            def one_vector(step, nothing, load, store):
+                def one_tap(tap, so_far):
+                    largest, limit, position = so_far
+                    value = _load_tap(builder, p_block, p_offsets, tap, step, spacing)
+                    wins = builder.fcmp_ordered(">", value, limit)
+                    # need not wait for the taps before
+                    own_limit = multiply_add(builder, value, tie, magnitude(builder, value))
+                    here = splat(builder, builder.load(builder.gep(p_places, [tap])), INTEGERS)
+                    return [builder.select(wins, new, old) for new,
+                            old in ((value, largest), (own_limit, limit), (here, position))]
 
-        def one_vector(step, nothing, load, store):
-            def one_tap(tap, so_far):
-                largest, limit, position = so_far
-                value = _load_tap(builder, p_block, p_offsets, tap, step)
-                wins = builder.fcmp_ordered(">", value, limit)
-                # need not wait for the taps before
-                own_limit = multiply_add(builder, value, tie, magnitude(builder, value))
-                here = splat(builder, builder.load(builder.gep(p_places, [tap])), INTEGERS)
-                return [builder.select(wins, new, old) for new,
-                        old in ((value, largest), (own_limit, limit), (here, position))]
+                largest, _, position = loop_range(builder, integer(0), taps, 1, [lowest, lowest, nowhere], one_tap)
+                own_positions = progression(builder, builder.add(first, builder.mul(step, stride)), stride)
+                store(largest, p_x, step)
+                store(builder.add(position, own_positions), p_winner, step)
+                return nothing
 
-            largest, _, position = loop_range(builder, integer(0), taps, 1, [lowest, lowest, nowhere], one_tap)
-            own_positions = progression(builder, builder.add(first, builder.mul(step, stride)), stride)
-            store(largest, p_x, step)
-            store(builder.add(position, own_positions), p_winner, step)
-            return nothing
+            loop_over(builder, count, [], one_vector)
+            return context.get_dummy_value()
 
-        loop_over(builder, count, [], one_vector)
-        return context.get_dummy_value()
+        return types.void(*[types.intp] * 9), codegen
 
-    return types.void(*[types.intp] * 9), codegen
+    return find_winners
 
 
-def _load_tap(builder, p_block, p_offsets, tap, step):
-    return load_vector(builder, p_block,
-                       builder.add(step, builder.sext(builder.load(builder.gep(p_offsets, [tap])), I64)))
+# (x, winner, block, offsets, positions, taps, count, first, step): x <- the largest value of each window, winner (int32)
+# <- its position: `count` windows.
+#
+# Window i reads block[offsets[t] + i], of the second block[offsets[t] + 2 * i], for each tap t; that value's position is
+# first + i * step + positions[t]. offsets, positions: int32. A value has to exceed those before it by more than the last
+# bit, or the first of them wins.
+_find_winners, _find_winners_apart = _make_find_winners(1), _make_find_winners(2)
+
+
+def _load_tap(builder, p_block, p_offsets, tap, step, spacing=1):
+    offset = builder.sext(builder.load(builder.gep(p_offsets, [tap])), I64)
+    if spacing == 1:
+        return load_vector(builder, p_block, builder.add(step, offset))
+    begin = builder.add(builder.shl(step, integer(1)), offset)
+    pair = [load_vector(builder, p_block, builder.add(begin, integer(j * LANES))) for j in range(2)]
+    return pick(builder, *pair, list(range(0, 2 * LANES, 2)))
 
 
 class _Window:
@@ -220,7 +231,8 @@ def max_pool2d_forward(x, winner, a, planes, offsets, positions, block, x_channe
 
     Values that rounding may have made unequal count as equal: else in an evenly coloured area noise would pick the
     winners. planes (P, 2) is where each plane begins relative to a window's own position, offsets (T,) where each tap
-    lies in the block, from a window's own position on, positions (T,) where in the plane of a.
+    lies in the block, from a window's own position on, positions (T,) where in the plane of a. With no planes windows
+    read the tensor itself: all are inside, and stride_w is 1 or 2.
     """
     channels, height, across = winner.shape[1:]
     width, plane_rows = block_columns + halo_columns, block_rows + halo_rows
@@ -230,7 +242,15 @@ def max_pool2d_forward(x, winner, a, planes, offsets, positions, block, x_channe
         n, k = unit // channels, unit % channels
         p_plane = p_a + 4 * (n * a.shape[1] + a_channel + k) * a_size
         to_x, to_winner = p_x + 4 * (n * x.shape[1] + x_channel + k) * size, p_winner + 4 * unit * size
-        for y in range(0, height, block_rows):
+        for row in range(0 if len(planes) else height):
+            own, to = row * stride_h * a.shape[3], 4 * row * across
+            if stride_w == 1:
+                _find_winners(to_x + to, to_winner + to, p_plane + 4 * own, offsets.ctypes.data, positions.ctypes.data,
+                              len(offsets), across, own, 1)
+            else:
+                _find_winners_apart(to_x + to, to_winner + to, p_plane + 4 * own, offsets.ctypes.data,
+                                    positions.ctypes.data, len(offsets), across, own, 2)
+        for y in range(0, height if len(planes) else 0, block_rows):
             for left in range(0, across, block_columns):
                 for i in range(len(planes)):
                     copy_plane(p_block + 4 * i * plane, plane_rows, width, p_plane, a.shape[2], a.shape[3],
