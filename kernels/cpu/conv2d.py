@@ -31,11 +31,9 @@ from fastdtd.kernels.codes import BOX, NONNEGATIVE, ONES, SIGNED
 from fastdtd.kernels.cpu.elementwise import finish_row, redistribute_row
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.microkernel import (
-    FEW_CLASSES,
-    FEW_COLUMNS,
+    CLASSES,
     FEW_ROWS,
     FEW_VECTORS,
-    PANEL_CLASSES,
     PANEL_COLUMNS,
     PANEL_DEPTH,
     PANEL_PITCH,
@@ -43,8 +41,10 @@ from fastdtd.kernels.cpu.microkernel import (
     PANEL_VECTORS,
     add_nonzero,
     add_nonzero_few,
+    add_nonzero_one,
     add_split,
     add_split_few,
+    add_split_one,
     finish_constant,
     finish_split,
     pack_columns,
@@ -70,8 +70,8 @@ _BLOCK_POSITIONS = 1536
 _FEW_POSITIONS = 4 * PANEL_COLUMNS  # fewer are not worth a pass over all weights
 _JOINED_POSITIONS = 3 * PANEL_COLUMNS // 2
 _JOINED_BYTES, _MAX_JOINED = 3 << 18, 8
-_CLASSES = np.array(PANEL_CLASSES, np.int64), np.array(FEW_CLASSES, np.int64)
-_BOUNDS, _FEW_BOUNDS = len(PANEL_CLASSES) + 1, len(FEW_CLASSES) + 1
+_CLASSES = tuple(np.array(CLASSES[rows], np.int64) for rows in sorted(CLASSES))  # of 1, 2 and 3 rows
+_BOUNDS = len(CLASSES[PANEL_ROWS]) + 1
 _ALIGNMENT = 64  # bytes
 
 
@@ -132,14 +132,14 @@ def conv2d_packed_shape(groups, rows, depth, is_backward):
     """Shape of packed weights (groups, chunks, panels, entries, rows of a panel) for a matrix (rows, depth) in each
     group."""
     if is_backward and rows <= FEW_ROWS:
-        return groups, 1, 1, depth, FEW_ROWS
+        return groups, 1, 1, depth, _panel_rows(rows)
     chunks = max(-(-depth // PANEL_DEPTH), 1)
     return groups, chunks, -(-rows // PANEL_ROWS), -(-depth // chunks), PANEL_ROWS
 
 
 def conv2d_bounds_shape(packed_shape):
     """Shape of their bounds."""
-    return *packed_shape[:3], _FEW_BOUNDS if packed_shape[4] == FEW_ROWS else _BOUNDS
+    return *packed_shape[:3], (1 << packed_shape[4]) + 1
 
 
 # ---- Packing weights -------------------------------------------------------------------------------------------------
@@ -151,11 +151,11 @@ def conv2d_pack(packed, offsets, bounds, matrices, taps, sides):
     offsets (.., entries) and bounds (.., classes + 1) <- matrices (groups, rows, depth).
 
     sides (depth,) says where an entry counts: 1: where it is positive, -1: negative, 2: everywhere, 0: nowhere, 3:
-    where it is not zero. taps (depth,) is where each reads, for panels of FEW_ROWS; others read packed columns.
+    where it is not zero. taps (depth,) is where each reads, where planes are read; panels of PANEL_ROWS read packed columns.
     """
     groups, rows, depth = matrices.shape
     chunks, panels, length, panel_rows = packed.shape[1:5]
-    classes = _CLASSES[1] if panel_rows == FEW_ROWS else _CLASSES[0]
+    classes = _CLASSES[panel_rows - 1]
     for g in range(groups):
         for chunk in range(chunks):
             begin, end = chunk * length, min((chunk + 1) * length, depth)
@@ -173,7 +173,7 @@ def conv2d_pack(packed, offsets, bounds, matrices, taps, sides):
                             for row in range(panel_rows):
                                 k = panel * panel_rows + row
                                 packed[g, chunk, panel, to, row] = matrices[g, k, d] if k < rows else ZERO
-                            offsets[g, chunk, panel, to] = (taps[d] if panel_rows == FEW_ROWS else
+                            offsets[g, chunk, panel, to] = (taps[d] if panel_rows != PANEL_ROWS else
                                                             (d - begin) * PANEL_PITCH)
                             to += 1
                     bounds[g, chunk, panel, i + 1] = to
@@ -195,9 +195,16 @@ def _aligned(address):
 def _sums_shape(inputs, features, positions):
     """Whether a product is one of few rows, how many rows of sums each phase has, and floats of a row, which holds a
     tile or, of few rows, a block."""
-    is_few = inputs <= FEW_ROWS
-    rows = FEW_ROWS if is_few else -(-inputs // PANEL_ROWS) * PANEL_ROWS
-    return is_few, rows * (2 if features in (SIGNED, BOX) else 1), positions + FEW_COLUMNS if is_few else PANEL_COLUMNS
+    is_few, panel_rows = inputs <= FEW_ROWS, _panel_rows(inputs)
+    rows = -(-inputs // panel_rows) * panel_rows
+    row = positions + PANEL_COLUMNS if is_few else PANEL_COLUMNS
+    return is_few, rows * (2 if features in (SIGNED, BOX) else 1), row
+
+
+@kernel
+def _panel_rows(inputs):
+    """Rows of a panel that redistributes to so many inputs of a group."""
+    return PANEL_ROWS if inputs > FEW_ROWS else FEW_ROWS if inputs > 1 else 1
 
 
 @kernel
@@ -434,16 +441,20 @@ def _join_phases(p_line, p_row, phases, group, end, product, left, columns, stri
 
 
 @kernel
-def _multiply_few(p_sums, stride, p_zeros, weights, offsets, bounds, p_planes, positions, parts):
-    """sums (parts * FEW_ROWS, stride) <- one panel's product with planes, for so many positions."""
-    for tile in range(-(-positions // FEW_COLUMNS)):
-        place, vectors = _tile(tile, positions, FEW_VECTORS, False)
-        if parts == 1:
-            add_nonzero_few(vectors, p_sums + 4 * place, stride, p_zeros, 0, weights, offsets, bounds,
-                            p_planes + 4 * place, p_sums + 4 * (place + FEW_COLUMNS), stride)
+def _multiply_few(p_sums, stride, p_zeros, weights, offsets, bounds, p_planes, positions, parts, panel_rows):
+    """sums (parts * panel_rows, stride) <- one panel's product with planes, for so many positions."""
+    most = PANEL_VECTORS if panel_rows == 1 else FEW_VECTORS
+    for tile in range(-(-positions // (most * LANES))):
+        place, vectors = _tile(tile, positions, most, False)
+        own, planes, soon = p_sums + 4 * place, p_planes + 4 * place, p_sums + 4 * (place + most * LANES)
+        if panel_rows == 1 and parts == 1:
+            add_nonzero_one(vectors, own, stride, p_zeros, 0, weights, offsets, bounds, planes, soon, stride)
+        elif panel_rows == 1:
+            add_split_one(vectors, own, stride, p_zeros, 0, weights, offsets, bounds, planes, soon, stride)
+        elif parts == 1:
+            add_nonzero_few(vectors, own, stride, p_zeros, 0, weights, offsets, bounds, planes, soon, stride)
         else:
-            add_split_few(vectors, p_sums + 4 * place, stride, p_zeros, 0, weights, offsets, bounds,
-                          p_planes + 4 * place, p_sums + 4 * (place + FEW_COLUMNS), stride)
+            add_split_few(vectors, own, stride, p_zeros, 0, weights, offsets, bounds, planes, soon, stride)
 
 
 @kernel
@@ -468,7 +479,7 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
     per_group, from_group = inputs // groups, outputs // groups
     width, plane_rows, direct = block_columns + halo_columns, block_rows + halo_rows, len(planes) == 0
     is_few, sum_rows, sum_columns = _sums_shape(per_group, features, block_rows * width)
-    panel_rows = FEW_ROWS if is_few else PANEL_ROWS
+    panel_rows = _panel_rows(per_group)
     panels, parts = -(-per_group // panel_rows), 2 if features in (SIGNED, BOX) else 1
     grid_rows = grid_columns = 1
     for phase in range(len(phases)):
@@ -535,10 +546,10 @@ def conv2d_redistribute(c_in, c, ratio, a, density, packed, offsets, bounds, tap
                         depth, p_phase = from_group * phases[phase, 4], p_sums + 4 * (phase - group) * product
                         if is_few:
                             entry = phases[phase, 6] + g * depth
-                            weights = p_packed + 4 * (phases[phase, 5] + g * depth * FEW_ROWS)
-                            own_bounds = p_bounds + 4 * (phases[phase, 7] + g * _FEW_BOUNDS)
+                            weights = p_packed + 4 * (phases[phase, 5] + g * depth * panel_rows)
+                            own_bounds = p_bounds + 4 * (phases[phase, 7] + g * ((1 << panel_rows) + 1))
                             _multiply_few(p_phase, sum_columns, p_zeros, weights, p_offsets + 4 * entry, own_bounds,
-                                          p_read, positions, parts)
+                                          p_read, positions, parts, panel_rows)
                             continue
                         chunks = max(-(-depth // PANEL_DEPTH), 1)
                         length = -(-depth // chunks)

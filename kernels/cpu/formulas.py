@@ -9,21 +9,30 @@ from fastdtd.kernels.codes import ALPHA_BETA, DIRECTION, EPSILON, GAMMA, GRADIEN
 from fastdtd.kernels.cpu.arrays import flat
 from fastdtd.kernels.cpu.elementwise import ABSORBING_PARTS, part_of, span, sum_of_parts
 from fastdtd.kernels.cpu.jit import kernel
+from fastdtd.kernels.cpu.rows import any_negative
 from fastdtd.kernels.cpu.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
 from fastdtd.kernels.scalar import ZERO
 
 
 @kernel
-def _signs(out, out_pos, out_neg, bias, count_h, count_w, x_min, x_max, relevance):
+def _signs(out, out_pos, out_neg, bias, x_min, x_max, relevance):
     """The formula SIGNS for one channel."""
+    for i in range(len(out)):
+        total = out[i]
+        out[i] = clip(total + bias, x_min, x_max)
+        out_pos[i], out_neg[i] = signs_ratios(out[i], total, out_pos[i], relevance)
+
+
+@kernel
+def _signs_of_mean(out, out_pos, out_neg, bias, count_h, count_w, x_min, x_max, relevance):
+    """The same of a mean, whose sum is `count_h` times `count_w` as large."""
     width = len(count_w)
     for row in range(len(count_h)):
         for column in range(width):
             i = row * width + column
-            value = clip(out[i] + bias, x_min, x_max)
             total = out[i] * (count_h[row] * count_w[column])
-            out[i] = value
-            out_pos[i], out_neg[i] = signs_ratios(value, total, out_pos[i], relevance)
+            out[i] = clip(out[i] + bias, x_min, x_max)
+            out_pos[i], out_neg[i] = signs_ratios(out[i], total, out_pos[i], relevance)
 
 
 def _make_channel(formula):
@@ -80,19 +89,22 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
     size = height * width
     flat_x, flat_pos, flat_neg = flat(x), flat(ratio_pos), flat(ratio_neg)
     flat_bias, flat_absorbed = flat(ratio_bias), flat(absorbed)
-    is_mean = rule_writes(formula, beta, bias_mode)[3] and (_largest(count_h) > 1 or _largest(count_w) > 1)
+    is_mean = _largest(count_h) > 1 or _largest(count_w) > 1
+    divides = is_mean and rule_writes(formula, beta, bias_mode)[3]
     for unit in range(first, last):
         n, k, at = unit // channels, unit % channels, unit * size
         out = span(flat_x, (n * x.shape[1] + x_channel + k) * size, size)
         out_pos, out_neg, out_bias = span(flat_pos, at, size), span(flat_neg, at, size), span(flat_bias, at, size)
         out_absorbed = span(flat_absorbed, at, size)
         if formula == SIGNS:
-            _signs(out, out_pos, out_neg, bias[k], count_h, count_w, x_min, x_max, relevance)
-            for i in range(size):
-                if out_pos[i] < ZERO:
-                    dead[n] = 1
-                if out_neg[i] < ZERO:
-                    dead_neg[n] = 1
+            if is_mean:
+                _signs_of_mean(out, out_pos, out_neg, bias[k], count_h, count_w, x_min, x_max, relevance)
+            else:
+                _signs(out, out_pos, out_neg, bias[k], x_min, x_max, relevance)
+            if any_negative(ratio_pos.ctypes.data + 4 * at, size):
+                dead[n] = 1
+            if any_negative(ratio_neg.ctypes.data + 4 * at, size):
+                dead_neg[n] = 1
         elif formula == EPSILON:
             _epsilon(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
                      x_max, relevance)
@@ -108,7 +120,7 @@ def ratios_forward(x, ratio_pos, ratio_neg, ratio_bias, absorbed, dead, dead_neg
         elif formula == DIRECTION:
             _direction(out, out_pos, out_neg, out_bias, out_absorbed, bias[k], factor, beta, epsilon, bias_mode, x_min,
                        x_max, relevance)
-        if is_mean:
+        if divides:
             _divide_by_counts(out_pos, count_h, count_w)
 
 

@@ -57,9 +57,8 @@ PANEL_COLUMNS = LANES * PANEL_VECTORS
 PANEL_PITCH = PANEL_COLUMNS + LANES  # a last piece of columns may be a vector longer
 PANEL_DEPTH = 1024 // LANES  # 28 KB of columns, 32 of seven vectors
 FEW_ROWS, FEW_VECTORS = 3, 4
-FEW_COLUMNS = LANES * FEW_VECTORS
-# bit r is set where row r counts; from class to class one row changes sides
-PANEL_CLASSES, FEW_CLASSES = (tuple(i ^ i >> 1 for i in range(1 << rows)) for rows in (PANEL_ROWS, FEW_ROWS))
+# by rows; bit r is set where row r counts; from class to class one row changes sides
+CLASSES = {rows: tuple(i ^ i >> 1 for i in range(1 << rows)) for rows in (1, PANEL_ROWS, FEW_ROWS)}
 _UNROLL = 4
 _AHEAD = 1024  # floats of the weights to come, which are often too many for the second-level cache
 
@@ -152,7 +151,7 @@ class _Panel:
     def add(self, sums):
         """What all entries add to sums (rows, vectors)."""
         sums, first, count = list(sums), self._bound(0), self.panel_rows
-        for i, counting in enumerate(PANEL_CLASSES if count == PANEL_ROWS else FEW_CLASSES):
+        for i, counting in enumerate(CLASSES[count]):
             last = self._bound(i + 1)
             # (row, where its sums are) of those that this class adds to
             rows = [(row, row if counting >> row & 1 else count + row) for row in range(count)
@@ -215,11 +214,12 @@ def _make_add(kind, most):
 #
 # out and start have a row for each row of the panel, so many floats apart; of SPLIT those of P, then those of N.
 # weights (entries, rows); the column of entry i begins offsets[i] (int32) floats after `columns`; class j of
-# PANEL_CLASSES has the entries from bounds[j] to bounds[j + 1] (int32). All others are addresses. Each sum is one chain
+# CLASSES has the entries from bounds[j] to bounds[j + 1] (int32). All others are addresses. Each sum is one chain
 # in the order of entries, so it does not depend on where a column lies.
 add_split, add_nonzero = _make_add(_SPLIT, PANEL_VECTORS), _make_add(_NONZERO, PANEL_VECTORS)
-# The same for FEW_ROWS and up to FEW_VECTORS, with columns that are not aligned.
+# The same for FEW_ROWS and up to FEW_VECTORS, or one row and up to PANEL_VECTORS, with columns that are not aligned.
 add_split_few, add_nonzero_few = (_make_add((is_split, FEW_ROWS, 4), FEW_VECTORS) for is_split in (True, False))
+add_split_one, add_nonzero_one = (_make_add((is_split, 1, 4), PANEL_VECTORS) for is_split in (True, False))
 
 
 @intrinsic
