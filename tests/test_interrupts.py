@@ -100,6 +100,17 @@ def test_workers_do_not_wait_for_a_caller_that_is_gone():
     threads.join()  # the two are free
 
 
+def test_workers_do_not_wait_for_a_start_that_does_not_come():
+    """Where what is called between the passes fails, the others are let go, and the plan can be used again."""
+    graph = small()
+    plan = Plan(lowering.lower(graph, rules.assign(graph, "dtd"), cpu).schedule(1, 3), cpu)
+    threads = Threads(2)
+    with pytest.raises(ZeroDivisionError):
+        plan.explain(lambda: 1 / 0, threads.submit)
+    plan.explain(lambda: plan.start.fill(1), threads.submit)
+    threads.join()
+
+
 def test_tasks():
     threads, done = Threads(2), []
     tasks = [threads.submit(done.append, i) for i in range(50)]

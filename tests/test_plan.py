@@ -42,11 +42,14 @@ def plan_of(graph, rules="dtd", batch=1, workers=1):
 def run(plan, batch, submit=None):
     """(scores, relevance, ledger) of each image's first class."""
     plan.input[:] = batch
-    plan.forward(submit)
-    scores = plan.output.copy()
-    plan.start[:] = 0
-    plan.start[:, 0] = np.maximum(scores[:, 0], 0) if plan.schedule.starts_with_relevance else scores[:, 0] > 0
-    plan.backward(submit)
+    scores = np.empty(plan.output.shape, np.float32)
+
+    def begin():
+        scores[:] = plan.output
+        plan.start[:] = 0
+        plan.start[:, 0] = np.maximum(scores[:, 0], 0) if plan.schedule.starts_with_relevance else scores[:, 0] > 0
+
+    plan.explain(begin, submit)
     return scores, plan.relevance.copy(), plan.ledger.copy()
 
 
@@ -174,6 +177,24 @@ def test_workers_that_share_an_image_give_the_bits_of_one(monkeypatch, name, win
             assert max(units) >= workers
     with ThreadPoolExecutor(workers) as pool:
         for ours, theirs in zip(run(shared, batch, pool.submit), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+@pytest.mark.parametrize("rules", ["dtd", {"blind": "epsilon"}], ids=["dtd", "epsilon"])
+def test_workers_absorb_what_one_does(rules, workers):
+    """The same bits: neurons with a bias that no input supports, in half of the channels; and stabilisers."""
+    weight = np.random.default_rng(7).standard_normal((12, 6, 3, 3)) / 8
+    weight[::2] = -abs(weight[::2])
+    blind = g.Conv2d("blind", ("relu",), weight, 2 * np.ones(12), padding=(1,) * 4)
+    graph = scored(conv("first", g.INPUT, 2, 6), g.ReLU("relu", ("first",)), blind, g.ReLU("last", ("blind",)),
+                   shape=(2, 9, 7))
+    batch = images(graph, 2, seed=8)
+    expected = run(plan_of(graph, rules, 2), batch)
+    column = plan_of(graph, rules).schedule.ledger_layers.index("blind")
+    assert (expected[2][:, column] > 0.1 * expected[0][:, 0]).all()
+    with ThreadPoolExecutor(workers) as pool:
+        for ours, theirs in zip(run(plan_of(graph, rules, 2, workers), batch, pool.submit), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 

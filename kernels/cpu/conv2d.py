@@ -151,7 +151,8 @@ def conv2d_pack(packed, offsets, bounds, matrices, taps, sides):
     offsets (.., entries) and bounds (.., classes + 1) <- matrices (groups, rows, depth).
 
     sides (depth,) says where an entry counts: 1: where it is positive, -1: negative, 2: everywhere, 0: nowhere, 3:
-    where it is not zero. taps (depth,) is where each reads, where planes are read; panels of PANEL_ROWS read packed columns.
+    where it is not zero. taps (depth,) is where each reads, for panels of other rows than PANEL_ROWS; those read packed
+    columns.
     """
     groups, rows, depth = matrices.shape
     chunks, panels, length, panel_rows = packed.shape[1:5]

@@ -187,9 +187,17 @@ def span(flat, begin, count):
 
 
 @kernel
-def part_of(elements, part):
+def part_of(elements, index):
     """Begin and end of one of the ABSORBING_PARTS of so many elements."""
-    return elements * part // ABSORBING_PARTS, elements * (part + 1) // ABSORBING_PARTS
+    return elements * index // ABSORBING_PARTS, elements * (index + 1) // ABSORBING_PARTS
+
+
+@kernel
+def sum_of_parts(sums, n):
+    total = ZERO_SUM
+    for i in range(ABSORBING_PARTS):
+        total += sums[n, i]
+    return total
 
 
 @kernel
@@ -202,29 +210,15 @@ def absorb_dead_redistribute(ledger, sums, ratio, c, dead, column, c_channel, sh
     elements, positions = ratio.shape[1] * ratio.shape[2] * ratio.shape[3], ratio.shape[2] * ratio.shape[3]
     p_ratio, p_c = ratio.ctypes.data, c.ctypes.data
     for unit in range(first, last):
-        n, part = unit // ABSORBING_PARTS, unit % ABSORBING_PARTS
-        sums[n, part] = ZERO_SUM
+        n, i = unit // ABSORBING_PARTS, unit % ABSORBING_PARTS
+        sums[n, i] = ZERO_SUM
         if not dead[n]:
             continue
-        begin, end = part_of(elements, part)
-        sums[n, part] = _absorb(p_ratio + 4 * (n * elements + begin),
-                                p_c + 4 * ((n * c.shape[1] + c_channel) * positions + begin), end - begin)
-        if part == ABSORBING_PARTS - 1 and not shared:
+        begin, end = part_of(elements, i)
+        sums[n, i] = _absorb(p_ratio + 4 * (n * elements + begin),
+                             p_c + 4 * ((n * c.shape[1] + c_channel) * positions + begin), end - begin)
+        if i == ABSORBING_PARTS - 1 and not shared:
             ledger[n, column] += sum_of_parts(sums, n)
-
-
-@kernel
-def part_of(elements, part):
-    """Begin and end of one of the ABSORBING_PARTS of so many elements."""
-    return elements * part // ABSORBING_PARTS, elements * (part + 1) // ABSORBING_PARTS
-
-
-@kernel
-def sum_of_parts(sums, n):
-    total = ZERO_SUM
-    for part in range(ABSORBING_PARTS):
-        total += sums[n, part]
-    return total
 
 
 @kernel

@@ -11,7 +11,6 @@ from fastdtd.kernels.cpu.elementwise import ABSORBING_PARTS, part_of, span, sum_
 from fastdtd.kernels.cpu.jit import kernel
 from fastdtd.kernels.cpu.rows import any_negative
 from fastdtd.kernels.cpu.scalar import clip, relevance_of, rule_ratios, rule_writes, signs_ratios
-from fastdtd.kernels.scalar import ZERO
 
 
 @kernel

@@ -89,12 +89,12 @@ def _make_find_winners(spacing):
     return find_winners
 
 
-# (x, winner, block, offsets, positions, taps, count, first, step): x <- the largest value of each window, winner (int32)
-# <- its position: `count` windows.
+# (x, winner, block, offsets, positions, taps, count, first, step): x <- the largest value of each window, winner
+# (int32) <- its position: `count` windows.
 #
-# Window i reads block[offsets[t] + i], of the second block[offsets[t] + 2 * i], for each tap t; that value's position is
-# first + i * step + positions[t]. offsets, positions: int32. A value has to exceed those before it by more than the last
-# bit, or the first of them wins.
+# Window i reads block[offsets[t] + i], of the second block[offsets[t] + 2 * i], for each tap t; that value's position
+# is first + i * step + positions[t]. offsets, positions: int32. A value has to exceed those before it by more than the
+# last bit, or the first of them wins.
 _find_winners, _find_winners_apart = _make_find_winners(1), _make_find_winners(2)
 
 
