@@ -213,7 +213,7 @@ def test_other_weights_are_refused(made, network, tmp_path):
 
     for changed, code in ((b"XastdtdW" + content[8:], program.NO_WEIGHTS),
                           (content[:8] + b"\x02" + content[9:], program.OTHER_VERSION),
-                          (content[:16] + b"\x00" + content[17:], program.WRONG_SIZE),
+                          (content[:16] + bytes([content[16] ^ 1]) + content[17:], program.WRONG_SIZE),
                           (content[:30] + bytes([content[30] ^ 1]) + content[31:], program.OTHER_NETWORK)):
         with pytest.raises(embedded.EmbeddedError) as error:
             load(changed)
