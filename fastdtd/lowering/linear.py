@@ -115,6 +115,8 @@ def backward(b: Builder, layer: Layer, term_step: TermStep) -> None:
 
 
 def _absorb(b: Builder, layer: Layer, kernel: Kernel, **arguments: Any) -> None:
+    """What a layer keeps goes to the ledger. Workers that share an image have parts of it each, whose sums come after.
+    """
     c = b.factor(b.result(layer)[0])
     common: dict[str, Any] = {"ledger": b.ledger, "column": b.columns[layer.name]}
     parts, shared = b.kernels.ABSORBING_PARTS, b.workers > 1
