@@ -138,7 +138,7 @@ def test_a_small_network_is_left_to_one_thread(monkeypatch):
 class Watched(Plan):
     """A Plan that is counted: its memory from when it first runs until it is gone, and its threads while it runs."""
 
-    def forward(self, submit=None):
+    def explain(self, begin, submit=None):
         with self.lock:
             self.running.append(self.schedule.workers)
             self.most_workers.append(sum(self.running))
@@ -150,12 +150,12 @@ class Watched(Plan):
                     break
                 time.sleep(0.001)  # another thread may be about to forget the plan that it gave back
             self.most_bytes.append(used)
-        super().forward(submit)
-
-    def backward(self, submit=None):
-        super().backward(submit)
+        super().explain(lambda: (self.between(), begin()), submit)
         with self.lock:
             self.running.remove(self.schedule.workers)
+
+    def between(self):
+        """What tests let fail: called between the two passes, by the thread that runs them."""
 
 
 @pytest.fixture
@@ -270,10 +270,10 @@ def test_a_call_that_fails_gives_back_its_threads_and_memory(watched, monkeypatc
     batch = images(graph, 6)
     expected = explain(made, batch)
     with monkeypatch.context() as patch:
-        def fail(*_):
+        def fail(_):
             raise KeyboardInterrupt("on purpose")
 
-        patch.setattr(watched, "backward", fail)
+        patch.setattr(watched, "between", fail)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt, match="on purpose"):
                 explain(made, batch[:count])
@@ -289,17 +289,16 @@ def test_a_part_that_fails_is_the_callers_or_a_threads(watched, monkeypatch, of_
     batch = images(made.model.graph, 6)
     expected = explain(made, batch).relevance
     plans_of(made).idle.clear()
-    backward, failed = Plan.backward, []
+    failed = []
 
-    def fail(plan, submit):
+    def fail(_):
         is_caller = threading.current_thread() is threading.main_thread()
         if is_caller == of_caller:
             failed.append(is_caller)
             raise ZeroDivisionError
-        backward(plan, submit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(watched, "backward", fail)
+        patch.setattr(watched, "between", fail)
         with pytest.raises(ZeroDivisionError):
             explain(made, batch)
         assert failed == [of_caller]
@@ -311,7 +310,7 @@ def test_after_a_failure_no_more_is_begun(watched, monkeypatch):
     graph = small()
     made = explainer(graph, threads=2, memory=2 * one_image(graph))
     batch = np.repeat(images(graph, 1), 100, 0)
-    monkeypatch.setattr(watched, "backward", lambda *_: 1 / 0)
+    monkeypatch.setattr(watched, "between", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         explain(made, batch)
     assert len(watched.most_bytes) < 50
@@ -370,7 +369,7 @@ def test_who_works_side_by_side(threads, callers):
     for _ in range(2):
         plan = bound(plans_of(made), 1, 1)
         # goes on when another plan is there too
-        plan.forward = lambda submit, forward=plan.forward: (both.wait(), forward(submit))
+        plan.explain = lambda begin, submit, explain=plan.explain: (both.wait(), explain(begin, submit))
         plans_of(made).idle.append(plan)
     with ThreadPoolExecutor(callers) as executor:
         results = list(executor.map(lambda _: made(batch, 0).relevance, range(callers)))

@@ -616,13 +616,14 @@ def assert_done(out, printed):
 
 @pytest.mark.slow
 def test_killed_again_and_again(folder, model, tmp_path):
-    """Once the folder is prepared each shard takes 7 changes, and the end 2."""
+    """Once the folder is prepared each shard takes 7 changes, and the end 2; after 20, one of up to three that are under
+    way is done, whoever was faster."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     calls = [["explain", model, folder, "--batch", "2", "--shard", "3", "--workers", "2", "-o", place]
              for place in (out, whole)]
     assert fastdtd(*calls[1]).returncode == 0
     printed, done = "", set()
-    for changes in (0, 1, 9, 4, 12, 3, 7, 8, 1):
+    for changes in (0, 1, 4, 20, 3, 6, 1):
         run = fastdtd(changes, *calls[0], code=DYING)
         printed += run.stdout
         assert run.returncode == -signal.SIGKILL or " explained" in run.stdout
