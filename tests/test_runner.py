@@ -616,8 +616,8 @@ def assert_done(out, printed):
 
 @pytest.mark.slow
 def test_killed_again_and_again(folder, model, tmp_path):
-    """Once the folder is prepared each shard takes 7 changes, and the end 2; after 20, one of up to three that are under
-    way is done, whoever was faster."""
+    """Once the folder is prepared each shard takes 7 changes, and the end 2; after 20, one of up to three that are
+    under way is done, whoever was faster."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     calls = [["explain", model, folder, "--batch", "2", "--shard", "3", "--workers", "2", "-o", place]
              for place in (out, whole)]
