@@ -127,18 +127,17 @@ def _blocks(b: Builder, layer: Pool) -> tuple[Blocks | None, dict[str, Any]]:
     if b.kernels.POOLING != "blocked":
         return None, {}
     kernel, stride, padding, _ = _window(b, layer)
-    if _by_winner(b, layer) and _are_inside(b, layer) and stride[1] <= 2:
-        blocks = Blocks(int_table([], 2), [], *b.graph.shapes[layer.name][1:], 0, 0)
-        offsets = _tap_positions(b, layer)
-    elif holds_all(layer, b.graph) and not _by_winner(b, layer):
+    if holds_all(layer, b.graph) and not _by_winner(b, layer):
         blocks = Blocks(int_table([], 2), [], 1, 1, 0, 0)
-        offsets = read_only(blocks.offsets(1))
     else:
         taps = [(i - padding[0], j - padding[1]) for i in range(kernel[0]) for j in range(kernel[1])]
-        blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.blocked_kernels)
-        offsets = read_only(blocks.offsets(1))
+        if _by_winner(b, layer) and _are_inside(b, layer) and stride[1] <= 2:
+            in_shape = b.graph.shapes[layer.inputs[0]][1:]
+            blocks = Blocks(int_table([], 2), [(0, *tap) for tap in taps], *in_shape, 0, 0)
+        else:
+            blocks = blocks_of(taps, stride, b.graph.shapes[layer.name][1:], 1, b.blocked_kernels)
     return blocks, {
-        "offsets": offsets, "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()
+        "offsets": read_only(blocks.offsets(1)), "block": b.scratch("block", blocks.elements(1)), **blocks.arguments()
     }
 
 

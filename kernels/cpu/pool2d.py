@@ -30,12 +30,12 @@ from fastdtd.kernels.cpu.vector_code import (
     combine_lanes,
     integer,
     larger,
+    load_second,
     load_vector,
     loop_over,
     loop_range,
     magnitude,
     multiply_add,
-    pick,
     pointers,
     positive,
     progression,
@@ -102,9 +102,7 @@ def _load_tap(builder, p_block, p_offsets, tap, step, spacing=1):
     offset = builder.sext(builder.load(builder.gep(p_offsets, [tap])), I64)
     if spacing == 1:
         return load_vector(builder, p_block, builder.add(step, offset))
-    begin = builder.add(builder.shl(step, integer(1)), offset)
-    pair = [load_vector(builder, p_block, builder.add(begin, integer(j * LANES))) for j in range(2)]
-    return pick(builder, *pair, list(range(0, 2 * LANES, 2)))
+    return load_second(builder, p_block, builder.add(builder.shl(step, integer(1)), offset))
 
 
 class _Window:

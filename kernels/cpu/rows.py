@@ -15,6 +15,7 @@ from fastdtd.kernels.cpu.vector_code import (
     any_lane,
     integer,
     larger,
+    load_second,
     load_vector,
     loop_over,
     loop_range,
@@ -65,9 +66,7 @@ def copy_second_vectors(typing_context, out, values, count):
         p_out, p_values = pointers(builder, arguments[:2], F32, F32)
 
         def one_step(step, nothing):
-            source = builder.shl(step, integer(1))
-            pair = [load_vector(builder, p_values, builder.add(source, integer(j * LANES))) for j in range(2)]
-            store_vector(builder, pick(builder, *pair, list(range(0, 2 * LANES, 2))), p_out, step)
+            store_vector(builder, load_second(builder, p_values, builder.shl(step, integer(1))), p_out, step)
             return nothing
 
         loop_range(builder, integer(0), arguments[2], LANES, [], one_step)

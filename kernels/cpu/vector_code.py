@@ -66,6 +66,12 @@ def load_vector(builder, base, offset, align=4):
     return value
 
 
+def load_second(builder, base, offset):
+    """Every second of the values from `offset` on, a vector of them."""
+    pair = [load_vector(builder, base, builder.add(offset, integer(j * LANES))) for j in range(2)]
+    return pick(builder, *pair, list(range(0, 2 * LANES, 2)))
+
+
 def store_vector(builder, value, base, offset):
     builder.store(value, vector_at(builder, base, offset)).align = 4
 
