@@ -228,6 +228,14 @@ def test_channels_add_up():
     assert not np.delete(kept, 5, 1).any()
     np.testing.assert_allclose(kept[:, 5], made(batch, 0).at("r1")[:, 5], rtol=1e-6)
     assert ", cut at c1 " in str(one)
+    both = made(batch, 0, through={"c1": [5, 6], "r1": 5})  # relevance comes to the activation first
+    np.testing.assert_array_equal(both.relevance, one.relevance)
+    np.testing.assert_array_equal(both.cut["r1"], one.cut["c1"])
+    assert not both.cut["c1"].any()
+    both = made(batch, 0, through={"c1": 5, "r1": [5, 6]})
+    np.testing.assert_allclose(both.cut["r1"] + both.cut["c1"], one.cut["c1"], rtol=1e-6)
+    assert both.cut["c1"].all()
+    assert both.cut["r1"].all()
 
 
 @pytest.mark.parametrize(("through", "message"), [

@@ -78,6 +78,7 @@ class Lowered:
                     separate_locations(graph) if observed or through else self.locations, self.fused, batch, workers)
         fused = {layer.name for layer in self.fused.values()}
         layers = [layer for layer in graph if layer.name not in fused]
+        channels = dict(through)
         first_late = _early_layers(graph, layers) if batch > 1 and kernels.CONVOLUTION == "blocked" else 0
         early, late = layers[:first_late], layers[first_late:]
         local = _roots(b, early) - _roots(b, late) - {b.root(INPUT), b.root(graph.output)}
@@ -91,12 +92,14 @@ class Lowered:
             for layer in reversed(layers):
                 b.layer = layer.name
                 result, _ = b.result(layer)
-                for name, channels in through:
-                    if name in (layer.name, result):
+                names = dict.fromkeys((result, layer.name))  # relevance comes to a fused activation first
+                for name in names:
+                    if name in channels:
                         _keep_relevance(b, f"came/{name}", result)
-                        b.clear_others(result, channels)
-                for name in dict.fromkeys(name for name in (layer.name, result) if name in observed):
-                    _keep_relevance(b, f"observed/{name}", result)
+                        b.clear_others(result, channels[name])
+                for name in names:
+                    if name in observed:
+                        _keep_relevance(b, f"observed/{name}", result)
                 if layer.name not in assignment.held:
                     _FAMILIES[type(layer)][1](b, layer)
 
