@@ -159,7 +159,8 @@ class _Panel:
             if rows:
                 in_use = [to * self.vectors + j for _, to in rows for j in range(self.vectors)]
                 values = loop_range(self.builder, first, last, 1, [sums[index] for index in in_use],
-                                    lambda step, part, rows=rows: self._add_entry(step, part, [row for row, _ in rows]))
+                                    lambda step, part, rows=rows: self._add_entry(step, part, [row for row, _ in rows]),
+                                    is_unrolled=False)  # how many entries a class has nobody can predict
                 for index, value in zip(in_use, values, strict=True):
                     sums[index] = value
             first = last

@@ -175,8 +175,18 @@ def prefetch(builder, pointer, is_written=False):
 # ---- Loops -----------------------------------------------------------------------------------------------------------
 
 
-def loop_range(builder, first, last, stride, values, body):
-    """for step in range(first, last, stride): values = body(step, values). Returns the last values."""
+def _not_unrolled(module):
+    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop = ir.MDValue(module, [], name=str(len(module.metadata)))
+    loop.operands = (loop, disable)  # its first operand is itself
+    return loop
+
+
+def loop_range(builder, first, last, stride, values, body, is_unrolled=True):
+    """for step in range(first, last, stride): values = body(step, values). Returns the last values.
+
+    is_unrolled: whether LLVM may do several steps at a time, and what is left over by itself, which is one more branch.
+    """
     before = builder.block
     inside, after = builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", first, last), inside, after)
@@ -193,7 +203,9 @@ def loop_range(builder, first, last, stride, values, body):
     step.add_incoming(next_step, end)
     for phi, value in zip(phis, results, strict=True):
         phi.add_incoming(value, end)
-    builder.cbranch(builder.icmp_signed("<", next_step, last), inside, after)
+    again = builder.cbranch(builder.icmp_signed("<", next_step, last), inside, after)
+    if not is_unrolled:
+        again.set_metadata("llvm.loop", _not_unrolled(builder.module))
     builder.position_at_end(after)
     merged = []
     for old, new in zip(values, results, strict=True):
