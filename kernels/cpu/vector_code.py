@@ -176,9 +176,10 @@ def prefetch(builder, pointer, is_written=False):
 
 
 def _not_unrolled(module):
+    """What LLVM's manual calls metadata of a loop: a node of its own, so its first operand is itself."""
     disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
     loop = ir.MDValue(module, [], name=str(len(module.metadata)))
-    loop.operands = (loop, disable)  # its first operand is itself
+    loop.operands = (loop, disable)  # no method of llvmlite's makes such a node
     return loop
 
 
