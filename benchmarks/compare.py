@@ -466,7 +466,8 @@ def note(machine):
 
 
 def others(result):
-    """Other rules, runs, and what Captum and iNNvestigate take for what they call deep Taylor, as sentences."""
+    """What Captum and iNNvestigate take for what they call deep Taylor, runs, memory, threads, bits and the start, as
+    sentences."""
     told = []
     for who, key in (("Captum", "captum"), ("iNNvestigate", "innvestigate")):
         if rows := result.get(key):
@@ -476,6 +477,18 @@ def others(result):
     if run := result.get("thousand"):
         sentences.append(f"1,000 JPEGs by SqueezeNet, to relevance on disk, take {run['ms']:.1f} ms an image, with the "
                          f"start of the process, {run['ratio']:.2f} times what explanations alone take.")
+    if peak := result.get("memory"):
+        sentences.append(f"Eight images of VGG-16 take at most {peak['fastdtd']['peak MiB']:.0f} MiB, "
+                         f"{peak['ratio']:.2f} of zennit's.")
+    if gains := result.get("threads"):
+        told = ", ".join(f"{name} {gain:.2f} times" for name, gain in gains.items())
+        sentences.append(f"Two threads explain batches of 8 faster than one: {told}.")
+    if same := result.get("bits"):
+        sentences.append(f"In any batch, at any place and with any number of threads an image has the same bits in "
+                         f"{sum(same.values())} of {len(same)} networks.")
+    if start := result.get("start"):
+        sentences.append(f"The first heatmap takes {start['first heatmap, warm cache']:.1f} s from the start of the "
+                         f"process, {start['first heatmap, empty cache']:.0f} s where kernels are not compiled yet.")
     return " ".join(sentences)
 
 

@@ -68,6 +68,21 @@ def test_over_the_fastest_forward_pass_whoever_has_it(pages):
     assert "| VGG-16 | 8 | 5 | 4 | **3** | 6 | 2.00 | 1.50 | 6.7 |" in readme
 
 
+def test_what_else_was_measured(pages):
+    _, docs = pages(a=result() | {
+        "memory": {"fastdtd": {"peak MiB": 1234.5}, "zennit": {"peak MiB": 2469.0}, "ratio": 0.5},
+        "threads": {"LeNet": 1.875, "VGG-16": 2.0}, "bits": {"LeNet": True, "VGG-16": False},
+        "start": {"first heatmap, warm cache": 0.96, "first heatmap, empty cache": 27.8},
+        "thousand": {"ms": 6.0, "ratio": 1.5}, "captum": [{"net": "LeNet", "to fastdtd": 4.0}]})
+    told = " ".join(docs.split())
+    for sentence in ("Captum takes 4.0 to 4 times as long (LeNet).", "take 6.0 ms an image",
+                     "Eight images of VGG-16 take at most 1234 MiB, 0.50 of zennit's.",
+                     "Two threads explain batches of 8 faster than one: LeNet 1.88 times, VGG-16 2.00 times.",
+                     "an image has the same bits in 1 of 2 networks.",
+                     "The first heatmap takes 1.0 s from the start of the process, 28 s where"):
+        assert sentence in told
+
+
 @pytest.mark.parametrize(("change", "missed"), [
     ({}, []),
     ({"ours": 1.9}, ["over ONNX Runtime's forward pass, geometric mean of 1, batch 8",
