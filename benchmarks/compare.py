@@ -498,9 +498,14 @@ def rules_table(rows):
                       f"{row['zennit to fastdtd']:.1f}"] for row in rows])
 
 
+def goals_table(found):
+    return markdown(["what was aimed at", "measured", "aim", "result"],
+                    [[what, value, wanted, "reached" if holds else "missed"] for what, value, wanted, holds in found])
+
+
 def write_tables():
-    """Of all results: all rows into docs/speed.md; into README.md those of batch 8, of one processor with AVX-512 and
-    one with AVX2.
+    """Of all results: all rows, and which goals they reach, into docs/speed.md; into README.md the rows of batch 8, of
+    one processor with AVX-512 and one with AVX2.
     """
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compare-*.json"))]
     results = [result for result in results if result.get("speed") and "fastest" in result["speed"][0]]
@@ -518,6 +523,7 @@ def write_tables():
         parts += [wrapped(note(result["machine"])), table(result["speed"])]
         parts += [rules_table(result["rules"])] if result.get("rules") else []
         parts += [wrapped(others(result))] if others(result) else []
+        parts += [goals_table(goals(result))]
     write_table(ROOT / "docs" / "speed.md", "compare.py", "\n\n".join(parts))
     parts = []
     for instructions in ("AVX-512", "AVX2"):
