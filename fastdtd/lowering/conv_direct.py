@@ -72,7 +72,8 @@ class Backward:
 
     def step(self, b: Builder, layer: g.Conv2d, source: str, arguments: dict[str, Any]) -> None:
         kernels, blocks = b.blocked_kernels, self.blocks
-        grids = sorted({tuple(grid) for grid in self.phases[:, 2:4].tolist()})  # by rows np.unique turns Ctrl-C into TypeError
+        # np.unique by rows would turn Ctrl-C into a TypeError
+        grids = sorted({tuple(grid) for grid in self.phases[:, 2:4].tolist()})
         can_join = self.units == len(grids) == 1 and layer.weight.shape[1] > kernels.CONV2D_FEW_ROWS
         joined = _joined(b, math.prod(grids[0]), blocks.elements(self.copies)) if can_join else 1
         units = self.units * -(-b.batch // joined)
