@@ -481,8 +481,8 @@ def others(result):
         sentences.append(f"Eight images of VGG-16 take at most {peak['fastdtd']['peak MiB']:.0f} MiB, "
                          f"{peak['ratio']:.2f} of zennit's.")
     if gains := result.get("threads"):
-        told = ", ".join(f"{name} {gain:.2f} times" for name, gain in gains.items())
-        sentences.append(f"Two threads explain batches of 8 faster than one: {told}.")
+        each = ", ".join(f"{name} {gain:.2f} times" for name, gain in gains.items())
+        sentences.append(f"Two threads explain batches of 8 faster than one: {each}.")
     if same := result.get("bits"):
         sentences.append(f"In any batch, at any place and with any number of threads an image has the same bits in "
                          f"{sum(same.values())} of {len(same)} networks.")

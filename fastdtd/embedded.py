@@ -213,7 +213,7 @@ def _bound(path: Path, name: str) -> dict[str, Any]:
 
 
 def _aligned(size: int) -> npt.NDArray[np.uint8]:
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)  # unpacking leaves gaps between arrays: as in a file, they are zero
     begin = -memory.ctypes.data % _ALIGNMENT
     return memory[begin:begin + size]
 
